@@ -1,0 +1,141 @@
+"""YAML and dotted command-line overrides -> Config; every mistake is one line with the key, the value and a way out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lime_dist.config.schema import Config
+from lime_dist.errors import LimeError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-3`` as text; this loader reads it as the number that everybody means, and refuses a repeated key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_FLOAT = r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: a YAML file; None starts from the defaults.
+        overrides: ``section.key=value`` items, applied in order; values are YAML.
+
+    Raises:
+        LimeError: the file, a key or a value is wrong.
+    """
+    values: dict[str, Any] = {}
+    source = "the command line"
+    if path is not None:
+        source = str(path)
+        values = _read_yaml(Path(path))
+    for item in overrides:
+        _apply_override(values, item)
+    return make_config(values, source)
+
+
+def make_config(values: dict[str, Any], source: str) -> Config:
+    """Check nested values against the schema; ``source`` names where they came from in error lines."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise LimeError(_explain(error.errors()[0], source)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; ``load_config`` of it gives the same Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LimeError(f"cannot read the configuration {path}: {error.strerror}; give --config an existing YAML file") from None
+    except UnicodeDecodeError:
+        raise LimeError(f"the configuration {path} is not UTF-8 text") from None
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise LimeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise LimeError(f"{path} must hold sections (run:, model:, …), not a {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], item: str) -> None:
+    key, separator, text = item.partition("=")
+    if not separator or not key:
+        raise LimeError(f"cannot read the override {item!r}; write section.key=value, for example train.steps=100")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise LimeError(f"cannot read the value of {key}: {text!r} is not valid YAML") from None
+    parts = key.split(".")
+    section = values
+    for depth, part in enumerate(parts[:-1]):
+        inner = section.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise LimeError(f"{item!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+        section = inner
+    section[parts[-1]] = value
+
+
+def _explain(error: ErrorDetails, source: str) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    value = error["input"]
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(Config)
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        last = key.rsplit(".", 1)[-1]
+        same_leaf = difflib.get_close_matches(last, [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.75)
+        if same_leaf:
+            nearest = difflib.get_close_matches(
+                key, [name for name in known if name.rsplit(".", 1)[-1] == same_leaf[0]], n=1, cutoff=0.0
+            )
+        return f"unknown key {key}={value!r} in {source}; the nearest valid key is {nearest[0]}"
+    if error["type"] == "value_error":  # a check of ours, which names its own keys
+        return f"{error['msg'].removeprefix('Value error, ')} (in {source})"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}={value!r} in {source}: {message}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        for inner in _sections_in(field.annotation):
+            keys.extend(_known_keys(inner, f"{prefix}{name}."))
+    return keys
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [found for inner in get_args(annotation) for found in _sections_in(inner)]
+    return []

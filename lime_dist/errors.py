@@ -1,0 +1,22 @@
+"""The one exception for mistakes that a user can make, and the guard that turns it into one line and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class LimeError(Exception):
+    """A mistake of the user's: what was given, where, and what to do instead, in one line."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's ``main``; a LimeError prints ``error: …`` on stderr and exits with status 2, an interrupt with 130."""
+    try:
+        main()
+    except LimeError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None

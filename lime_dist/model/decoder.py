@@ -1,0 +1,146 @@
+"""The model as a flat list of layers, and what runs it: whole (`Decoder`, the oracle of all parallel runs) or a stage of it.
+
+Reading the list top to bottom is reading the model: embedding, decoder layers, last norm, output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lime_dist.config.schema import ModelConfig
+from lime_dist.model.blocks import DecoderLayer
+from lime_dist.model.history import KeyValueHistory, StageLayout, make_policy
+from lime_dist.model.init import build
+from lime_dist.model.layers import Embedding, RMSNorm
+
+EMBEDDING = "model.embed_tokens"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One entry of the flat list: the prefix of its exported parameter names, and how it is made."""
+
+    name: str
+    make: Callable[[], nn.Module]
+
+    def exported_names(self, module: nn.Module) -> dict[str, str]:
+        """Exported name of every parameter of the module, by local name."""
+        return {local: f"{self.name}.{local}" for local, _ in module.named_parameters()}
+
+    def build(self, config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Make the module with its initial values."""
+        with torch.device("meta"):
+            module = self.make()
+        build(module, self.exported_names(module), config, seed, device, dtype)
+        return module
+
+
+def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
+    """The flat list: embedding, L decoder layers, norm, output projection (the embedding itself when tied)."""
+    policy = make_policy(config.lime.history) if config.architecture == "lime" else None
+    embedding = LayerSpec(EMBEDDING, partial(Embedding, config.vocab_size, config.hidden_size))
+    if config.tie_word_embeddings:
+        head = embedding
+    else:
+        head = LayerSpec("lm_head", partial(nn.Linear, config.hidden_size, config.vocab_size, bias=False))
+    return [
+        embedding,
+        *(
+            LayerSpec(f"model.layers.{layer}", partial(DecoderLayer, config, layer, policy))
+            for layer in range(config.num_hidden_layers)
+        ),
+        LayerSpec("model.norm", partial(RMSNorm, config.hidden_size, config.rms_norm_eps)),
+        head,
+    ]
+
+
+def open_history(
+    config: ModelConfig, layout: StageLayout, num_tokens: int, like: Tensor
+) -> KeyValueHistory | None:
+    """An empty history for the layers of a stage, of the type and device of ``like``; None for models without one."""
+    if config.architecture != "lime":
+        return None
+    return KeyValueHistory(layout, config.key_value_heads, config.head_size, num_tokens, like.dtype, like.device)
+
+
+def run_layers(
+    layers: Sequence[DecoderLayer], hidden_BTD: Tensor, history: KeyValueHistory | None, activation_checkpointing: bool
+) -> Tensor:
+    """Run consecutive decoder layers; with checkpointing, only each layer's input is kept and the rest is computed again."""
+    if history is not None:
+        routers = [layer.self_attn.router for layer in layers]
+        history.open([None if router is None else router.weight for router in routers])
+    for layer in layers:
+        if activation_checkpointing and torch.is_grad_enabled():
+            again = history.recomputing if history is not None else nullcontext
+            hidden_BTD = cast(
+                Tensor,
+                checkpoint(
+                    layer,
+                    hidden_BTD,
+                    history,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda again=again: (nullcontext(), again()),
+                ),
+            )
+        else:
+            hidden_BTD = layer(hidden_BTD, history)
+    return hidden_BTD
+
+
+def apply_head(head: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    """Logits [B, T, V] from the normed hidden state, by an output projection or a tied embedding."""
+    return head.logits(hidden_BTD) if isinstance(head, Embedding) else head(hidden_BTD)
+
+
+class Decoder(nn.Module):
+    """The whole decoder in one process: tokens [B, T] -> logits [B, T, V].
+
+    The names of its parameters (``named_parameters``, ``state_dict``) are the exported names.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        specs = decoder_layers(config)
+        modules = [spec.build(config, seed, torch.device(device), dtype) for spec in specs]
+        if specs[-1] is specs[0]:
+            modules[-1] = modules[0]
+        embedding, *layers, norm, head = modules
+        self.model = nn.Module()
+        self.model.embed_tokens = embedding
+        self.model.layers = nn.ModuleList(layers)
+        self.model.norm = norm
+        self.lm_head = None if head is embedding else head
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        embedding = cast(Embedding, self.model.embed_tokens)
+        layers = cast(Sequence[DecoderLayer], self.model.layers)
+        hidden = embedding(tokens_BT)
+        config = self.config
+        layout = StageLayout(make_policy(config.lime.history), 0, config.num_hidden_layers, config.num_hidden_layers)
+        history = open_history(config, layout, tokens_BT.numel(), hidden)
+        hidden = run_layers(layers, hidden, history, self.activation_checkpointing)
+        return apply_head(self.lm_head or embedding, cast(nn.Module, self.model.norm)(hidden))
+
+
+def build_decoder(config: ModelConfig, **options: object) -> Decoder:
+    """The single-process decoder; ``options`` as in `Decoder`: seed, device, dtype, activation_checkpointing."""
+    return Decoder(config, **options)  # type: ignore[arg-type]  # checked by Decoder itself

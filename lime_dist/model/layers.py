@@ -1,0 +1,92 @@
+"""The parts that every decoder layer is made of: RMSNorm, rotary embedding, attention core, SwiGLU.
+
+Shapes: B batch, T tokens, N = B·T, D hidden size, H query heads, G K/V heads, d head size, F intermediate size.
+Tensor names end in their shape where it helps: x_BTD, q_BHTd.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + ε) · weight over the last dimension, computed in at least float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps)).to(x.dtype) * self.weight
+
+
+@lru_cache(maxsize=16)
+def rotary_table(length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · θ^(−2i/d), each [T, d], the two halves of d alike (LLaMA's layout); never below float32."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = theta ** -(torch.arange(0, head_size, 2, dtype=exact, device=device) / head_size)
+    angle = torch.outer(torch.arange(length, dtype=exact, device=device), frequency)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHTd: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding over positions 0 … T−1 (arXiv 2104.09864) of [B, H, T, d]."""
+    length, size = x_BHTd.shape[-2:]
+    cos, sin = rotary_table(length, size, theta, x_BHTd.dtype, x_BHTd.device)
+    half = size // 2
+    x = x_BHTd.to(cos.dtype)
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + turned * sin).to(x_BHTd.dtype)
+
+
+def causal_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
+    """Causal softmax attention; K/V head g serves the H/G query heads g·H/G …; returns [B, T, H·d]."""
+    group = q_BHTd.shape[1] // k_BGTd.shape[1]
+    if group > 1:
+        k_BGTd = k_BGTd.repeat_interleave(group, dim=1)
+        v_BGTd = v_BGTd.repeat_interleave(group, dim=1)
+    out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True)
+    return out_BHTd.transpose(1, 2).flatten(2)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Embedding(nn.Module):
+    """Token embedding; its weight may also serve as the output projection (``tie_word_embeddings``)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        return F.linear(x_BTD, self.weight)
+
+
+def language_model_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per token, computed in at least float32."""
+    logits = logits_BTV.flatten(0, 1)
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    return F.cross_entropy(logits, labels_BT.flatten())
