@@ -10,12 +10,17 @@ class LimeError(Exception):
     """A mistake of the user's: what was given, where, and what to do instead, in one line."""
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command's ``main``; a LimeError prints ``error: …`` on stderr and exits with status 2, an interrupt with 130."""
+def run_command(main: Callable[[], None], speaks: bool = True) -> None:
+    """Run a command's ``main``; a LimeError prints ``error: …`` on stderr and exits with status 2, an interrupt with 130.
+
+    Args:
+        speaks: False on processes whose error another one prints.
+    """
     try:
         main()
     except LimeError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if speaks:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -62,11 +62,18 @@ def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
     ]
 
 
-def open_history(
-    config: ModelConfig, layout: StageLayout, num_tokens: int, like: Tensor
-) -> KeyValueHistory | None:
-    """An empty history for the layers of a stage, of the type and device of ``like``; None for models without one."""
+def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | None:
+    """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
     if config.architecture != "lime":
+        return None
+    return StageLayout(make_policy(config.lime.history), start, stop, config.num_hidden_layers)
+
+
+def open_history(
+    config: ModelConfig, layout: StageLayout | None, num_tokens: int, like: Tensor
+) -> KeyValueHistory | None:
+    """An empty history of one micro-batch, of the type and device of ``like``; None without a layout."""
+    if layout is None:
         return None
     return KeyValueHistory(layout, config.key_value_heads, config.head_size, num_tokens, like.dtype, like.device)
 
@@ -119,6 +126,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.layout = stage_layout(config, 0, config.num_hidden_layers)
         specs = decoder_layers(config)
         modules = [spec.build(config, seed, torch.device(device), dtype) for spec in specs]
         if specs[-1] is specs[0]:
@@ -134,9 +142,7 @@ class Decoder(nn.Module):
         embedding = cast(Embedding, self.model.embed_tokens)
         layers = cast(Sequence[DecoderLayer], self.model.layers)
         hidden = embedding(tokens_BT)
-        config = self.config
-        layout = StageLayout(make_policy(config.lime.history), 0, config.num_hidden_layers, config.num_hidden_layers)
-        history = open_history(config, layout, tokens_BT.numel(), hidden)
+        history = open_history(self.config, self.layout, tokens_BT.numel(), hidden)
         hidden = run_layers(layers, hidden, history, self.activation_checkpointing)
         return apply_head(self.lm_head or embedding, cast(nn.Module, self.model.norm)(hidden))
 

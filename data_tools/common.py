@@ -1,0 +1,43 @@
+"""What the data commands share: help texts, progress bars, and worker processes that never outlive their parent."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose --help ends with an example."""
+    return argparse.ArgumentParser(
+        prog=f"python -m data_tools.{name}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def progress_bar(total: int, description: str, **options: Any) -> tqdm[Any]:
+    """A bar on stderr, in bytes unless ``options`` say otherwise; into a log file it writes one line every 10 s at most."""
+    defaults = {"unit": "B", "unit_scale": True, "mininterval": 0.2 if os.isatty(2) else 10.0, "dynamic_ncols": True}
+    return tqdm(total=total, desc=description, **(defaults | options))
+
+
+def start_worker(parent: int) -> None:
+    """Initialise a worker process: die silently on Ctrl-C, and within a quarter of a second of the parent's death.
+
+    A killed parent leaves the workers of a ProcessPoolExecutor waiting for ever: each holds both ends of the task queue.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.25)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -1,0 +1,103 @@
+"""Show what a pretokenized folder holds, and check every byte of it against its hashes."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.common import command_parser, progress_bar
+from data_tools.tokenizer import Tokenizer
+from lime_dist.data.dataset import DATASET_FILE, check_shard_sizes, read_dataset_json
+from lime_dist.data.files import sha256_file
+from lime_dist.data.indexed import IndexedDataset, pair_paths
+from lime_dist.errors import LimeError, run_command
+
+BAR_WIDTH = 40
+SAMPLES, SAMPLE_TOKENS = 3, 64
+
+
+def verify(folder: Path, description: dict[str, Any]) -> int:
+    """Recompute the hash of every file; returns their number. LimeError naming the first that differs."""
+    tokenizer = Tokenizer(folder / description["tokenizer"])
+    if tokenizer.hash != description["tokenizer_hash"]:
+        raise LimeError(
+            f"{tokenizer.folder}: is not the tokenizer that {DATASET_FILE} names; pretokenize again with --fresh"
+        )
+    shards = [shard for split in description["splits"].values() for shard in split["shards"]]
+    with progress_bar(sum(shard["bin_bytes"] + shard["idx_bytes"] for shard in shards), "verify") as bar:
+        for shard in shards:
+            check_shard_sizes(folder, shard)
+            for path, kind in zip(pair_paths(folder / shard["name"]), ("bin", "idx"), strict=True):
+                if sha256_file(path) != shard[f"{kind}_sha256"]:
+                    raise LimeError(
+                        f"{path}: its SHA-256 differs from the one in {DATASET_FILE}; delete it and run "
+                        "data_tools.pretokenize again"
+                    )
+                bar.update(shard[f"{kind}_bytes"])
+    return 2 * len(shards)
+
+
+def histogram(lengths: np.ndarray) -> str:
+    """Document lengths [documents] in tokens, in powers of two, as lines of text."""
+    bins = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(bins)
+    rows = [
+        f"  {2**power:>9,} – {2 ** (power + 1) - 1:<9,} {count:>9,} {'█' * -(-BAR_WIDTH * count // counts.max())}"
+        for power, count in enumerate(counts.tolist())
+        if count
+    ]
+    return "\n".join(rows)
+
+
+def show_split(folder: Path, split: str, facts: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Print one split: counts, lengths, the beginnings of a few documents."""
+    print(
+        f"\n{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, {len(facts['shards'])} shards, "
+        f"{facts['tokens'] / max(1, facts['text_bytes']):.4f} tokens per byte of text"
+    )
+    if not facts["documents"]:
+        return
+    shards = [IndexedDataset(folder / shard["name"]) for shard in facts["shards"]]
+    lengths = np.concatenate([shard.lengths for shard in shards])
+    middle, longest = int(np.median(lengths)), int(lengths.max())
+    print(f"document lengths in tokens: {lengths.min()} to {longest:,}, median {middle:,}")
+    print(histogram(lengths))
+    starts = np.cumsum([0, *(len(shard) for shard in shards)])
+    for number in np.linspace(0, len(lengths) - 1, min(SAMPLES, len(lengths))).astype(int).tolist():
+        shard = int(np.searchsorted(starts, number, side="right")) - 1
+        text = tokenizer.decode(shards[shard].document(number - int(starts[shard]))[:SAMPLE_TOKENS])
+        print(f"document {number}: {textwrap.shorten(text, 200, placeholder=' …')}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m data_tools.inspect``."""
+    parser = command_parser(
+        "inspect",
+        "Show the counts, document lengths and a few decoded documents of a pretokenized folder.",
+        "python -m data_tools.inspect data/shards --verify",
+    )
+    parser.add_argument("folder", metavar="DIR", help="the --output of data_tools.pretokenize")
+    parser.add_argument("--verify", action="store_true", help="recompute every hash; a difference is exit status 2")
+    options = parser.parse_args(arguments)
+    folder = Path(options.folder)
+    description = read_dataset_json(folder)
+    if options.verify:
+        print(f"verified: {verify(folder, description)} files have the size and SHA-256 that {DATASET_FILE} lists")
+    tokenizer = Tokenizer(folder / description["tokenizer"])
+    counts = description["counts"]
+    print(f"{folder}: from {description['source']}, made by version {description['tool_version']}")
+    print(
+        f"tokenizer: {tokenizer.vocab_size} pieces, hash {description['tokenizer_hash'][:16]}, tokens as {description['dtype']}"
+    )
+    print(", ".join(f"{key} {value:,}" for key, value in counts.items()))
+    for split, facts in description["splits"].items():
+        for shard in facts["shards"]:
+            check_shard_sizes(folder, shard)
+        show_split(folder, split, facts, tokenizer)
+
+
+if __name__ == "__main__":
+    run_command(main)

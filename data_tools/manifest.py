@@ -1,0 +1,170 @@
+"""The record of a pretokenized folder: which units are finished while it grows, dataset.json when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from data_tools import TOOL_VERSION
+from data_tools.sources import Rejection
+from data_tools.tokenizer import Tokenizer
+from data_tools.units import SPLITS, rejection_error
+from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
+from lime_dist.data.files import json_bytes, read_json, sha256_file, sync_folder, write_atomic
+from lime_dist.data.indexed import pair_paths, smallest_dtype
+from lime_dist.errors import LimeError
+
+UNITS_FILE = "units.ndjson"  # not .jsonl: it must not pass for input where a dataset lies inside an input folder
+NAMED_REJECTIONS = 20
+Result = dict[str, Any]  # what units.encode_unit returns
+
+
+class Manifest:
+    """Finished units of one output folder, in ``units.ndjson``: the header (settings and inputs), then a line a unit.
+
+    A LimeError if the folder was made with another header; ``fresh`` drops its content instead.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any], fresh: bool) -> None:
+        self.folder, self.header, self._path = folder, header, folder / UNITS_FILE
+        if fresh:
+            (folder / DATASET_FILE).unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+            for path in [path for split in SPLITS for path in folder.glob(f"{split}-*-*.*")]:
+                path.unlink()
+        present = self._present()
+        if present is not None and present != header:
+            raise LimeError(
+                f"{folder}: was made with {_differences(present, header)}; give another --output, or --fresh to "
+                "replace it"
+            )
+
+    def _present(self) -> dict[str, Any] | None:
+        if (self.folder / DATASET_FILE).exists():
+            description = read_json(self.folder / DATASET_FILE, "add --fresh to write the dataset again")
+            return {key: description.get(key) for key in self.header}
+        return next(iter(self._lines()), None)
+
+    def _lines(self) -> list[Any]:
+        """The whole lines; the last one may be torn by a kill."""
+        lines = []
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def load(self, units: int) -> dict[int, Result]:
+        """Results of the units whose shards are all there with the noted hashes; the file is rewritten to hold just these."""
+        results = {result["unit"]: result for result in self._lines()[1:] if 0 <= result["unit"] < units}
+        verified = {unit: result for unit, result in sorted(results.items()) if self._holds(result)}
+        self.write(verified.values())
+        return verified
+
+    def _holds(self, result: Result) -> bool:
+        for shard in (shard for split in SPLITS for shard in result["shards"][split]):
+            for path, kind in zip(pair_paths(self.folder / shard["name"]), ("bin", "idx"), strict=True):
+                if not path.is_file() or path.stat().st_size != shard[f"{kind}_bytes"]:
+                    return False
+                if sha256_file(path) != shard[f"{kind}_sha256"]:
+                    return False
+        return True
+
+    def write(self, results: Any) -> None:
+        """Write the header and ``results`` anew, atomically."""
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (self.header, *results)]
+        write_atomic(self._path, "".join(lines).encode())
+
+    def publish(self, result: Result, scratch: Path) -> None:
+        """Give a unit's shards their names in the folder, then note the unit; both are on disk when this returns."""
+        for shard in (shard for split in SPLITS for shard in result["shards"][split]):
+            bin_path, idx_path = pair_paths(self.folder / shard["name"])
+            idx_path.unlink(missing_ok=True)  # never an old .idx beside a new .bin
+            for made, path in zip(pair_paths(scratch / shard["name"]), (bin_path, idx_path), strict=True):
+                os.replace(made, path)
+        sync_folder(self.folder)
+        with open(self._path, "ab") as file:
+            file.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    then, now = old.get("settings") or {}, new["settings"]
+    found = [f"{key}={then.get(key)} (now {now[key]})" for key in now if then.get(key) != now[key]]
+    if found:
+        return ", ".join(found)
+    before = {entry["name"]: entry for entry in old.get("inputs") or []}
+    after = {entry["name"]: entry for entry in new["inputs"]}
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return f"other input files ({', '.join(names[:3])}{', …' if len(names) > 3 else ''} differ)"
+
+
+def whole(folder: Path) -> bool:
+    """Whether the folder is finished and every shard has its size. If not, dataset.json goes, and the reason is printed."""
+    if not (folder / DATASET_FILE).exists():
+        return False
+    try:
+        for split in read_dataset_json(folder)["splits"].values():
+            for shard in split["shards"]:
+                check_shard_sizes(folder, shard)
+        return True
+    except LimeError as error:
+        print(f"not complete any more: {error}")
+        (folder / DATASET_FILE).unlink()
+        return False
+
+
+def finish(
+    manifest: Manifest, results: list[Result], tokenizer: Tokenizer, source: str, stop: bool, max_rejected: float
+) -> None:
+    """Check the share of bad rows, write dataset.json, and print the summary. LimeError, and no dataset.json, if it is too high."""
+    rejected = [Rejection(**entry) for result in results for entry in result["rejected"]]
+    if stop and rejected:
+        raise rejection_error(rejected[0])
+    counts = {key: sum(result[key] for result in results) for key in ("rows", "null", "empty")}
+    counts["rejected"] = sum(rejection.rows for rejection in rejected)
+    cut_short = {rejection.file for rejection in rejected if not rejection.rows}
+    share = max(counts["rejected"] / max(1, counts["rows"]), len(cut_short) / len(manifest.header["inputs"]))
+    for rejection in rejected[:NAMED_REJECTIONS]:
+        print(f"rejected: {rejection}")
+    if len(rejected) > NAMED_REJECTIONS:
+        print(f"rejected: {len(rejected) - NAMED_REJECTIONS} more, all named in {manifest.folder / UNITS_FILE}")
+    manifest.write(results)
+    if share > max_rejected:
+        raise LimeError(
+            f"{source}: {counts['rejected']} of {counts['rows']} rows were rejected and {len(cut_short)} of "
+            f"{len(manifest.header['inputs'])} files could not be read to their end, above --max-rejected {max_rejected}; "
+            f"first: {rejected[0]}; mend the input, or allow more (what is encoded is kept)"
+        )
+    splits = {}
+    for split in SPLITS:
+        shards = [shard for result in results for shard in result["shards"][split]]
+        sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")}
+        splits[split] = {**sums, "shards": shards}
+    description = {
+        "format": FORMAT,
+        "tool_version": TOOL_VERSION,
+        "source": source,
+        "tokenizer": "tokenizer",
+        "tokenizer_hash": tokenizer.hash,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "dtype": smallest_dtype(tokenizer.vocab_size).name,
+        **manifest.header,
+        "counts": counts,
+        "rejected": [str(rejection) for rejection in rejected],
+        "splits": splits,
+    }
+    write_atomic(manifest.folder / DATASET_FILE, json_bytes(description))
+    for split, facts in splits.items():
+        print(f"{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, {len(facts['shards'])} shards")
+    print(
+        f"rows: {counts['rows']:,}, empty {counts['empty']:,}, null {counts['null']:,}, rejected {counts['rejected']:,}"
+    )
+    print(f"dataset written: {manifest.folder / DATASET_FILE}")

@@ -1,0 +1,205 @@
+"""Train a sentencepiece model on an even sample of the input, and accept it only if texts come back exactly."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from data_tools.common import progress_bar
+from data_tools.sources import InputFile, Tally, file_text_bytes, fingerprint, list_inputs, read_file, row_group_bytes
+from data_tools.tokenizer import (
+    FACTS_FILE,
+    MODEL_FILE,
+    SPACE_MARK,
+    Tokenizer,
+    cut,
+    first_failure,
+    replace_folder,
+    tokenizer_facts,
+)
+from lime_dist.data.files import lock_folder, read_json, write_atomic
+from lime_dist.errors import LimeError
+
+UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
+TRAINING_CHARACTERS = (
+    1000  # sentencepiece skips training sentences over 4192 bytes without a word; a character has at most 4
+)
+CHECKED_DOCUMENTS = 1000
+HARD_TEXTS = [
+    "",
+    " ",
+    "  two  spaces, trailing  ",
+    "\n\n\ttab\r\nline feed\n",
+    "\0\x01\x1f\x7f\u0085\u00a0\u200b\u2028\ufeff",
+    "emoji 😀👩‍👩‍👧‍👦🏳️‍🌈, 漢字かな한글, العربية, e\u0301, \U0010ffff",
+    f"<s></s><pad><unk><0x41> {SPACE_MARK}lower{SPACE_MARK * 3} \u2047\ufffd",
+    "x" * 5000,
+    "1234567890 3.14 " * 300,
+]
+
+
+def file_budgets(sizes: list[int], budget: int) -> list[int]:
+    """Share ``budget`` bytes evenly over files: equal shares, and what small files leave over goes to the larger ones."""
+    budgets, left = [0] * len(sizes), budget
+    for rank, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        budgets[i] = min(sizes[i], left // (len(sizes) - rank))
+        left -= budgets[i]
+    return budgets
+
+
+def sample_documents(
+    files: list[InputFile], text_column: str, budget: int, seed: int, tally: Tally
+) -> Iterator[tuple[str, int]]:
+    """(text, its share of the budget in bytes) of documents sampled evenly over the files.
+
+    Of a parquet file, row groups come in random order until the file's budget is filled; of a JSONL file, documents are
+    kept with the probability that fills it. A file's random numbers depend on the seed and its place in the input only.
+    """
+    groups = [row_group_bytes(file, text_column) if file.is_parquet else [] for file in files]
+    sizes = [
+        sum(group) if file.is_parquet else file_text_bytes(file) for file, group in zip(files, groups, strict=True)
+    ]
+    for i, (file, left) in enumerate(zip(files, file_budgets(sizes, budget), strict=True)):
+        generator = np.random.default_rng([seed, i])
+        parts: list[tuple[int, int] | None] = [None]
+        keep = min(1.0, 1.1 * left / max(1, sizes[i]))
+        if file.is_parquet:
+            parts = [(int(group), int(group) + 1) for group in generator.permutation(len(groups[i]))]
+            # From each row group at most a fourth of the budget, so that no single one speaks for the file.
+            keep = min(1.0, max(keep, 0.25 * left / max(1, max(groups[i], default=1))))
+        for part in parts:
+            for _, text in read_file(file, text_column, tally, part):
+                if left > 0 and generator.random() < keep:
+                    size = len(text.encode())
+                    yield text, min(size, left)
+                    left -= size
+            if left <= 0:
+                break
+
+
+def train_model(texts: Iterator[str], vocab_size: int, model_type: str) -> sentencepiece.SentencePieceProcessor:
+    """Train on texts, cut so that none is skipped; LimeError with sentencepiece's own words if it cannot be done."""
+    pieces = (
+        piece for text in texts for piece in cut(text.replace("\0", "").replace(SPACE_MARK, ""), TRAINING_CHARACTERS)
+    )
+    model = io.BytesIO()
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(pieces),
+                model_writer=model,
+                logstream=log,
+                model_type=model_type,
+                vocab_size=vocab_size,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                add_dummy_prefix=False,
+                byte_fallback=True,
+                split_digits=True,
+                user_defined_symbols=["\n"],
+                unk_id=UNK_ID,
+                bos_id=BOS_ID,
+                eos_id=EOS_ID,
+                pad_id=PAD_ID,
+                num_threads=1,  # with more, unigram pieces depend on their number
+                shuffle_input_sentence=False,
+            )
+        except (RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise LimeError(
+                f"sentencepiece cannot train {vocab_size} pieces on this input: {reason}; lower --vocab-size or give "
+                "more text"
+            ) from None
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def write_tokenizer(
+    files: list[InputFile], output: Path, options: argparse.Namespace, training: dict[str, Any]
+) -> None:
+    """Sample, train, check and write; nothing is left in ``output`` unless every checked text comes back exactly."""
+    start, tally, budget = time.perf_counter(), Tally(), int(options.sample_megabytes * 1e6)
+    texts: list[str] = []
+    with progress_bar(budget, "sampling text") as bar:
+        for text, size in sample_documents(files, options.text_column, budget, options.seed, tally):
+            texts.append(text)
+            bar.update(size)
+        bar.total = bar.n
+    for rejection in tally.rejected[:10]:
+        print(f"not used: {rejection}")
+    if not texts:
+        raise LimeError(f"--input {options.input}: no text in column {options.text_column!r}; give --text-column")
+    size = sum(len(text.encode()) for text in texts)
+    print(
+        f"training {options.vocab_size} {options.model_type} pieces on {size / 1e6:.1f} MB, {len(texts):,} documents …"
+    )
+    model = train_model(iter(texts), options.vocab_size, options.model_type)
+    scratch = output / ".new"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    write_atomic(scratch / MODEL_FILE, model.serialized_model_proto())
+    write_atomic(scratch / FACTS_FILE, tokenizer_facts(model, options.model_type, training))
+    checked = texts[:: max(1, len(texts) // CHECKED_DOCUMENTS)]
+    failure = first_failure(Tokenizer(scratch), [*HARD_TEXTS, *checked])
+    if failure is not None:
+        shutil.rmtree(scratch)
+        raise LimeError(f"the trained tokenizer does not give this text back, it is refused: {failure[:80]!r}")
+    replace_folder(scratch, output)
+    seconds = time.perf_counter() - start
+    print(f"tokenizer written to {output} in {seconds:.1f} s; {len(checked):,} documents came back exactly")
+
+
+def reusable(output: Path, training: dict[str, Any]) -> bool:
+    """Whether the folder holds the tokenizer of this very call, whole; a LimeError if it holds another one."""
+    if not (output / FACTS_FILE).exists():
+        return False
+    facts = read_json(output / FACTS_FILE, "add --fresh to train again")
+    different = [key for key in training if facts.get("training", {}).get(key) != training[key]]
+    if different:
+        raise LimeError(
+            f"{output}: holds a tokenizer trained with other {' and '.join(different)}; give another --output, or --fresh "
+            "to replace it"
+        )
+    Tokenizer(output)
+    return True
+
+
+def add_arguments(commands: Any) -> None:
+    """The sub-command and its options."""
+    about = (
+        "Train on an even sample of the input; identity normalisation, byte fallback, digits split, white space kept."
+    )
+    parser = commands.add_parser("train", help=about, description=about)
+    parser.add_argument("--input", required=True, help="folder, glob or file of parquet or JSONL (.gz)")
+    parser.add_argument("--output", required=True, help="folder for the tokenizer")
+    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, the 256 bytes and 5 symbols included")
+    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
+    parser.add_argument("--text-column", default="text", help="default: text")
+    parser.add_argument("--sample-megabytes", type=float, default=32.0, help="text to train on (default 32)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
+    parser.add_argument("--fresh", action="store_true", help="train again, whatever the folder holds")
+
+
+def run(options: argparse.Namespace) -> None:
+    """``python -m data_tools.tokenizer train``."""
+    if options.vocab_size < 300 or options.sample_megabytes <= 0 or options.seed < 0:
+        raise LimeError("--vocab-size must be at least 300, --sample-megabytes above 0, --seed not negative")
+    files, output = list_inputs(options.input), Path(options.output)
+    training = {
+        key: getattr(options, key) for key in ("vocab_size", "model_type", "text_column", "sample_megabytes", "seed")
+    }
+    training["inputs"] = [fingerprint(file) for file in files]
+    with lock_folder(output):
+        if not options.fresh and reusable(output, training):
+            print(f"tokenizer complete, reused: {options.vocab_size} pieces in {output}")
+            return
+        write_tokenizer(files, output, options, training)

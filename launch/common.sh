@@ -1,0 +1,154 @@
+# shellcheck shell=bash
+# What the scripts in this folder share. Sourced by them, never run.
+#
+#   show_help SCRIPT          print the comment page at the top of SCRIPT
+#   fail MESSAGE              one line on stderr, exit status 2
+#   prepare [EXTRA ...]       make the virtual environment and install the project with these extras; sets $bin
+#   launch N ARGUMENT ...     run pretrain.py under `deepspeed` in N processes on this machine
+#
+# Variables that a user may set:
+#
+#   LIME_VENV        the virtual environment (default: .venv in the repository)
+#   LIME_PYTHON      the interpreter that makes it (default: python3); needs Python >= 3.10
+#   DS_ACCELERATOR   DeepSpeed's accelerator (default: cpu where torch sees fewer CUDA devices than processes)
+#   OMP_NUM_THREADS  threads of each process (default: cores / processes)
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+show_help() {
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$1"
+}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# Absolute, so that the environment is found from every directory.
+absolute() {
+  case "$1" in
+    /*) printf '%s\n' "$1" ;;
+    *) printf '%s\n' "$PWD/$1" ;;
+  esac
+}
+
+venv="$(absolute "${LIME_VENV:-$root/.venv}")"
+bin="$venv/bin"
+log="$venv/install.log"
+stamp="$venv/lime_dist.installed"
+
+require_python() { # require_python INTERPRETER
+  local version
+  version="$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2], int(sys.version_info >= (3, 10)))' 2>/dev/null)" ||
+    fail "'$1' does not run; set LIME_PYTHON to a Python >= 3.10"
+  [[ "$version" == *" 1" ]] || fail "'$1' is Python ${version% *}; set LIME_PYTHON to a Python >= 3.10"
+}
+
+# Runs a command with its output in $log. A terminal shows the newest line meanwhile; a failure shows the end of the log.
+logged() {
+  local line show=false
+  if [[ -t 1 ]]; then show=true; fi
+  if ! "$@" 2>&1 | while IFS= read -r line; do
+    printf '%s\n' "$line" >>"$log"
+    if $show; then printf '\r\033[K      %.90s' "$line"; fi
+  done; then
+    printf '\n' && tail -n 25 "$log" >&2
+    echo "error: this command failed: $*" >&2
+    echo "error: the end of its output is above, all of it in $log" >&2
+    return 1
+  fi
+  if $show; then printf '\r\033[K'; fi
+}
+
+# What the stamp holds: first the clone and its requirements, then the extras that are installed.
+requirements_key() {
+  printf '%s %s\n' "$root" "$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
+}
+
+is_installed() { # is_installed [EXTRA ...]
+  local key="" extras="" extra
+  [[ -x "$bin/python" && -f "$stamp" ]] || return 1
+  { read -r key && read -r extras; } <"$stamp" || return 1
+  [[ "$key" == "$(requirements_key)" ]] || return 1
+  for extra in "$@"; do
+    [[ " $extras " == *" $extra "* ]] || return 1
+  done
+}
+
+install() { # install [EXTRA ...]
+  local extras="$*" python="${LIME_PYTHON:-python3}" target="$root" words
+  if [[ ! -x "$bin/python" ]]; then
+    require_python "$python"
+    echo "      making the virtual environment $venv with $("$python" --version)"
+  fi
+  : >"$log"
+  if [[ -x "$bin/python" ]]; then
+    require_python "$bin/python"
+    # Extras of an earlier call stay installed, so they stay in the stamp.
+    if [[ -f "$stamp" ]]; then extras="$extras $(sed -n 2p "$stamp")"; fi
+  fi
+  read -ra words <<<"$extras"
+  extras="$(printf '%s\n' "${words[@]}" | sort -u | tr '\n' ' ')"
+  extras="${extras% }"
+  rm -f "$stamp"
+  if ! "$bin/python" -m pip --version >/dev/null 2>&1; then
+    logged "$python" -m venv "$venv"
+  fi
+  # torch comes first and alone: whatever is asked for after it cannot choose another one.
+  echo "      installing torch"
+  logged "$bin/python" -m pip install --no-input -c "$root/constraints.txt" torch
+  if [[ -n "$extras" ]]; then target="${root}[${extras// /,}]"; fi
+  echo "      installing lime_dist and its libraries${extras:+, with the extras ${extras// /, }}"
+  logged "$bin/python" -m pip install --no-input -c "$root/constraints.txt" -e "$target"
+  { requirements_key && printf '%s\n' "$extras"; } >"$stamp.new"
+  mv "$stamp.new" "$stamp"
+}
+
+prepare() {
+  if is_installed "$@"; then
+    echo "      $venv is up to date"
+  else
+    mkdir -p "$venv"
+    # Two scripts started together: the second waits, then finds the work done.
+    (
+      flock 9
+      is_installed "$@" || install "$@"
+    ) 9>"$venv/lime_dist.lock"
+  fi
+  export PATH="$bin:$PATH"
+}
+
+# `deepspeed` itself dies of a signal without telling its children, which would train on; its child does tell the workers.
+stop_workers() { # stop_workers PID
+  pkill -TERM -P "$1" || true
+}
+
+launch() {
+  local processes="$1" probe cuda_devices port launcher status=0 quiet=(--quiet)
+  shift
+  probe="$("$bin/python" -c '
+import socket, torch
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    print(torch.cuda.device_count(), probe.getsockname()[1])')"
+  read -r cuda_devices port <<<"$probe"
+  if [[ -z "${DS_ACCELERATOR:-}" ]] && ((cuda_devices < processes)); then
+    export DS_ACCELERATOR=cpu
+  fi
+  if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
+    export OMP_NUM_THREADS=$(($(nproc) > processes ? $(nproc) / processes : 1))
+  fi
+  if [[ " $* " == *" --verbose "* ]]; then quiet=(); fi
+  echo "      $processes processes, ${DS_ACCELERATOR:-cuda}, $OMP_NUM_THREADS thread(s) each"
+  # A hostfile that is no file: this machine alone, even where DeepSpeed's default hostfile exists.
+  # A free port: a second run on this machine does not collide with the first.
+  "$bin/deepspeed" "${quiet[@]}" --hostfile /dev/null --num_gpus "$processes" --master_port "$port" \
+    "$root/pretrain.py" "$@" &
+  launcher=$!
+  trap 'stop_workers "$launcher"' INT TERM HUP
+  while kill -0 "$launcher" 2>/dev/null; do
+    wait "$launcher" && status=0 || status=$?
+  done
+  trap - INT TERM HUP
+  return "$status"
+}

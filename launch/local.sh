@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Trains with any config on this machine: installs if need be, then runs pretrain.py under `deepspeed`.
+#
+#   bash launch/local.sh CONFIG [PROCESSES] [--verbose] [section.key=value ...]
+#
+#   CONFIG             a YAML file
+#   PROCESSES          how many to start (default: 2): parallel.pipeline_stages times the data-parallel width
+#   --verbose          show DeepSpeed's messages as well
+#   section.key=value  handed to pretrain.py, over CONFIG
+#
+# Example:
+#
+#   bash launch/local.sh configs/quickstart.yaml 4 parallel.pipeline_stages=4 \
+#     data.path=data/quickstart/shards run.directory=runs/four-stages
+#
+# Variables:
+#
+#   LIME_VENV          the virtual environment (default: .venv in the repository)
+#   LIME_PYTHON        the interpreter that makes it (default: python3); needs Python >= 3.10
+#   DS_ACCELERATOR     DeepSpeed's accelerator (default: cpu where torch sees fewer CUDA devices than PROCESSES)
+#   OMP_NUM_THREADS    threads of each process (default: cores / PROCESSES)
+#
+# Exit status: pretrain.py's; 2 on a mistake in the call, with one line that names it.
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+case "${1:-}" in
+  -h | --help) show_help "${BASH_SOURCE[0]}" && exit 0 ;;
+  "") fail "no config given; see bash launch/local.sh --help" ;;
+esac
+[[ -f "$1" ]] || fail "no such config file: $1"
+config="$1"
+shift
+
+processes=2
+if [[ "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
+  processes="$1"
+  shift
+fi
+for argument in "$@"; do
+  [[ "$argument" == ?*=* || "$argument" == --verbose ]] ||
+    fail "unknown argument '$argument'; see bash launch/local.sh --help"
+done
+
+# shellcheck disable=SC2119 # no extras
+prepare
+launch "$processes" --config "$config" "$@"

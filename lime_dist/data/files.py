@@ -1,0 +1,81 @@
+"""Files that are either whole or absent: atomic writes, hashes, and one writer a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lime_dist.errors import LimeError
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries (the renames inside it) to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one JSON layout of this program (keys as given, two spaces, UTF-8, final newline), so that equal means same bytes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
+    """Read a JSON object. A file that is absent or no JSON object is a LimeError that ends with ``what_to_do``."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise LimeError(f"{path}: no such file; {what_to_do}") from None
+    except (ValueError, OSError) as error:
+        raise LimeError(f"{path}: cannot be read ({error}); {what_to_do}") from None
+    if not isinstance(value, dict):
+        raise LimeError(f"{path}: holds no JSON object; {what_to_do}")
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` if needed and hold it alone; a LimeError if another process holds it. The kernel drops the lock at exit."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below, after the block that it protects
+    except OSError as error:
+        raise LimeError(f"{folder}: cannot be written ({error.strerror}); give another output folder") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise LimeError(f"{folder}: another run is writing here; wait for it or give another output folder") from None
+    finally:
+        file.close()

@@ -1,0 +1,182 @@
+"""Micro-batches of (tokens, labels) for the engine: a training stream that resumes exactly, and a fixed validation set."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.order import SampleOrder, rank_positions
+from lime_dist.errors import LimeError
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+PREFETCH = 4  # micro-batches read ahead
+ORDER_BLOCK = 1024  # samples whose order is computed at once: a call costs as much as some 700 samples
+
+
+def read_batch(split: TokenSplit, samples: np.ndarray, sequence_length: int) -> Batch:
+    """Tokens and labels, int64 [b, T] each, of ``samples`` [b]; labels are the tokens shifted by one."""
+    rows = np.empty((len(samples), sequence_length + 1), dtype=np.int64)
+    for row, sample in zip(rows, samples.tolist(), strict=True):
+        row[:] = split.sample(sample, sequence_length)
+    rows_bt1 = torch.from_numpy(rows)
+    return rows_bt1[:, :-1].contiguous(), rows_bt1[:, 1:].contiguous()
+
+
+class _ReadAhead:
+    """Run an iterator in a thread, at most PREFETCH items ahead; its exception is raised at the item where it happened."""
+
+    def __init__(self, items: Iterator[Batch]) -> None:
+        self._items: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=PREFETCH)
+        self._stop = threading.Event()
+        # The thread knows only the queue and the event, so that an abandoned reader can be collected, which stops it.
+        threading.Thread(target=_fill, args=(items, self._items, self._stop), name="read-ahead", daemon=True).start()
+        self.close = weakref.finalize(self, self._stop.set)
+
+    def get(self) -> Batch:
+        item = self._items.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+def _fill(items: Iterator[Batch], ready: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
+    def hand_over(item: Batch | BaseException) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    try:
+        for item in items:
+            if not hand_over(item):
+                return
+    except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+        hand_over(error)
+
+
+class TrainBatches:
+    """The endless training stream of one data-parallel rank: per micro-batch (tokens, labels), int64 [micro_batch_size, T].
+
+    ``consumed_samples`` (over all ranks) grows by ``global_batch_size`` when the last micro-batch of a step is handed out.
+    What comes next depends on it alone; setting it jumps to the start of that step. A thread reads a few batches ahead.
+    LimeError if the global batch does not factor into micro-batches × width.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        order: SampleOrder,
+        sequence_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        consumed_samples: int = 0,
+    ) -> None:
+        available = split.num_samples(sequence_length)
+        if order.num_samples != available:
+            raise ValueError(f"the order is over {order.num_samples} samples, but the split has {available}")
+        self._split, self._order, self._sequence_length = split, order, sequence_length
+        self._global_batch_size = global_batch_size
+        self._layout = (global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size)
+        self.micro_batches = len(rank_positions(consumed_samples, *self._layout))
+        self._reader: _ReadAhead | None = None
+        self.consumed_samples = consumed_samples
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples that all ranks have consumed in finished steps."""
+        return self._consumed_samples
+
+    @consumed_samples.setter
+    def consumed_samples(self, value: int) -> None:
+        if value < 0:
+            raise ValueError(f"consumed_samples is {value}, it cannot be negative")
+        self.close()
+        self._consumed_samples, self._handed_out = value, 0
+
+    def close(self) -> None:
+        """Stop reading ahead; the next micro-batch asked for is the first of the current step."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader, self._handed_out = None, 0
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._reader is None:
+            stream = _stream(self._split, self._order, self._sequence_length, self._consumed_samples, self._layout)
+            self._reader = _ReadAhead(stream)
+        try:
+            batch = self._reader.get()
+        except BaseException:
+            self.close()
+            raise
+        self._handed_out += 1
+        if self._handed_out == self.micro_batches:
+            self._consumed_samples += self._global_batch_size
+            self._handed_out = 0
+        return batch
+
+
+def _stream(
+    split: TokenSplit, order: SampleOrder, sequence_length: int, consumed: int, layout: tuple[int, int, int, int]
+) -> Iterator[Batch]:
+    global_batch_size, *_, data_parallel_size = layout
+    steps = max(1, ORDER_BLOCK * data_parallel_size // global_batch_size)
+    while True:
+        starts = consumed + global_batch_size * np.arange(steps)
+        positions = np.concatenate([rank_positions(int(start), *layout) for start in starts])
+        for samples in order.samples_at(positions):
+            yield read_batch(split, samples, sequence_length)
+        consumed += global_batch_size * steps
+
+
+class ValidationBatches:
+    """Samples 0 … evaluation_samples − 1 of a split in order, shared out over ranks like a training step; the same every time.
+
+    Iterating gives this rank's (tokens, labels), int64 [micro_batch_size, T]; ``len`` is its number of micro-batches.
+    LimeError if the samples do not share out evenly or the split has fewer.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        sequence_length: int,
+        evaluation_samples: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
+        wide = micro_batch_size * data_parallel_size
+        available = split.num_samples(sequence_length)
+        if evaluation_samples < 1 or evaluation_samples % wide:
+            raise LimeError(
+                f"train.evaluation_samples={evaluation_samples} is no multiple of train.micro_batch_size="
+                f"{micro_batch_size} times the data-parallel width {data_parallel_size}; use a multiple of {wide}"
+            )
+        if evaluation_samples > available:
+            raise LimeError(
+                f"train.evaluation_samples={evaluation_samples}, but {split.path} has {available} {split.split} samples "
+                f"of {sequence_length} tokens; use at most {available // wide * wide}, or pretokenize with a larger "
+                "--validation-fraction"
+            )
+        self._split, self._sequence_length = split, sequence_length
+        self._samples = rank_positions(0, evaluation_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for samples in self._samples:
+            yield read_batch(self._split, samples, self._sequence_length)

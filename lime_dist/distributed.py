@@ -1,0 +1,106 @@
+"""Starting the process group, and agreeing on errors so that no rank waits for one that has given up."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from lime_dist.errors import LimeError
+
+KNOWN_BAD_DEEPSPEED = ("0.18.3", "0.19.2")
+"""First and last DeepSpeed version that scales gradients wrongly or hangs under pipelines."""
+
+
+def world_size() -> int:
+    """The number of processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """True on rank 0, before and after the process group exists."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_versions() -> None:
+    """Refuse versions of DeepSpeed that train wrongly.
+
+    Raises:
+        LimeError: a known bad version is installed.
+    """
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    found = version("deepspeed")
+    first, last = KNOWN_BAD_DEEPSPEED
+    if Version(first) <= Version(found) <= Version(last):
+        raise LimeError(
+            f"DeepSpeed {found} is installed; {first}–{last} scale gradients wrongly or hang under pipelines: "
+            "pip install -c constraints.txt deepspeed"
+        )
+
+
+def start_processes(verbose: bool = False) -> None:
+    """Join the process group: of a launcher (deepspeed, torchrun) where there is one, else a group of one process.
+
+    CPU processes of one machine share its cores evenly unless OMP_NUM_THREADS says otherwise.
+    """
+    environment = os.environ
+    if "RANK" not in environment:
+        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    environment.setdefault("LOCAL_RANK", "0")
+    on_gpu = torch.cuda.is_available() and environment.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if not on_gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+        if "OMP_NUM_THREADS" not in environment:
+            local = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world_size())
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    with quiet(verbose):
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        if on_gpu:
+            get_accelerator().set_device(int(environment["LOCAL_RANK"]))
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=verbose)
+
+
+@contextlib.contextmanager
+def quiet(verbose: bool = False) -> Iterator[None]:
+    """Silence what DeepSpeed logs and prints while it starts; errors still come through."""
+    if verbose:
+        yield
+        return
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:  # a logger that was made in here holds the stream that is about to close
+            for handler in logger.handlers:
+                if isinstance(handler, logging.StreamHandler):
+                    handler.stream = sys.stderr
+
+
+def agree(error: str | None) -> None:
+    """Raise the same LimeError on all ranks if any rank has one; called by all ranks together."""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, error)
+    for line in found:
+        if line is not None:
+            raise LimeError(line)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,55 @@
+"""What a person reads while a run goes on: one line an interval from one rank, a bar when the output is a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+class Console:
+    """Prints on rank 0 and nowhere else; the bar shows steps and time left."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar: tqdm[None] | None = None
+
+    def start(self, step: int, steps: int) -> None:
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def say(self, line: str) -> None:
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def step_line(self, record: dict[str, float | int], steps: int) -> None:
+        """One line of a training step's record."""
+        left = (steps - record["step"]) * record["step_seconds"]
+        self.say(
+            f"step {record['step']}/{steps} | loss {record['loss']:.4f} | gradient norm {record['grad_norm']:.3f} | "
+            f"lr {record['lr']:.2e} | router lr {record['router_lr']:.2e} | "
+            f"{record['tokens_per_second']:,.0f} tokens/s | {record['step_seconds']:.2f} s/step | {duration(left)} left"
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42s, 3m05s, 2h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

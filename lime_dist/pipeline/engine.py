@@ -1,0 +1,132 @@
+"""DeepSpeed's PipelineEngine with the parts that a layer history and a correct gradient norm need replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from lime_dist.config.deepspeed import deepspeed_config
+from lime_dist.config.schema import Config
+from lime_dist.model.decoder import EMBEDDING
+from lime_dist.pipeline.module import LimePipelineModule
+from lime_dist.train.optim import Groups, StageOptimizer
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+class LimeEngine(PipelineEngine):
+    """Runs the stock schedule; gradients, norm, clipping and the update belong to `StageOptimizer`."""
+
+    optimizer: StageOptimizer
+
+    def __init__(self, module: LimePipelineModule, config: Config) -> None:
+        world_size = dist.get_world_size()
+        settings = deepspeed_config(config, world_size)
+        mpu = module.mpu()
+        with torch.no_grad():  # it broadcasts the parameters
+            super().__init__(
+                args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu
+            )
+        tied = {name: comm["group"] for name, comm in self._tied_communicators().items()}
+        copies = {
+            name for name, comm in self._tied_communicators().items() if self.global_rank != min(comm["ranks"])
+        }
+        self.optimizer = StageOptimizer(
+            module.exported_parameters,
+            config.optimizer,
+            config.train.steps,
+            config.parallel.zero_stage,
+            Groups(
+                replicas=mpu.get_data_parallel_group(),
+                pipeline=mpu.get_pipe_parallel_group(),
+                tied=MappingProxyType(tied),
+                tied_copies=frozenset(copies),
+            ),
+        )
+        self._shape_purpose = ""
+
+    def _tied_communicators(self) -> dict[str, dict[str, Any]]:
+        """By exported name: DeepSpeed's group, ranks and module of a weight that lives on two stages."""
+        return {
+            f"{EMBEDDING}.weight": comm for comm in self.module.tied_comms.values() if len(set(comm["ranks"])) > 1
+        }
+
+    def train_step(self, batches: Batches) -> float:
+        """One step over all micro-batches; returns the mean loss over the global batch (nats per token), on every rank."""
+        self._use_shape("train")
+        return float(self.train_batch(batches))
+
+    def evaluate(self, batches: Batches, micro_batches: int) -> float:
+        """Mean loss over ``micro_batches`` micro-batches of every replica, on every rank; changes nothing."""
+        self._use_shape("evaluate")
+        return float(self.eval_batch(batches, num_micro_batches=micro_batches))
+
+    def _use_shape(self, purpose: str) -> None:
+        """The stock engine agrees on a payload's shape once; make it agree again when the purpose changes."""
+        if self._shape_purpose != purpose:
+            self.reset_activation_shape()
+            self._shape_purpose = purpose
+
+    # -- instructions -------------------------------------------------------------------------------------------------
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        """Stock: also clones the payload, and hooks the output so that backward outside the engine is refused."""
+        outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
+        self.pipe_buffers["outputs"][buffer_id] = outputs
+        if self.is_last_stage():
+            self.loss = self.module.loss_fn(outputs, self.pipe_buffers["labels"][buffer_id])
+            loss = self.loss.detach()
+            self.fwd_outputs.append(loss)
+            self.total_loss = loss.clone() if self.total_loss is None else self.total_loss + loss
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        """One backward per stage and micro-batch; the mean over micro-batches is taken at the loss."""
+        if self.is_last_stage():
+            (self.loss / self.micro_batches).backward()
+        else:
+            self.pipe_buffers["outputs"][buffer_id].backward(self.grad_layer)
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _exec_reduce_tied_grads(self) -> None:
+        self.optimizer.reduce_tied_gradients()
+
+    def _exec_reduce_grads(self) -> None:
+        self.optimizer.reduce_gradients()
+
+    def _exec_optimizer_step(self, lr_kwargs: object = None) -> None:
+        applied = self.optimizer.step()
+        self.skipped_steps += not applied
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def _aggregate_total_loss(self) -> Tensor:
+        """The global batch's mean loss on every rank."""
+        loss = torch.zeros((), device=self.device)
+        if self.is_last_stage():
+            loss = self.total_loss / self.micro_batches
+            if self.is_data_parallel:
+                dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())
+                loss /= self.dp_world_size
+        return self._bcast_pipe_scalar(loss)
+
+    def _bcast_pipe_scalar(self, data: Tensor, src_rank: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Stock: always float32; here the precision that losses are computed in, at least float32."""
+        exact = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
+        return super()._bcast_pipe_scalar(data, src_rank, exact)
+
+    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.BackwardPass: _exec_backward_pass,
+        schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
+        schedule.ReduceGrads: _exec_reduce_grads,
+        schedule.OptimizerStep: _exec_optimizer_step,
+    }

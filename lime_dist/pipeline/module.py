@@ -1,0 +1,108 @@
+"""The decoder's flat list of layers as a DeepSpeed PipelineModule whose forward is ours: unpack once, run the blocks, pack once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.module import LayerSpec as DeepSpeedLayer
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.module import TiedLayerSpec as DeepSpeedTiedLayer
+from torch import Tensor, nn
+
+from lime_dist.config.schema import Config
+from lime_dist.model.blocks import DecoderLayer
+from lime_dist.model.decoder import LayerSpec, apply_head, decoder_layers, open_history, run_layers, stage_layout
+from lime_dist.model.layers import language_model_loss
+from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.pipeline.payload import pack, unpack
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+class LimePipelineModule(PipelineModule):
+    """The layers of this process's stage. Input: tokens [B, T] on the first stage, a payload [B, T, C] on the others;
+    output: logits [B, T, V] on the last stage, a payload on the others."""
+
+    def __init__(self, config: Config, verbose: bool = False) -> None:
+        self.config = config
+        self.bounds = stage_bounds(config)
+        specs = decoder_layers(config.model)
+        device = torch.device(get_accelerator().current_device_name())
+        arguments = (config.model, config.train.seed, device, DTYPES[config.precision])
+        layers: list[DeepSpeedLayer] = [_Layer(spec, arguments) for spec in specs]
+        if specs[-1] is specs[0]:
+            layers[0] = layers[-1] = _TiedEmbedding(specs[0], arguments)
+        with torch.no_grad(), contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(layers, num_stages=config.parallel.pipeline_stages, loss_fn=language_model_loss)
+        self.layout = stage_layout(config.model, self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
+        self.exported_parameters = self._exported_parameters(specs)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage_id == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage_id == self.num_stages - 1
+
+    def _partition_layers(self, method: str = "ours") -> None:
+        """Cut the flat list by `stage_bounds`: embedding with the first decoder layers, norm and head with the last."""
+        self.parts = [0, *(bound + 1 for bound in self.bounds[1:-1]), self._num_layers]
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(self.parts[stage], self.parts[stage + 1])
+
+    def _exported_parameters(self, specs: Sequence[LayerSpec]) -> dict[str, nn.Parameter]:
+        """This stage's parameters by exported name, in the order of the flat list; a tied weight once."""
+        found: dict[str, nn.Parameter] = {}
+        for spec, module in zip(specs[self._local_start : self._local_stop], self.forward_funcs, strict=True):
+            names = spec.exported_names(module)
+            found.update({names[local]: parameter for local, parameter in module.named_parameters()})
+        return found
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        functions = self.forward_funcs
+        embedding_count, head_count = int(self.is_first_stage), 2 * int(self.is_last_stage)
+        layers = cast(Sequence[DecoderLayer], functions[embedding_count : len(functions) - head_count])
+        config = self.config
+        if self.is_first_stage:
+            hidden = functions[0](inputs)
+            history = open_history(config.model, self.layout, inputs.numel(), hidden)
+        else:
+            batch, length, _ = inputs.shape
+            history = open_history(config.model, self.layout, batch * length, inputs)
+            hidden = unpack(inputs, config.model.hidden_size, history)
+        hidden = run_layers(layers, hidden, history, config.parallel.activation_checkpointing)
+        if not self.is_last_stage:
+            return pack(hidden, history)
+        norm, head = functions[-2:]
+        return apply_head(head, norm(hidden))
+
+
+Arguments = tuple[object, int, torch.device, torch.dtype]
+
+
+class _Layer(DeepSpeedLayer):
+    """DeepSpeed's layer description around ours."""
+
+    def __init__(self, spec: LayerSpec, arguments: Arguments) -> None:
+        super().__init__(nn.Module)
+        self.spec, self.arguments = spec, arguments
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.spec.build(*self.arguments)
+
+
+class _TiedEmbedding(DeepSpeedTiedLayer):
+    """The embedding that is also the output projection; DeepSpeed keeps its copies on two stages together."""
+
+    def __init__(self, spec: LayerSpec, arguments: Arguments) -> None:
+        super().__init__("embedding", nn.Module)
+        self.spec, self.arguments = spec, arguments
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.spec.build(*self.arguments)

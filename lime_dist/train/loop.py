@@ -1,0 +1,121 @@
+"""The training loop: steps, validation, checkpoints and records, from finished parts that the entry hands over."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+from lime_dist.checkpoint import store
+from lime_dist.config.schema import Config
+from lime_dist.data.loader import TrainBatches, ValidationBatches
+from lime_dist.monitor.console import Console
+from lime_dist.pipeline.engine import LimeEngine
+from lime_dist.train.state import TrainState
+
+
+class RecordSink(Protocol):
+    """Something that keeps records: ``metrics.jsonl``, TensorBoard."""
+
+    def write(self, record: dict[str, float | int]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """The finished parts of a run. The data are None on stages between the first and the last, sinks on all ranks but 0."""
+
+    config: Config
+    engine: LimeEngine
+    train_batches: TrainBatches | None
+    validation_batches: ValidationBatches | None
+    evaluation_micro_batches: int
+    console: Console
+    sinks: tuple[RecordSink, ...] = ()
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.config.run.directory) / "checkpoints"
+
+
+def train(run: Run, state: TrainState) -> tuple[TrainState, float | None]:
+    """Train from ``state`` to ``train.steps``; returns the last state and validation loss (None without validation)."""
+    config, engine, console = run.config, run.engine, run.console
+    settings = config.train
+    recent: deque[float] = deque(maxlen=20)
+    validated: tuple[int, float] | None = None
+    saved = state.step
+    console.start(state.step, settings.steps)
+    while state.step < settings.steps:
+        lr, router_lr = engine.optimizer.learning_rates()
+        begin = time.perf_counter()
+        loss = engine.train_step(run.train_batches)
+        seconds = time.perf_counter() - begin
+        state = TrainState(state.step + 1, state.consumed_samples + settings.global_batch_size)
+        recent.append(seconds)
+        record: dict[str, float | int] = {
+            **_position(config, state),
+            "loss": loss,
+            "grad_norm": engine.optimizer.gradient_norm,
+            "lr": lr,
+            "router_lr": router_lr,
+            "step_seconds": seconds,
+            "tokens_per_second": settings.global_batch_size * config.data.sequence_length / seconds,
+        }
+        _keep(run, record)
+        console.advance()
+        if engine.optimizer.gradient_norm != engine.optimizer.gradient_norm or loss != loss:
+            console.say(f"step {state.step}: loss {loss}, gradient norm not finite; this update was skipped on all ranks")
+        if state.step % settings.log_interval == 0 or state.step == settings.steps:
+            typical = median(recent)
+            rate = settings.global_batch_size * config.data.sequence_length / typical
+            console.step_line({**record, "step_seconds": typical, "tokens_per_second": rate}, settings.steps)
+        if _due(settings.evaluation_interval, state.step):
+            validated = (state.step, validate(run, state)) if run.evaluation_micro_batches else None
+        if _due(settings.checkpoint_interval, state.step):
+            save(run, state)
+            saved = state.step
+    if saved != state.step:
+        save(run, state)
+    if run.evaluation_micro_batches and (validated is None or validated[0] != state.step):
+        validated = (state.step, validate(run, state))
+    console.close()
+    return state, validated[1] if validated else None
+
+
+def validate(run: Run, state: TrainState) -> float:
+    """Loss over the fixed validation samples, recorded and printed."""
+    batches = iter(run.validation_batches) if run.validation_batches is not None else None
+    loss = run.engine.evaluate(batches, run.evaluation_micro_batches)
+    _keep(run, {**_position(run.config, state), "validation_loss": loss})
+    run.console.say(f"step {state.step}/{run.config.train.steps} | validation loss {loss:.4f}")
+    return loss
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Write a checkpoint and say where it is."""
+    begin = time.perf_counter()
+    engine = run.engine
+    path = store.save(
+        run.checkpoints, run.config, engine.optimizer, state, engine.stage_id, engine.grid.get_data_parallel_rank()
+    )
+    run.console.say(f"step {state.step}/{run.config.train.steps} | saved {path} in {time.perf_counter() - begin:.1f} s")
+
+
+def _position(config: Config, state: TrainState) -> dict[str, float | int]:
+    return {
+        "step": state.step,
+        "consumed_samples": state.consumed_samples,
+        "tokens": state.consumed_samples * config.data.sequence_length,
+    }
+
+
+def _keep(run: Run, record: dict[str, float | int]) -> None:
+    for sink in run.sinks:
+        sink.write(record)
+
+
+def _due(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,188 @@
+"""Train a decoder: parse, build left to right, train. Run by the ``deepspeed`` launcher, by ``torchrun``, or alone."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from lime_dist import load_config
+from lime_dist.config.deepspeed import batch_split
+from lime_dist.config.load import dump_config
+from lime_dist.config.schema import Config
+from lime_dist.distributed import agree, check_versions, is_main_process, quiet, start_processes, world_size
+from lime_dist.errors import LimeError, run_command
+
+T = TypeVar("T")
+
+EXAMPLES = """examples:
+  deepspeed --num_gpus 2 pretrain.py --config configs/quickstart.yaml
+  deepspeed --hostfile hosts pretrain.py --config C train.steps=1000 parallel.pipeline_stages=8
+  python pretrain.py --config configs/quickstart.yaml parallel.pipeline_stages=1     (one process)
+
+A run whose folder (run.directory) holds checkpoints continues from the newest whole one."""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file with the sections of a run")
+    parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed logs")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
+    if is_main_process():
+        return parser.parse_args()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    check_versions()
+    config = load_config(arguments.config, arguments.overrides)
+    batch_split(config, world_size())
+    start_processes(arguments.verbose)
+    train(config, arguments.verbose)
+    torch.distributed.destroy_process_group()
+
+
+def train(config: Config, verbose: bool) -> None:
+    """Build the parts of a run left to right, train, and print where things are; called on every rank."""
+    import torch.distributed as dist
+
+    from lime_dist.checkpoint import store
+    from lime_dist.data.dataset import TokenSplit
+    from lime_dist.data.loader import TrainBatches, ValidationBatches
+    from lime_dist.data.order import SampleOrder
+    from lime_dist.monitor.console import Console
+    from lime_dist.monitor.metrics import MetricsFile
+    from lime_dist.monitor.tensorboard import TensorBoardLog
+    from lime_dist.pipeline.engine import LimeEngine
+    from lime_dist.pipeline.module import LimePipelineModule
+    from lime_dist.train import loop
+    from lime_dist.train.state import TrainState
+
+    main_process = is_main_process()
+    console = Console(main_process)
+    width, _ = batch_split(config, dist.get_world_size())
+    length, settings = config.data.sequence_length, config.train
+
+    train_split = together(lambda: TokenSplit(config.data.path, "train"))
+    together(lambda: check_vocabulary(config, train_split.vocab_size))
+    order = SampleOrder(config.data.seed, together(lambda: train_split.num_samples(length)))
+
+    with quiet(verbose):
+        module = LimePipelineModule(config, verbose)
+        engine = LimeEngine(module, config)
+    replica = engine.grid.get_data_parallel_rank()
+    at_an_end = engine.is_first_stage() or engine.is_last_stage()
+
+    def validation() -> ValidationBatches:
+        split = TokenSplit(config.data.path, "validation")
+        return ValidationBatches(split, length, settings.evaluation_samples, settings.micro_batch_size, replica, width)
+
+    evaluation = together(validation) if settings.evaluation_samples else None
+
+    state = TrainState()
+    directory = Path(config.run.directory)
+    found, passed_over = store.find_newest(directory / "checkpoints")
+    for line in passed_over:
+        console.say(line)
+    if found is not None:
+        store.load(found, config, engine.optimizer)
+        state = found.state
+        console.say(f"resumed from step {state.step} ({found.path})")
+    elif passed_over:
+        raise store.checkpoint_error(directory / "checkpoints")
+
+    sinks: tuple[MetricsFile, TensorBoardLog] | tuple[()] = ()
+    if main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(dump_config(config))
+        (directory / "environment.txt").write_text(describe_environment())
+        sinks = (
+            MetricsFile(directory / "metrics.jsonl", state.step),
+            TensorBoardLog(directory / "tensorboard", dump_config(config), state.step),
+        )
+    console.say(
+        f"{config.model.architecture}: {config.model.num_hidden_layers} layers in {engine.num_stages} stage(s) × "
+        f"{width} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
+        f"{settings.global_batch_size * length:,} tokens a step; {order.num_samples:,} training samples"
+    )
+
+    batches = None
+    if at_an_end:
+        batches = TrainBatches(
+            train_split, order, length, settings.global_batch_size, settings.micro_batch_size, replica, width,
+            state.consumed_samples,
+        )  # fmt: skip
+    run = loop.Run(
+        config=config,
+        engine=engine,
+        train_batches=batches,
+        validation_batches=evaluation if at_an_end else None,
+        evaluation_micro_batches=len(evaluation) if evaluation is not None else 0,
+        console=console,
+        sinks=sinks,
+    )
+    if state.step >= settings.steps:
+        console.say(f"nothing left to train: {state.step} steps are done and train.steps={settings.steps}")
+    state, validation_loss = loop.train(run, state)
+    for sink in sinks:
+        sink.close()
+    if batches is not None:
+        batches.close()
+
+    if validation_loss is not None:
+        console.say(
+            f"validation loss: {validation_loss:.4f} nats per token "
+            f"({math.log(config.model.vocab_size) - validation_loss:.2f} below ln({config.model.vocab_size}))"
+        )
+    console.say(f"tokens seen: {state.consumed_samples * length:,}")
+    console.say(f"run folder: {directory}")
+    console.say(f"watch it: tensorboard --logdir {directory / 'tensorboard'}")
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run an action on all ranks; a LimeError of any rank is raised on all of them."""
+    result: T | None = None
+    error: str | None = None
+    try:
+        result = action()
+    except LimeError as problem:
+        error = str(problem)
+    agree(error)
+    return result  # type: ignore[return-value]  # agree raised if there is none
+
+
+def check_vocabulary(config: Config, vocab_size: int) -> None:
+    if vocab_size > config.model.vocab_size:
+        raise LimeError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {vocab_size} pieces of the tokenizer "
+            f"that made {config.data.path}; set model.vocab_size={vocab_size} or more"
+        )
+
+
+def describe_environment() -> str:
+    names = ("torch", "deepspeed", "numpy", "sentencepiece", "datasets", "tensorboard")
+    lines = [
+        f"command: {' '.join(sys.argv)}",
+        f"host: {platform.node()}, {platform.platform()}, {os.cpu_count()} cores, {world_size()} processes",
+        f"python: {platform.python_version()}",
+        *(f"{name}: {version(name)}" for name in names),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_command(main, speaks=is_main_process())

@@ -1,0 +1,119 @@
+"""Protects the program's first promise: a pipeline computes what one process computes, whatever the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import yaml
+from support import oracle
+from support.workers import WorkerGroup
+
+from lime_dist.config.load import make_config
+
+STEPS = 5
+TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2}
+"""Largest ‖Δ‖∞/‖g‖∞ per tensor. bf16: entries and weights round to 8 bits, at every boundary again (measured: 2.3e-2)."""
+
+
+def settings(architecture: str, heads: int, tied: bool, precision: str, **parallel: Any) -> dict[str, Any]:
+    """Five layers (a number that no stage count here divides), 4 micro-batches, a clip that every step hits."""
+    return {
+        "model": {
+            "architecture": architecture, "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": heads, "tie_word_embeddings": tied,
+        },
+        "data": {"sequence_length": 7},
+        "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": 10},
+        "optimizer": {"warmup_steps": 2, "max_grad_norm": 0.05},
+        "parallel": parallel,
+        "precision": precision,
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def reference(text: str) -> dict[str, Any]:
+    return oracle.train_steps(make_config(yaml.safe_load(text), "a test"), STEPS, evaluate=True)
+
+
+def check_equal(values: dict[str, Any], group: WorkerGroup) -> list[dict[str, Any]]:
+    """Losses, validation, gradients, norms and parameters of every rank against one process."""
+    results = group.run("support.cases.train_steps", values=values, steps=STEPS, evaluate=True)
+    expected = reference(yaml.safe_dump({**values, "parallel": {}}))
+    tolerance = TOLERANCE[values["precision"]]
+    assert min(expected["norms"]) > values["optimizer"]["max_grad_norm"], "every step must clip, or clipping is not tested"
+    covered: set[str] = set()
+    for result in results:
+        assert result["losses"] == pytest.approx(expected["losses"], rel=tolerance / 10)
+        assert result["evaluations"] == pytest.approx(expected["evaluations"], rel=tolerance / 10)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=tolerance)
+        for kind in ("gradients", "parameters"):
+            for name, found in result[kind].items():
+                wanted = expected[kind][name].double()
+                error = (found.double() - wanted).abs().max() / wanted.abs().max()
+                assert error <= tolerance, f"{kind} of {name} on stage {result['stage']}: {error:.1e}"
+        covered |= set(result["gradients"])
+    assert covered == set(expected["gradients"]), "every parameter's gradient must have been compared"
+    return results
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("heads", [4, 2], ids=["G=H", "G<H"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ["llama", "lime"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_pipeline_equals_one_process(
+    workers: Callable[[int], WorkerGroup], architecture: str, tied: bool, heads: int, stages: int, precision: str
+) -> None:
+    check_equal(settings(architecture, heads, tied, precision, pipeline_stages=stages), workers(stages))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lime"])
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_bf16_pipeline_equals_one_bf16_process(
+    workers: Callable[[int], WorkerGroup], architecture: str, stages: int, tied: bool
+) -> None:
+    check_equal(settings(architecture, 2, tied, "bf16", pipeline_stages=stages), workers(stages))
+
+
+@pytest.mark.parametrize("cut", [[1, 4], [4, 1], [2, 3]], ids=str)
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_a_stage_without_a_router(workers: Callable[[int], WorkerGroup], cut: list[int], precision: str) -> None:
+    """Layer 0 has no router: the stage that holds it alone has an empty router group (DeepSpeed's ZeRO 1 hangs there)."""
+    values = settings("lime", 2, True, precision, pipeline_stages=2, stage_layers=cut)
+    results = check_equal(values, workers(2))
+    assert [result["routers"] for result in results] == [cut[0] - 1, cut[1]]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+def test_two_replicas_of_two_stages(
+    workers: Callable[[int], WorkerGroup], zero_stage: int, tied: bool, precision: str
+) -> None:
+    """2 × 2 processes on the joined batch; the first stage has no router."""
+    values = settings("lime", 2, tied, precision, pipeline_stages=2, zero_stage=zero_stage, stage_layers=[1, 4])
+    check_equal(values, workers(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_replicas_of_three_stages(
+    workers: Callable[[int], WorkerGroup], zero_stage: int, tied: bool, precision: str
+) -> None:
+    values = settings("lime", 2, tied, precision, pipeline_stages=3, zero_stage=zero_stage, stage_layers=[1, 2, 2])
+    check_equal(values, workers(6))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lime"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_activation_checkpointing_changes_nothing(
+    workers: Callable[[int], WorkerGroup], architecture: str, stages: int
+) -> None:
+    values = settings(architecture, 2, True, "fp64", pipeline_stages=stages, activation_checkpointing=True)
+    check_equal(values, workers(stages))

@@ -1,0 +1,74 @@
+"""What worker processes run: training steps on random tokens through the real module, engine and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lime_dist.config.load import make_config
+from lime_dist.config.schema import Config
+from lime_dist.data.order import rank_positions
+
+Batch = tuple[Tensor, Tensor]
+
+
+def random_batch(config: Config, step: int) -> Batch:
+    """The global batch of a step: (tokens, labels) [global batch, T]."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    size = (config.train.global_batch_size, config.data.sequence_length + 1)
+    tokens = torch.randint(0, config.model.vocab_size, size, generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def rank_batches(config: Config, step: int, replica: int, width: int) -> Iterator[Batch]:
+    """One replica's micro-batches of a step."""
+    tokens, labels = random_batch(config, step)
+    for rows in rank_positions(0, config.train.global_batch_size, config.train.micro_batch_size, replica, width):
+        yield tokens[rows], labels[rows]
+
+
+def perturb(name: str, parameter: Tensor) -> None:
+    """Move a parameter off its initial value, by its name alone, so that norms are not 1 and no symmetry hides an error."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def train_steps(values: dict[str, Any], steps: int, evaluate: bool = False) -> dict[str, Any]:
+    """Run steps on this rank; returns losses, norms, this rank's gradients of the first step and parameters after the last."""
+    from lime_dist.distributed import quiet
+    from lime_dist.pipeline.engine import LimeEngine
+    from lime_dist.pipeline.module import LimePipelineModule
+
+    config = make_config(values, "a test")
+    with quiet():
+        module = LimePipelineModule(config)
+        for name, parameter in module.exported_parameters.items():
+            perturb(name, parameter)
+        engine = LimeEngine(module, config)
+    optimizer = engine.optimizer
+    replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
+    result: dict[str, Any] = {"stage": engine.stage_id, "replica": replica, "losses": [], "norms": [], "evaluations": []}
+    result["rates"] = []
+    update = optimizer.step
+
+    def recorded_update() -> bool:
+        if "gradients" not in result:
+            result["gradients"] = {
+                name: optimizer._view(optimizer.flat_gradients, name).clone() for name in optimizer.local_names()
+            }
+        return update()
+
+    optimizer.step = recorded_update
+    for step in range(steps):
+        result["rates"].append(optimizer.learning_rates())
+        result["losses"].append(engine.train_step(rank_batches(config, step, replica, width)))
+        result["norms"].append(optimizer.gradient_norm)
+        if evaluate:
+            batches = rank_batches(config, 100, replica, width)
+            result["evaluations"].append(engine.evaluate(batches, engine.micro_batches))
+    result["parameters"] = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+    result["routers"] = sum(".router." in name for name in optimizer.parameters)
+    return result

@@ -1,0 +1,89 @@
+"""The single-process decoder trained with torch's own optimizer, clipping and schedule: what every pipeline must equal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from support.cases import perturb, random_batch
+from torch import Tensor
+
+from lime_dist.config.schema import Config
+from lime_dist.model.decoder import build_decoder
+from lime_dist.model.init import parameter_group
+from lime_dist.model.layers import language_model_loss
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def train_steps(config: Config, steps: int, evaluate: bool = False) -> dict[str, Any]:
+    """Losses, norms, gradients of the first step and parameters after the last, from one process without DeepSpeed."""
+    dtype = DTYPES[config.precision]
+    exact = torch.promote_types(dtype, torch.float32)
+    model = build_decoder(config.model, seed=config.train.seed, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        perturb(name, parameter)
+    masters = {name: p.detach().to(exact).clone().requires_grad_() for name, p in model.named_parameters()}
+    settings = config.optimizer
+    adam = torch.optim.AdamW(
+        [
+            {
+                "params": [masters[name]],
+                "lr": settings.router_lr if parameter_group(name) == "routers" else settings.lr,
+                "weight_decay": settings.weight_decay if parameter_group(name) == "matrices" else 0.0,
+            }
+            for name in masters
+        ],
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+
+    def factor(step: int) -> float:
+        floor = settings.min_lr / settings.lr
+        if step < settings.warmup_steps:
+            return max(floor, (step + 1) / settings.warmup_steps)
+        done = (step - settings.warmup_steps) / max(1, config.train.steps - settings.warmup_steps)
+        return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, factor)
+    result: dict[str, Any] = {"losses": [], "norms": [], "evaluations": []}
+    micro = config.train.micro_batch_size
+    for step in range(steps):
+        loss = _accumulate(model, masters, random_batch(config, step), micro)
+        if step == 0:
+            result["gradients"] = {name: master.grad.clone() for name, master in masters.items()}
+        norm = torch.nn.utils.clip_grad_norm_(masters.values(), settings.max_grad_norm)
+        adam.step()
+        scheduler.step()
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(masters[name].data)
+        result["losses"].append(loss)
+        result["norms"].append(float(norm))
+        if evaluate:
+            with torch.no_grad():
+                result["evaluations"].append(_loss(model, random_batch(config, 100), micro))
+    result["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return result
+
+
+def _accumulate(model: torch.nn.Module, masters: dict[str, Tensor], batch: tuple[Tensor, Tensor], micro: int) -> float:
+    """Gradients of the mean loss over micro-batches, added up in the masters' precision."""
+    tokens, labels = batch
+    parts = len(tokens) // micro
+    for master in masters.values():
+        master.grad = torch.zeros_like(master)
+    total = 0.0
+    for part_tokens, part_labels in zip(tokens.split(micro), labels.split(micro), strict=True):
+        loss = language_model_loss(model(part_tokens), part_labels)
+        (loss / parts).backward()
+        for name, parameter in model.named_parameters():
+            masters[name].grad += parameter.grad
+            parameter.grad = None
+        total += loss.item() / parts
+    return total
+
+
+def _loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor], micro: int) -> float:
+    losses = [language_model_loss(model(t), y).item() for t, y in zip(*(x.split(micro) for x in batch), strict=True)]
+    return sum(losses) / len(losses)
