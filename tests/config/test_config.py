@@ -1,0 +1,96 @@
+"""Protects configuration: what is read is what was written, and every mistake is one line that helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from lime_dist import load_config
+from lime_dist.config.deepspeed import batch_split, deepspeed_config
+from lime_dist.config.load import dump_config
+from lime_dist.errors import LimeError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_overrides_come_after_the_file_and_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  steps: 5\n  seed: 3\noptimizer:\n  lr: 1e-3\n")
+    config = load_config(path, ["train.steps=7", "model.num_key_value_heads=null", "optimizer.betas=[0.8, 0.9]"])
+    assert (config.train.steps, config.train.seed, config.optimizer.lr) == (7, 3, 1e-3)
+    assert config.optimizer.betas == (0.8, 0.9) and config.model.key_value_heads == config.model.num_attention_heads
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_configuration_in_the_repository_is_valid(path: Path) -> None:
+    load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.stpes=5", "unknown key train.stpes=5 in the command line; the nearest valid key is train.steps"),
+        ("pipeline_stages=2", "unknown key pipeline_stages=2 in the command line; the nearest valid key is parallel.pipeline_stages"),
+        ("optimzer.lr=1", "the nearest valid key is optimizer"),
+        ("model.lime.historyy.policy=full", "the nearest valid key is model.lime.history"),
+        ("train.steps=many", "train.steps='many' in the command line: input should be a valid integer"),
+        ("train.steps=1.5", "train.steps=1.5 in the command line: input should be a valid integer"),
+        ("train.steps=-1", "train.steps=-1 in the command line: input should be greater than or equal to 0"),
+        ("precision=fp8", "precision='fp8' in the command line: input should be 'fp32', 'bf16' or 'fp64'"),
+        ("train=5", "train=5 in the command line"),
+        ("model.hidden_size=130", "model.hidden_size=130 does not divide into model.num_attention_heads=4 heads"),
+        ("model.hidden_size=12", "odd head size"),
+        ("model.num_key_value_heads=3", "model.num_key_value_heads=3 does not divide model.num_attention_heads=4"),
+        ("parallel.pipeline_stages=17", "parallel.pipeline_stages=17 is more than model.num_hidden_layers=16"),
+        ("parallel.stage_layers=[8,8]", "parallel.stage_layers=[8, 8] must be 1 positive numbers"),
+        ("optimizer.min_lr=1", "optimizer.min_lr=1.0 is above optimizer.lr=0.001"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas=[0.9, 1.0] must lie in [0, 1)"),
+        ("train.steps", "cannot read the override 'train.steps'; write section.key=value"),
+        ("train.steps.more=1", "train.steps={'more': 1} in the command line: input should be a valid integer"),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_is_one_line(override: str, line: str) -> None:
+    with pytest.raises(LimeError) as caught:
+        load_config(None, [override])
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train: [1", "is not valid YAML"),
+        ("- 1\n", "must hold sections"),
+        ("train:\n  steps: 1\n  steps: 2\n", "the key 'steps' stands twice"),
+        ("train:\n  stpes: 1\n", "unknown key train.stpes=1 in"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(LimeError) as caught:
+        load_config(path)
+    assert line in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LimeError, match="cannot read the configuration .*nothing.yaml"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_a_batch_that_does_not_factor() -> None:
+    config = load_config(None, ["parallel.pipeline_stages=2", "train.global_batch_size=12", "train.micro_batch_size=2"])
+    assert batch_split(config, 4) == (2, 3)
+    assert deepspeed_config(config, 4)["gradient_accumulation_steps"] == 3
+    with pytest.raises(LimeError, match="train.global_batch_size=12 is not micro-batch × accumulation × width"):
+        batch_split(config, 8)
+    with pytest.raises(LimeError, match="parallel.pipeline_stages=2 does not divide the 3 processes"):
+        batch_split(config, 3)
+
+
+def test_sections_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        load_config(None).train.steps = 3  # type: ignore[misc]

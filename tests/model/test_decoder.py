@@ -1,0 +1,114 @@
+"""Protects the equations: the decoder against plain loops, and LLaMA against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import reference
+from support.cases import perturb
+
+from lime_dist import build_decoder
+from lime_dist.config.schema import LimeConfig, ModelConfig
+from lime_dist.model.decoder import decoder_layers
+from lime_dist.model.init import GROUPS, parameter_group
+
+
+def small(**changes: object) -> ModelConfig:
+    values = {
+        "architecture": "lime", "vocab_size": 31, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 11,
+        "num_attention_heads": 6, "num_key_value_heads": 3,
+    }  # fmt: skip
+    return ModelConfig.model_validate({**values, **changes})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("heads", [6, 3, 1])
+@pytest.mark.parametrize("architecture", ["llama", "lime"])
+def test_forward_and_all_gradients_equal_plain_loops(
+    architecture: str, heads: int, tied: bool, checkpointing: bool
+) -> None:
+    """11 layers: more than one block of reads, the last one cut short."""
+    config = small(architecture=architecture, num_key_value_heads=heads, tie_word_embeddings=tied)
+    model = build_decoder(config, dtype=torch.float64, activation_checkpointing=checkpointing)
+    for name, parameter in model.named_parameters():
+        perturb(name, parameter)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 31, (3, 7), generator=generator)
+    weight = torch.randn(3, 7, 31, generator=generator, dtype=torch.float64)
+    found = model(tokens)
+    (found * weight).sum().backward()
+    copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    wanted = reference.logits(config, copies, tokens)
+    (wanted * weight).sum().backward()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - copies[name].grad).abs().max() / copies[name].grad.abs().max()
+        assert error < 1e-9, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_llama_gives_the_logits_of_transformers(tied: bool) -> None:
+    transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+    config = small(architecture="llama", tie_word_embeddings=tied, rope_theta=50000.0, rms_norm_eps=1e-6)
+    ours = build_decoder(config)
+    for name, parameter in ours.named_parameters():
+        perturb(name, parameter)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=11, num_attention_heads=6,
+            num_key_value_heads=3, rms_norm_eps=1e-6, rope_theta=50000.0, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, "the exported names are Hugging Face's"
+    tokens = torch.randint(0, 31, (2, 33), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_lime_starts_as_llama_with_identity_routers() -> None:
+    llama = build_decoder(small(architecture="llama"), seed=3, dtype=torch.float64)
+    lime = build_decoder(small(lime=LimeConfig(router_init="identity")), seed=3, dtype=torch.float64)
+    tokens = torch.arange(20).view(2, 10)
+    torch.testing.assert_close(lime(tokens), llama(tokens), rtol=0, atol=1e-12)
+
+
+def test_initial_values_depend_on_seed_and_name_alone() -> None:
+    """A deeper model with another vocabulary has the same values wherever names, shapes and depth-free scales agree."""
+    first, second = build_decoder(small(), seed=7), build_decoder(small(vocab_size=40), seed=7)
+    other = build_decoder(small(), seed=8)
+    name = "model.layers.4.self_attn.q_proj.weight"
+    assert torch.equal(first.get_parameter(name), second.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+    values = {n: p.flatten()[:20] for n, p in first.named_parameters() if p.numel() >= 20 and "norm" not in n}
+    assert len({tuple(v.tolist()) for v in values.values()}) == len(values), "no two parameters share their numbers"
+
+
+def test_initial_values_follow_the_design() -> None:
+    config = ModelConfig(vocab_size=500, hidden_size=128, num_hidden_layers=8, num_attention_heads=4)
+    weights = dict(build_decoder(config).named_parameters())
+    assert weights["model.layers.3.mlp.up_proj.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert weights["model.layers.3.mlp.down_proj.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    assert weights["model.layers.3.self_attn.o_proj.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    assert weights["model.norm.weight"].eq(1).all()
+    router = weights["model.layers.5.self_attn.router.weight"]
+    assert router.shape == (4, 24) and torch.equal(router[:, 20:], torch.eye(4))
+    bound = (3 / 24) ** 0.5
+    assert router[:, :20].abs().max().item() <= bound and router[:, :20].abs().max().item() > 0.8 * bound
+    assert "model.layers.0.self_attn.router.weight" not in weights
+
+
+def test_every_parameter_is_in_exactly_one_group() -> None:
+    groups = {name: parameter_group(name) for name, _ in build_decoder(small()).named_parameters()}
+    assert set(groups.values()) == set(GROUPS)
+    assert groups["model.layers.1.self_attn.router.weight"] == "routers"
+    assert groups["model.embed_tokens.weight"] == groups["model.layers.0.input_layernorm.weight"] == "plain"
+    assert groups["model.layers.0.self_attn.k_proj.weight"] == "matrices"
+    with pytest.raises(ValueError, match="no optimizer group"):
+        parameter_group("model.layers.0.bias")
+
+
+def test_the_flat_list_reads_as_the_model() -> None:
+    names = [spec.name for spec in decoder_layers(small(num_hidden_layers=2, tie_word_embeddings=False))]
+    assert names == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
