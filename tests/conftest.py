@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from support.workers import WorkerGroup
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +28,22 @@ def workers() -> Iterator[Callable[[int], WorkerGroup]]:
     yield get
     for group in groups.values():
         group.close()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a small corpus, made by the real commands."""
+    folder = tmp_path_factory.mktemp("dataset")
+    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma".split()
+    generator = random.Random(0)
+    with (folder / "documents.jsonl").open("w") as file:
+        for _ in range(400):
+            text = " ".join(generator.choice(words) for _ in range(generator.randint(20, 80)))
+            file.write(json.dumps({"text": text}) + "\n")
+    for command in (
+        f"data_tools.tokenizer train --input {folder}/documents.jsonl --output {folder}/tokenizer --vocab-size 320",
+        f"data_tools.pretokenize --input {folder}/documents.jsonl --tokenizer {folder}/tokenizer "
+        f"--output {folder}/shards --validation-fraction 0.1",
+    ):
+        subprocess.run([sys.executable, "-m", *command.split()], check=True, cwd=ROOT, capture_output=True)
+    return folder / "shards"

@@ -19,7 +19,7 @@ TIMEOUT = 240.0
 
 def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
     """Run cases by name until the pipe closes. Every group that a case makes is destroyed after it."""
-    sys.path.insert(0, str(SUPPORT.parent))
+    sys.path[:0] = [str(SUPPORT.parent), str(SUPPORT.parents[1])]
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
