@@ -23,7 +23,7 @@ def command_parser(name: str, description: str, example: str) -> argparse.Argume
 
 
 def progress_bar(total: int, description: str, **options: Any) -> tqdm[Any]:
-    """A bar on stderr, in bytes unless ``options`` say otherwise; into a log file it writes one line every 10 s at most."""
+    """A bar on stderr, in bytes unless ``options`` say otherwise; in a log file, a line every 10 s at most."""
     defaults = {"unit": "B", "unit_scale": True, "mininterval": 0.2 if os.isatty(2) else 10.0, "dynamic_ncols": True}
     return tqdm(total=total, desc=description, **(defaults | options))
 
@@ -31,7 +31,7 @@ def progress_bar(total: int, description: str, **options: Any) -> tqdm[Any]:
 def start_worker(parent: int) -> None:
     """Initialise a worker process: die silently on Ctrl-C, and within a quarter of a second of the parent's death.
 
-    A killed parent leaves the workers of a ProcessPoolExecutor waiting for ever: each holds both ends of the task queue.
+    A killed parent leaves the workers of a ProcessPoolExecutor waiting for ever: each holds both ends of the queue.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

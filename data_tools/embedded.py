@@ -1,9 +1,9 @@
-"""The embedded corpus: docstrings of the standard library and the installed packages, and Python's help topics, as parquet.
+"""The embedded corpus: Python's help topics and the docstrings of all that is installed, as parquet.
 
 Sources are parsed, never imported. A document is what one module documents (its own docstring, those of its classes and
 functions, in the order of the source), or one help topic. A docstring that occurs twice is kept where it comes first.
-Help topics come first, then files in the order of a hash of their names, so that any cut sees all packages. The columns are
-FineWeb-Edu's; of these ``language``, ``language_score``, ``score`` and ``int_score`` are constants, nothing was measured.
+Help topics come first, then files in the order of a hash of their names, so that any cut sees all packages. The columns
+are FineWeb-Edu's; ``language``, ``language_score``, ``score`` and ``int_score`` are constants, nothing was measured.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _read_sources(files: list[tuple[str, str]]) -> list[Documents | str]:
 
 
 def collect(max_bytes: int, workers: int, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the corpus, at most ``max_bytes`` of UTF-8 text in all; reasons for leaving files out are counted in ``skipped``."""
+    """Rows of the corpus, at most ``max_bytes`` of text in all; what is left out is counted in ``skipped``."""
     files = source_files()
     chunks = [files[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)]
     seen: set[bytes] = set()
@@ -212,7 +212,7 @@ def write_corpus(output: Path, max_megabytes: float, workers: int) -> dict[str, 
 
 
 def complete(output: Path, max_megabytes: float) -> dict[str, Any] | None:
-    """The manifest if the folder holds this corpus, whole; None if it must be written; a LimeError if it holds another one."""
+    """The manifest if the folder holds this corpus, whole; None if it must be written; LimeError if it is another."""
     if not (output / MANIFEST).exists():
         return None
     manifest = read_json(output / MANIFEST, "add --fresh to write the corpus again")

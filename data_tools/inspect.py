@@ -89,9 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = Tokenizer(folder / description["tokenizer"])
     counts = description["counts"]
     print(f"{folder}: from {description['source']}, made by version {description['tool_version']}")
-    print(
-        f"tokenizer: {tokenizer.vocab_size} pieces, hash {description['tokenizer_hash'][:16]}, tokens as {description['dtype']}"
-    )
+    print(f"tokenizer: {tokenizer.vocab_size} pieces, hash {tokenizer.hash[:16]}, tokens as {description['dtype']}")
     print(", ".join(f"{key} {value:,}" for key, value in counts.items()))
     for split, facts in description["splits"].items():
         for shard in facts["shards"]:

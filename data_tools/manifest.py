@@ -58,7 +58,7 @@ class Manifest:
         return lines
 
     def load(self, units: int) -> dict[int, Result]:
-        """Results of the units whose shards are all there with the noted hashes; the file is rewritten to hold just these."""
+        """Results of the units whose shards are all there with the noted hashes; the file then holds just these."""
         results = {result["unit"]: result for result in self._lines()[1:] if 0 <= result["unit"] < units}
         verified = {unit: result for unit, result in sorted(results.items()) if self._holds(result)}
         self.write(verified.values())
@@ -104,7 +104,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def whole(folder: Path) -> bool:
-    """Whether the folder is finished and every shard has its size. If not, dataset.json goes, and the reason is printed."""
+    """Whether the folder is finished and every shard has its size; if not, says why and removes dataset.json."""
     if not (folder / DATASET_FILE).exists():
         return False
     try:
@@ -121,7 +121,7 @@ def whole(folder: Path) -> bool:
 def finish(
     manifest: Manifest, results: list[Result], tokenizer: Tokenizer, source: str, stop: bool, max_rejected: float
 ) -> None:
-    """Check the share of bad rows, write dataset.json, and print the summary. LimeError, and no dataset.json, if it is too high."""
+    """Check the share of bad rows, write dataset.json, print the summary. LimeError, and no file, above the limit."""
     rejected = [Rejection(**entry) for result in results for entry in result["rejected"]]
     if stop and rejected:
         raise rejection_error(rejected[0])
@@ -137,8 +137,8 @@ def finish(
     if share > max_rejected:
         raise LimeError(
             f"{source}: {counts['rejected']} of {counts['rows']} rows were rejected and {len(cut_short)} of "
-            f"{len(manifest.header['inputs'])} files could not be read to their end, above --max-rejected {max_rejected}; "
-            f"first: {rejected[0]}; mend the input, or allow more (what is encoded is kept)"
+            f"{len(manifest.header['inputs'])} files could not be read to their end, above --max-rejected "
+            f"{max_rejected}; first: {rejected[0]}; mend the input, or allow more (what is encoded is kept)"
         )
     splits = {}
     for split in SPLITS:

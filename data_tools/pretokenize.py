@@ -1,8 +1,8 @@
 """Text to token shards: cut the input into units, encode them in worker processes, describe the result in dataset.json.
 
-Workers write into a scratch folder; the parent alone moves a unit's finished shards to their names and then notes them in
-``units.ndjson``. A run that was killed continues from the noted shards whose hashes still hold. dataset.json comes last,
-so a folder that has it is whole. The bytes depend on the input's names and content, the tokenizer and the settings alone.
+Workers write into a scratch folder; the parent alone moves a unit's finished shards to their names and then notes them
+in ``units.ndjson``. A killed run continues from the noted shards whose hashes still hold. dataset.json comes last, so a
+folder that has it is whole. The bytes depend on the input's names and content, the tokenizer and the settings alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHECKED_DOCUMENTS = 64
 
 
 def check_round_trip(given: str, text_column: str, tokenizer: Tokenizer) -> None:
-    """Before anything is written: there is text, and the tokenizer gives its first documents back exactly (LimeError)."""
+    """Before anything is written: there is text, and the tokenizer gives its beginning back exactly (LimeError)."""
     tally = Tally()
     texts = [text for *_, text in islice(documents(given, text_column, tally), CHECKED_DOCUMENTS)]
     if not texts:
@@ -44,7 +44,7 @@ def check_round_trip(given: str, text_column: str, tokenizer: Tokenizer) -> None
     failure = first_failure(tokenizer, texts)
     if failure is not None:
         raise LimeError(
-            f"{tokenizer.folder}: decoding does not give this text of the input back: {failure[:80]!r}; train a tokenizer "
+            f"{tokenizer.folder}: decoding does not give this text of the input back: {failure[:80]!r}; train one "
             "with data_tools.tokenizer"
         )
 
@@ -96,13 +96,13 @@ def encode_units(
     except BrokenProcessPool:
         names = ", ".join(str(unit) for unit in islice(running.values(), workers))
         raise LimeError(
-            f"a worker process died (killed, or out of memory) while these were under way: {names}; what is finished is "
-            "kept, run the same command again, with fewer --workers if memory is short"
+            f"a worker process died (killed, or out of memory) while these were under way: {names}; what is finished "
+            "is kept, run the same command again, with fewer --workers if memory is short"
         ) from None
     except OSError as error:
         raise LimeError(
-            f"{error.filename or job.scratch}: {error.strerror or error}; what is finished is kept, put this right and run "
-            "the same command again"
+            f"{error.filename or job.scratch}: {error.strerror or error}; what is finished is kept, put this right and "
+            "run the same command again"
         ) from None
     finally:
         counters[0] = 1

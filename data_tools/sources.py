@@ -1,4 +1,4 @@
-"""Documents from parquet and JSONL files: which files, which rows, what is wrong with them; nothing is dropped silently."""
+"""Documents from parquet and JSONL files: which files, which rows, and what is wrong with any of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROBES, PROBE_BYTES = 64, 1 << 20
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read: ``path`` on this machine, ``name`` relative to the input, which is what outputs and messages say."""
+    """A file to read: ``path`` on this machine, and ``name`` relative to the input, for outputs and messages."""
 
     path: str
     name: str
@@ -40,7 +40,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Rows that could not be read: ``row`` counts from 1 (0: the whole file), ``rows`` how many are lost with it (0: unknown)."""
+    """What could not be read: ``row`` counts from 1 (0: the whole file), ``rows`` are lost with it (0: unknown)."""
 
     file: str
     row: int
@@ -53,7 +53,7 @@ class Rejection:
 
 @dataclass
 class Tally:
-    """What a reader met: ``rows`` in all, of which ``null`` and ``empty`` (white space only) have no text; and rejections."""
+    """What a reader met: ``rows`` in all, ``null`` and ``empty`` (white space only) among them, and rejections."""
 
     rows: int = 0
     null: int = 0
@@ -78,7 +78,7 @@ class Tally:
 
 
 def list_inputs(given: str) -> list[InputFile]:
-    """The files of a folder (searched through), a glob or one file, in the order of their names; LimeError if there are none."""
+    """The files of a folder (searched through), a glob or one file, sorted by name; LimeError if there are none."""
     kinds = ", ".join(SUFFIXES)
     root = Path(given)
     if root.is_dir():
@@ -100,7 +100,7 @@ def list_inputs(given: str) -> list[InputFile]:
 
 
 def fingerprint(file: InputFile) -> dict[str, Any]:
-    """Name, size in bytes and SHA-256 of a file; of one over 64 MiB, of 64 blocks of 1 MiB spread evenly, both ends included."""
+    """Name, bytes and SHA-256 of a file; of one over 64 MiB, of 64 blocks of 1 MiB spread evenly from end to end."""
     digest, size = hashlib.sha256(), Path(file.path).stat().st_size
     with open(file.path, "rb") as stream:
         for probe in range(PROBES):
@@ -116,7 +116,7 @@ def file_text_bytes(file: InputFile) -> int:
 
 
 def row_group_bytes(file: InputFile, text_column: str) -> list[int]:
-    """Bytes of text (as stored before compression) in each row group of a parquet file; [] if its footer cannot be read."""
+    """Bytes of text, before compression, in each row group of a parquet file; [] if its footer cannot be read."""
     try:
         with pq.ParquetFile(file.path) as reader:
             paths = [reader.schema.column(i).path for i in range(len(reader.schema))]
@@ -132,7 +132,7 @@ def read_file(
 ) -> Iterator[tuple[int, str]]:
     """The (row, text) of a file's documents, rows counted from 1; what is not given out is counted in ``tally``.
 
-    ``row_groups`` (first, end) reads a part of a parquet file. Damage costs the rows that it hits, never the rest of a file.
+    ``row_groups`` (first, end) reads a part of a parquet file. Damage costs the rows that it hits, not a file's rest.
     """
     if file.is_parquet:
         yield from _read_parquet(file, text_column, tally, row_groups)

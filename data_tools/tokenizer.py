@@ -25,8 +25,8 @@ REWRITE = "train the tokenizer again or copy the folder again"
 def cut(text: str, limit: int) -> list[str]:
     """Cut a text into pieces of at most ``limit`` characters whose concatenation is the text.
 
-    A cut comes after a newline, else before a space: no token crosses either, so encoding the pieces one by one gives the
-    same ids. Only where ``limit`` characters have neither does the cut fall anywhere.
+    A cut comes after a newline, else before a space: no token crosses either, so encoding the pieces one by one gives
+    the same ids. Only where ``limit`` characters have neither does the cut fall anywhere.
     """
     pieces, start = [], 0
     while len(text) - start > limit:
@@ -42,7 +42,7 @@ def cut(text: str, limit: int) -> list[str]:
 
 
 def piece_hash(model: sentencepiece.SentencePieceProcessor) -> str:
-    """SHA-256 of the list of pieces with their scores and types: equal for models that encode alike, whatever their file's bytes."""
+    """SHA-256 of the list of pieces, their scores and types: equal for models that encode alike, unlike their files."""
     digest = hashlib.sha256()
     for i in range(model.vocab_size()):
         kinds = (model.is_unknown(i), model.is_control(i), model.is_byte(i), model.is_unused(i))
@@ -68,7 +68,7 @@ def tokenizer_facts(model: sentencepiece.SentencePieceProcessor, model_type: str
 
 
 class Tokenizer:
-    """Text to ids and back, exactly. Opening checks the model file and the list of pieces against the facts (LimeError).
+    """Text to ids and back, exactly. Opening checks the model file and its pieces against the facts (LimeError).
 
     Attributes: ``vocab_size``, ``bos_id``, ``eos_id``, ``pad_id``, ``hash`` (of the pieces), ``facts``.
     """
@@ -124,8 +124,8 @@ class Tokenizer:
         array = np.asarray(ids)
         if array.size and not 0 <= int(array.min()) <= int(array.max()) < self.vocab_size:
             raise LimeError(
-                f"token ids {array.min()}..{array.max()} are outside the vocabulary of {self.vocab_size} in {self.folder}; "
-                "use the tokenizer that made them"
+                f"token ids {array.min()}..{array.max()} are outside the vocabulary of {self.vocab_size} in "
+                f"{self.folder}; use the tokenizer that made them"
             )
         return self._model.decode(array.tolist())
 

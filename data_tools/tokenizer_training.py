@@ -48,7 +48,7 @@ HARD_TEXTS = [
 
 
 def file_budgets(sizes: list[int], budget: int) -> list[int]:
-    """Share ``budget`` bytes evenly over files: equal shares, and what small files leave over goes to the larger ones."""
+    """Share ``budget`` bytes evenly over files: equal shares, and what small files leave over goes to larger ones."""
     budgets, left = [0] * len(sizes), budget
     for rank, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
         budgets[i] = min(sizes[i], left // (len(sizes) - rank))
@@ -166,8 +166,8 @@ def reusable(output: Path, training: dict[str, Any]) -> bool:
     different = [key for key in training if facts.get("training", {}).get(key) != training[key]]
     if different:
         raise LimeError(
-            f"{output}: holds a tokenizer trained with other {' and '.join(different)}; give another --output, or --fresh "
-            "to replace it"
+            f"{output}: holds a tokenizer trained with other {' and '.join(different)}; give another --output, or "
+            "--fresh to replace it"
         )
     Tokenizer(output)
     return True

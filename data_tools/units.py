@@ -1,4 +1,4 @@
-"""The unit of pretokenization: some row groups or files in, one shard a split out, written by one worker from start to end."""
+"""The unit of pretokenization: some row groups or files in, one shard a split out, all by one worker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COUNTERS = 3  # per unit, shared with the parent: text bytes, tokens, documents
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive pieces of the input: (file, row groups (first, end) or None for all of it); ``text_bytes`` is an estimate."""
+    """Consecutive parts of the input: (file, row groups (first, end), or None for all); ``text_bytes`` is a guess."""
 
     index: int
     parts: tuple[tuple[InputFile, tuple[int, int] | None], ...]
@@ -84,7 +84,7 @@ def split_of(text: bytes, validation_fraction: float) -> str:
 
 
 class ShardSeries:
-    """The shards that one unit writes for one split: a new one begins where the next document would pass ``shard_tokens``."""
+    """The shards of one unit and split: a new one begins where the next document would pass ``shard_tokens``."""
 
     def __init__(self, job: Job, unit: int, split: str, dtype: np.dtype[Any]) -> None:
         self._job, self._dtype, self._stem = job, dtype, f"{split}-{unit:05d}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
+
+GRACE_SECONDS = 5.0
 
 
 class LimeError(Exception):
@@ -21,6 +24,8 @@ def run_command(main: Callable[[], None], speaks: bool = True) -> None:
     except LimeError as error:
         if speaks:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:  # launchers end all processes when the first one ends; let the one that speaks come first
+            time.sleep(GRACE_SECONDS)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -46,22 +46,24 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         LimeError: the file, a key or a value is wrong.
     """
-    values: dict[str, Any] = {}
-    source = "the command line"
-    if path is not None:
-        source = str(path)
-        values = _read_yaml(Path(path))
+    values = {} if path is None else _read_yaml(Path(path))
     for item in overrides:
         _apply_override(values, item)
-    return make_config(values, source)
+    return make_config(values, "the defaults" if path is None else str(path), overrides)
 
 
-def make_config(values: dict[str, Any], source: str) -> Config:
-    """Check nested values against the schema; ``source`` names where they came from in error lines."""
+def make_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Check nested values against the schema; ``source`` and ``overrides`` say in error lines where they came from."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise LimeError(_explain(error.errors()[0], source)) from None
+        first = error.errors()[0]
+        key = [str(part) for part in first["loc"]]
+        for item in overrides:
+            given = item.partition("=")[0].split(".")
+            if not first["loc"] or given[: len(key)] == key[: len(given)]:
+                source = "the command line"
+        raise LimeError(_explain(first, source)) from None
 
 
 def dump_config(config: Config) -> str:

@@ -18,7 +18,7 @@ REWRITE = "run data_tools.pretokenize again, it rewrites what is damaged"
 
 
 def read_dataset_json(folder: str | Path) -> dict[str, Any]:
-    """The description of a finished pretokenized folder; a LimeError if there is no folder, or none that is finished."""
+    """The description of a finished pretokenized folder; LimeError if there is no folder, or it is not finished."""
     folder = Path(folder)
     if not folder.is_dir():
         raise LimeError(f"{folder}: no such folder; give the --output of data_tools.pretokenize")
@@ -42,7 +42,7 @@ def check_shard_sizes(folder: Path, shard: dict[str, Any]) -> None:
 
 
 class TokenSplit:
-    """The concatenated tokens of one split. Shards must exist with the listed sizes (hashes: ``data_tools.inspect --verify``).
+    """The concatenated tokens of one split. Opening checks shards' sizes; ``data_tools.inspect --verify`` their hashes.
 
     Attributes: ``path``, ``split``, ``num_tokens``, ``num_documents``, ``vocab_size``, ``eos_id``, ``tokenizer_hash``.
     """
@@ -75,7 +75,7 @@ class TokenSplit:
             self.num_tokens += tokens.size
 
     def num_samples(self, sequence_length: int) -> int:
-        """Whole samples of ``sequence_length`` tokens and the one that follows; a LimeError if there is not even one."""
+        """Whole samples of ``sequence_length`` tokens and the one that follows; LimeError if there is not even one."""
         samples = (self.num_tokens - 1) // sequence_length
         if samples < 1:
             raise LimeError(

@@ -38,7 +38,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The one JSON layout of this program (keys as given, two spaces, UTF-8, final newline), so that equal means same bytes."""
+    """The one JSON layout of this program (keys as given, two spaces, UTF-8): equal values have equal bytes."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -66,7 +66,7 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make ``folder`` if needed and hold it alone; a LimeError if another process holds it. The kernel drops the lock at exit."""
+    """Make ``folder`` if needed and hold it alone; LimeError if another process does. A dead holder holds nothing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below, after the block that it protects

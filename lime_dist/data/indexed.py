@@ -1,4 +1,4 @@
-"""The Megatron .bin/.idx format (design §6): a writer that publishes whole pairs only, a reader that opens whole pairs only."""
+"""The Megatron .bin/.idx format (design §6): a writer and a reader that deal in whole pairs only."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class IndexedWriter:
     """Write documents of token ids to ``prefix``.bin and .idx; one document is one sequence.
 
     Both files grow under temporary names and are renamed at ``close`` (or at the end of a ``with`` block), .bin first;
-    an exception inside the block removes them. After ``close`` the counts, sizes in bytes and SHA-256 of both are attributes.
+    an exception inside the block removes them. After ``close``, sizes in bytes and SHA-256 of both are attributes.
     """
 
     def __init__(self, prefix: str | Path, dtype: Any) -> None:
@@ -77,7 +77,7 @@ class IndexedWriter:
         self.tokens += ids.size
 
     def close(self) -> None:
-        """Flush both files to disk and give them their names; an old .idx goes first, so that no stale pair is ever visible."""
+        """Flush both files to disk and give them their names; an old .idx goes first: no stale pair is ever visible."""
         lengths = np.asarray(self._lengths, dtype="<i4")
         sizes = lengths.astype("<i8") * self.dtype.itemsize
         offsets = np.zeros(lengths.size, dtype="<i8")
@@ -179,7 +179,7 @@ class IndexedDataset:
         return self.document_bounds.size - 1
 
     def document(self, i: int) -> np.ndarray:
-        """Token ids of document i [tokens], a view; a document of several sequences comes as one. IndexError beyond the end."""
+        """Token ids of document i [tokens], a view over all its sequences. IndexError beyond the last document."""
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
         first, last = int(self.document_bounds[i]), int(self.document_bounds[i + 1])

@@ -1,4 +1,4 @@
-"""Micro-batches of (tokens, labels) for the engine: a training stream that resumes exactly, and a fixed validation set."""
+"""Micro-batches of (tokens, labels) for the engine: a stream that resumes exactly, and a fixed validation set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_batch(split: TokenSplit, samples: np.ndarray, sequence_length: int) -> 
 
 
 class _ReadAhead:
-    """Run an iterator in a thread, at most PREFETCH items ahead; its exception is raised at the item where it happened."""
+    """Run an iterator in a thread, PREFETCH items ahead; its exception is raised at the item where it happened."""
 
     def __init__(self, items: Iterator[Batch]) -> None:
         self._items: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=PREFETCH)
@@ -64,9 +64,9 @@ def _fill(items: Iterator[Batch], ready: queue.Queue[Batch | BaseException], sto
 
 
 class TrainBatches:
-    """The endless training stream of one data-parallel rank: per micro-batch (tokens, labels), int64 [micro_batch_size, T].
+    """The endless training stream of one data-parallel rank: (tokens, labels), int64 [micro_batch_size, T] each.
 
-    ``consumed_samples`` (over all ranks) grows by ``global_batch_size`` when the last micro-batch of a step is handed out.
+    ``consumed_samples`` (over all ranks) grows by ``global_batch_size`` once a step's last micro-batch is handed out.
     What comes next depends on it alone; setting it jumps to the start of that step. A thread reads a few batches ahead.
     LimeError if the global batch does not factor into micro-batches × width.
     """
@@ -143,7 +143,7 @@ def _stream(
 
 
 class ValidationBatches:
-    """Samples 0 … evaluation_samples − 1 of a split in order, shared out over ranks like a training step; the same every time.
+    """Samples 0 … evaluation_samples − 1 of a split in order, the same every time, shared out like a training step.
 
     Iterating gives this rank's (tokens, labels), int64 [micro_batch_size, T]; ``len`` is its number of micro-batches.
     LimeError if the samples do not share out evenly or the split has fewer.
@@ -167,9 +167,9 @@ class ValidationBatches:
             )
         if evaluation_samples > available:
             raise LimeError(
-                f"train.evaluation_samples={evaluation_samples}, but {split.path} has {available} {split.split} samples "
-                f"of {sequence_length} tokens; use at most {available // wide * wide}, or pretokenize with a larger "
-                "--validation-fraction"
+                f"train.evaluation_samples={evaluation_samples}, but {split.path} has {available} {split.split} "
+                f"samples of {sequence_length} tokens; use at most {available // wide * wide}, or pretokenize with a "
+                "larger --validation-fraction"
             )
         self._split, self._sequence_length = split, sequence_length
         self._samples = rank_positions(0, evaluation_samples, micro_batch_size, data_parallel_rank, data_parallel_size)

@@ -1,9 +1,9 @@
 """Which sample comes when: a pure function of (seed, position), computed for any position without a stored permutation.
 
-Positions count the samples that a run has read since its start, 0, 1, 2, …; position p lies in epoch p // num_samples, and
-each epoch is a permutation of its own. The permutation is a keyed Feistel network over a × b ≥ num_samples points
-(x = l·b + r; rounds add a hash of one half to the other, modulo a or b), which is a bijection whatever the hash; points
-outside are sent through again until they fall inside (cycle walking), which keeps it one on the num_samples that matter.
+Positions count the samples that a run has read since its start, 0, 1, 2, …; position p lies in epoch p // num_samples,
+and each epoch is a permutation of its own: a keyed Feistel network over a × b ≥ num_samples points (x = l·b + r; rounds
+add a hash of one half to the other, modulo a or b), which is a bijection whatever the hash; points outside are sent
+through again until they fall inside (cycle walking), which keeps it a bijection on the num_samples that matter.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SampleOrder:
         return int(self.samples_at(np.asarray([position], dtype=np.int64))[0])
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
-        """Samples int64 at ``positions`` (integers ≥ 0, any shape), of the same shape; they may lie in several epochs."""
+        """Samples int64 at ``positions`` (integers ≥ 0, any shape), shaped alike; they may lie in several epochs."""
         positions = np.asarray(positions)
         flat = positions.reshape(-1).astype(np.int64)
         if flat.size and int(flat.min()) < 0:
@@ -95,9 +95,9 @@ def rank_positions(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> np.ndarray:
-    """Positions int64 [micro_batches, micro_batch_size] that one data-parallel rank reads in the step after ``consumed_samples``.
+    """Positions int64 [micro_batches, micro_batch_size] that one rank reads in the step after ``consumed_samples``.
 
-    Micro-batch m of rank r starts at consumed + m·(micro_batch_size·data_parallel_size) + r·micro_batch_size, so all ranks
+    Micro-batch m of rank r starts at consumed + m·(micro_batch_size·data_parallel_size) + r·micro_batch_size: all ranks
     together cover [consumed, consumed + global_batch_size) exactly once. LimeError if the batch does not factor.
     """
     wide = micro_batch_size * data_parallel_size

@@ -1,0 +1,266 @@
+"""Protects pretokenization: the same bytes for any workers and any kills, and shards whose content can be trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import inspect, pretokenize, sources, tokenizer
+from data_tools.sources import Tally, documents, list_inputs
+from data_tools.tokenizer import Tokenizer
+from data_tools.units import plan_units, split_of
+from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.files import lock_folder
+from lime_dist.data.indexed import IndexedDataset
+from lime_dist.errors import LimeError, run_command
+
+SETTINGS = ["--validation-fraction", "0.1", "--shard-tokens", "3000"]
+
+
+def arguments(given: Path, tokenizer_folder: Path, output: Path, *options: str) -> list[str]:
+    return ["--input", str(given), "--tokenizer", str(tokenizer_folder), "--output", str(output), *SETTINGS, *options]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def dataset(corpus: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus, pretokenized by one worker."""
+    folder = tmp_path_factory.mktemp("dataset") / "shards"
+    pretokenize.main(arguments(corpus, tokenizer_folder, folder, "--workers", "1"))
+    return folder
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    shutil.copytree(dataset, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_every_document_is_there_once_in_its_split_and_in_order(
+    dataset: Path, corpus: Path, trained: Tokenizer
+) -> None:
+    facts = json.loads((dataset / "dataset.json").read_text())
+    texts = [text for *_, text in documents(str(corpus), "text", Tally())]
+    for split in ("train", "validation"):
+        expected = [text for text in texts if split_of(text.encode(), 0.1) == split]
+        listed, found = facts["splits"][split], list[str]()
+        for shard in listed["shards"]:
+            data = IndexedDataset(dataset / shard["name"])
+            assert shard["tokens"] <= 3000 or shard["documents"] == 1
+            for i in range(len(data)):
+                ids = data.document(i)
+                assert ids[-1] == trained.eos_id and trained.eos_id not in ids[:-1]
+                found.append(trained.decode(ids[:-1]))
+        assert found == expected and listed["documents"] == len(expected) == TokenSplit(dataset, split).num_documents
+        assert listed["text_bytes"] == sum(len(text.encode()) for text in expected)
+        assert listed["tokens"] == TokenSplit(dataset, split).num_tokens
+    assert facts["counts"] == {"rows": 320, "null": 0, "empty": 0, "rejected": 0}
+    assert (facts["vocab_size"], facts["eos_id"], facts["tokenizer_hash"]) == (500, 2, trained.hash)
+    assert 10 < facts["splits"]["validation"]["documents"] < 60
+    assert Tokenizer(dataset / "tokenizer").hash == trained.hash
+
+
+def test_two_workers_write_the_same_bytes(
+    dataset: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "two"
+    pretokenize.main(arguments(corpus, tokenizer_folder, output, "--workers", "2"))
+    assert content(output) == content(dataset)
+    capsys.readouterr()
+    pretokenize.main(arguments(corpus, tokenizer_folder, output))
+    assert "complete, reused" in capsys.readouterr().out
+    assert content(output) == content(dataset)
+
+
+def children(pid: int) -> list[int]:
+    """The worker processes of a run, by their command lines."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            found.append(int(child))
+    return found
+
+
+def start_and_wait_for_units(command: list[str], output: Path, more: int) -> subprocess.Popen[str]:
+    """Start a run and return when ``more`` further units are noted."""
+
+    def noted() -> int:
+        path = output / "units.ndjson"
+        return path.read_bytes().count(b"\n") if path.exists() else 1
+
+    before = noted()
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while noted() < before + more and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert run.poll() is None and noted() >= before + more
+    return run
+
+
+def test_killed_workers_and_parents_leave_what_is_finished(
+    dataset: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "killed"
+    given = arguments(corpus, tokenizer_folder, output, "--workers", "2")
+    command = [sys.executable, "-m", "data_tools.pretokenize", *given]
+    run = start_and_wait_for_units(command, output, more=2)
+    os.kill(children(run.pid)[0], signal.SIGKILL)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 2 and "error: a worker process died" in errors and "Traceback" not in errors
+    run = start_and_wait_for_units(command, output, more=2)
+    orphans = children(run.pid)
+    run.kill()
+    run.wait()
+    assert orphans and not (output / "dataset.json").exists()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{orphan}").exists() for orphan in orphans) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{orphan}").exists() for orphan in orphans)
+    with open(output / "units.ndjson", "ab") as file:
+        file.write(b'{"unit": 3, "ro')  # a line torn by the kill
+    victim = next(output.glob("train-*.bin"))
+    victim.write_bytes(victim.read_bytes()[:-2] + b"\0\1")  # and a finished shard that no longer holds what it held
+    pretokenize.main(given)
+    assert "units are finished and whole; going on with the rest" in capsys.readouterr().out
+    assert content(output) == content(dataset)
+
+
+def test_a_complete_folder_that_lost_a_shard_is_mended(
+    dataset: Path, copy: Path, corpus: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    victim = sorted(copy.glob("train-*.idx"))[1]
+    victim.unlink()
+    pretokenize.main(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
+    assert f"not complete any more: {victim}: missing" in capsys.readouterr().out
+    assert content(copy) == content(dataset)
+
+
+def test_other_settings_or_inputs_in_a_used_folder_are_refused(
+    copy: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LimeError, match=r"was made with bos=False \(now True\); give another --output, or --fresh"):
+        pretokenize.main(arguments(corpus, tokenizer_folder, copy, "--bos"))
+    with pytest.raises(LimeError, match=r"other input files \(a.parquet, inner/b.parquet differ\)"):
+        pretokenize.main(arguments(corpus / "c.jsonl", tokenizer_folder, copy))
+    (copy / "dataset.json").unlink()  # also when only begun
+    with pytest.raises(LimeError, match="was made with bos=False"):
+        pretokenize.main(arguments(corpus, tokenizer_folder, copy, "--bos"))
+    given = arguments(corpus / "c.jsonl", tokenizer_folder, copy, "--fresh", "--bos", "--workers", "1")
+    pretokenize.main(given)
+    data = IndexedDataset(copy / "train-00000-00")
+    assert data.document(0)[0] == 1 and data.document(0)[-1] == 2
+    facts = json.loads((copy / "dataset.json").read_text())
+    assert {path.stem for path in copy.glob("*-*.bin")} == {
+        shard["name"] for split in facts["splits"].values() for shard in split["shards"]
+    }
+
+
+def test_a_second_run_into_the_same_folder_is_refused(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    with lock_folder(tmp_path), pytest.raises(LimeError, match="another run is writing here"):
+        pretokenize.main(arguments(corpus, tokenizer_folder, tmp_path))
+
+
+def test_bad_input_is_counted_named_and_limited(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, output = tmp_path / "in", tmp_path / "out"
+    given.mkdir()
+    shutil.copy(corpus / "a.parquet", given)
+    (given / "b.parquet").write_bytes(b"PAR1")
+    good = [json.dumps({"text": f"line {i}"}).encode() for i in range(20)]
+    bad = [b'{"text": "\xff"}', b'{"text": null}', b'{"text": " "}', b'{"other": "x"}']
+    (given / "c.jsonl").write_bytes(b"\n".join(good[:10] + bad + good[10:]))
+
+    def attempt(*options: str) -> None:
+        pretokenize.main(arguments(given, tokenizer_folder, output, "--workers", "1", *options))
+
+    with pytest.raises(LimeError, match=r"b.parquet: not readable as parquet.*--on-error skip"):
+        attempt("--on-error", "stop")
+    with pytest.raises(LimeError, match=r"2 of 144 rows were rejected and 1 of 3 files could not be read to their end"):
+        attempt()
+    assert not (output / "dataset.json").exists()
+    capsys.readouterr()
+    attempt("--max-rejected", "0.5")
+    said = capsys.readouterr().out
+    assert "rejected: b.parquet: not readable" in said and "rejected: c.jsonl row 11: not UTF-8" in said
+    assert "rejected: c.jsonl row 14: no column 'text', it has other" in said
+    facts = json.loads((output / "dataset.json").read_text())
+    assert facts["counts"] == {"rows": 144, "null": 1, "empty": 1, "rejected": 2} and len(facts["rejected"]) == 3
+    assert sum(split["documents"] for split in facts["splits"].values()) == 120 + 20
+
+
+def test_input_without_text_is_refused_before_anything_is_written(tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"content": "x"}\n')
+    with pytest.raises(LimeError, match=r"no text found; the first thing wrong: in.jsonl row 1: no column 'text'"):
+        pretokenize.main(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*-*"))
+
+
+def test_units_depend_on_the_input_alone_and_cover_it(corpus: Path) -> None:
+    units = plan_units(list_inputs(str(corpus)), "text", 3000)
+    assert len(units) > 10 and [unit.index for unit in units] == list(range(len(units)))
+    groups = [
+        (file.name, group) for unit in units for file, part in unit.parts for group in (range(*part) if part else [-1])
+    ]
+    expected = [("a.parquet", i) for i in range(60)] + [("c.jsonl", -1)]
+    assert groups == expected + [("inner/b.parquet", i) for i in range(60)]
+
+
+def test_the_split_is_by_text_and_close_to_the_fraction() -> None:
+    texts = [f"document {i}".encode() for i in range(20000)]
+    share = np.mean([split_of(text, 0.05) == "validation" for text in texts])
+    assert abs(share - 0.05) < 0.008
+    small = {text for text in texts if split_of(text, 0.01) == "validation"}
+    assert small < {text for text in texts if split_of(text, 0.05) == "validation"}
+    assert not [text for text in texts if split_of(text, 0.0) == "validation"]
+
+
+def test_inspect_shows_and_verifies(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect.main([str(dataset), "--verify"])
+    said = capsys.readouterr().out
+    for words in (
+        "files have the size and SHA-256",
+        "tokens per byte",
+        "document lengths in tokens",
+        "document 0: Doc",
+    ):
+        assert words in said
+
+
+def test_a_tampered_shard_is_caught_by_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    victim = sorted(copy.glob("validation-*.bin"))[-1]
+    data = bytearray(victim.read_bytes())
+    data[4] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: inspect.main([str(copy), "--verify"]))
+    assert stop.value.code == 2 and f"error: {victim}: its SHA-256 differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [sources, tokenizer, pretokenize, inspect])
+def test_help_has_an_example(command: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])  # type: ignore[attr-defined]
+    assert stop.value.code == 0 and "example:\n  python -m data_tools." in capsys.readouterr().out
+
+
+def test_exit_statuses_of_the_real_command(dataset: Path, tmp_path: Path) -> None:
+    def status(*given: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-m", *given], capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr
+
+    code, errors = status("data_tools.inspect", str(tmp_path / "nowhere"))
+    assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert status("data_tools.inspect", str(dataset))[0] == 0

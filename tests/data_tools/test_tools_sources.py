@@ -1,0 +1,169 @@
+"""Protects reading: damage costs the rows that it hits and is named with file and row; nothing is dropped silently."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_tools import embedded
+from data_tools.sources import Tally, documents, fingerprint, list_inputs, main
+from lime_dist.errors import LimeError
+
+
+def write_parquet(path: Path, column: dict[str, Any], rows: int = 2) -> None:
+    pq.write_table(pa.table(column), path, row_group_size=rows, write_page_checksum=True, compression="none")
+
+
+def read(given: Path | str) -> tuple[list[tuple[str, int, str]], Tally]:
+    tally = Tally()
+    return list(documents(str(given), "text", tally)), tally
+
+
+def test_folder_glob_and_file_give_documents_in_the_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "z").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "no.jsonl").write_text('{"text": "hidden"}\n')
+    write_parquet(tmp_path / "b.parquet", {"text": ["b1", "b2", "b3"]})
+    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n\n{"text": "a3"}')
+    with gzip.open(tmp_path / "z" / "c.jsonl.gz", "wt") as file:
+        file.write('{"text": "c1"}\n')
+    (tmp_path / "notes.txt").write_text("no input")
+    everything = [
+        ("a.jsonl", 1, "a1"),
+        ("a.jsonl", 3, "a3"),
+        ("b.parquet", 1, "b1"),
+        ("b.parquet", 2, "b2"),
+        ("b.parquet", 3, "b3"),
+        ("z/c.jsonl.gz", 1, "c1"),
+    ]
+    assert read(tmp_path)[0] == everything
+    assert read(f"{tmp_path}/**/*.*")[0] == everything
+    assert read(tmp_path / "a.jsonl")[0] == everything[:2]
+    for given, says in [("nowhere", "no such file or folder"), ("notes.txt", "give text in one of these forms")]:
+        with pytest.raises(LimeError, match=says):
+            list_inputs(str(tmp_path / given))
+
+
+def test_bad_jsonl_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    lines = [
+        b'\xef\xbb\xbf{"text": "a byte order mark is no damage"}',
+        b'{"text": "not utf-8: \xff"}',
+        b'{"text": "cut off',
+        b'{"other": 1}',
+        b'["text"]',
+        b'{"text": 7}',
+        b'{"text": "\\ud800"}',
+        b'{"text": null}',
+        b'{"text": "  \\n\\t "}',
+        b'{"text": ""}',
+        '{"text": "the last, ünïcode"}'.encode(),
+    ]
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
+    found, tally = read(tmp_path)
+    assert [row for _, row, _ in found] == [1, 11] and found[-1][2] == "the last, ünïcode"
+    assert (tally.rows, tally.null, tally.empty) == (11, 1, 2)
+    said = [str(rejection) for rejection in tally.rejected]
+    expected = [
+        "not UTF-8",
+        "not JSON",
+        "no column 'text', it has other",
+        "not a JSON object",
+        "holds int",
+        "surrogate",
+    ]
+    assert len(said) == len(expected)
+    for row, (line, words) in enumerate(zip(said, expected, strict=True), start=2):
+        assert line.startswith(f"bad.jsonl row {row}: ") and words in line
+
+
+def test_a_truncated_gzip_gives_what_it_holds(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"line {i} " + "x" * 50}) + "\n" for i in range(2000))
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-200])
+    found, tally = read(tmp_path)
+    assert 0 < len(found) < 2000 and found[0][2].startswith("line 0")
+    assert "t.jsonl.gz row" in str(tally.rejected[-1]) and "cannot be read from here on" in str(tally.rejected[-1])
+
+
+def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    write_parquet(path, {"text": [f"text number {i} {'y' * 40}" for i in range(6)]})
+    data = bytearray(path.read_bytes())
+    place = data.index(b"text number 2")
+    data[place : place + 4] = b"XXXX"
+    path.write_bytes(data)
+    found, tally = read(tmp_path)
+    assert [row for _, row, _ in found] == [1, 2, 5, 6] and tally.rows == 6
+    (rejection,) = tally.rejected
+    assert (rejection.row, rejection.rows) == (3, 2) and "p.parquet row 3: row group 1 is damaged" in str(rejection)
+
+
+def test_a_parquet_row_that_is_no_utf8_costs_itself_alone(tmp_path: Path) -> None:
+    raw = pa.array([b"good", b"bad \xff", b"fine", None, b" "], pa.binary()).view(pa.string())
+    write_parquet(tmp_path / "p.parquet", {"text": raw}, rows=5)
+    found, tally = read(tmp_path)
+    assert [text for *_, text in found] == ["good", "fine"] and (tally.null, tally.empty) == (1, 1)
+    assert [str(rejection) for rejection in tally.rejected] == ["p.parquet row 2: not UTF-8 (byte 4 of the text)"]
+
+
+def test_files_that_are_no_parquet_or_lack_the_column_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
+    write_parquet(tmp_path / "b.parquet", {"content": ["x", "y"]})
+    write_parquet(tmp_path / "c.parquet", {"text": [1, 2]})
+    write_parquet(tmp_path / "d.parquet", {"text": pa.array(["p", "q"]).dictionary_encode()})
+    found, tally = read(tmp_path)
+    assert [text for *_, text in found] == ["p", "q"]
+    said = [str(rejection) for rejection in tally.rejected]
+    assert said[0].startswith("a.parquet: not readable as parquet")
+    assert said[1:] == ["b.parquet: no column 'text', it has content", "c.parquet: column 'text' holds int64, not text"]
+    assert [rejection.rows for rejection in tally.rejected] == [0, 2, 2]
+
+
+def test_a_fingerprint_follows_content_not_place_or_time(tmp_path: Path) -> None:
+    for folder, content in [("one", b"same"), ("two", b"same"), ("three", b"more")]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_bytes(content)
+    prints = [fingerprint(list_inputs(str(tmp_path / folder))[0]) for folder in ("one", "two", "three")]
+    assert prints[0] == prints[1] != prints[2] and prints[0]["name"] == "a.jsonl"
+
+
+def test_docstrings_are_read_in_order_without_importing(tmp_path: Path) -> None:
+    source = '"""Module."""\nraise SystemExit\ndef f():\n    """F\n       indented."""\n\nclass C:\n    """C."""\n'
+    source += '    def m(self):\n        """M."""\n'
+    (tmp_path / "m.py").write_text(source)
+    assert embedded.read_source("p/m.py", str(tmp_path / "m.py")) == [("p.m", ["Module.", "F\nindented.", "C.", "M."])]
+    (tmp_path / "bad.py").write_text('"""x"""\ndef')
+    assert "SyntaxError" in str(embedded.read_source("bad.py", str(tmp_path / "bad.py")))
+
+
+def test_the_embedded_corpus_is_distinct_repeatable_and_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gather(folder: Path, *options: str) -> str:
+        main(["embedded", "--output", str(folder), "--max-megabytes", "1.5", *options])
+        return capsys.readouterr().out
+
+    one = tmp_path / "one"
+    assert "embedded corpus written: 1.5 MB" in gather(one, "--workers", "1")
+    assert "written" in gather(tmp_path / "two", "--workers", "2")
+    names = sorted(path.name for path in one.iterdir())
+    assert names == [".lock", "corpus.json", "embedded-00000.parquet"]
+    for name in names:
+        assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    rows = pq.read_table(one / names[-1]).to_pylist()
+    fineweb = "text id dump url file_path language language_score token_count score int_score".split()
+    assert list(rows[0]) == fineweb
+    assert len({row["text"] for row in rows}) == len(rows) > 100
+    assert all(row["token_count"] == len(row["text"].split()) and row["dump"] == "embedded" for row in rows)
+    assert rows[0]["url"].startswith("pydoc_data.topics#") and any("#" not in row["url"] for row in rows)
+    assert "complete, reused" in gather(one)
+    (one / names[-1]).write_bytes((one / names[-1]).read_bytes()[:-1])
+    assert "is missing or changed" in gather(one)
+    assert (one / names[-1]).read_bytes() == (tmp_path / "two" / names[-1]).read_bytes()
+    with pytest.raises(LimeError, match="made with --max-megabytes 1.5, not 2.0"):
+        main(["embedded", "--output", str(one), "--max-megabytes", "2"])

@@ -1,0 +1,137 @@
+"""Protects the tokenizer: every text comes back exactly, the same seed gives the same pieces, no document is skipped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import tokenizer_training
+from data_tools.sources import Tally, documents, list_inputs
+from data_tools.tokenizer import PIECE_CHARACTERS, Tokenizer, cut, main
+from data_tools.tokenizer_training import HARD_TEXTS, file_budgets, sample_documents
+from lime_dist.errors import LimeError
+
+
+def train(corpus: Path, folder: Path, *options: str) -> Tokenizer:
+    main(["train", "--input", str(corpus), "--output", str(folder), "--vocab-size", "500", *options])
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def either(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train(corpus, tmp_path_factory.mktemp(request.param), "--model-type", request.param)
+
+
+def test_every_text_comes_back_exactly(either: Tokenizer, corpus: Path) -> None:
+    texts = [*HARD_TEXTS, *(text for *_, text in documents(str(corpus), "text", Tally()))]
+    for text, ids in zip(texts, either.encode_batch(texts), strict=True):
+        assert either.decode(ids) == text
+        assert ids.size == 0 or (0 <= ids.min() and ids.max() < either.vocab_size)
+        np.testing.assert_array_equal(ids, either.encode(text))
+
+
+def test_encoding_in_pieces_gives_the_same_ids(
+    either: Tokenizer, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [text for *_, text in documents(str(corpus), "text", Tally()) if "xxxx" not in text]
+    texts += ["a  b   c" * 40, " \n \n\n  x " * 40]
+    whole = either.encode_batch(texts)
+    monkeypatch.setattr("data_tools.tokenizer.PIECE_CHARACTERS", 100)
+    for expected, ids in zip(whole, either.encode_batch(texts), strict=True):
+        np.testing.assert_array_equal(ids, expected)
+
+
+def test_a_very_long_document(trained: Tokenizer) -> None:
+    text = "long words and spaces \n" * (2 * PIECE_CHARACTERS // 23)
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_cuts_concatenate_to_the_text_and_respect_the_limit() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(generator.choice(list("ab \n"), size=int(generator.integers(0, 60)), p=[0.4, 0.3, 0.2, 0.1]))
+        pieces = cut(text, 7)
+        assert "".join(pieces) == text and all(len(piece) <= 7 for piece in pieces)
+    assert cut("one two\nthree four", 10) == ["one two\n", "three four"]
+    assert cut("one   three", 6) == ["one", "   three"[:6], "ee"] and cut("x" * 9, 4) == ["xxxx", "xxxx", "x"]
+
+
+def test_facts_and_special_ids(trained: Tokenizer) -> None:
+    assert (trained.vocab_size, trained.bos_id, trained.eos_id, trained.pad_id) == (500, 1, 2, 3)
+    assert trained.decode([1, 2, 3]) == "" and trained.encode("\n").size == 1  # a newline is one symbol
+    assert trained.encode("1234").size >= 4  # digits stay apart
+    with pytest.raises(LimeError, match=r"token ids 5..500 are outside the vocabulary of 500"):
+        trained.decode([5, 500])
+
+
+def test_the_same_input_and_seed_give_the_same_pieces(
+    corpus: Path, trained: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--sample-megabytes", "0.05"
+    again = train(corpus, tmp_path / "again")
+    assert again.hash == trained.hash and again.facts == trained.facts
+    hashes = [train(corpus, tmp_path / f"{i}", *small, "--seed", seed).hash for i, seed in enumerate("112")]
+    assert hashes[0] == hashes[1] != hashes[2]
+    capsys.readouterr()
+    train(corpus, tmp_path / "again")
+    assert "complete, reused" in capsys.readouterr().out
+    with pytest.raises(LimeError, match="trained with other seed; give another --output, or --fresh"):
+        train(corpus, tmp_path / "again", "--seed", "5")
+    assert train(corpus, tmp_path / "again", "--seed", "5", "--fresh").facts["training"]["seed"] == 5
+
+
+def test_long_documents_are_trained_on(tmp_path: Path) -> None:
+    """A word that occurs only inside one document of 300 KB becomes a piece (sentencepiece alone skips the document)."""
+    lines = [json.dumps({"text": f"short text {i}"}) for i in range(50)]
+    lines.append(json.dumps({"text": "the zyzzyva sings " * 15000}))
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    main(["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size", "300"])
+    assert Tokenizer(tmp_path / "t").encode(" zyzzyva").size == 1
+
+
+def test_the_sample_is_even_over_files(corpus: Path) -> None:
+    assert file_budgets([10, 1000, 1000], 300) == [10, 145, 145]
+    assert file_budgets([10, 20], 300) == [10, 20]
+    files, taken = list_inputs(str(corpus)), dict[str, int]()
+    source = {text: name for name, _, text in documents(str(corpus), "text", Tally())}
+    for text, size in sample_documents(files, "text", 90_000, 0, Tally()):
+        taken[source[text]] = taken.get(source[text], 0) + size
+    assert set(taken) == {"a.parquet", "c.jsonl", "inner/b.parquet"}
+    assert all(25_000 < size <= 30_000 for size in taken.values())
+
+
+def test_a_model_that_loses_text_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "something else")
+    with pytest.raises(LimeError, match="does not give this text back, it is refused"):
+        train(corpus, tmp_path / "t")
+    assert [path.name for path in (tmp_path / "t").iterdir()] == [".lock"]
+
+
+def test_a_changed_model_is_refused_on_load(tokenizer_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    shutil.copytree(tokenizer_folder, folder)
+    model = folder / "tokenizer.model"
+    model.write_bytes(model.read_bytes() + b"\0")
+    with pytest.raises(LimeError, match=r"tokenizer.model: its content differs from the hash"):
+        Tokenizer(folder)
+    model.unlink()
+    with pytest.raises(LimeError, match=r"tokenizer.model: missing"):
+        Tokenizer(folder)
+    with pytest.raises(LimeError, match=r"tokenizer.json: no such file"):
+        Tokenizer(tmp_path / "nowhere")
+
+
+def test_what_cannot_be_trained_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "too little"}\n')
+    given = ["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size"]
+    with pytest.raises(LimeError, match="cannot train 5000 pieces on this input: .*lower --vocab-size"):
+        main([*given, "5000"])
+    with pytest.raises(LimeError, match="must be at least 300"):
+        main([*given, "100"])
+    with pytest.raises(LimeError, match="no text in column 'content'"):
+        main([*given, "400", "--text-column", "content"])
+    assert tokenizer_training.UNK_ID == 0
