@@ -40,7 +40,7 @@ MIN_DENSITY = (
     0.1  # share of a source inside triple quotes; sparser files give 7 % of the text for 45 % of the parsing time
 )
 MAX_SOURCE = 2_000_000  # bytes
-FILE_TEXT_BYTES, ROW_GROUP_ROWS, FILES_AT_ONCE = 8_000_000, 512, 64
+FILE_TEXT_BYTES, ROW_GROUP_ROWS, FILES_AT_ONCE = 8_000_000, 512, 16
 QUOTED = re.compile(rb"\"\"\".*?\"\"\"|'''.*?'''", re.DOTALL)
 CONSTANTS: dict[str, Any] = {"dump": "embedded", "language": "en", "language_score": 1.0, "score": 3.0, "int_score": 3}
 SCHEMA = pa.schema(

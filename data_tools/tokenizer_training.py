@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,34 +91,32 @@ def train_model(texts: Iterator[str], vocab_size: int, model_type: str) -> sente
         piece for text in texts for piece in cut(text.replace("\0", "").replace(SPACE_MARK, ""), TRAINING_CHARACTERS)
     )
     model = io.BytesIO()
-    with tempfile.TemporaryFile("w+") as log:
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(pieces),
-                model_writer=model,
-                logstream=log,
-                model_type=model_type,
-                vocab_size=vocab_size,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                add_dummy_prefix=False,
-                byte_fallback=True,
-                split_digits=True,
-                user_defined_symbols=["\n"],
-                unk_id=UNK_ID,
-                bos_id=BOS_ID,
-                eos_id=EOS_ID,
-                pad_id=PAD_ID,
-                num_threads=1,  # with more, unigram pieces depend on their number
-                shuffle_input_sentence=False,
-            )
-        except (RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise LimeError(
-                f"sentencepiece cannot train {vocab_size} pieces on this input: {reason}; lower --vocab-size or give "
-                "more text"
-            ) from None
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(pieces),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=PAD_ID,
+            num_threads=1,  # with more, unigram pieces depend on their number
+            shuffle_input_sentence=False,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2].strip() or "there is too little text"
+        raise LimeError(
+            f"sentencepiece cannot train {vocab_size} pieces on this input: {reason}; lower --vocab-size or give more text"
+        ) from None
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 

@@ -95,11 +95,15 @@ install() { # install [EXTRA ...]
     logged "$python" -m venv "$venv"
   fi
   # torch comes first and alone: whatever is asked for after it cannot choose another one.
+  # --no-compile: pip would byte-compile all of torch in one thread, which took longer than all the rest.
+  local pip=("$bin/python" -m pip install --no-input --no-compile -c "$root/constraints.txt")
   echo "      installing torch"
-  logged "$bin/python" -m pip install --no-input -c "$root/constraints.txt" torch
+  logged "${pip[@]}" torch
   if [[ -n "$extras" ]]; then target="${root}[${extras// /,}]"; fi
   echo "      installing lime_dist and its libraries${extras:+, with the extras ${extras// /, }}"
-  logged "$bin/python" -m pip install --no-input -c "$root/constraints.txt" -e "$target"
+  logged "${pip[@]}" -e "$target"
+  echo "      importing them once"
+  logged env -u PYTHONDONTWRITEBYTECODE "$bin/python" -c "import datasets, deepspeed.pipe, sentencepiece, torch.utils.tensorboard"
   { requirements_key && printf '%s\n' "$extras"; } >"$stamp.new"
   mv "$stamp.new" "$stamp"
 }

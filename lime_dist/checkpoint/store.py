@@ -44,7 +44,9 @@ class Checkpoint:
         return TrainState(**self.manifest["state"])
 
 
-def save(directory: Path, config: Config, optimizer: StageOptimizer, state: TrainState, stage: int, replica: int) -> Path:
+def save(
+    directory: Path, config: Config, optimizer: StageOptimizer, state: TrainState, stage: int, replica: int
+) -> Path:
     """Write ``directory/global_stepN``; called by all ranks together; returns the folder.
 
     Raises:
@@ -202,17 +204,23 @@ def _mismatch(
     for name, parameter in optimizer.parameters.items():
         if name not in index or index[name]["shape"] != list(parameter.shape):
             there = index[name]["shape"] if name in index else "nothing"
-            difference = ", ".join(f"model.{key}: {saved.get(key)} there, {ours[key]} here" for key in ours if saved.get(key) != ours[key])
+            difference = ", ".join(
+                f"model.{key}: {saved.get(key)} there, {ours[key]} here" for key in ours if saved.get(key) != ours[key]
+            )
             return f"{checkpoint.path} is of another model ({difference or f'{name}: {there}'}); {advice}"
     if saved != ours:
-        keys = ", ".join(f"model.{key}: {saved.get(key)} there, {ours[key]} here" for key in ours if saved.get(key) != ours[key])
+        keys = ", ".join(
+            f"model.{key}: {saved.get(key)} there, {ours[key]} here" for key in ours if saved.get(key) != ours[key]
+        )
         return f"{checkpoint.path} is of another model ({keys}); {advice}"
     return None
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
+        )
 
 
 def _sha256_blocks(file: Any) -> str:

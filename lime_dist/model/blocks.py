@@ -37,9 +37,7 @@ class Attention(nn.Module):
         else:
             k_NGd, v_NGd = (t.view(batch * length, -1, self.head_size) for t in (k, v))
             k_GNd, v_GNd = history.mix(self.layer, k_NGd, v_NGd)
-            k_BGTd, v_BGTd = (
-                t.view(-1, batch, length, self.head_size).transpose(0, 1) for t in (k_GNd, v_GNd)
-            )
+            k_BGTd, v_BGTd = (t.view(-1, batch, length, self.head_size).transpose(0, 1) for t in (k_GNd, v_GNd))
         mixed = causal_attention(rotate(q_BHTd, self.rope_theta), rotate(k_BGTd, self.rope_theta), v_BGTd)
         return self.o_proj(mixed)
 

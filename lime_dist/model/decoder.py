@@ -6,7 +6,7 @@ Reading the list top to bottom is reading the model: embedding, decoder layers, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -87,7 +87,6 @@ def run_layers(
         history.open([None if router is None else router.weight for router in routers])
     for layer in layers:
         if activation_checkpointing and torch.is_grad_enabled():
-            again = history.recomputing if history is not None else nullcontext
             hidden_BTD = cast(
                 Tensor,
                 checkpoint(
@@ -96,12 +95,19 @@ def run_layers(
                     history,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=lambda again=again: (nullcontext(), again()),
+                    context_fn=partial(_checkpoint_contexts, history),
                 ),
             )
         else:
             hidden_BTD = layer(hidden_BTD, history)
     return hidden_BTD
+
+
+def _checkpoint_contexts(
+    history: KeyValueHistory | None,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds the forward pass of a checkpointed layer, and what surrounds its recomputation."""
+    return nullcontext(), nullcontext() if history is None else history.recomputing()
 
 
 def apply_head(head: nn.Module, hidden_BTD: Tensor) -> Tensor:

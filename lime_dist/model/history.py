@@ -266,7 +266,11 @@ class KeyValueHistory:
             raise RuntimeError("a layer history can be walked backwards once: its entries gave way to gradients")
         self._visited.add(layer)
         block = layout.block(layer)
-        begin, position, end = (layout.position(block.start), layout.position(layer), layout.position(block.stop - 1) + 1)
+        begin, position, end = (
+            layout.position(block.start),
+            layout.position(layer),
+            layout.position(block.stop - 1) + 1,
+        )
         row = layer - layout.start
 
         inside = slice(begin, position + 1)

@@ -60,7 +60,9 @@ def _initialise_key_value_router(value: Tensor, config: ModelConfig, generator: 
     value[:, columns - heads :] = torch.eye(heads)
 
 
-def build(module: nn.Module, names: dict[str, str], config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+def build(
+    module: nn.Module, names: dict[str, str], config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype
+) -> None:
     """Give a module that was made on the meta device its memory and initial values.
 
     Args:

@@ -28,7 +28,9 @@ class RMSNorm(nn.Module):
 
 
 @lru_cache(maxsize=16)
-def rotary_table(length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position · θ^(−2i/d), each [T, d], the two halves of d alike (LLaMA's layout); never below float32."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = theta ** -(torch.arange(0, head_size, 2, dtype=exact, device=device) / head_size)

@@ -26,6 +26,7 @@ class LimeEngine(PipelineEngine):
     """Runs the stock schedule; gradients, norm, clipping and the update belong to `StageOptimizer`."""
 
     optimizer: StageOptimizer
+    total_loss: Tensor | None
 
     def __init__(self, module: LimePipelineModule, config: Config) -> None:
         world_size = dist.get_world_size()
@@ -36,9 +37,7 @@ class LimeEngine(PipelineEngine):
                 args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu
             )
         tied = {name: comm["group"] for name, comm in self._tied_communicators().items()}
-        copies = {
-            name for name, comm in self._tied_communicators().items() if self.global_rank != min(comm["ranks"])
-        }
+        copies = {name for name, comm in self._tied_communicators().items() if self.global_rank != min(comm["ranks"])}
         self.optimizer = StageOptimizer(
             module.exported_parameters,
             config.optimizer,
@@ -55,16 +54,14 @@ class LimeEngine(PipelineEngine):
 
     def _tied_communicators(self) -> dict[str, dict[str, Any]]:
         """By exported name: DeepSpeed's group, ranks and module of a weight that lives on two stages."""
-        return {
-            f"{EMBEDDING}.weight": comm for comm in self.module.tied_comms.values() if len(set(comm["ranks"])) > 1
-        }
+        return {f"{EMBEDDING}.weight": comm for comm in self.module.tied_comms.values() if len(set(comm["ranks"])) > 1}
 
-    def train_step(self, batches: Batches) -> float:
+    def train_step(self, batches: Batches | None) -> float:
         """One step over all micro-batches; returns the mean loss over the global batch (nats per token), on every rank."""
         self._use_shape("train")
         return float(self.train_batch(batches))
 
-    def evaluate(self, batches: Batches, micro_batches: int) -> float:
+    def evaluate(self, batches: Batches | None, micro_batches: int) -> float:
         """Mean loss over ``micro_batches`` micro-batches of every replica, on every rank; changes nothing."""
         self._use_shape("evaluate")
         return float(self.eval_batch(batches, num_micro_batches=micro_batches))
@@ -111,6 +108,7 @@ class LimeEngine(PipelineEngine):
         """The global batch's mean loss on every rank."""
         loss = torch.zeros((), device=self.device)
         if self.is_last_stage():
+            assert self.total_loss is not None
             loss = self.total_loss / self.micro_batches
             if self.is_data_parallel:
                 dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())

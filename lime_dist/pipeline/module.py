@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.module import TiedLayerSpec as DeepSpeedTiedLayer
 from torch import Tensor, nn
 
-from lime_dist.config.schema import Config
+from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.model.blocks import DecoderLayer
 from lime_dist.model.decoder import LayerSpec, apply_head, decoder_layers, open_history, run_layers, stage_layout
 from lime_dist.model.layers import language_model_loss
@@ -83,7 +83,7 @@ class LimePipelineModule(PipelineModule):
         return apply_head(head, norm(hidden))
 
 
-Arguments = tuple[object, int, torch.device, torch.dtype]
+Arguments = tuple[ModelConfig, int, torch.device, torch.dtype]
 
 
 class _Layer(DeepSpeedLayer):

@@ -67,7 +67,9 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, float | None]:
         _keep(run, record)
         console.advance()
         if engine.optimizer.gradient_norm != engine.optimizer.gradient_norm or loss != loss:
-            console.say(f"step {state.step}: loss {loss}, gradient norm not finite; this update was skipped on all ranks")
+            console.say(
+                f"step {state.step}: loss {loss}, gradient norm not finite; this update was skipped on all ranks"
+            )
         if state.step % settings.log_interval == 0 or state.step == settings.steps:
             typical = median(recent)
             rate = settings.global_batch_size * config.data.sequence_length / typical

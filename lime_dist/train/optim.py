@@ -68,7 +68,12 @@ class StageOptimizer:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, total_steps: int, zero_stage: int, groups: Groups
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        total_steps: int,
+        zero_stage: int,
+        groups: Groups,
     ) -> None:
         self.config, self.total_steps, self.groups = config, total_steps, groups
         self.parameters = dict(parameters)

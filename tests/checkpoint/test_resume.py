@@ -73,7 +73,17 @@ def stopped(straight: Path, tmp_path: Path) -> Path:
 
 def test_metrics_and_tensorboard_of_a_run(straight: Path) -> None:
     steps = [record for record in records(straight) if "loss" in record]
-    keys = {"step", "consumed_samples", "tokens", "loss", "grad_norm", "lr", "router_lr", "step_seconds", "tokens_per_second"}
+    keys = {
+        "step",
+        "consumed_samples",
+        "tokens",
+        "loss",
+        "grad_norm",
+        "lr",
+        "router_lr",
+        "step_seconds",
+        "tokens_per_second",
+    }
     assert [record["step"] for record in steps] == list(range(1, 21)) and all(set(record) == keys for record in steps)
     assert steps[-1]["consumed_samples"] == 80 and steps[-1]["tokens"] == 80 * 16
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1, "it learns"
@@ -168,7 +178,9 @@ def test_mistakes_of_the_user_are_one_line_on_all_ranks(
         return str(lines[0])
 
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
-    assert "is of another model (model.intermediate_size: 24 there, 32 here)" in line({"model": {"intermediate_size": 32}}, stopped)
+    assert "is of another model (model.intermediate_size: 24 there, 32 here)" in line(
+        {"model": {"intermediate_size": 32}}, stopped
+    )
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
     for folder in (stopped / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()

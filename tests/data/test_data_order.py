@@ -11,7 +11,6 @@ import pytest
 from lime_dist.data.order import SampleOrder, rank_positions
 from lime_dist.errors import LimeError
 
-
 PINNED = [84187463, 458532199, 648549152]
 
 

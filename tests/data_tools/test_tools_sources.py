@@ -142,14 +142,18 @@ def test_docstrings_are_read_in_order_without_importing(tmp_path: Path) -> None:
 
 
 def test_the_embedded_corpus_is_distinct_repeatable_and_checked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    files = embedded.source_files()[:300]
+    assert files[0][0] == "pydoc_data/topics.py"
+    monkeypatch.setattr(embedded, "source_files", lambda: files)
+
     def gather(folder: Path, *options: str) -> str:
-        main(["embedded", "--output", str(folder), "--max-megabytes", "1.5", *options])
+        main(["embedded", "--output", str(folder), "--max-megabytes", "0.9", *options])
         return capsys.readouterr().out
 
     one = tmp_path / "one"
-    assert "embedded corpus written: 1.5 MB" in gather(one, "--workers", "1")
+    assert "embedded corpus written: 0.9 MB" in gather(one, "--workers", "1")
     assert "written" in gather(tmp_path / "two", "--workers", "2")
     names = sorted(path.name for path in one.iterdir())
     assert names == [".lock", "corpus.json", "embedded-00000.parquet"]
@@ -165,5 +169,5 @@ def test_the_embedded_corpus_is_distinct_repeatable_and_checked(
     (one / names[-1]).write_bytes((one / names[-1]).read_bytes()[:-1])
     assert "is missing or changed" in gather(one)
     assert (one / names[-1]).read_bytes() == (tmp_path / "two" / names[-1]).read_bytes()
-    with pytest.raises(LimeError, match="made with --max-megabytes 1.5, not 2.0"):
+    with pytest.raises(LimeError, match="made with --max-megabytes 0.9, not 2.0"):
         main(["embedded", "--output", str(one), "--max-megabytes", "2"])

@@ -74,7 +74,9 @@ def test_graph_memory_grows_linearly_with_depth(checkpointing: bool) -> None:
     """Bytes that autograd saves for backward, counted: doubling the depth doubles them, it does not quadruple them."""
 
     def saved_bytes(layers: int) -> int:
-        config = ModelConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=2)
+        config = ModelConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=2
+        )
         model = build_decoder(config, activation_checkpointing=checkpointing)
         storages: dict[int, int] = {}
 

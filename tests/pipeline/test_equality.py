@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ def settings(architecture: str, heads: int, tied: bool, precision: str, **parall
     }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(text: str) -> dict[str, Any]:
     return oracle.train_steps(make_config(yaml.safe_load(text), "a test"), STEPS, evaluate=True)
 
@@ -43,7 +43,9 @@ def check_equal(values: dict[str, Any], group: WorkerGroup) -> list[dict[str, An
     results = group.run("support.cases.train_steps", values=values, steps=STEPS, evaluate=True)
     expected = reference(yaml.safe_dump({**values, "parallel": {}}))
     tolerance = TOLERANCE[values["precision"]]
-    assert min(expected["norms"]) > values["optimizer"]["max_grad_norm"], "every step must clip, or clipping is not tested"
+    assert min(expected["norms"]) > values["optimizer"]["max_grad_norm"], (
+        "every step must clip, or clipping is not tested"
+    )
     covered: set[str] = set()
     for result in results:
         assert result["losses"] == pytest.approx(expected["losses"], rel=tolerance / 10)

@@ -50,7 +50,13 @@ def train_steps(values: dict[str, Any], steps: int, evaluate: bool = False) -> d
         engine = LimeEngine(module, config)
     optimizer = engine.optimizer
     replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
-    result: dict[str, Any] = {"stage": engine.stage_id, "replica": replica, "losses": [], "norms": [], "evaluations": []}
+    result: dict[str, Any] = {
+        "stage": engine.stage_id,
+        "replica": replica,
+        "losses": [],
+        "norms": [],
+        "evaluations": [],
+    }
     result["rates"] = []
     update = optimizer.step
 

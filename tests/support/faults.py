@@ -19,7 +19,13 @@ def poisoned_step(zero_stage: int) -> dict[str, Any]:
 
     config = make_config(
         {
-            "model": {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2},
+            "model": {
+                "vocab_size": 11,
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+            },
             "data": {"sequence_length": 4},
             "train": {"global_batch_size": 4, "micro_batch_size": 2},
             "parallel": {"pipeline_stages": 2, "zero_stage": zero_stage},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pretrain
-
 from lime_dist.config.load import make_config
 from lime_dist.errors import LimeError
 

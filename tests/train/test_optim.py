@@ -16,7 +16,10 @@ def test_schedule() -> None:
     assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
     assert factors[60] == pytest.approx(0.01 + 0.99 / 2)
     assert factors[110] == factors[119] == pytest.approx(0.01)
-    assert min(schedule_factor(OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=1000), s, 2000) for s in range(2000)) == 0.1
+    assert (
+        min(schedule_factor(OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=1000), s, 2000) for s in range(2000))
+        == 0.1
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
