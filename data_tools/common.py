@@ -7,9 +7,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+from lime_dist.errors import LimeError
 
 
 def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -26,6 +30,15 @@ def progress_bar(total: int, description: str, **options: Any) -> tqdm[Any]:
     """A bar on stderr, in bytes unless ``options`` say otherwise; in a log file, a line every 10 s at most."""
     defaults = {"unit": "B", "unit_scale": True, "mininterval": 0.2 if os.isatty(2) else 10.0, "dynamic_ncols": True}
     return tqdm(total=total, desc=description, **(defaults | options))
+
+
+@contextmanager
+def disk_errors(what_to_do: str) -> Iterator[None]:
+    """Turn what the disk refuses (full, not writable) into a LimeError that ends with ``what_to_do``."""
+    try:
+        yield
+    except OSError as error:
+        raise LimeError(f"{error.filename or 'disk'}: {error.strerror or error}; {what_to_do}") from None
 
 
 def start_worker(parent: int) -> None:

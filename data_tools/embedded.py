@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.common import progress_bar, start_worker
+from data_tools.common import disk_errors, progress_bar, start_worker
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sha256_file, write_atomic
 from lime_dist.errors import LimeError
 
@@ -244,7 +244,7 @@ def run(options: argparse.Namespace) -> None:
     if options.max_megabytes <= 0 or options.workers < 1:
         raise LimeError("--max-megabytes and --workers must be above 0")
     output = Path(options.output)
-    with lock_folder(output):
+    with disk_errors("put this right and run the same command again"), lock_folder(output):
         manifest = None if options.fresh else complete(output, options.max_megabytes)
         state = "complete, reused" if manifest else "written"
         manifest = manifest or write_corpus(output, options.max_megabytes, options.workers)

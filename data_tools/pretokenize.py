@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import TOOL_VERSION
-from data_tools.common import command_parser, progress_bar, start_worker
+from data_tools.common import command_parser, disk_errors, progress_bar, start_worker
 from data_tools.manifest import Manifest, Result, finish, whole
 from data_tools.sources import Tally, documents, fingerprint, list_inputs
 from data_tools.tokenizer import Tokenizer, first_failure
@@ -66,8 +66,7 @@ def encode_units(
 ) -> tuple[int, float]:
     """Encode the units ``todo`` of all ``units`` in worker processes; ``publish`` gets each result as it comes.
 
-    Returns the bytes of text encoded and the seconds taken. LimeError if a worker dies or a disk is full: what has been
-    published stays.
+    Returns the bytes of text encoded and the seconds taken. LimeError if a worker dies: what has been published stays.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of pyarrow and sentencepiece
     counters = context.RawArray("q", 1 + COUNTERS * len(units))
@@ -98,11 +97,6 @@ def encode_units(
         raise LimeError(
             f"a worker process died (killed, or out of memory) while these were under way: {names}; what is finished "
             "is kept, run the same command again, with fewer --workers if memory is short"
-        ) from None
-    except OSError as error:
-        raise LimeError(
-            f"{error.filename or job.scratch}: {error.strerror or error}; what is finished is kept, put this right and "
-            "run the same command again"
         ) from None
     finally:
         counters[0] = 1
@@ -196,7 +190,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise LimeError("--workers and --shard-tokens must be at least 1")
     if not 0 <= options.validation_fraction < 1 or not 0 <= options.max_rejected <= 1:
         raise LimeError("--validation-fraction must be in [0, 1) and --max-rejected in [0, 1]")
-    pretokenize(options)
+    with disk_errors("what is finished is kept, put this right and run the same command again"):
+        pretokenize(options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from data_tools.common import progress_bar
+from data_tools.common import disk_errors, progress_bar
 from data_tools.sources import InputFile, Tally, file_text_bytes, fingerprint, list_inputs, read_file, row_group_bytes
 from data_tools.tokenizer import (
     FACTS_FILE,
@@ -195,7 +195,7 @@ def run(options: argparse.Namespace) -> None:
         key: getattr(options, key) for key in ("vocab_size", "model_type", "text_column", "sample_megabytes", "seed")
     }
     training["inputs"] = [fingerprint(file) for file in files]
-    with lock_folder(output):
+    with disk_errors("put this right and run the same command again"), lock_folder(output):
         if not options.fresh and reusable(output, training):
             print(f"tokenizer complete, reused: {options.vocab_size} pieces in {output}")
             return

@@ -77,21 +77,15 @@ is_installed() { # is_installed [EXTRA ...]
 
 install() { # install [EXTRA ...]
   local extras="$*" python="${LIME_PYTHON:-python3}" target="$root" words
-  if [[ ! -x "$bin/python" ]]; then
-    require_python "$python"
-    echo "      making the virtual environment $venv with $("$python" --version)"
-  fi
   : >"$log"
-  if [[ -x "$bin/python" ]]; then
-    require_python "$bin/python"
-    # Extras of an earlier call stay installed, so they stay in the stamp.
-    if [[ -f "$stamp" ]]; then extras="$extras $(sed -n 2p "$stamp")"; fi
-  fi
+  # Extras of an earlier call stay installed, so they stay in the stamp.
+  if [[ -f "$stamp" ]]; then extras="$extras $(sed -n 2p "$stamp")"; fi
   read -ra words <<<"$extras"
   extras="$(printf '%s\n' "${words[@]}" | sort -u | tr '\n' ' ')"
   extras="${extras% }"
   rm -f "$stamp"
   if ! "$bin/python" -m pip --version >/dev/null 2>&1; then
+    echo "      making the virtual environment $venv with $("$python" --version)"
     logged "$python" -m venv "$venv"
   fi
   # torch comes first and alone: whatever is asked for after it cannot choose another one.
@@ -112,6 +106,7 @@ prepare() {
   if is_installed "$@"; then
     echo "      $venv is up to date"
   else
+    if [[ -x "$bin/python" ]]; then require_python "$bin/python"; else require_python "${LIME_PYTHON:-python3}"; fi
     mkdir -p "$venv"
     # Two scripts started together: the second waits, then finds the work done.
     (
@@ -122,13 +117,13 @@ prepare() {
   export PATH="$bin:$PATH"
 }
 
-# `deepspeed` itself dies of a signal without telling its children, which would train on; its child does tell the workers.
-stop_workers() { # stop_workers PID
-  pkill -TERM -P "$1" || true
+# `deepspeed` dies of a signal without telling its child, and training would go on; the child does tell the workers.
+stop_training() { # stop_training PID
+  pkill -TERM -P "$1" || kill -TERM "$1" || true
 }
 
 launch() {
-  local processes="$1" probe cuda_devices port launcher status=0 quiet=(--quiet)
+  local processes="$1" probe cuda_devices port launcher status=0 stopped=false quiet=(--log_level critical)
   shift
   probe="$("$bin/python" -c '
 import socket, torch
@@ -149,10 +144,14 @@ with socket.socket() as probe:
   "$bin/deepspeed" "${quiet[@]}" --hostfile /dev/null --num_gpus "$processes" --master_port "$port" \
     "$root/pretrain.py" "$@" &
   launcher=$!
-  trap 'stop_workers "$launcher"' INT TERM HUP
+  trap 'stopped=true; stop_training "$launcher"' INT TERM HUP
   while kill -0 "$launcher" 2>/dev/null; do
     wait "$launcher" && status=0 || status=$?
   done
   trap - INT TERM HUP
+  # Not `deepspeed`'s own status: it takes a child that a signal ended for a success.
+  if $stopped; then return 143; fi
+  # A signal -s reaches us as 256 - s, and nobody has said so yet (9 is often the kernel, out of memory).
+  if ((status > 192)); then echo "error: a process of pretrain.py was ended by signal $((256 - status))" >&2; fi
   return "$status"
 }

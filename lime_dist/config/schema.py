@@ -26,15 +26,40 @@ class HistoryConfig(Section):
 class LimeConfig(Section):
     """Layer-Integrated Memory, arXiv 2502.09245."""
 
-    routes: Literal["kv"] = "kv"
-    router_init: Literal["uniform", "identity"] = "uniform"
+    routes: Literal["kv", "hidden"] = Field("kv", description="what is mixed: keys and values, or hidden states")
+    router: Literal["static", "dynamic"] = Field("static", description="dynamic: per token (routes: hidden)")
+    router_init: Literal["uniform", "identity"] = Field("uniform", description="of routes: kv")
+    top_p: float | None = Field(None, gt=0, le=1, description="drop the smallest static weights (routes: hidden)")
+    start_layer: int = Field(1, ge=1, description="first layer that reads the history (routes: hidden)")
     history: HistoryConfig = HistoryConfig()
+
+    @model_validator(mode="after")
+    def _combination(self) -> LimeConfig:
+        if self.routes == "kv":
+            for key, default in (("router", "static"), ("top_p", None), ("start_layer", 1)):
+                if getattr(self, key) != default:
+                    raise ValueError(
+                        f"model.lime.{key}={getattr(self, key)} needs model.lime.routes=hidden; "
+                        "with routes: kv every layer from 1 on has a static, signed router"
+                    )
+        if self.routes == "hidden" and self.router_init != "uniform":
+            raise ValueError(f"model.lime.router_init={self.router_init} needs model.lime.routes=kv")
+        if self.router == "dynamic" and self.top_p is not None:
+            raise ValueError(f"model.lime.top_p={self.top_p} prunes static weights; it needs model.lime.router=static")
+        return self
+
+
+class HyperConfig(Section):
+    """Hyper-Connections, arXiv 2409.19606."""
+
+    rate: int = Field(4, ge=1, description="residual streams")
+    dynamic: bool = Field(True, description="connection weights depend on the token")
 
 
 class ModelConfig(Section):
     """Shape of the decoder; the names are those of Hugging Face's LLaMA configuration."""
 
-    architecture: Literal["llama", "lime"] = "lime"
+    architecture: Literal["llama", "lime", "hyper"] = "lime"
     vocab_size: int = Field(4096, ge=2)
     hidden_size: int = Field(128, ge=1)
     intermediate_size: int = Field(512, ge=1)
@@ -45,6 +70,7 @@ class ModelConfig(Section):
     rope_theta: float = Field(10000.0, gt=0)
     tie_word_embeddings: bool = True
     lime: LimeConfig = LimeConfig()
+    hyper: HyperConfig = HyperConfig()
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -62,6 +88,22 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"model.num_attention_heads={self.num_attention_heads}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _routes_fit(self) -> ModelConfig:
+        if self.architecture != "lime" or self.lime.routes != "hidden":
+            return self
+        if self.key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"model.num_key_value_heads={self.num_key_value_heads} must equal model.num_attention_heads="
+                f"{self.num_attention_heads} with model.lime.routes=hidden, which routes every head by itself"
+            )
+        if self.lime.start_layer >= self.num_hidden_layers:
+            raise ValueError(
+                f"model.lime.start_layer={self.lime.start_layer} is past the last layer, "
+                f"{self.num_hidden_layers - 1} (model.num_hidden_layers={self.num_hidden_layers})"
             )
         return self
 

@@ -1,9 +1,22 @@
-"""What a model costs, by formula: multiply-add FLOPs of a decoder layer and of the output projection."""
+"""What a model costs, by formula: parameters, and multiply-add FLOPs of a decoder layer and of the output projection."""
 
 from __future__ import annotations
 
+import torch
+
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.history import make_policy
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the whole model, a tied weight once; nothing is allocated."""
+    from lime_dist.model.decoder import decoder_layers
+
+    counts = {}
+    with torch.device("meta"):
+        for spec in decoder_layers(config):
+            counts[spec.name] = sum(parameter.numel() for parameter in spec.make().parameters())
+    return sum(counts.values())
 
 
 def layer_flops(config: ModelConfig, layer: int, sequence_length: int) -> int:
@@ -13,11 +26,23 @@ def layer_flops(config: ModelConfig, layer: int, sequence_length: int) -> int:
     projections = 2 * hidden * size * (2 * heads + 2 * key_value_heads)
     mlp = 2 * 3 * hidden * config.intermediate_size
     attention = 2 * 2 * heads * size * (sequence_length + 1) // 2
-    routing = 0
-    if config.architecture == "lime" and layer > 0:
-        read = len(make_policy(config.lime.history).reads(layer))
-        routing = 2 * key_value_heads * (read * key_value_heads) * 2 * size
-    return projections + mlp + attention + routing
+    return projections + mlp + attention + routing_flops(config, layer)
+
+
+def routing_flops(config: ModelConfig, layer: int) -> int:
+    """Forward FLOPs per token that a layer spends on what LLaMA does not have: mixing, router logits, connections."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if config.architecture == "hyper":
+        rate = config.hyper.rate
+        coefficients = 2 * rate * hidden * (rate + 2) if config.hyper.dynamic else 0
+        return 2 * (coefficients + 2 * rate * (rate + 1) * hidden + 2 * rate * hidden)
+    if config.architecture == "llama" or layer < config.lime.start_layer:
+        return 0
+    read = len(make_policy(config.lime).reads(layer))
+    if config.lime.routes == "kv":
+        return 2 * config.key_value_heads * (read * config.key_value_heads) * 2 * config.head_size
+    logits = 2 * heads * read * hidden if config.lime.router == "dynamic" else 0
+    return 2 * heads * read * hidden + logits
 
 
 def head_flops(config: ModelConfig) -> int:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.blocks import DecoderLayer
-from lime_dist.model.history import KeyValueHistory, StageLayout, make_policy
+from lime_dist.model.blocks import Attention, make_layer
+from lime_dist.model.hidden_history import HiddenHistory
+from lime_dist.model.history import LayerHistory, StageLayout, make_policy
 from lime_dist.model.init import build
+from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layers import Embedding, RMSNorm
 
 EMBEDDING = "model.embed_tokens"
@@ -45,7 +47,6 @@ class LayerSpec:
 
 def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
     """The flat list: embedding, L decoder layers, norm, output projection (the embedding itself when tied)."""
-    policy = make_policy(config.lime.history) if config.architecture == "lime" else None
     embedding = LayerSpec(EMBEDDING, partial(Embedding, config.vocab_size, config.hidden_size))
     if config.tie_word_embeddings:
         head = embedding
@@ -54,7 +55,7 @@ def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
     return [
         embedding,
         *(
-            LayerSpec(f"model.layers.{layer}", partial(DecoderLayer, config, layer, policy))
+            LayerSpec(f"model.layers.{layer}", partial(make_layer, config, layer))
             for layer in range(config.num_hidden_layers)
         ),
         LayerSpec("model.norm", partial(RMSNorm, config.hidden_size, config.rms_norm_eps)),
@@ -66,32 +67,42 @@ def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | No
     """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
     if config.architecture != "lime":
         return None
-    return StageLayout(make_policy(config.lime.history), start, stop, config.num_hidden_layers)
+    return StageLayout(make_policy(config.lime), start, stop, config.num_hidden_layers)
 
 
 def open_history(
-    config: ModelConfig, layout: StageLayout | None, num_tokens: int, like: Tensor
-) -> KeyValueHistory | None:
-    """An empty history of one micro-batch, of the type and device of ``like``; None without a layout."""
+    config: ModelConfig, layout: StageLayout | None, num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> LayerHistory | None:
+    """An empty history of one micro-batch; None without a layout."""
     if layout is None:
         return None
-    return KeyValueHistory(layout, config.key_value_heads, config.head_size, num_tokens, like.dtype, like.device)
+    if config.lime.routes == "hidden":
+        return HiddenHistory(layout, num_tokens, config.hidden_size, dtype, device)
+    return KeyValueHistory(layout, config.key_value_heads, config.head_size, num_tokens, dtype, device)
+
+
+def embed(config: ModelConfig, embedding: nn.Module, tokens_BT: Tensor) -> Tensor:
+    """What the first decoder layer takes: [B, T, D]; with Hyper-Connections every stream starts as it, [B, T, n, D]."""
+    hidden_BTD = embedding(tokens_BT)
+    if config.architecture == "hyper":
+        return hidden_BTD.unsqueeze(-2).expand(-1, -1, config.hyper.rate, -1)
+    return hidden_BTD
 
 
 def run_layers(
-    layers: Sequence[DecoderLayer], hidden_BTD: Tensor, history: KeyValueHistory | None, activation_checkpointing: bool
+    layers: Sequence[nn.Module], hidden: Tensor, history: LayerHistory | None, activation_checkpointing: bool
 ) -> Tensor:
     """Run consecutive decoder layers; with checkpointing, only each layer's input is kept and the rest is computed again."""
-    if history is not None:
-        routers = [layer.self_attn.router for layer in layers]
-        history.open([None if router is None else router.weight for router in routers])
+    if isinstance(history, KeyValueHistory):
+        routers = [cast(Attention, layer.self_attn).router for layer in layers]
+        history.open([None if router is None else cast(Tensor, router.weight) for router in routers])
     for layer in layers:
         if activation_checkpointing and torch.is_grad_enabled():
-            hidden_BTD = cast(
+            hidden = cast(
                 Tensor,
                 checkpoint(
                     layer,
-                    hidden_BTD,
+                    hidden,
                     history,
                     use_reentrant=False,
                     preserve_rng_state=False,
@@ -99,20 +110,23 @@ def run_layers(
                 ),
             )
         else:
-            hidden_BTD = layer(hidden_BTD, history)
-    return hidden_BTD
+            hidden = layer(hidden, history)
+    return hidden
 
 
 def _checkpoint_contexts(
-    history: KeyValueHistory | None,
+    history: LayerHistory | None,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What surrounds the forward pass of a checkpointed layer, and what surrounds its recomputation."""
     return nullcontext(), nullcontext() if history is None else history.recomputing()
 
 
-def apply_head(head: nn.Module, hidden_BTD: Tensor) -> Tensor:
-    """Logits [B, T, V] from the normed hidden state, by an output projection or a tied embedding."""
-    return head.logits(hidden_BTD) if isinstance(head, Embedding) else head(hidden_BTD)
+def apply_head(config: ModelConfig, norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits [B, T, V] from what the last decoder layer gives; the head is an output projection or a tied embedding."""
+    if config.architecture == "hyper":
+        hidden = hidden.sum(-2)
+    normed_BTD = norm(hidden)
+    return head.logits(normed_BTD) if isinstance(head, Embedding) else head(normed_BTD)
 
 
 class Decoder(nn.Module):
@@ -145,12 +159,12 @@ class Decoder(nn.Module):
         self.lm_head = None if head is embedding else head
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        embedding = cast(Embedding, self.model.embed_tokens)
-        layers = cast(Sequence[DecoderLayer], self.model.layers)
-        hidden = embedding(tokens_BT)
-        history = open_history(self.config, self.layout, tokens_BT.numel(), hidden)
+        embedding = cast(nn.Module, self.model.embed_tokens)
+        hidden = embed(self.config, embedding, tokens_BT)
+        history = open_history(self.config, self.layout, tokens_BT.numel(), hidden.dtype, hidden.device)
+        layers = cast(Sequence[nn.Module], self.model.layers)
         hidden = run_layers(layers, hidden, history, self.activation_checkpointing)
-        return apply_head(self.lm_head or embedding, cast(nn.Module, self.model.norm)(hidden))
+        return apply_head(self.config, cast(nn.Module, self.model.norm), self.lm_head or embedding, hidden)
 
 
 def build_decoder(config: ModelConfig, **options: object) -> Decoder:

@@ -21,10 +21,13 @@ GROUPS: tuple[Group, ...] = ("matrices", "plain", "routers")
 
 
 def parameter_group(name: str) -> Group:
-    """The optimizer group of an exported parameter name."""
-    if ".router." in name:
+    """The optimizer group of an exported parameter name; the table is in CONTRIBUTING.md."""
+    leaf = name.rpartition(".")[2]
+    if ".router." in name or leaf in ("dynamic_alpha", "dynamic_beta"):
         return "routers"
     if name.endswith("norm.weight") or name == "model.embed_tokens.weight":
+        return "plain"
+    if leaf in ("static_alpha", "static_beta", "alpha_scale", "beta_scale"):
         return "plain"
     if name.endswith("_proj.weight") or name == "lm_head.weight":
         return "matrices"
@@ -39,7 +42,9 @@ def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> 
     if name.endswith("norm.weight"):
         value.fill_(1.0)
     elif name.endswith("self_attn.router.weight"):
-        _initialise_key_value_router(value, config, generator)
+        _initialise_router(value, config, generator)
+    elif "_connection." in name:
+        _initialise_connection(name, value)
     else:
         std = 0.02
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -47,6 +52,24 @@ def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> 
         value.normal_(0.0, std, generator=generator)
     with torch.no_grad():
         parameter.copy_(value)
+
+
+def _initialise_router(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    """routes: hidden: w_ℓ ~ N(0, 0.1²), W_ℓ ~ N(0, 0.02²); routes: kv: see below."""
+    if config.lime.routes == "kv":
+        _initialise_key_value_router(value, config, generator)
+    else:
+        value.normal_(0.0, 0.02 if config.lime.router == "dynamic" else 0.1, generator=generator)
+
+
+def _initialise_connection(name: str, value: Tensor) -> None:
+    """Static α = [e_{k mod n} | I_n] in layer k and β = 1_n: a pre-norm decoder; the dynamic part starts at 0, scaled 0.01."""
+    leaf = name.rpartition(".")[2]
+    value.fill_({"static_beta": 1.0, "alpha_scale": 0.01, "beta_scale": 0.01}.get(leaf, 0.0))
+    if leaf == "static_alpha":
+        layer = int(name.split(".")[2])
+        value[layer % len(value), 0] = 1.0
+        value[:, 1:] = torch.eye(len(value))
 
 
 def _initialise_key_value_router(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:

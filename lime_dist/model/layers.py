@@ -22,9 +22,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps)).to(x.dtype) * self.weight
+        return rms_normalise(x, self.eps) * self.weight
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + ε) over the last dimension, computed in at least float32."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(exact), x.shape[-1:], None, eps).to(x.dtype)
 
 
 @lru_cache(maxsize=16)

@@ -15,8 +15,7 @@ from deepspeed.runtime.pipe.module import TiedLayerSpec as DeepSpeedTiedLayer
 from torch import Tensor, nn
 
 from lime_dist.config.schema import Config, ModelConfig
-from lime_dist.model.blocks import DecoderLayer
-from lime_dist.model.decoder import LayerSpec, apply_head, decoder_layers, open_history, run_layers, stage_layout
+from lime_dist.model.decoder import LayerSpec, apply_head, decoder_layers, embed, open_history, run_layers, stage_layout
 from lime_dist.model.layers import language_model_loss
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack
@@ -25,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class LimePipelineModule(PipelineModule):
-    """The layers of this process's stage. Input: tokens [B, T] on the first stage, a payload [B, T, C] on the others;
+    """The layers of this process's stage. Input: tokens [B, T] on the first stage, a payload [B, T, …] on the others;
     output: logits [B, T, V] on the last stage, a payload on the others."""
 
     def __init__(self, config: Config, verbose: bool = False) -> None:
@@ -65,22 +64,20 @@ class LimePipelineModule(PipelineModule):
         return found
 
     def forward(self, inputs: Tensor) -> Tensor:
-        functions = self.forward_funcs
-        embedding_count, head_count = int(self.is_first_stage), 2 * int(self.is_last_stage)
-        layers = cast(Sequence[DecoderLayer], functions[embedding_count : len(functions) - head_count])
-        config = self.config
+        config, functions = self.config, self.forward_funcs
+        first, last = int(self.is_first_stage), 2 * int(self.is_last_stage)
+        layers = cast(Sequence[nn.Module], functions[first : len(functions) - last])
+        num_tokens = inputs.shape[:2].numel()
+        history = open_history(config.model, self.layout, num_tokens, DTYPES[config.precision], inputs.device)
         if self.is_first_stage:
-            hidden = functions[0](inputs)
-            history = open_history(config.model, self.layout, inputs.numel(), hidden)
+            hidden = embed(config.model, functions[0], inputs)
         else:
-            batch, length, _ = inputs.shape
-            history = open_history(config.model, self.layout, batch * length, inputs)
             hidden = unpack(inputs, config.model.hidden_size, history)
         hidden = run_layers(layers, hidden, history, config.parallel.activation_checkpointing)
         if not self.is_last_stage:
             return pack(hidden, history)
         norm, head = functions[-2:]
-        return apply_head(head, norm(hidden))
+        return apply_head(config.model, norm, head, hidden)
 
 
 Arguments = tuple[ModelConfig, int, torch.device, torch.dtype]

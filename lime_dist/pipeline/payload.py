@@ -1,7 +1,8 @@
 """What crosses a stage boundary: hidden state and live history entries as one contiguous tensor, and its gradient likewise.
 
-The memory is hidden state [N·D], then the live slots ascending [G, 2, N, d each]. The tensor is shaped [B, T, C], C being
-the elements per token, so that the receiver knows B and T; without a history the payload is the hidden state itself.
+The memory is the hidden state [N·D], then the live slots, ascending, as they lie in the history. The tensor is shaped
+[B, T, C], C being the elements per token, so that the receiver knows B and T. Without a history the payload is the
+hidden state itself, [B, T, D], or [B, T, n, D] for the n streams of Hyper-Connections.
 """
 
 from __future__ import annotations
@@ -11,20 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.model.history import KeyValueHistory
+from lime_dist.model.history import LayerHistory
 
 
-def payload_width(hidden_size: int, entries: int, key_value_heads: int, head_size: int) -> int:
-    """C: elements per token of a payload with this many entries."""
-    return hidden_size + entries * 2 * key_value_heads * head_size
+def pack(hidden_BTD: Tensor, history: LayerHistory | None) -> Tensor:
+    """Payload of a stage that is not the last."""
+    return hidden_BTD.contiguous() if history is None else _Pack.apply(history.token, hidden_BTD, history)
 
 
-def pack(hidden_BTD: Tensor, history: KeyValueHistory | None) -> Tensor:
-    """Payload [B, T, C] of a stage that is not the last."""
-    return hidden_BTD if history is None else _Pack.apply(history.token, hidden_BTD, history)
-
-
-def unpack(payload_BTC: Tensor, hidden_size: int, history: KeyValueHistory | None) -> Tensor:
+def unpack(payload_BTC: Tensor, hidden_size: int, history: LayerHistory | None) -> Tensor:
     """Hidden state [B, T, D] of a payload; its entries go into the history."""
     if history is None:
         return payload_BTC
@@ -34,12 +30,12 @@ def unpack(payload_BTC: Tensor, hidden_size: int, history: KeyValueHistory | Non
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, hidden_BTD: Tensor, history: KeyValueHistory) -> Tensor:
+    def forward(ctx: Any, token: Tensor, hidden_BTD: Tensor, history: LayerHistory) -> Tensor:
         ctx.history, ctx.hidden_shape = history, hidden_BTD.shape
         sent = [history.layout.position(slot) for slot in history.layout.sent]
         batch, length, size = hidden_BTD.shape
-        heads, _, _, head_size = history.slot_shape
-        payload = hidden_BTD.new_empty(batch, length, payload_width(size, len(sent), heads, head_size))
+        width = size + len(sent) * history.entries[0].numel() // (batch * length)
+        payload = hidden_BTD.new_empty(batch, length, width)
         flat = payload.view(-1)
         flat[: hidden_BTD.numel()] = hidden_BTD.reshape(-1)
         entries = flat[hidden_BTD.numel() :].view(len(sent), *history.slot_shape)
@@ -49,7 +45,7 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        history: KeyValueHistory = ctx.history
+        history: LayerHistory = ctx.history
         flat = gradients[0].contiguous().view(-1)
         size = ctx.hidden_shape.numel()
         history.incoming = flat[size:].view(len(history.layout.sent), *history.slot_shape)
@@ -58,7 +54,7 @@ class _Pack(torch.autograd.Function):
 
 class _Unpack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, payload_BTC: Tensor, hidden_size: int, history: KeyValueHistory) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, payload_BTC: Tensor, hidden_size: int, history: LayerHistory) -> tuple[Tensor, Tensor]:
         ctx.history, ctx.payload_shape = history, payload_BTC.shape
         batch, length, _ = payload_BTC.shape
         flat = payload_BTC.contiguous().view(-1)

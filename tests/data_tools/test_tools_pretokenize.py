@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from data_tools import inspect, pretokenize, sources, tokenizer
+from data_tools.manifest import Manifest
 from data_tools.sources import Tally, documents, list_inputs
 from data_tools.tokenizer import Tokenizer
 from data_tools.units import plan_units, split_of
@@ -134,6 +136,25 @@ def test_killed_workers_and_parents_leave_what_is_finished(
     victim.write_bytes(victim.read_bytes()[:-2] + b"\0\1")  # and a finished shard that no longer holds what it held
     pretokenize.main(given)
     assert "units are finished and whole; going on with the rest" in capsys.readouterr().out
+    assert content(output) == content(dataset)
+
+
+def test_a_full_disk_leaves_what_was_finished(
+    dataset: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, publish = tmp_path / "full", Manifest.publish
+
+    def fill(self: Manifest, result: dict[str, object], scratch: Path) -> None:
+        if len(list(output.glob("*.idx"))) >= 6:
+            raise OSError(errno.ENOSPC, "No space left on device", str(output))
+        publish(self, result, scratch)
+
+    given = arguments(corpus, tokenizer_folder, output, "--workers", "1")
+    with monkeypatch.context() as patch, pytest.raises(LimeError, match="No space left on device; what is finished is"):
+        patch.setattr(Manifest, "publish", fill)
+        pretokenize.main(given)
+    assert len(list(output.glob("*.idx"))) >= 6 and not list(output.glob(".scratch*"))
+    pretokenize.main(given)
     assert content(output) == content(dataset)
 
 

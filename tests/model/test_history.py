@@ -9,9 +9,10 @@ import torch
 from support.reference import mix
 from torch import Tensor
 
-from lime_dist.config.schema import HistoryConfig, ModelConfig
+from lime_dist.config.schema import LimeConfig, ModelConfig
 from lime_dist.model.decoder import build_decoder
-from lime_dist.model.history import BLOCK, KeyValueHistory, StageLayout, live_slots, make_policy
+from lime_dist.model.history import BLOCK, StageLayout, live_slots, make_policy
+from lime_dist.model.key_value_history import KeyValueHistory
 
 HEADS, SIZE, TOKENS = 2, 4, 3
 
@@ -19,7 +20,7 @@ HEADS, SIZE, TOKENS = 2, 4, 3
 def run_history(layers: int, *values: Tensor, keep: bool = True) -> Tensor:
     """All mixtures of a history of ``layers`` layers; values: k of all layers, v of all layers, then the routers."""
     keys, slots_v, *routers = values
-    layout = StageLayout(make_policy(HistoryConfig()), 0, layers, layers)
+    layout = StageLayout(make_policy(LimeConfig()), 0, layers, layers)
     history = KeyValueHistory(layout, HEADS, SIZE, TOKENS, keys.dtype, keys.device, keep=keep)
     history.open([None, *routers])
     mixed = [torch.stack(history.mix(layer, keys[layer], slots_v[layer])) for layer in range(layers)]
@@ -58,7 +59,7 @@ def test_a_history_is_walked_backwards_once() -> None:
 
 
 def test_layers_write_in_turn() -> None:
-    layout = StageLayout(make_policy(HistoryConfig()), 0, 3, 3)
+    layout = StageLayout(make_policy(LimeConfig()), 0, 3, 3)
     history = KeyValueHistory(layout, HEADS, SIZE, TOKENS, torch.float32, torch.device("cpu"))
     history.open([None, torch.randn(HEADS, 2 * HEADS), torch.randn(HEADS, 3 * HEADS)])
     slot = torch.randn(TOKENS, HEADS, SIZE)
@@ -114,5 +115,5 @@ def test_an_exception_in_the_middle_leaves_nothing_behind() -> None:
 
 
 def test_live_slots_of_the_full_history() -> None:
-    policy = make_policy(HistoryConfig())
+    policy = make_policy(LimeConfig())
     assert [len(live_slots(policy, boundary, 6)) for boundary in range(7)] == [0, 1, 2, 3, 4, 5, 0]

@@ -16,14 +16,103 @@ def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
     """Logits [B, T, V] of the decoder with these weights, by exported name."""
     x = weights["model.embed_tokens.weight"][tokens_BT]
     slots: list[tuple[Tensor, Tensor]] = []
+    if config.architecture == "hyper":
+        return hyper_logits(config, weights, x)
+    if config.architecture == "lime" and config.lime.routes == "hidden":
+        return hidden_logits(config, weights, x)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         normed = rms_norm(x, weights[prefix + "input_layernorm.weight"], config.rms_norm_eps)
         x = x + attention(config, weights, prefix, layer, normed, slots)
         normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
-        gate = normed @ weights[prefix + "mlp.gate_proj.weight"].T
-        up = normed @ weights[prefix + "mlp.up_proj.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ weights[prefix + "mlp.down_proj.weight"].T
+        x = x + mlp(weights, prefix, normed)
+    return head(config, weights, x)
+
+
+def hidden_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """LIMe over hidden states: design §3, `routes: hidden`."""
+    lime, heads, size = config.lime, config.num_attention_heads, config.head_size
+    states: list[Tensor] = []
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        states.append(x)
+        queries = rms_norm(x, weights[prefix + "input_layernorm.weight"], config.rms_norm_eps)
+        key_weight, value_weight = (weights[prefix + f"self_attn.{kind}_proj.weight"] for kind in "kv")
+        keys, values = [], []
+        for h in range(heads):
+            mixture = queries
+            if layer >= lime.start_layer:
+                gamma, router = weights[prefix + "history_layernorm.weight"], weights[prefix + "self_attn.router.weight"]
+                normed = [rms_norm(state, gamma, config.rms_norm_eps) for state in states]
+                if lime.router == "dynamic":
+                    rows = router[h * len(states) : (h + 1) * len(states)]
+                    logits = [(normed[-1] * row).sum(-1, keepdim=True) for row in rows]
+                    shares = list(torch.cat(logits, -1).softmax(-1).unsqueeze(-1).unbind(-2))
+                else:
+                    shares = list(top_p(router[h].softmax(-1), lime.top_p))
+                mixture = sum((share * state for share, state in zip(shares, normed, strict=True)), torch.zeros_like(x))
+            keys.append(mixture @ key_weight[h * size : (h + 1) * size].T)
+            values.append(mixture @ value_weight[h * size : (h + 1) * size].T)
+        q = (queries @ weights[prefix + "self_attn.q_proj.weight"].T).unflatten(-1, (heads, size))
+        x = x + causal(config, q, torch.stack(keys, 2), torch.stack(values, 2)) @ weights[prefix + "self_attn.o_proj.weight"].T
+        normed_x = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
+        x = x + mlp(weights, prefix, normed_x)
+    return head(config, weights, x)
+
+
+def top_p(shares: Tensor, limit: float | None) -> Tensor:
+    """The largest shares until their sum exceeds the limit, the others 0, made to add up to 1 again."""
+    if limit is None:
+        return shares
+    kept, total = torch.zeros_like(shares), 0.0
+    for index in sorted(range(len(shares)), key=lambda i: -shares[i].item()):
+        kept[index] = 1.0
+        total += shares[index].item()
+        if total > limit:
+            break
+    return shares * kept / (shares * kept).sum()
+
+
+def hyper_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """Hyper-Connections: design §3, `hyper`, one stream and one coefficient at a time."""
+    rate = config.hyper.rate
+    streams = [x] * rate
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for kind in ("attn", "mlp"):
+            own = f"{prefix}{kind}_connection."
+            alpha = [[weights[own + "static_alpha"][i, j] for j in range(rate + 1)] for i in range(rate)]
+            beta = [weights[own + "static_beta"][i] for i in range(rate)]
+            if config.hyper.dynamic:
+                for i in range(rate):
+                    normed = layer_norm(streams[i])
+                    for j in range(rate + 1):
+                        logit = (normed * weights[own + "dynamic_alpha"][:, j]).sum(-1, keepdim=True)
+                        alpha[i][j] = alpha[i][j] + weights[own + "alpha_scale"] * torch.tanh(logit)
+                    logit = (normed * weights[own + "dynamic_beta"]).sum(-1, keepdim=True)
+                    beta[i] = beta[i] + weights[own + "beta_scale"] * torch.tanh(logit)
+            mixed = [sum((alpha[i][j] * streams[i] for i in range(rate)), torch.zeros_like(x)) for j in range(rate + 1)]
+            normed = layer_norm(mixed[0])
+            if kind == "attn":
+                out = attention(config, weights, prefix, layer, normed, [])
+            else:
+                out = mlp(weights, prefix, normed)
+            streams = [mixed[i + 1] + beta[i] * out for i in range(rate)]
+    return head(config, weights, sum(streams, torch.zeros_like(x)))
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def mlp(weights: Weights, prefix: str, x: Tensor) -> Tensor:
+    gate = x @ weights[prefix + "mlp.gate_proj.weight"].T
+    up = x @ weights[prefix + "mlp.up_proj.weight"].T
+    return (gate * torch.sigmoid(gate) * up) @ weights[prefix + "mlp.down_proj.weight"].T
+
+
+def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
     x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)
     return x @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).T
 
@@ -41,6 +130,12 @@ def attention(
     if config.architecture == "lime" and layer > 0:
         router = weights[prefix + "self_attn.router.weight"]
         k, v = (mix(router, [slot[part] for slot in slots]) for part in (0, 1))
+    return causal(config, q, k, v) @ weights[prefix + "self_attn.o_proj.weight"].T
+
+
+def causal(config: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of [B, T, H, d] over [B, T, G, d], position by position; returns [B, T, H·d]."""
+    heads, groups, size, length = q.shape[2], k.shape[2], q.shape[3], q.shape[1]
     q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
     outputs = []
     for head in range(heads):
@@ -50,7 +145,7 @@ def attention(
             scores = torch.einsum("bd,btd->bt", q[:, position, head], k[:, : position + 1, group]) / size**0.5
             rows.append(torch.einsum("bt,btd->bd", scores.softmax(-1), v[:, : position + 1, group]))
         outputs.append(torch.stack(rows, 1))
-    return torch.cat(outputs, -1) @ weights[prefix + "self_attn.o_proj.weight"].T
+    return torch.cat(outputs, -1)
 
 
 def mix(router: Tensor, slots: list[Tensor]) -> Tensor:
