@@ -57,7 +57,11 @@ def test_killed_and_started_again_equals_undisturbed(dataset: Path, tmp_path: Pa
     assert len(re.findall(r"^step \d+/300 \| loss", finished.stdout, re.MULTILINE)) == 30, "one line an interval"
 
     with subprocess.Popen(
-        command(*small_run(dataset, killed)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(*small_run(dataset, killed)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         deadline = time.monotonic() + 200
         metrics = killed / "metrics.jsonl"
@@ -67,7 +71,9 @@ def test_killed_and_started_again_equals_undisturbed(dataset: Path, tmp_path: Pa
         ranks = subprocess.run(
             ["pgrep", "-f", f"pretrain.py --local_rank=1 .*{killed}"], capture_output=True, text=True, check=True
         )
-        workers = [int(pid) for pid in ranks.stdout.split() if int(pid) != process.pid and _parent_of(int(pid)) != process.pid]
+        workers = [
+            int(pid) for pid in ranks.stdout.split() if int(pid) != process.pid and _parent_of(int(pid)) != process.pid
+        ]
         assert len(workers) == 1, ranks.stdout
         os.kill(workers[0], signal.SIGKILL)
         assert process.wait(120) != 0

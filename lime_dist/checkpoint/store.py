@@ -9,7 +9,6 @@ folder. A folder whose manifest or files do not verify is passed over in favour 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 import lime_dist
 from lime_dist.config.schema import Config
+from lime_dist.data.files import json_bytes, sha256_file, sync_folder, write_atomic
 from lime_dist.distributed import agree, is_main_process
 from lime_dist.errors import LimeError
 from lime_dist.train.optim import StageOptimizer
@@ -130,7 +130,7 @@ def _write_file(folder: Path, name: str, optimizer: StageOptimizer) -> dict[str,
     return {
         "file": name,
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256_file(path),
         "parameters": {owned: list(value["weight"].shape) for owned, value in values.items()},
         "optimizer_steps": optimizer.step_count,
     }
@@ -147,16 +147,11 @@ def _publish(partial: Path, final: Path, config: Config, state: TrainState, file
         "world_size": dist.get_world_size(),
         "files": files,
     }
-    path = partial / MANIFEST
-    with path.open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(partial)
+    write_atomic(partial / MANIFEST, json_bytes(manifest))
     if final.exists():  # an earlier, damaged one of this step
         shutil.rmtree(final)
     partial.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def _attempt(action: Any) -> str | None:
@@ -178,7 +173,7 @@ def _first_problem(path: Path) -> str | None:
             file = path / entry["file"]
             if not file.is_file():
                 problem = f"{entry['file']} is missing"
-            elif file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+            elif file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
                 problem = f"{entry['file']} is damaged"
     except OSError:
         problem = f"{MANIFEST} is missing"
@@ -214,28 +209,6 @@ def _mismatch(
         )
         return f"{checkpoint.path} is of another model ({keys}); {advice}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
-        )
-
-
-def _sha256_blocks(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoint_error(directory: Path) -> LimeError:

@@ -21,15 +21,28 @@ def small(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate({**values, **changes})
 
 
+MODELS = {
+    "llama": {"architecture": "llama"},
+    "llama, G=H": {"architecture": "llama", "num_key_value_heads": 6},
+    "lime kv": {"num_key_value_heads": 1},
+    "lime kv, G=3": {},
+    "lime kv, G=H": {"num_key_value_heads": 6},
+    "lime static": {"num_key_value_heads": 6, "lime": {"routes": "hidden"}},
+    "lime static from layer 4": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "start_layer": 4}},
+    "lime top_p": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "top_p": 0.6}},
+    "lime dynamic": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "router": "dynamic"}},
+    "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
+    "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
+    "hyper, one stream": {"architecture": "hyper", "hyper": {"rate": 1}},
+}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("heads", [6, 3, 1])
-@pytest.mark.parametrize("architecture", ["llama", "lime"])
-def test_forward_and_all_gradients_equal_plain_loops(
-    architecture: str, heads: int, tied: bool, checkpointing: bool
-) -> None:
-    """11 layers: more than one block of reads, the last one cut short."""
-    config = small(architecture=architecture, num_key_value_heads=heads, tie_word_embeddings=tied)
+@pytest.mark.parametrize("model", MODELS)
+def test_forward_and_all_gradients_equal_plain_loops(model: str, tied: bool, checkpointing: bool) -> None:
+    """11 layers: more than one block of reads, the last one cut short; 7 tokens."""
+    config = small(**MODELS[model], tie_word_embeddings=tied)
     model = build_decoder(config, dtype=torch.float64, activation_checkpointing=checkpointing)
     for name, parameter in model.named_parameters():
         perturb(name, parameter)

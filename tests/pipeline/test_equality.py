@@ -18,11 +18,22 @@ TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2}
 """Largest ‖Δ‖∞/‖g‖∞ per tensor. bf16: entries and weights round to 8 bits, at every boundary again (measured: 2.3e-2)."""
 
 
-def settings(architecture: str, heads: int, tied: bool, precision: str, **parallel: Any) -> dict[str, Any]:
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"architecture": "llama"},
+    "lime": {"architecture": "lime"},
+    "hidden static": {"architecture": "lime", "lime": {"routes": "hidden"}},
+    "hidden top_p": {"architecture": "lime", "lime": {"routes": "hidden", "top_p": 0.7, "start_layer": 2}},
+    "hidden dynamic": {"architecture": "lime", "lime": {"routes": "hidden", "router": "dynamic"}},
+    "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
+    "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
+}
+
+
+def settings(model: str, heads: int, tied: bool, precision: str, **parallel: Any) -> dict[str, Any]:
     """Five layers (a number that no stage count here divides), 4 micro-batches, a clip that every step hits."""
     return {
         "model": {
-            "architecture": architecture, "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24,
+            **MODELS[model], "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24,
             "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": heads, "tie_word_embeddings": tied,
         },
         "data": {"sequence_length": 7},
@@ -112,10 +123,24 @@ def test_two_replicas_of_three_stages(
     check_equal(values, workers(6))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "lime"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("stages", [1, 2])
 def test_activation_checkpointing_changes_nothing(
-    workers: Callable[[int], WorkerGroup], architecture: str, stages: int
+    workers: Callable[[int], WorkerGroup], model: str, stages: int
 ) -> None:
-    values = settings(architecture, 2, True, "fp64", pipeline_stages=stages, activation_checkpointing=True)
+    values = settings(model, 4, True, "fp64", pipeline_stages=stages, activation_checkpointing=True)
     check_equal(values, workers(stages))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("model", list(MODELS)[2:])
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_every_model_of_the_paper(
+    workers: Callable[[int], WorkerGroup], model: str, stages: int, precision: str
+) -> None:
+    check_equal(settings(model, 4, stages % 2 == 0, precision, pipeline_stages=stages), workers(stages))
+
+
+@pytest.mark.parametrize("model", list(MODELS)[2:])
+def test_every_model_of_the_paper_in_bf16_with_two_replicas(workers: Callable[[int], WorkerGroup], model: str) -> None:
+    check_equal(settings(model, 4, True, "bf16", pipeline_stages=2, zero_stage=1), workers(4))

@@ -42,7 +42,10 @@ def hidden_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
         for h in range(heads):
             mixture = queries
             if layer >= lime.start_layer:
-                gamma, router = weights[prefix + "history_layernorm.weight"], weights[prefix + "self_attn.router.weight"]
+                gamma, router = (
+                    weights[prefix + "history_layernorm.weight"],
+                    weights[prefix + "self_attn.router.weight"],
+                )
                 normed = [rms_norm(state, gamma, config.rms_norm_eps) for state in states]
                 if lime.router == "dynamic":
                     rows = router[h * len(states) : (h + 1) * len(states)]
@@ -54,7 +57,11 @@ def hidden_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
             keys.append(mixture @ key_weight[h * size : (h + 1) * size].T)
             values.append(mixture @ value_weight[h * size : (h + 1) * size].T)
         q = (queries @ weights[prefix + "self_attn.q_proj.weight"].T).unflatten(-1, (heads, size))
-        x = x + causal(config, q, torch.stack(keys, 2), torch.stack(values, 2)) @ weights[prefix + "self_attn.o_proj.weight"].T
+        x = (
+            x
+            + causal(config, q, torch.stack(keys, 2), torch.stack(values, 2))
+            @ weights[prefix + "self_attn.o_proj.weight"].T
+        )
         normed_x = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
         x = x + mlp(weights, prefix, normed_x)
     return head(config, weights, x)
