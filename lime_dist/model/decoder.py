@@ -91,27 +91,36 @@ def embed(config: ModelConfig, embedding: nn.Module, tokens_BT: Tensor) -> Tenso
 
 def run_layers(
     layers: Sequence[nn.Module], hidden: Tensor, history: LayerHistory | None, activation_checkpointing: bool
-) -> Tensor:
-    """Run consecutive decoder layers; with checkpointing, only each layer's input is kept and the rest is computed again."""
-    if isinstance(history, KeyValueHistory):
-        routers = [cast(Attention, layer.self_attn).router for layer in layers]
-        history.open([None if router is None else cast(Tensor, router.weight) for router in routers])
-    for layer in layers:
-        if activation_checkpointing and torch.is_grad_enabled():
-            hidden = cast(
-                Tensor,
-                checkpoint(
-                    layer,
-                    hidden,
-                    history,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=partial(_checkpoint_contexts, history),
-                ),
-            )
-        else:
-            hidden = layer(hidden, history)
-    return hidden
+) -> tuple[Tensor, Tensor | None]:
+    """Run consecutive decoder layers; with checkpointing, only each layer's input is kept and the rest is computed again.
+
+    Returns:
+        The hidden state, and the history's token (see `history.py`) for what comes after the layers.
+    """
+    token = None
+    try:
+        if isinstance(history, KeyValueHistory):
+            routers = [cast(Attention, layer.self_attn).router for layer in layers]
+            history.open([None if router is None else cast(Tensor, router.weight) for router in routers])
+        for layer in layers:
+            if activation_checkpointing and torch.is_grad_enabled():
+                hidden = cast(
+                    Tensor,
+                    checkpoint(
+                        layer,
+                        hidden,
+                        history,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                        context_fn=partial(_checkpoint_contexts, history),
+                    ),
+                )
+            else:
+                hidden = layer(hidden, history)
+    finally:
+        if history is not None:
+            token = history.release_token()
+    return hidden, token
 
 
 def _checkpoint_contexts(
@@ -163,7 +172,7 @@ class Decoder(nn.Module):
         hidden = embed(self.config, embedding, tokens_BT)
         history = open_history(self.config, self.layout, tokens_BT.numel(), hidden.dtype, hidden.device)
         layers = cast(Sequence[nn.Module], self.model.layers)
-        hidden = run_layers(layers, hidden, history, self.activation_checkpointing)
+        hidden, _ = run_layers(layers, hidden, history, self.activation_checkpointing)
         return apply_head(self.config, cast(nn.Module, self.model.norm), self.lm_head or embedding, hidden)
 
 

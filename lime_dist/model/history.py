@@ -162,6 +162,12 @@ class LayerHistory:
         self._keep = keep
         self._visited: set[int] = set()
 
+    def release_token(self) -> Tensor:
+        """Hand the token over when the last layer has run. The autograd graph holds the history; a history that held on to
+        the graph would close a circle that Python's collector cannot see, and neither would ever be freed."""
+        token, self.token = self.token, self.token.detach()
+        return token
+
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """Within, layers run again for activation checkpointing: slots are read, never rewritten."""

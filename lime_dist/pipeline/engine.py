@@ -88,6 +88,7 @@ class LimeEngine(PipelineEngine):
         """One backward per stage and micro-batch; the mean over micro-batches is taken at the loss."""
         if self.is_last_stage():
             (self.loss / self.micro_batches).backward()
+            self.loss = self.loss.detach()
         else:
             self.pipe_buffers["outputs"][buffer_id].backward(self.grad_layer)
         self.pipe_buffers["outputs"][buffer_id] = None

@@ -73,9 +73,9 @@ class LimePipelineModule(PipelineModule):
             hidden = embed(config.model, functions[0], inputs)
         else:
             hidden = unpack(inputs, config.model.hidden_size, history)
-        hidden = run_layers(layers, hidden, history, config.parallel.activation_checkpointing)
+        hidden, token = run_layers(layers, hidden, history, config.parallel.activation_checkpointing)
         if not self.is_last_stage:
-            return pack(hidden, history)
+            return pack(hidden, token, history)
         norm, head = functions[-2:]
         return apply_head(config.model, norm, head, hidden)
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from lime_dist.model.history import LayerHistory
 
 
-def pack(hidden_BTD: Tensor, history: LayerHistory | None) -> Tensor:
-    """Payload of a stage that is not the last."""
-    return hidden_BTD.contiguous() if history is None else _Pack.apply(history.token, hidden_BTD, history)
+def pack(hidden_BTD: Tensor, token: Tensor | None, history: LayerHistory | None) -> Tensor:
+    """Payload of a stage that is not the last; ``token`` is the one that the last layer left."""
+    return hidden_BTD.contiguous() if history is None else _Pack.apply(token, hidden_BTD, history)
 
 
 def unpack(payload_BTC: Tensor, hidden_size: int, history: LayerHistory | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from lime_dist.config.schema import LimeConfig, ModelConfig
 from lime_dist.model.decoder import build_decoder
-from lime_dist.model.history import BLOCK, StageLayout, live_slots, make_policy
+from lime_dist.model.history import BLOCK, LayerHistory, StageLayout, live_slots, make_policy
 from lime_dist.model.key_value_history import KeyValueHistory
 
 HEADS, SIZE, TOKENS = 2, 4, 3
@@ -112,6 +114,42 @@ def test_an_exception_in_the_middle_leaves_nothing_behind() -> None:
     model(tokens).sum().backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, wanted[name]), name
+
+
+@pytest.mark.parametrize("routes", ["kv", "hidden"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("ending", ["backward", "no backward", "no grad", "exception"])
+def test_histories_are_freed(routes: str, checkpointing: bool, ending: str) -> None:
+    """A history and the autograd graph that uses it must not hold each other: such a circle is never collected."""
+    config = ModelConfig.model_validate(
+        {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2,
+         "lime": {"routes": routes}}
+    )  # fmt: skip
+    model = build_decoder(config, activation_checkpointing=checkpointing)
+    made: list[weakref.ref[LayerHistory]] = []
+    create = LayerHistory.__init__
+
+    def remembered(self: LayerHistory, *arguments: object, **options: object) -> None:
+        create(self, *arguments, **options)  # type: ignore[arg-type]
+        made.append(weakref.ref(self))
+
+    tokens = torch.arange(8).view(1, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerHistory, "__init__", remembered)
+        if ending == "exception":
+            patch.setattr(type(model.model.layers[2].mlp), "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(tokens)
+        elif ending == "no grad":
+            with torch.no_grad():
+                model(tokens)
+        else:
+            out = model(tokens)
+            if ending == "backward":
+                out.sum().backward()
+            del out
+    gc.collect()
+    assert len(made) == 1 and made[0]() is None
 
 
 def test_live_slots_of_the_full_history() -> None:

@@ -59,6 +59,7 @@ def check_equal(values: dict[str, Any], group: WorkerGroup) -> list[dict[str, An
     )
     covered: set[str] = set()
     for result in results:
+        assert result["leaked histories"] == 0
         assert result["losses"] == pytest.approx(expected["losses"], rel=tolerance / 10)
         assert result["evaluations"] == pytest.approx(expected["evaluations"], rel=tolerance / 10)
         assert result["norms"] == pytest.approx(expected["norms"], rel=tolerance)

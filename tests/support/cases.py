@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config
 from lime_dist.data.order import rank_positions
+from lime_dist.model.history import LayerHistory
 
 Batch = tuple[Tensor, Tensor]
 
@@ -76,5 +78,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluate: bool = False) -> d
             batches = rank_batches(config, 100, replica, width)
             result["evaluations"].append(engine.evaluate(batches, engine.micro_batches))
     result["parameters"] = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+    gc.collect()
+    result["leaked histories"] = sum(isinstance(found, LayerHistory) for found in gc.get_objects())
     result["routers"] = sum(".router." in name for name in optimizer.parameters)
     return result
