@@ -83,10 +83,11 @@ trap 'status=$?; [[ -z "$current" ]] || echo "$current failed with exit status $
 
 step 1 "Install" prepare
 step 2 "Gather documentation text as a corpus" \
-  "$bin/python" -m data_tools.sources embedded --output "$data/corpus"
+  "$bin/python" -m data_tools.sources embedded --output "$data/corpus" --max-megabytes 10
 step 3 "Train a tokenizer" \
   "$bin/python" -m data_tools.tokenizer train --input "$data/corpus" --output "$data/tokenizer" --vocab-size 4096
 step 4 "Write shards" \
-  "$bin/python" -m data_tools.pretokenize --input "$data/corpus" --tokenizer "$data/tokenizer" --output "$data/shards" --workers 2
+  "$bin/python" -m data_tools.pretokenize --input "$data/corpus" --tokenizer "$data/tokenizer" --output "$data/shards" \
+  --workers 2 --validation-fraction 0.03
 step 5 "Train on a two-stage pipeline" \
   launch 2 --config "$root/configs/quickstart.yaml" "data.path=$data/shards" "run.directory=$run" "${arguments[@]}"
