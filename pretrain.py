@@ -67,9 +67,8 @@ def train(config: Config, verbose: bool) -> None:
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.metrics import MetricsFile
     from lime_dist.monitor.tensorboard import TensorBoardLog
-    from lime_dist.pipeline.engine import LimeEngine
-    from lime_dist.pipeline.module import LimePipelineModule
     from lime_dist.train import loop
+    from lime_dist.train.optim import build_engine
     from lime_dist.train.state import TrainState
 
     main_process = is_main_process()
@@ -82,8 +81,7 @@ def train(config: Config, verbose: bool) -> None:
     order = SampleOrder(config.data.seed, together(lambda: train_split.num_samples(length)))
 
     with quiet(verbose):
-        module = LimePipelineModule(config, verbose)
-        engine = LimeEngine(module, config)
+        engine, optimizer = build_engine(config, verbose)
     replica = engine.grid.get_data_parallel_rank()
     at_an_end = engine.is_first_stage() or engine.is_last_stage()
 
@@ -99,7 +97,7 @@ def train(config: Config, verbose: bool) -> None:
     for line in passed_over:
         console.say(line)
     if found is not None:
-        store.load(found, config, engine.optimizer)
+        store.load(found, config, optimizer)
         state = found.state
         console.say(f"resumed from step {state.step} ({found.path})")
     elif passed_over:
@@ -129,6 +127,7 @@ def train(config: Config, verbose: bool) -> None:
     run = loop.Run(
         config=config,
         engine=engine,
+        optimizer=optimizer,
         train_batches=batches,
         validation_batches=evaluation if at_an_end else None,
         evaluation_micro_batches=len(evaluation) if evaluation is not None else 0,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import MappingProxyType
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,41 @@ from lime_dist.config.deepspeed import deepspeed_config
 from lime_dist.config.schema import Config
 from lime_dist.model.decoder import EMBEDDING
 from lime_dist.pipeline.module import LimePipelineModule
-from lime_dist.train.optim import Groups, StageOptimizer
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-class LimeEngine(PipelineEngine):
-    """Runs the stock schedule; gradients, norm, clipping and the update belong to `StageOptimizer`."""
+@dataclass(frozen=True)
+class ProcessGroups:
+    """The ranks that a stage's optimizer talks to.
 
-    optimizer: StageOptimizer
+    Attributes:
+        replicas: the ranks that hold this stage (data parallel).
+        pipeline: the ranks of one replica, over all stages.
+        tied: by exported name, the ranks of this replica that share the weight.
+        tied_copies: exported names whose weight another stage counts.
+    """
+
+    replicas: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    tied: Mapping[str, dist.ProcessGroup]
+    tied_copies: frozenset[str]
+
+
+class GradientOptimizer(Protocol):
+    """What the engine needs of an optimizer; `train/optim.py` has the one there is."""
+
+    def reduce_tied_gradients(self) -> None: ...
+
+    def reduce_gradients(self) -> None: ...
+
+    def step(self) -> bool: ...
+
+
+class LimeEngine(PipelineEngine):
+    """Runs the stock schedule; gradients, norm, clipping and the update belong to ``optimizer``, set before the first step."""
+
+    optimizer: GradientOptimizer
     total_loss: Tensor | None
 
     def __init__(self, module: LimePipelineModule, config: Config) -> None:
@@ -36,25 +62,21 @@ class LimeEngine(PipelineEngine):
             super().__init__(
                 args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu
             )
-        tied = {name: comm["group"] for name, comm in self._tied_communicators().items()}
-        copies = {name for name, comm in self._tied_communicators().items() if self.global_rank != min(comm["ranks"])}
-        self.optimizer = StageOptimizer(
-            module.exported_parameters,
-            config.optimizer,
-            config.train.steps,
-            config.parallel.zero_stage,
-            Groups(
-                replicas=mpu.get_data_parallel_group(),
-                pipeline=mpu.get_pipe_parallel_group(),
-                tied=MappingProxyType(tied),
-                tied_copies=frozenset(copies),
-            ),
-        )
         self._shape_purpose = ""
 
     def _tied_communicators(self) -> dict[str, dict[str, Any]]:
         """By exported name: DeepSpeed's group, ranks and module of a weight that lives on two stages."""
         return {f"{EMBEDDING}.weight": comm for comm in self.module.tied_comms.values() if len(set(comm["ranks"])) > 1}
+
+    def process_groups(self) -> ProcessGroups:
+        """The groups of this rank's stage."""
+        tied = self._tied_communicators()
+        return ProcessGroups(
+            replicas=self.mpu.get_data_parallel_group(),
+            pipeline=self.mpu.get_pipe_parallel_group(),
+            tied={name: comm["group"] for name, comm in tied.items()},
+            tied_copies=frozenset(name for name, comm in tied.items() if self.global_rank != min(comm["ranks"])),
+        )
 
     def train_step(self, batches: Batches | None) -> float:
         """One step over all micro-batches; returns the mean loss over the global batch (nats per token), on every rank."""

@@ -14,6 +14,7 @@ from lime_dist.config.schema import Config
 from lime_dist.data.loader import TrainBatches, ValidationBatches
 from lime_dist.monitor.console import Console
 from lime_dist.pipeline.engine import LimeEngine
+from lime_dist.train.optim import StageOptimizer
 from lime_dist.train.state import TrainState
 
 
@@ -29,6 +30,7 @@ class Run:
 
     config: Config
     engine: LimeEngine
+    optimizer: StageOptimizer
     train_batches: TrainBatches | None
     validation_batches: ValidationBatches | None
     evaluation_micro_batches: int
@@ -49,7 +51,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, float | None]:
     saved = state.step
     console.start(state.step, settings.steps)
     while state.step < settings.steps:
-        lr, router_lr = engine.optimizer.learning_rates()
+        lr, router_lr = run.optimizer.learning_rates()
         begin = time.perf_counter()
         loss = engine.train_step(run.train_batches)
         seconds = time.perf_counter() - begin
@@ -58,7 +60,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, float | None]:
         record: dict[str, float | int] = {
             **_position(config, state),
             "loss": loss,
-            "grad_norm": engine.optimizer.gradient_norm,
+            "grad_norm": run.optimizer.gradient_norm,
             "lr": lr,
             "router_lr": router_lr,
             "step_seconds": seconds,
@@ -66,7 +68,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, float | None]:
         }
         _keep(run, record)
         console.advance()
-        if engine.optimizer.gradient_norm != engine.optimizer.gradient_norm or loss != loss:
+        if run.optimizer.gradient_norm != run.optimizer.gradient_norm or loss != loss:
             console.say(
                 f"step {state.step}: loss {loss}, gradient norm not finite; this update was skipped on all ranks"
             )
@@ -101,7 +103,7 @@ def save(run: Run, state: TrainState) -> None:
     begin = time.perf_counter()
     engine = run.engine
     path = store.save(
-        run.checkpoints, run.config, engine.optimizer, state, engine.stage_id, engine.grid.get_data_parallel_rank()
+        run.checkpoints, run.config, run.optimizer, state, engine.stage_id, engine.grid.get_data_parallel_rank()
     )
     run.console.say(f"step {state.step}/{run.config.train.steps} | saved {path} in {time.perf_counter() - begin:.1f} s")
 

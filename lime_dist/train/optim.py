@@ -21,8 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lime_dist.config.schema import OptimizerConfig
+from lime_dist.config.schema import Config, OptimizerConfig
 from lime_dist.model.init import GROUPS, Group, parameter_group
+from lime_dist.pipeline.engine import LimeEngine, ProcessGroups
+from lime_dist.pipeline.module import LimePipelineModule
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -32,23 +34,6 @@ def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> flo
         return max(floor, (step + 1) / config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Process groups of one stage's optimizer.
-
-    Attributes:
-        replicas: the ranks that hold this stage (data parallel).
-        pipeline: the ranks of one replica, over all stages.
-        tied: by exported name, the ranks of this replica that share the weight.
-        tied_copies: exported names whose weight another stage counts.
-    """
-
-    replicas: dist.ProcessGroup
-    pipeline: dist.ProcessGroup
-    tied: Mapping[str, dist.ProcessGroup]
-    tied_copies: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ class StageOptimizer:
         config: OptimizerConfig,
         total_steps: int,
         zero_stage: int,
-        groups: Groups,
+        groups: ProcessGroups,
     ) -> None:
         self.config, self.total_steps, self.groups = config, total_steps, groups
         self.parameters = dict(parameters)
@@ -245,6 +230,21 @@ class StageOptimizer:
                 self.adam.state[weight]["step"].fill_(float(step_count))
         with torch.no_grad():
             self._publish()
+
+
+def build_engine(config: Config, verbose: bool = False) -> tuple[LimeEngine, StageOptimizer]:
+    """This process's stage, the engine that runs it and the optimizer that updates it; called on every rank."""
+    module = LimePipelineModule(config, verbose)
+    engine = LimeEngine(module, config)
+    optimizer = StageOptimizer(
+        module.exported_parameters,
+        config.optimizer,
+        config.train.steps,
+        config.parallel.zero_stage,
+        engine.process_groups(),
+    )
+    engine.optimizer = optimizer
+    return engine, optimizer
 
 
 def _move_gradient(parameter: Tensor, view: Tensor) -> None:

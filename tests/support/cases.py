@@ -41,16 +41,16 @@ def perturb(name: str, parameter: Tensor) -> None:
 def train_steps(values: dict[str, Any], steps: int, evaluate: bool = False) -> dict[str, Any]:
     """Run steps on this rank; returns losses, norms, this rank's gradients of the first step and parameters after the last."""
     from lime_dist.distributed import quiet
-    from lime_dist.pipeline.engine import LimeEngine
-    from lime_dist.pipeline.module import LimePipelineModule
+    from lime_dist.train.optim import build_engine
 
     config = make_config(values, "a test")
     with quiet():
-        module = LimePipelineModule(config)
-        for name, parameter in module.exported_parameters.items():
+        engine, optimizer = build_engine(config)
+    with torch.no_grad():
+        for name, parameter in optimizer.parameters.items():
             perturb(name, parameter)
-        engine = LimeEngine(module, config)
-    optimizer = engine.optimizer
+        begin, end = optimizer._segments[optimizer.rank]
+        optimizer.masters.copy_(optimizer.flat_weights[begin:end])
     replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
     result: dict[str, Any] = {
         "stage": engine.stage_id,

@@ -14,8 +14,7 @@ from lime_dist.config.load import make_config
 def poisoned_step(zero_stage: int) -> dict[str, Any]:
     """Three steps, the second with an infinity in one gradient of the last stage of one replica only."""
     from lime_dist.distributed import quiet
-    from lime_dist.pipeline.engine import LimeEngine
-    from lime_dist.pipeline.module import LimePipelineModule
+    from lime_dist.train.optim import build_engine
 
     config = make_config(
         {
@@ -33,9 +32,7 @@ def poisoned_step(zero_stage: int) -> dict[str, Any]:
         "a test",
     )
     with quiet():
-        module = LimePipelineModule(config)
-        engine = LimeEngine(module, config)
-    optimizer = engine.optimizer
+        engine, optimizer = build_engine(config)
     weights, applied = [optimizer.flat_weights.clone()], []
     update, reduce = optimizer.step, optimizer.reduce_gradients
 
