@@ -58,11 +58,11 @@ class LimeEngine(PipelineEngine):
         world_size = dist.get_world_size()
         settings = deepspeed_config(config, world_size)
         mpu = module.mpu()
-        with torch.no_grad():  # it broadcasts the parameters
-            super().__init__(
-                args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu
-            )
+        super().__init__(args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu)
         self._shape_purpose = ""
+
+    def _broadcast_model(self) -> None:
+        """Nothing to do: initial values are a function of seed and name. (Stock: fails on a parameter without dimensions.)"""
 
     def _tied_communicators(self) -> dict[str, dict[str, Any]]:
         """By exported name: DeepSpeed's group, ranks and module of a weight that lives on two stages."""

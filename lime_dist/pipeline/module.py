@@ -36,7 +36,7 @@ class LimePipelineModule(PipelineModule):
         layers: list[DeepSpeedLayer] = [_Layer(spec, arguments) for spec in specs]
         if specs[-1] is specs[0]:
             layers[0] = layers[-1] = _TiedEmbedding(specs[0], arguments)
-        with torch.no_grad(), contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
             super().__init__(layers, num_stages=config.parallel.pipeline_stages, loss_fn=language_model_loss)
         self.layout = stage_layout(config.model, self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
         self.exported_parameters = self._exported_parameters(specs)
@@ -54,6 +54,9 @@ class LimePipelineModule(PipelineModule):
         self.parts = [0, *(bound + 1 for bound in self.bounds[1:-1]), self._num_layers]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
+
+    def _synchronize_tied_weights(self) -> None:
+        """Nothing to do: both copies of a tied weight start from the same values, a function of seed and name."""
 
     def _exported_parameters(self, specs: Sequence[LayerSpec]) -> dict[str, nn.Parameter]:
         """This stage's parameters by exported name, in the order of the flat list; a tied weight once."""

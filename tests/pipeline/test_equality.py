@@ -38,7 +38,12 @@ def settings(model: str, heads: int, tied: bool, precision: str, **parallel: Any
         },
         "data": {"sequence_length": 7},
         "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": 10},
-        "optimizer": {"warmup_steps": 2, "max_grad_norm": 0.05},
+        "optimizer": {
+            "warmup_steps": 2,
+            "max_grad_norm": 0.05,
+            # A head that keeps one weight has a router gradient of 0; AdamW would blow its rounding error up to a step.
+            "eps": 1e-4 if "top_p" in model else 1e-8,
+        },
         "parallel": parallel,
         "precision": precision,
     }  # fmt: skip
