@@ -41,8 +41,9 @@ def settings(model: str, heads: int, tied: bool, precision: str, **parallel: Any
         "optimizer": {
             "warmup_steps": 2,
             "max_grad_norm": 0.05,
-            # A head that keeps one weight has a router gradient of 0; AdamW would blow its rounding error up to a step.
-            "eps": 1e-4 if "top_p" in model else 1e-8,
+            # AdamW divides by √v + ε. Where a gradient is 0 but for rounding (a head that keeps one weight), or scaled down by
+            # 0.01 (dynamic connections), a small ε turns float32's rounding error into a step of full length.
+            "eps": 1e-8 if precision == "fp64" else 1e-4,
         },
         "parallel": parallel,
         "precision": precision,
