@@ -59,6 +59,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    arguments.data, arguments.output = arguments.data.resolve(), arguments.output.resolve()
     shared = [*SIZE, *arguments.overrides, f"train.steps={arguments.steps}", f"data.path={arguments.data}"]
     for model in arguments.models:
         load_config(arguments.config, [*shared, *MODELS[model]])  # a mistake shows before anything runs
