@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.load import dump_config
 from lime_dist.config.schema import Config
 from lime_dist.distributed import agree, check_versions, is_main_process, quiet, start_processes, world_size
-from lime_dist.errors import LimeError, run_command
+from lime_dist.errors import GRACE_SECONDS, LimeError, run_command
 
 T = TypeVar("T")
 
@@ -41,9 +42,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     if is_main_process():
-        return parser.parse_args()
+        return parser.parse_intermixed_args()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return parser.parse_args()
+        try:
+            return parser.parse_intermixed_args()
+        except SystemExit as stop:
+            if stop.code:
+                time.sleep(GRACE_SECONDS)
+            raise
 
 
 def main() -> None:
@@ -80,16 +86,20 @@ def train(config: Config, verbose: bool) -> None:
     together(lambda: check_vocabulary(config, train_split.vocab_size))
     order = SampleOrder(config.data.seed, together(lambda: train_split.num_samples(length)))
 
+    def validation(replica: int) -> ValidationBatches | None:
+        if not settings.evaluation_samples:
+            return None
+        split = TokenSplit(config.data.path, "validation")
+        return ValidationBatches(split, length, settings.evaluation_samples, settings.micro_batch_size, replica, width)
+
+    together(lambda: validation(0))
+    together(lambda: prepare_directory(Path(config.run.directory)))
     with quiet(verbose):
         engine, optimizer = build_engine(config, verbose)
     replica = engine.grid.get_data_parallel_rank()
     at_an_end = engine.is_first_stage() or engine.is_last_stage()
 
-    def validation() -> ValidationBatches:
-        split = TokenSplit(config.data.path, "validation")
-        return ValidationBatches(split, length, settings.evaluation_samples, settings.micro_batch_size, replica, width)
-
-    evaluation = together(validation) if settings.evaluation_samples else None
+    evaluation = validation(replica)
 
     state = TrainState()
     directory = Path(config.run.directory)
@@ -101,17 +111,24 @@ def train(config: Config, verbose: bool) -> None:
         state = found.state
         console.say(f"resumed from step {state.step} ({found.path})")
     elif passed_over:
-        raise store.checkpoint_error(directory / "checkpoints")
-
-    sinks: tuple[MetricsFile, TensorBoardLog] | tuple[()] = ()
-    if main_process:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(dump_config(config))
-        (directory / "environment.txt").write_text(describe_environment())
-        sinks = (
-            MetricsFile(directory / "metrics.jsonl", state.step),
-            TensorBoardLog(directory / "tensorboard", dump_config(config), state.step),
+        raise LimeError(
+            f"no whole checkpoint in {directory / 'checkpoints'}; remove the folder or give another run.directory"
         )
+
+    def open_records() -> tuple[MetricsFile, TensorBoardLog] | tuple[()]:
+        if not main_process:
+            return ()
+        try:
+            (directory / "config.yaml").write_text(dump_config(config))
+            (directory / "environment.txt").write_text(describe_environment())
+            return (
+                MetricsFile(directory / "metrics.jsonl", state.step),
+                TensorBoardLog(directory / "tensorboard", dump_config(config), state.step),
+            )
+        except OSError as error:
+            raise LimeError(f"run.directory={directory} cannot be written: {error.strerror}") from None
+
+    sinks = together(open_records)
     console.say(
         f"{config.model.architecture}: {config.model.num_hidden_layers} layers in {engine.num_stages} stage(s) × "
         f"{width} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
@@ -162,6 +179,19 @@ def together(action: Callable[[], T]) -> T:
         error = str(problem)
     agree(error)
     return result  # type: ignore[return-value]  # agree raised if there is none
+
+
+def prepare_directory(directory: Path) -> None:
+    """Make the run folder, on rank 0, before anything expensive is built."""
+    if not is_main_process():
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise LimeError(f"run.directory={directory}: {error.strerror}; give a folder that can be written") from None
 
 
 def check_vocabulary(config: Config, vocab_size: int) -> None:

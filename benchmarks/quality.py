@@ -81,6 +81,10 @@ def run(arguments: argparse.Namespace, shared: list[str], model: str, seed: int)
     """One training run, unless it is there already."""
     directory = folder(arguments, model, seed)
     overrides = [*shared, *MODELS[model], f"train.seed={seed}", f"data.seed={seed}", f"run.directory={directory}"]
+    config = load_config(arguments.config, overrides)
+    there = directory / "config.yaml"
+    if there.exists() and load_config(there) != config:
+        raise LimeError(f"{directory} holds a run with other settings; give another --output, or delete it")
     if final_validation(directory, arguments.steps) is not None:
         print(f"{directory.name}: there already", flush=True)
         return

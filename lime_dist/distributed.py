@@ -69,6 +69,11 @@ def start_processes(verbose: bool = False) -> None:
         from deepspeed.accelerator import get_accelerator
 
         if on_gpu:
+            if int(environment["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise LimeError(
+                    f"process {environment['LOCAL_RANK']} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                    "launch one process a GPU, or set DS_ACCELERATOR=cpu"
+                )
             get_accelerator().set_device(int(environment["LOCAL_RANK"]))
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=verbose)
 

@@ -17,15 +17,16 @@ def run_command(main: Callable[[], None], speaks: bool = True) -> None:
     """Run a command's ``main``; a LimeError prints ``error: …`` on stderr and exits with status 2, an interrupt with 130.
 
     Args:
-        speaks: False on processes whose error another one prints.
+        speaks: False on processes whose error another one most likely prints too: they wait before they print theirs.
     """
     try:
         main()
     except LimeError as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:  # launchers end all processes when the first one ends; let the one that speaks come first
+        if (
+            not speaks
+        ):  # launchers end all processes when the first one ends; alive after this, it is the only one to know
             time.sleep(GRACE_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

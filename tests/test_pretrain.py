@@ -116,6 +116,10 @@ def test_alone_and_under_torchrun(dataset: Path, tmp_path: Path) -> None:
     [
         (["--config", "none.yaml"], "error: cannot read the configuration none.yaml: No such file or directory"),
         (["--config", "configs/quickstart.yaml"], "error: parallel.pipeline_stages=2 does not divide the 1 processes"),
+        (
+            ["--config", "configs/quickstart.yaml", "data.seed=1", "--verbose", "train.stpes=3"],
+            "error: unknown key train.stpes=3 in the command line; the nearest valid key is train.steps",
+        ),
         ([], "the following arguments are required: --config"),
     ],
 )

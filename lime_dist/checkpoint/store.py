@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 import lime_dist
 from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes, sha256_file, sync_folder, write_atomic
 from lime_dist.distributed import agree, is_main_process
-from lime_dist.errors import LimeError
 from lime_dist.train.optim import StageOptimizer
 from lime_dist.train.state import TrainState
 
@@ -90,7 +90,7 @@ def load(checkpoint: Checkpoint, config: Config, optimizer: StageOptimizer) -> N
     """Read this rank's share of a checkpoint into the optimizer and the weights; called by all ranks together.
 
     Raises:
-        LimeError: the checkpoint is of another model.
+        LimeError: the checkpoint is of another model, or of other data.
     """
     index: dict[str, dict[str, Any]] = {}
     for entry in checkpoint.manifest["files"]:
@@ -193,24 +193,33 @@ def _same_everywhere(steps: list[int]) -> list[int]:
 def _mismatch(
     checkpoint: Checkpoint, config: Config, optimizer: StageOptimizer, index: dict[str, dict[str, Any]]
 ) -> str | None:
-    """Why this checkpoint cannot continue this model, or None."""
-    advice = "give another run.directory, or the model section that the run was started with"
-    saved, ours = checkpoint.manifest["config"]["model"], config.model_dump(mode="json")["model"]
+    """Why this checkpoint cannot continue this run, or None."""
+    advice = "give another run.directory, or the settings that the run was started with"
+    try:
+        saved = Config.model_validate(checkpoint.manifest["config"])
+    except ValidationError:
+        return f"{checkpoint.path} was written with settings that this version does not know; {advice}"
+    differences = [
+        f"{section}.{key}: {there[key]} there, {here[key]} here"
+        for section, there, here in (
+            ("model", _canonical(saved), _canonical(config)),
+            ("data", _order_settings(saved), _order_settings(config)),
+        )
+        for key in here
+        if there[key] != here[key]
+    ]
+    if differences:
+        return f"{checkpoint.path} is of another run ({', '.join(differences)}); {advice}"
     for name, parameter in optimizer.parameters.items():
         if name not in index or index[name]["shape"] != list(parameter.shape):
-            there = index[name]["shape"] if name in index else "nothing"
-            difference = ", ".join(
-                f"model.{key}: {saved.get(key)} there, {ours[key]} here" for key in ours if saved.get(key) != ours[key]
-            )
-            return f"{checkpoint.path} is of another model ({difference or f'{name}: {there}'}); {advice}"
-    if saved != ours:
-        keys = ", ".join(
-            f"model.{key}: {saved.get(key)} there, {ours[key]} here" for key in ours if saved.get(key) != ours[key]
-        )
-        return f"{checkpoint.path} is of another model ({keys}); {advice}"
+            return f"{checkpoint.path} has no {name} of shape {list(parameter.shape)}; {advice}"
     return None
 
 
-def checkpoint_error(directory: Path) -> LimeError:
-    """The line for a folder in which no checkpoint is whole."""
-    return LimeError(f"no whole checkpoint in {directory}; remove the folder or give another run.directory")
+def _canonical(config: Config) -> dict[str, Any]:
+    return {**config.model.model_dump(mode="json"), "num_key_value_heads": config.model.key_value_heads}
+
+
+def _order_settings(config: Config) -> dict[str, Any]:
+    """What decides which samples come when; another path may hold the same data."""
+    return {"sequence_length": config.data.sequence_length, "seed": config.data.seed}

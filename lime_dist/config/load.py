@@ -21,7 +21,8 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``1e-3`` as text; this loader reads it as the number that everybody means, and refuses a repeated key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
@@ -84,7 +85,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise LimeError(f"the configuration {path} is not UTF-8 text") from None
     try:
         values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the constructors of dates and numbers raise ValueError
         raise LimeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -99,7 +100,7 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
         raise LimeError(f"cannot read the override {item!r}; write section.key=value, for example train.steps=100")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise LimeError(f"cannot read the value of {key}: {text!r} is not valid YAML") from None
     parts = key.split(".")
     section = values

@@ -50,6 +50,12 @@ class TokenSplit:
     def __init__(self, path: str | Path, split: str) -> None:
         self.path, self.split = Path(path), split
         description = read_dataset_json(self.path)
+        try:
+            self._open(description, split)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise LimeError(f"{self.path / DATASET_FILE} lacks what a dataset needs ({error!r}); {REWRITE}") from None
+
+    def _open(self, description: dict[str, Any], split: str) -> None:
         if split not in description["splits"]:
             known = ", ".join(description["splits"])
             raise LimeError(f"{self.path}: no split {split!r}; it has {known}")

@@ -22,7 +22,10 @@ from torch import Tensor
 from lime_dist.model.history import LayerHistory, StageLayout
 
 CHUNK_ELEMENTS = 1 << 19
-"""Elements of a mixture [H, tokens, D] that are in memory at a time."""
+CHUNK_ELEMENTS_GPU = 1 << 26
+"""Elements of a mixture [H, tokens, D] that are in memory at a time: a cache's worth; on a GPU enough to fill it (not
+measured there). Never less than `CHUNK_TOKENS` tokens, for the sake of the matrix products."""
+CHUNK_TOKENS = 64
 
 
 class HiddenHistory(LayerHistory):
@@ -88,7 +91,8 @@ class HiddenHistory(LayerHistory):
 
     def _chunks(self, num_heads: int) -> Iterator[slice]:
         num_tokens, size = self.slot_shape
-        step = max(1, CHUNK_ELEMENTS // (num_heads * size))
+        elements = CHUNK_ELEMENTS_GPU if self.entries.is_cuda else CHUNK_ELEMENTS
+        step = max(CHUNK_TOKENS, elements // (num_heads * size))
         for begin in range(0, num_tokens, step):
             yield slice(begin, min(begin + step, num_tokens))
 

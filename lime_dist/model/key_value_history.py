@@ -4,7 +4,8 @@ How the gradient is made without a second buffer. A mixture is linear, M_ℓ = �
 entry is Σ_ℓ R_ℓ[e]ᵀ·g_ℓ over its readers, g_ℓ being the gradient of M_ℓ. Backward visits layers from last to first, and
 once layer ℓ has been visited nobody reads S_ℓ any more: its place takes g_ℓ. Forward reads what older layers left,
 backward reads what newer layers left, in the same memory. Each gradient is one product over all readers, accumulated
-inside the matrix product, so nothing stagnates in low precision however many readers there are.
+inside the matrix product in at least float32, so nothing stagnates in low precision however many readers there are; in
+bf16 a slot's gradient rounds at most once per part (newer blocks, own block, next stage).
 
 Reads are blocked: what `BLOCK` consecutive layers read from entries older than the block is one product of their stacked
 weights; so is the gradient of the block's entries from newer layers, and so is the gradient of the weights.

@@ -1,4 +1,4 @@
-"""TensorBoard scalars of a run, written by rank 0 and flushed at every validation and at the end."""
+"""TensorBoard scalars of a run, written by rank 0 and flushed at every validation and checkpoint."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class TensorBoardLog:
     """Scalars against steps; ``resumed_step`` hides what an interrupted run wrote after its last checkpoint."""
 
     def __init__(self, directory: Path, config_text: str, resumed_step: int) -> None:
-        self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1 if resumed_step else None)
+        self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1)
         self._writer.add_text("config", f"```yaml\n{config_text}```", resumed_step)
 
     def write(self, record: dict[str, float | int]) -> None:
         for key, tag in TAGS.items():
             if key in record:
                 self._writer.add_scalar(tag, record[key], int(record["step"]))
-        if "validation_loss" in record:
-            self._writer.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 
 from lime_dist.config.deepspeed import deepspeed_config
@@ -41,8 +42,6 @@ class ProcessGroups:
 class GradientOptimizer(Protocol):
     """What the engine needs of an optimizer; `train/optim.py` has the one there is."""
 
-    def reduce_tied_gradients(self) -> None: ...
-
     def reduce_gradients(self) -> None: ...
 
     def step(self) -> bool: ...
@@ -60,6 +59,7 @@ class LimeEngine(PipelineEngine):
         mpu = module.mpu()
         super().__init__(args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu)
         self._shape_purpose = ""
+        self.timers = NoopTimer()  # the stock one keeps two CUDA events a step for ever
 
     def _broadcast_model(self) -> None:
         """Nothing to do: initial values are a function of seed and name. (Stock: fails on a parameter without dimensions.)"""
@@ -86,7 +86,9 @@ class LimeEngine(PipelineEngine):
     def evaluate(self, batches: Batches | None, micro_batches: int) -> float:
         """Mean loss over ``micro_batches`` micro-batches of every replica, on every rank; changes nothing."""
         self._use_shape("evaluate")
-        return float(self.eval_batch(batches, num_micro_batches=micro_batches))
+        loss = float(self.eval_batch(batches, num_micro_batches=micro_batches))
+        self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # the last logits
+        return loss
 
     def _use_shape(self, purpose: str) -> None:
         """The stock engine agrees on a payload's shape once; make it agree again when the purpose changes."""
@@ -116,14 +118,13 @@ class LimeEngine(PipelineEngine):
         self.pipe_buffers["outputs"][buffer_id] = None
 
     def _exec_reduce_tied_grads(self) -> None:
-        self.optimizer.reduce_tied_gradients()
+        """Comes before ReduceGrads in the stock schedule; the optimizer adds tied gradients up after it."""
 
     def _exec_reduce_grads(self) -> None:
         self.optimizer.reduce_gradients()
 
     def _exec_optimizer_step(self, lr_kwargs: object = None) -> None:
-        applied = self.optimizer.step()
-        self.skipped_steps += not applied
+        self.optimizer.step()
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
 

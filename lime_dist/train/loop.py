@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ class RecordSink(Protocol):
     """Something that keeps records: ``metrics.jsonl``, TensorBoard."""
 
     def write(self, record: dict[str, float | int]) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,10 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, float | None]:
         }
         _keep(run, record)
         console.advance()
-        if run.optimizer.gradient_norm != run.optimizer.gradient_norm or loss != loss:
+        if not math.isfinite(run.optimizer.gradient_norm):
             console.say(
-                f"step {state.step}: loss {loss}, gradient norm not finite; this update was skipped on all ranks"
+                f"step {state.step}: loss {loss}, gradient norm {run.optimizer.gradient_norm}; "
+                "this update was skipped on all ranks"
             )
         if state.step % settings.log_interval == 0 or state.step == settings.steps:
             typical = median(recent)
@@ -94,6 +98,7 @@ def validate(run: Run, state: TrainState) -> float:
     batches = iter(run.validation_batches) if run.validation_batches is not None else None
     loss = run.engine.evaluate(batches, run.evaluation_micro_batches)
     _keep(run, {**_position(run.config, state), "validation_loss": loss})
+    _flush(run)
     run.console.say(f"step {state.step}/{run.config.train.steps} | validation loss {loss:.4f}")
     return loss
 
@@ -102,6 +107,7 @@ def save(run: Run, state: TrainState) -> None:
     """Write a checkpoint and say where it is."""
     begin = time.perf_counter()
     engine = run.engine
+    _flush(run)
     path = store.save(
         run.checkpoints, run.config, run.optimizer, state, engine.stage_id, engine.grid.get_data_parallel_rank()
     )
@@ -119,6 +125,11 @@ def _position(config: Config, state: TrainState) -> dict[str, float | int]:
 def _keep(run: Run, record: dict[str, float | int]) -> None:
     for sink in run.sinks:
         sink.write(record)
+
+
+def _flush(run: Run) -> None:
+    for sink in run.sinks:
+        sink.flush()
 
 
 def _due(interval: int, step: int) -> bool:

@@ -7,8 +7,7 @@ owner (the data-parallel rank that updates them; with ZeRO 0 every rank owns all
     flat_gradients float32 (float64 in fp64 runs); micro-batches add up here
     masters        float32; the owner's segment only, the weights themselves where their precision suffices
 
-A step: tied gradients are summed over their stages, all are averaged over the replicas, the global norm is computed,
-the owner updates its segment, and replicas exchange segments.
+A step: gradients are averaged over the replicas, tied ones summed over their stages, the global norm is computed, the owner updates its segment, and replicas exchange segments.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ class StageOptimizer:
         self.zero = zero_stage == 1 and self.width > 1
         self.rank = dist.get_rank(groups.replicas) if self.zero else 0
 
-        self._places = _assign(self.parameters, self.width if self.zero else 1)
+        self._places = _assign(self.parameters, self.width if self.zero else 1, frozenset(groups.tied))
         first = next(iter(self.parameters.values()))
         exact = torch.promote_types(first.dtype, torch.float32)
         size = sum(parameter.numel() for parameter in self.parameters.values())
@@ -84,11 +84,12 @@ class StageOptimizer:
         own = self.flat_weights[begin:end]
         self.masters = own if own.dtype == exact else own.to(exact)
         self._collect_gradients(exact)
-        self.adam = torch.optim.AdamW(
-            self._adam_groups(begin), betas=config.betas, eps=config.eps, fused=True, lr=config.lr
-        )
-        for group in self.adam.param_groups:
+        self.adam: torch.optim.AdamW | None = None  # a replica may own nothing: more replicas than tensors
+        if adam_groups := self._adam_groups(begin):
+            self.adam = torch.optim.AdamW(adam_groups, betas=config.betas, eps=config.eps, fused=True, lr=config.lr)
+        for group in self._own_groups():
             for weight in group["params"]:
+                assert self.adam is not None
                 self.adam.state[weight] = {
                     "step": torch.zeros((), dtype=torch.float32, device=weight.device),
                     "exp_avg": torch.zeros_like(weight),
@@ -124,6 +125,9 @@ class StageOptimizer:
             found.append({"params": [weight], "weight_decay": decay, "name": group, "start": start})
         return found
 
+    def _own_groups(self) -> list[dict[str, Any]]:
+        return self.adam.param_groups if self.adam is not None else []
+
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def learning_rates(self) -> tuple[float, float]:
@@ -131,12 +135,19 @@ class StageOptimizer:
         factor = schedule_factor(self.config, self.step_count, self.total_steps)
         return self.config.lr * factor, self.config.router_lr * factor
 
-    def reduce_tied_gradients(self) -> None:
-        for name in sorted(self.groups.tied):
-            dist.all_reduce(self._view(self.flat_gradients, name), group=self.groups.tied[name])
-
     def reduce_gradients(self) -> None:
-        """Average over replicas; with ZeRO 1 each owner receives its own segment only."""
+        """Average over replicas, then add up over the stages that share a tied weight.
+
+        In this order: a tied weight lies elsewhere in each stage's flat buffer, so that replicas may be added in another
+        order there, while a sum of two is the same on both; its copies must not drift apart.
+        """
+        self._average_over_replicas()
+        for name in sorted(self.groups.tied):
+            if self._places[name].owner == self.rank:
+                dist.all_reduce(self._view(self.flat_gradients, name), group=self.groups.tied[name])
+
+    def _average_over_replicas(self) -> None:
+        """With ZeRO 1 each owner receives its own segment only."""
         if self.width == 1:
             return
         self.flat_gradients /= self.width
@@ -170,9 +181,10 @@ class StageOptimizer:
             if scale < 1:
                 self.flat_gradients[begin:end] *= scale
             lr, router_lr = self.learning_rates()
-            for group in self.adam.param_groups:
+            for group in self._own_groups():
                 group["lr"] = router_lr if group["name"] == "routers" else lr
-            self.adam.step()
+            if self.adam is not None:
+                self.adam.step()
             self._publish()
             self.step_count += 1
         else:
@@ -206,8 +218,9 @@ class StageOptimizer:
         place, shape = self._places[name], self.parameters[name].shape
         if place.owner != self.rank:
             raise KeyError(f"{name} is owned by replica {place.owner}")
-        for group in self.adam.param_groups:
+        for group in self._own_groups():
             if group["name"] == place.group:
+                assert self.adam is not None
                 (weight,) = group["params"]
                 begin, end = place.begin - group["start"], place.end - group["start"]
                 moments = self.adam.state[weight]
@@ -225,7 +238,8 @@ class StageOptimizer:
     def restore_finished(self, step_count: int) -> None:
         """Call after writing into every `state`: sets the step and publishes the weights."""
         self.step_count = step_count
-        for group in self.adam.param_groups:
+        for group in self._own_groups():
+            assert self.adam is not None
             for weight in group["params"]:
                 self.adam.state[weight]["step"].fill_(float(step_count))
         with torch.no_grad():
@@ -253,12 +267,15 @@ def _move_gradient(parameter: Tensor, view: Tensor) -> None:
     parameter.grad = None
 
 
-def _assign(parameters: Mapping[str, nn.Parameter], owners: int) -> dict[str, _Place]:
-    """Whole parameters to owners, the largest first to the least loaded; then offsets by (owner, group, given order)."""
+def _assign(parameters: Mapping[str, nn.Parameter], owners: int, tied: frozenset[str]) -> dict[str, _Place]:
+    """Whole parameters to owners, the largest first to the least loaded; then offsets by (owner, group, given order).
+
+    Tied ones belong to owner 0 on every stage: the owners of all copies must be ranks of one replica.
+    """
     load = [0] * owners
     owner_of: dict[str, int] = {}
-    for name in sorted(parameters, key=lambda name: (-parameters[name].numel(), name)):
-        owner = load.index(min(load))
+    for name in sorted(parameters, key=lambda name: (name not in tied, -parameters[name].numel(), name)):
+        owner = 0 if name in tied else load.index(min(load))
         owner_of[name] = owner
         load[owner] += parameters[name].numel()
     group_of = {name: parameter_group(name) for name in parameters}

@@ -129,14 +129,28 @@ def test_more_replicas_with_zero_continue_it(workers: Workers, dataset: Path, st
         assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_resume_is_bit_for_bit_with_masters_apart_and_sharded(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """bf16 and ZeRO 1, as all configurations of the paper have it: weights are published from masters on loading."""
+    directories = [tmp_path / "straight", tmp_path / "stopped"]
+    for directory in directories:
+        settings = {**values(dataset, directory, pipeline_stages=2, zero_stage=1), "precision": "bf16"}
+        assert set(workers(4).run("support.runs.run", values=settings)) == {""}
+        if directory.name == "stopped":
+            shutil.rmtree(directory / "checkpoints/global_step20")
+            assert set(workers(4).run("support.runs.run", values=settings)) == {""}
+    straight, stopped = directories
+    assert numbers(stopped) == numbers(straight)
+    found, wanted = weights(stopped, 20), weights(straight, 20)
+    assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_a_finished_run_is_validated_again_and_otherwise_left_alone(
     workers: Workers, dataset: Path, straight: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
     shutil.copytree(straight, directory)
     assert set(workers(2).run("support.runs.run", values=values(dataset, directory, pipeline_stages=2))) == {""}
-    assert numbers(directory)[: len(numbers(straight))] == numbers(straight)
-    assert numbers(directory)[-1] == numbers(straight)[-1]
+    assert numbers(directory) == numbers(straight)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing file", "missing manifest", "manifest"])
@@ -178,9 +192,10 @@ def test_mistakes_of_the_user_are_one_line_on_all_ranks(
         return str(lines[0])
 
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
-    assert "is of another model (model.intermediate_size: 24 there, 32 here)" in line(
+    assert "is of another run (model.intermediate_size: 24 there, 32 here)" in line(
         {"model": {"intermediate_size": 32}}, stopped
     )
+    assert "data.seed: 0 there, 5 here" in line({"data": {"seed": 5}}, stopped)
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
     for folder in (stopped / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()
@@ -189,3 +204,10 @@ def test_mistakes_of_the_user_are_one_line_on_all_ranks(
     assert str(tmp_path / "none") in line({"data": {"path": str(tmp_path / "none")}})
     assert "train.evaluation_samples=100000" in line({"train": {"evaluation_samples": 100000}})
     assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    assert "File exists; give a folder that can be written" in line({}, tmp_path / "file")
+    assert "Not a directory; give a folder that can be written" in line({}, tmp_path / "file/below")
+    broken = tmp_path / "broken"
+    shutil.copytree(dataset, broken)
+    (broken / "dataset.json").write_text('{"format": "lime_dist dataset 1", "splits": {"train": {}}}')
+    assert "dataset.json lacks what a dataset needs" in line({"data": {"path": str(broken)}})

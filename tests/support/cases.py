@@ -60,6 +60,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluate: bool = False) -> d
         "evaluations": [],
     }
     result["rates"] = []
+    before = {name: optimizer.state(name)["weight"].clone() for name in optimizer.local_names()}
     update = optimizer.step
 
     def recorded_update() -> bool:
@@ -78,6 +79,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluate: bool = False) -> d
             batches = rank_batches(config, 100, replica, width)
             result["evaluations"].append(engine.evaluate(batches, engine.micro_batches))
     result["parameters"] = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+    result["updates"] = {name: optimizer.state(name)["weight"] - weight for name, weight in before.items()}
     gc.collect()
     result["leaked histories"] = sum(LayerHistory in type(found).__mro__ for found in gc.get_objects())
     result["routers"] = sum(".router." in name for name in optimizer.parameters)

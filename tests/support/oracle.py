@@ -25,6 +25,7 @@ def train_steps(config: Config, steps: int, evaluate: bool = False) -> dict[str,
     for name, parameter in model.named_parameters():
         perturb(name, parameter)
     masters = {name: p.detach().to(exact).clone().requires_grad_() for name, p in model.named_parameters()}
+    before = {name: master.detach().clone() for name, master in masters.items()}
     settings = config.optimizer
     adam = torch.optim.AdamW(
         [
@@ -63,6 +64,7 @@ def train_steps(config: Config, steps: int, evaluate: bool = False) -> dict[str,
         if evaluate:
             with torch.no_grad():
                 result["evaluations"].append(_loss(model, random_batch(config, 100), micro))
+    result["updates"] = {name: master.detach() - before[name] for name, master in masters.items()}
     result["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     return result
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.workers import WorkerGroup
 
 from lime_dist.config.schema import OptimizerConfig
-from lime_dist.train.optim import schedule_factor
+from lime_dist.train.optim import _assign, _segments, schedule_factor
 
 
 def test_schedule() -> None:
@@ -28,3 +29,17 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks(workers, zero_sta
     results = group.run("support.faults.poisoned_step", zero_stage=zero_stage)
     for result in results:
         assert result == {"applied": [True, False, True], "unchanged": True, "moved": True, "skipped": 1, "updates": 2}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_replica_that_owns_nothing_trains_along(workers, zero_stage: int) -> None:  # type: ignore[no-untyped-def]
+    group: WorkerGroup = workers(4)
+    for weights in group.run("support.faults.one_tensor_over_four_replicas", zero_stage=zero_stage):
+        assert weights == pytest.approx([0.9] * 3, abs=1e-3), "one step of AdamW with lr 0.1 on a positive gradient"
+
+
+def test_more_replicas_than_tensors() -> None:
+    """With ZeRO 1 a replica may own nothing; its segment is empty and everything else stays as it is."""
+    parameters = {"model.norm.weight": torch.nn.Parameter(torch.ones(3))}
+    places = _assign(parameters, 4, frozenset())
+    assert _segments(places, 4) == [(0, 3), (3, 3), (3, 3), (3, 3)]
