@@ -35,8 +35,16 @@ class _ReadAhead:
         self._items: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=PREFETCH)
         self._stop = threading.Event()
         # The thread knows only the queue and the event, so that an abandoned reader can be collected, which stops it.
-        threading.Thread(target=_fill, args=(items, self._items, self._stop), name="read-ahead", daemon=True).start()
-        self.close = weakref.finalize(self, self._stop.set)
+        self._thread = threading.Thread(
+            target=_fill, args=(items, self._items, self._stop), name="read-ahead", daemon=True
+        )
+        self._thread.start()
+        weakref.finalize(self, self._stop.set)
+
+    def close(self) -> None:
+        """Stop the thread and wait for its end: a thread inside torch while the interpreter shuts down aborts the process."""
+        self._stop.set()
+        self._thread.join()
 
     def get(self) -> Batch:
         item = self._items.get()
