@@ -22,9 +22,8 @@ def run_command(main: Callable[[], None], speaks: bool = True) -> None:
     try:
         main()
     except LimeError as error:
-        if (
-            not speaks
-        ):  # launchers end all processes when the first one ends; alive after this, it is the only one to know
+        if not speaks:
+            # Launchers end all processes when the first one ends; one that is alive after this is the only one to know.
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -69,7 +69,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Make ``folder`` if needed and hold it alone; LimeError if another process does. A dead holder holds nothing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below, after the block that it protects
+        file = open(folder / ".lock", "a+")  # closed below, after the block that it protects
     except OSError as error:
         raise LimeError(f"{folder}: cannot be written ({error.strerror}); give another output folder") from None
     try:

@@ -42,7 +42,7 @@ class _ReadAhead:
         weakref.finalize(self, self._stop.set)
 
     def close(self) -> None:
-        """Stop the thread and wait for its end: a thread inside torch while the interpreter shuts down aborts the process."""
+        """Stop the thread and wait for its end: a thread inside torch while the interpreter shuts down can abort the process."""
         self._stop.set()
         self._thread.join()
 
@@ -67,7 +67,7 @@ def _fill(items: Iterator[Batch], ready: queue.Queue[Batch | BaseException], sto
         for item in items:
             if not hand_over(item):
                 return
-    except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+    except BaseException as error:  # handed to the consumer, which raises it
         hand_over(error)
 
 

@@ -147,10 +147,10 @@ class Decoder(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        activation_checkpointing: bool = False,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        activation_checkpointing: bool,
     ) -> None:
         super().__init__()
         self.config = config
@@ -176,6 +176,12 @@ class Decoder(nn.Module):
         return apply_head(self.config, cast(nn.Module, self.model.norm), self.lm_head or embedding, hidden)
 
 
-def build_decoder(config: ModelConfig, **options: object) -> Decoder:
-    """The single-process decoder; ``options`` as in `Decoder`: seed, device, dtype, activation_checkpointing."""
-    return Decoder(config, **options)  # type: ignore[arg-type]  # checked by Decoder itself
+def build_decoder(
+    config: ModelConfig,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    activation_checkpointing: bool = False,
+) -> Decoder:
+    """The single-process decoder with its initial values, which are a function of ``seed``."""
+    return Decoder(config, seed, device, dtype, activation_checkpointing)

@@ -95,4 +95,4 @@ def test_a_batch_that_does_not_factor() -> None:
 
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValidationError):
-        load_config(None).train.steps = 3  # type: ignore[misc]
+        load_config(None).train.steps = 3

@@ -273,7 +273,7 @@ def test_a_tampered_shard_is_caught_by_verify(copy: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("command", [sources, tokenizer, pretokenize, inspect])
 def test_help_has_an_example(command: object, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        command.main(["--help"])  # type: ignore[attr-defined]
+        command.main(["--help"])
     assert stop.value.code == 0 and "example:\n  python -m data_tools." in capsys.readouterr().out
 
 

@@ -130,7 +130,7 @@ def test_histories_are_freed(routes: str, checkpointing: bool, ending: str) -> N
     create = LayerHistory.__init__
 
     def remembered(self: LayerHistory, *arguments: object, **options: object) -> None:
-        create(self, *arguments, **options)  # type: ignore[arg-type]
+        create(self, *arguments, **options)
         made.append(weakref.ref(self))
 
     tokens = torch.arange(8).view(1, 8)

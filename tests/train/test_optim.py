@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.workers import WorkerGroup
@@ -24,16 +26,18 @@ def test_schedule() -> None:
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
-def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks(workers, zero_stage: int) -> None:  # type: ignore[no-untyped-def]
-    group: WorkerGroup = workers(4)
+def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks(
+    workers: Callable[[int], WorkerGroup], zero_stage: int
+) -> None:
+    group = workers(4)
     results = group.run("support.faults.poisoned_step", zero_stage=zero_stage)
     for result in results:
         assert result == {"applied": [True, False, True], "unchanged": True, "moved": True, "skipped": 1, "updates": 2}
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
-def test_a_replica_that_owns_nothing_trains_along(workers, zero_stage: int) -> None:  # type: ignore[no-untyped-def]
-    group: WorkerGroup = workers(4)
+def test_a_replica_that_owns_nothing_trains_along(workers: Callable[[int], WorkerGroup], zero_stage: int) -> None:
+    group = workers(4)
     for weights in group.run("support.faults.one_tensor_over_four_replicas", zero_stage=zero_stage):
         assert weights == pytest.approx([0.9] * 3, abs=1e-3), "one step of AdamW with lr 0.1 on a positive gradient"
 
