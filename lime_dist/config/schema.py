@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,10 +17,55 @@ class RunConfig(Section):
     directory: str = "runs/default"
 
 
-class HistoryConfig(Section):
-    """Which entries a layer reads (design: history policies)."""
+HISTORY_KEYS: dict[str, dict[str, int]] = {
+    "full": {},
+    "first_last": {"first": 2, "last": 1},
+    "chunked": {"chunk_size": 8, "rank": 1, "first": 2},
+    "dilated": {"stride": 4, "first": 1, "last": 1},
+}
+"""By policy: the keys that it has, with their defaults."""
 
-    policy: Literal["full"] = "full"
+
+class HistoryConfig(Section):
+    """Which entries a layer reads (design: history policies). A key that the policy does not have is an error."""
+
+    policy: Literal["full", "first_last", "chunked", "dilated"] = "full"
+    first: int | None = Field(None, ge=0, description="the slots of the first layers, read by all (not: full)")
+    last: int | None = Field(None, ge=0, description="the slots right before a layer's own (first_last, dilated)")
+    chunk_size: int | None = Field(None, ge=1, description="layers that are summarised together (chunked)")
+    rank: int | None = Field(None, ge=1, description="rows of a summary (chunked)")
+    stride: int | None = Field(None, ge=1, description="every which slot all later layers read (dilated)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Defaults of the policy, so that a resolved configuration names every number."""
+        if not isinstance(values, dict):
+            return values
+        defaults = (
+            HISTORY_KEYS.get(values.get("policy", "full"), {}) if isinstance(values.get("policy", ""), str) else {}
+        )
+        given = {key: value for key, value in values.items() if value is not None}
+        return {**defaults, **given}
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> HistoryConfig:
+        for key in ("first", "last", "chunk_size", "rank", "stride"):
+            value = getattr(self, key)
+            if value is not None and key not in HISTORY_KEYS[self.policy]:
+                raise ValueError(
+                    f"model.lime.history.{key}={value} means nothing to policy: {self.policy}; leave it out, or set the "
+                    f"whole section at once: 'model.lime.history={{policy: {self.policy}}}'"
+                )
+        if self.policy == "chunked":
+            first, chunk_size, rank = self.first or 0, self.chunk_size or 1, self.rank or 1
+            if first > chunk_size or rank > chunk_size:
+                key = "first" if first > chunk_size else "rank"
+                raise ValueError(
+                    f"model.lime.history.{key}={getattr(self, key)} is more than the {chunk_size} layers of a chunk "
+                    "(model.lime.history.chunk_size)"
+                )
+        return self
 
 
 class LimeConfig(Section):
@@ -131,6 +176,7 @@ class TrainConfig(Section):
     evaluation_samples: int = Field(64, ge=0, description="validation samples; 0: no validation")
     checkpoint_interval: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     log_interval: int = Field(10, ge=1, description="steps between console lines")
+    compile: bool = Field(False, description="compile the parts of a layer with torch.compile; needs a compiler")
 
 
 class OptimizerConfig(Section):

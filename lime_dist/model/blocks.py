@@ -1,6 +1,7 @@
 """Decoder layers: LLaMA, LIMe over keys and values, LIMe over hidden states, Hyper-Connections.
 
-A layer takes and returns the hidden state, [B, T, D] ([B, T, n, D] with n streams), and may use the layer history.
+A layer takes and returns the hidden state, [B, T, D] ([B, T, n, D] with n streams), and may use the layer history. A layer
+with a history has two parts, ``before`` it and ``after`` it, which `compile_layer` compiles; the history stays outside.
 """
 
 from __future__ import annotations
@@ -11,131 +12,146 @@ from torch import Tensor, nn
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.hidden_history import HiddenHistory
-from lime_dist.model.history import LayerHistory, make_policy
 from lime_dist.model.key_value_history import KeyValueHistory
-from lime_dist.model.layers import MLP, RMSNorm, causal_attention, rms_normalise, rotate
-from lime_dist.model.routing import DynamicRouter, KeyValueRouter, StaticRouter
+from lime_dist.model.layers import MLP, RMSNorm, Rotary, causal_attention, rms_normalise, rotary_table, rotate
+from lime_dist.model.policies import make_policy
+from lime_dist.model.routing import DynamicRouter, KeyValueRouter, Router, StaticRouter
 
 LAYER_NORM_EPS = 1e-5
 """ε of the LayerNorm without affine part that Hyper-Connections use."""
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention with rotary embedding; where keys and values come from is the subclasses'."""
+    """Grouped-query causal attention with rotary embedding, and the router of the layer, where it has one."""
 
-    router: nn.Module | None
+    router: Router | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, router: Router | None) -> None:
         super().__init__()
-        self.router = None
         hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_size
         self.head_size, self.rope_theta = size, config.rope_theta
         self.q_proj = nn.Linear(hidden, heads * size, bias=False)
         self.k_proj = nn.Linear(hidden, config.key_value_heads * size, bias=False)
         self.v_proj = nn.Linear(hidden, config.key_value_heads * size, bias=False)
         self.o_proj = nn.Linear(heads * size, hidden, bias=False)
+        self.router = router
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.attend(x_BTD, self.split_heads(self.k_proj(x_BTD)), self.split_heads(self.v_proj(x_BTD)))
+    def rotary(self, x_BTD: Tensor) -> Rotary:
+        return rotary_table(x_BTD.shape[1], self.head_size, self.rope_theta, x_BTD.dtype, x_BTD.device)
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
         """[B, T, G·d] -> [B, G, T, d]."""
         return x_BTC.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
-    def attend(self, x_BTD: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
-        """Queries of x attend to keys (before rotation) and values; returns [B, T, D]."""
-        q_BHTd = self.split_heads(self.q_proj(x_BTD))
-        mixed = causal_attention(rotate(q_BHTd, self.rope_theta), rotate(k_BGTd, self.rope_theta), v_BGTd)
-        return self.o_proj(mixed)
+    def queries(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated queries, [B, H, T, d]."""
+        return rotate(self.split_heads(self.q_proj(x_BTD)), rotary)
+
+    def attend(self, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated queries attend to keys (before rotation) and values; returns [B, T, D]."""
+        return self.o_proj(causal_attention(q_BHTd, rotate(k_BGTd, rotary), v_BGTd))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Attention without a history."""
+        rotary = self.rotary(x_BTD)
+        key, value = self.split_heads(self.k_proj(x_BTD)), self.split_heads(self.v_proj(x_BTD))
+        return self.attend(self.queries(x_BTD, rotary), key, value, rotary)
 
 
-class KeyValueAttention(Attention):
-    """LIMe's second version: a layer's keys and values are mixed with those of earlier layers, before rotation."""
+class PreNormLayer(nn.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream; what comes first is the subclasses'."""
+
+    def __init__(self, config: ModelConfig, layer: int, router: Router | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, router)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def before(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """What needs no history."""
+        raise NotImplementedError
+
+    def after(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, rotary: Rotary) -> Tensor:
+        """The layer's output, once keys (before rotation) and values are there."""
+        x_BTD = x_BTD + self.self_attn.attend(q_BHTd, k_BGTd, v_BGTd, rotary)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class DecoderLayer(PreNormLayer):
+    """LLaMA, and LIMe over keys and values, where they are mixed with those of earlier layers, before rotation."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config)
-        self.layer = layer
-        if layer > 0:
-            self.router = KeyValueRouter(config.key_value_heads, len(make_policy(config.lime).reads(layer)))
+        router = None
+        if config.architecture == "lime" and layer > 0:
+            router = KeyValueRouter(config.key_value_heads, make_policy(config.lime).reads(layer))
+        super().__init__(config, layer, router)
 
-    def forward(self, x_BTD: Tensor, history: KeyValueHistory) -> Tensor:  # type: ignore[override]  # reads a history
+    def forward(self, x_BTD: Tensor, history: KeyValueHistory | None) -> Tensor:
+        attention = self.self_attn
+        rotary = attention.rotary(x_BTD)
+        q_BHTd, k_BTC, v_BTC = self.before(x_BTD, rotary)
+        if history is None:
+            return self.after(x_BTD, q_BHTd, attention.split_heads(k_BTC), attention.split_heads(v_BTC), rotary)
         batch, length, _ = x_BTD.shape
-        k_NGd, v_NGd = (
-            projection(x_BTD).view(batch * length, -1, self.head_size) for projection in (self.k_proj, self.v_proj)
-        )
+        k_NGd, v_NGd = (t.view(batch * length, -1, attention.head_size) for t in (k_BTC, v_BTC))
         mixed = history.mix(self.layer, k_NGd, v_NGd)
-        k_BGTd, v_BGTd = (t.view(-1, batch, length, self.head_size).transpose(0, 1) for t in mixed)
-        return self.attend(x_BTD, k_BGTd, v_BGTd)
+        k_BGTd, v_BGTd = (t.view(-1, batch, length, attention.head_size).transpose(0, 1) for t in mixed)
+        return self.after(x_BTD, q_BHTd, k_BGTd, v_BGTd, rotary)
+
+    def before(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, H, T, d]; the layer's own keys and values [B, T, G·d]."""
+        normed, attention = self.input_layernorm(x_BTD), self.self_attn
+        return attention.queries(normed, rotary), attention.k_proj(normed), attention.v_proj(normed)
 
 
-class HiddenAttention(Attention):
-    """LIMe's first version: each head's key and value are projected from its own mixture of residual-stream states."""
+class HiddenDecoderLayer(PreNormLayer):
+    """LIMe over hidden states: the layer's input goes into the history; from ``start_layer`` on, each head's key and value
+    are projected from its own mixture of what the history holds."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config)
-        self.layer = layer
         heads, read = config.num_attention_heads, len(make_policy(config.lime).reads(layer))
+        router: Router | None = None
         if layer >= config.lime.start_layer:
             if config.lime.router == "dynamic":
-                self.router = DynamicRouter(heads, read, config.hidden_size)
+                router = DynamicRouter(heads, read, config.hidden_size)
             else:
-                self.router = StaticRouter(heads, read, config.lime.top_p)
-
-    def read(self, x_BTD: Tensor, state_BTD: Tensor, history_weight: Tensor, history: HiddenHistory) -> Tensor:
-        """Queries from x; keys and values from the history under the norm weight γ [D].
-
-        Args:
-            state_BTD: this layer's input divided by its root mean square; it is in the history already.
-        """
-        assert self.router is not None
-        batch, length, _ = x_BTD.shape
-        weights = self.router((state_BTD * history_weight).flatten(0, 1))
-        projections_HcD = torch.cat(
-            [p.weight.unflatten(0, (-1, self.head_size)) for p in (self.k_proj, self.v_proj)], dim=1
-        )
-        projected_HNc = history.project(self.layer, weights, projections_HcD * history_weight)
-        k_BHTd, v_BHTd = projected_HNc.view(-1, batch, length, 2, self.head_size).transpose(0, 1).unbind(3)
-        return self.attend(x_BTD, k_BHTd, v_BHTd)
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream: LLaMA, and LIMe over keys and values."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = KeyValueAttention(config, layer) if config.architecture == "lime" else Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x_BTD: Tensor, history: LayerHistory | None) -> Tensor:
-        normed = self.input_layernorm(x_BTD)
-        x_BTD = x_BTD + (self.self_attn(normed) if history is None else self.self_attn(normed, history))
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-
-
-class HiddenDecoderLayer(nn.Module):
-    """LIMe over hidden states: the layer's input goes into the history; from ``start_layer`` on, attention reads it."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = HiddenAttention(config, layer)
-        if self.self_attn.router is not None:
+                router = StaticRouter(heads, read, config.lime.top_p)
+        super().__init__(config, layer, router)
+        if router is not None:
             self.history_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, history: HiddenHistory) -> Tensor:
-        state = rms_normalise(x_BTD, self.input_layernorm.eps)
-        history.write(self.layer, state.flatten(0, 1))
-        normed = state * self.input_layernorm.weight
-        if self.self_attn.router is None:
-            x_BTD = x_BTD + self.self_attn(normed)
+        attention = self.self_attn
+        rotary = attention.rotary(x_BTD)
+        state_BTD, normed_BTD, q_BHTd = self.before(x_BTD, rotary)
+        history.write(self.layer, state_BTD.flatten(0, 1), x_BTD.flatten(0, 1))
+        if attention.router is None:
+            k_BHTd, v_BHTd = (attention.split_heads(p(normed_BTD)) for p in (attention.k_proj, attention.v_proj))
         else:
-            x_BTD = x_BTD + self.self_attn.read(normed, state, self.history_layernorm.weight, history)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+            k_BHTd, v_BHTd = self.read(state_BTD, history)
+        return self.after(x_BTD, q_BHTd, k_BHTd, v_BHTd, rotary)
+
+    def before(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """The input divided by its root mean square, the normed input (both [B, T, D]), rotated queries [B, H, T, d]."""
+        state_BTD = rms_normalise(x_BTD, self.input_layernorm.eps)
+        normed_BTD = state_BTD * self.input_layernorm.weight
+        return state_BTD, normed_BTD, self.self_attn.queries(normed_BTD, rotary)
+
+    def read(self, state_BTD: Tensor, history: HiddenHistory) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, d] from the history under the layer's history norm."""
+        attention, gamma = self.self_attn, self.history_layernorm.weight
+        batch, length, _ = state_BTD.shape
+        weights = None
+        if isinstance(attention.router, DynamicRouter):
+            weights = attention.router((state_BTD * gamma).flatten(0, 1))
+        projections_HcD = torch.cat(
+            [p.weight.unflatten(0, (-1, attention.head_size)) for p in (attention.k_proj, attention.v_proj)], dim=1
+        )
+        projected_HNc = history.project(self.layer, weights, projections_HcD * gamma)
+        key, value = projected_HNc.view(-1, batch, length, 2, attention.head_size).transpose(0, 1).unbind(3)
+        return key, value
 
 
 class HyperConnection(nn.Module):
@@ -172,7 +188,7 @@ class HyperDecoderLayer(nn.Module):
         super().__init__()
         rate, dynamic = config.hyper.rate, config.hyper.dynamic
         self.attn_connection = HyperConnection(rate, config.hidden_size, dynamic)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, router=None)
         self.mlp_connection = HyperConnection(rate, config.hidden_size, dynamic)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 

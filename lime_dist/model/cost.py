@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.history import make_policy
+from lime_dist.model.layout import live_entries
+from lime_dist.model.policies import make_policy
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -48,3 +49,10 @@ def routing_flops(config: ModelConfig, layer: int) -> int:
 def head_flops(config: ModelConfig) -> int:
     """Forward FLOPs per token of the output projection."""
     return 2 * config.hidden_size * config.vocab_size
+
+
+def boundary_entries(config: ModelConfig, boundary: int) -> int:
+    """Entries of the history that cross the boundary before decoder layer ``boundary``, beside the hidden state."""
+    if config.architecture != "lime":
+        return 0
+    return len(live_entries(make_policy(config.lime), boundary, config.num_hidden_layers))

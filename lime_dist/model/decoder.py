@@ -17,11 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.blocks import Attention, make_layer
-from lime_dist.model.hidden_history import HiddenHistory
-from lime_dist.model.history import LayerHistory, StageLayout, make_policy
+from lime_dist.model.hidden_history import BLOCK_ROWS, HiddenHistory
+from lime_dist.model.history import LayerHistory
 from lime_dist.model.init import build
 from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layers import Embedding, RMSNorm
+from lime_dist.model.layout import BLOCK, StageLayout, summarised_chunks
+from lime_dist.model.policies import make_policy
+from lime_dist.model.routing import ChunkSummary
 
 EMBEDDING = "model.embed_tokens"
 
@@ -46,28 +49,41 @@ class LayerSpec:
 
 
 def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
-    """The flat list: embedding, L decoder layers, norm, output projection (the embedding itself when tied)."""
+    """The flat list: embedding, L decoder layers, each chunk's summary after the chunk's last layer, norm, output
+    projection (the embedding itself when tied)."""
     embedding = LayerSpec(EMBEDDING, partial(Embedding, config.vocab_size, config.hidden_size))
     if config.tie_word_embeddings:
         head = embedding
     else:
         head = LayerSpec("lm_head", partial(nn.Linear, config.hidden_size, config.vocab_size, bias=False))
-    return [
-        embedding,
-        *(
-            LayerSpec(f"model.layers.{layer}", partial(make_layer, config, layer))
-            for layer in range(config.num_hidden_layers)
-        ),
-        LayerSpec("model.norm", partial(RMSNorm, config.hidden_size, config.rms_norm_eps)),
-        head,
-    ]
+    summaries = {}
+    if config.architecture == "lime":
+        heads = config.key_value_heads if config.lime.routes == "kv" else 1
+        for chunk in summarised_chunks(make_policy(config.lime), config.num_hidden_layers):
+            make = partial(ChunkSummary, chunk.rank * heads, len(chunk.layers) * heads)
+            summaries[chunk.layers[-1]] = LayerSpec(f"model.history.chunks.{chunk.index}", make)
+    layers: list[LayerSpec] = []
+    for layer in range(config.num_hidden_layers):
+        layers.append(LayerSpec(layer_name(layer), partial(make_layer, config, layer)))
+        if layer in summaries:
+            layers.append(summaries[layer])
+    norm = LayerSpec("model.norm", partial(RMSNorm, config.hidden_size, config.rms_norm_eps))
+    return [embedding, *layers, norm, head]
+
+
+def layer_name(layer: int) -> str:
+    """Prefix of the exported parameter names of a decoder layer."""
+    return f"model.layers.{layer}"
 
 
 def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | None:
     """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
     if config.architecture != "lime":
         return None
-    return StageLayout(make_policy(config.lime), start, stop, config.num_hidden_layers)
+    block = BLOCK
+    if config.lime.routes == "hidden":
+        block = max(1, min(BLOCK, BLOCK_ROWS // config.num_attention_heads))
+    return StageLayout(make_policy(config.lime), start, stop, config.num_hidden_layers, block)
 
 
 def open_history(
@@ -77,7 +93,7 @@ def open_history(
     if layout is None:
         return None
     if config.lime.routes == "hidden":
-        return HiddenHistory(layout, num_tokens, config.hidden_size, dtype, device)
+        return HiddenHistory(layout, num_tokens, config.hidden_size, config.rms_norm_eps, dtype, device)
     return KeyValueHistory(layout, config.key_value_heads, config.head_size, num_tokens, dtype, device)
 
 
@@ -91,19 +107,26 @@ def embed(config: ModelConfig, embedding: nn.Module, tokens_BT: Tensor) -> Tenso
 
 def run_layers(
     layers: Sequence[nn.Module], hidden: Tensor, history: LayerHistory | None, activation_checkpointing: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Run consecutive decoder layers; with checkpointing, only each layer's input is kept and the rest is computed again.
+) -> tuple[Tensor, list[Tensor]]:
+    """Run consecutive decoder layers and the chunk summaries between them; with checkpointing, only each layer's input is
+    kept and the rest is computed again.
 
     Returns:
-        The hidden state, and the history's token (see `history.py`) for what comes after the layers.
+        The hidden state, and what ``history.pack`` needs of the autograd graph.
     """
-    token = None
+    released: list[Tensor] = []
     try:
-        if isinstance(history, KeyValueHistory):
-            routers = [cast(Attention, layer.self_attn).router for layer in layers]
-            history.open([None if router is None else cast(Tensor, router.weight) for router in routers])
+        if history is not None:
+            decoders = [layer for layer in layers if not isinstance(layer, ChunkSummary)]
+            routers = [cast(Attention, layer.self_attn).router for layer in decoders]
+            summaries = [layer.weight for layer in layers if isinstance(layer, ChunkSummary)]
+            history.open([None if router is None else router.matrix() for router in routers], summaries)
+            chunks = iter(history.layout.chunks)
         for layer in layers:
-            if activation_checkpointing and torch.is_grad_enabled():
+            if isinstance(layer, ChunkSummary):
+                assert history is not None
+                history.summarise(next(chunks))
+            elif activation_checkpointing and torch.is_grad_enabled():
                 hidden = cast(
                     Tensor,
                     checkpoint(
@@ -119,8 +142,8 @@ def run_layers(
                 hidden = layer(hidden, history)
     finally:
         if history is not None:
-            token = history.release_token()
-    return hidden, token
+            released = history.release()
+    return hidden, released
 
 
 def _checkpoint_contexts(
@@ -160,20 +183,26 @@ class Decoder(nn.Module):
         modules = [spec.build(config, seed, torch.device(device), dtype) for spec in specs]
         if specs[-1] is specs[0]:
             modules[-1] = modules[0]
-        embedding, *layers, norm, head = modules
-        self.model = nn.Module()
-        self.model.embed_tokens = embedding
-        self.model.layers = nn.ModuleList(layers)
-        self.model.norm = norm
-        self.lm_head = None if head is embedding else head
+        for spec, module in zip(specs, modules, strict=True):
+            _register(self, spec.name, module)
+        self.specs = specs
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        embedding = cast(nn.Module, self.model.embed_tokens)
+        embedding, *layers, norm, head = (self.get_submodule(spec.name) for spec in self.specs)
         hidden = embed(self.config, embedding, tokens_BT)
         history = open_history(self.config, self.layout, tokens_BT.numel(), hidden.dtype, hidden.device)
-        layers = cast(Sequence[nn.Module], self.model.layers)
         hidden, _ = run_layers(layers, hidden, history, self.activation_checkpointing)
-        return apply_head(self.config, cast(nn.Module, self.model.norm), self.lm_head or embedding, hidden)
+        return apply_head(self.config, norm, head, hidden)
+
+
+def _register(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Make ``module`` the submodule of that dotted name."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(last, module)
 
 
 def build_decoder(

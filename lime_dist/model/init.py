@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lime_dist.config.schema import ModelConfig
+from lime_dist.model.policies import make_policy
 
+CHUNKS = "model.history.chunks."
 Group = Literal["matrices", "plain", "routers"]
 GROUPS: tuple[Group, ...] = ("matrices", "plain", "routers")
 """matrices: weight decay; plain (norms, embeddings): none; routers: none, and their own learning rate."""
@@ -23,7 +25,7 @@ GROUPS: tuple[Group, ...] = ("matrices", "plain", "routers")
 def parameter_group(name: str) -> Group:
     """The optimizer group of an exported parameter name; the table is in CONTRIBUTING.md."""
     leaf = name.rpartition(".")[2]
-    if ".router." in name or leaf in ("dynamic_alpha", "dynamic_beta"):
+    if ".router." in name or name.startswith(CHUNKS) or leaf in ("dynamic_alpha", "dynamic_beta"):
         return "routers"
     if name.endswith("norm.weight") or name == "model.embed_tokens.weight":
         return "plain"
@@ -41,8 +43,10 @@ def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> 
     value = torch.empty(parameter.shape, dtype=torch.float32)
     if name.endswith("norm.weight"):
         value.fill_(1.0)
-    elif name.endswith("self_attn.router.weight"):
-        _initialise_router(value, config, generator)
+    elif ".self_attn.router." in name:
+        _initialise_router(name, value, config, generator)
+    elif name.startswith(CHUNKS):
+        _initialise_summary(value, config, generator)
     elif "_connection." in name:
         _initialise_connection(name, value)
     else:
@@ -54,12 +58,34 @@ def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> 
         parameter.copy_(value)
 
 
-def _initialise_router(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
-    """routes: hidden: w_ℓ ~ N(0, 0.1²), W_ℓ ~ N(0, 0.02²); routes: kv: see below."""
-    if config.lime.routes == "kv":
-        _initialise_key_value_router(value, config, generator)
-    else:
+def _initialise_router(name: str, value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    """routes: hidden: w_ℓ ~ N(0, 0.1²), W_ℓ ~ N(0, 0.02²).
+
+    routes: kv: R_ℓ is the identity on the layer's own slot; all else is U(−b, b), b = √(3 / (entries read · G)), or 0.
+    """
+    if config.lime.routes == "hidden":
         value.normal_(0.0, 0.02 if config.lime.router == "dynamic" else 0.1, generator=generator)
+        return
+    heads, columns = value.shape
+    if config.lime.router_init == "uniform":
+        read = len(make_policy(config.lime).reads(int(name.split(".")[2])))
+        bound = math.sqrt(3 / (read * heads))
+        value.uniform_(-bound, bound, generator=generator)
+    else:
+        value.zero_()
+    if name.endswith("router.weight"):
+        value[:, columns - heads :] = torch.eye(heads)
+
+
+def _initialise_summary(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    """routes: kv: A_m = r orthonormal rows over the chunk's layers ⊗ I_G; hidden: logits N(0, 0.1²)."""
+    if config.lime.routes == "hidden":
+        value.normal_(0.0, 0.1, generator=generator)
+        return
+    heads = config.key_value_heads
+    rank, size = value.shape[0] // heads, value.shape[1] // heads
+    basis, _ = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))
+    value.copy_(torch.kron(basis.t(), torch.eye(heads, dtype=torch.float64)))
 
 
 def _initialise_connection(name: str, value: Tensor) -> None:
@@ -70,17 +96,6 @@ def _initialise_connection(name: str, value: Tensor) -> None:
         layer = int(name.split(".")[2])
         value[layer % len(value), 0] = 1.0
         value[:, 1:] = torch.eye(len(value))
-
-
-def _initialise_key_value_router(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
-    """R_ℓ [G, (ℓ+1)G]: identity on the layer's own slot; elsewhere U(−b, b), b = √(3 / (entries read · G)), or 0."""
-    heads, columns = value.shape
-    if config.lime.router_init == "uniform":
-        bound = math.sqrt(3 / columns)
-        value.uniform_(-bound, bound, generator=generator)
-    else:
-        value.zero_()
-    value[:, columns - heads :] = torch.eye(heads)
 
 
 def build(

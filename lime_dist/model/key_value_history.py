@@ -1,14 +1,15 @@
 """The history of ``routes: kv``: slots are keys and values, a layer's own are mixed with those of earlier layers.
 
-How the gradient is made without a second buffer. A mixture is linear, M_ℓ = Σ_e R_ℓ[e]·S_e, so the gradient of an
-entry is Σ_ℓ R_ℓ[e]ᵀ·g_ℓ over its readers, g_ℓ being the gradient of M_ℓ. Backward visits layers from last to first, and
-once layer ℓ has been visited nobody reads S_ℓ any more: its place takes g_ℓ. Forward reads what older layers left,
-backward reads what newer layers left, in the same memory. Each gradient is one product over all readers, accumulated
-inside the matrix product in at least float32, so nothing stagnates in low precision however many readers there are; in
-bf16 a slot's gradient rounds at most once per part (newer blocks, own block, next stage).
+How the gradient is made without a second buffer. A mixture is linear, M_r = Σ_e W[r, e]·S_e, so the gradient of an entry is
+Σ_r W[r, e]ᵀ·g_r over its readers, g_r being the gradient of M_r. Backward visits readers from last to first, and once a
+reader has been visited nobody reads its own entry any more: its place takes g_r. Forward reads what older layers left,
+backward reads what newer ones left, in the same memory. Each gradient is a sum of a few products, one per run of readers,
+made and added up in at least float32 and rounded once, so nothing stagnates in low precision however many readers there are.
 
-Reads are blocked: what `BLOCK` consecutive layers read from entries older than the block is one product of their stacked
-weights; so is the gradient of the block's entries from newer layers, and so is the gradient of the weights.
+A chunk's summary is a reader like a layer: it mixes the slots of its chunk with A_m, and its entry is the mixture itself.
+
+Reads are blocked: what a block of layers reads from entries older than the block is one product (per run of positions); so
+is the gradient of the block's entries from newer readers, and so is the gradient of the weights.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.model.history import LayerHistory, StageLayout
+from lime_dist.model.history import LayerHistory
+from lime_dist.model.layout import Block, Chunk, Places, StageLayout
+from lime_dist.model.policies import Entry
 
 
 class KeyValueHistory(LayerHistory):
     """The history of one micro-batch on one stage. A slot is [G, 2, N, d]: keys and values before rotation.
 
-    Use, in this order: construct; unpack a payload into it (all stages but the first); ``open``; ``mix`` once per layer,
-    ascending. With ``keep`` gradients have a buffer of their own.
+    With ``keep`` gradients have a buffer of their own.
     """
 
     def __init__(
@@ -42,16 +44,24 @@ class KeyValueHistory(LayerHistory):
         super().__init__(layout, (num_heads, 2, num_tokens, head_size), dtype, device, keep)
         self.num_heads = num_heads
         self.gradients = torch.zeros_like(self.entries) if keep else self.entries
+        self._incoming: Tensor | None = None
         self._weights = torch.empty(0)
         self._weight_gradient: Tensor | None = None
-        self._partial: tuple[int, Tensor | None] | None = None
-        self._newer: tuple[int, Tensor] | None = None
+        self._partial: tuple[Block, Tensor] | None = None
+        self._newer: tuple[Block, Tensor] | None = None
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def open(self, routers: Sequence[Tensor | None]) -> None:
-        """Take the routers of the stage's layers, ascending: R_ℓ [G, entries read · G], None for a layer without one."""
-        self.token = _Open.apply(self.token, self, *routers)
+    def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
+        hidden, self.token = _Unpack.apply(payload_BTC, hidden_size, self)
+        return hidden
+
+    def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
+        return _Pack.apply(*released, hidden_BTD, self)
+
+    def open(self, routing: Sequence[Tensor | None], summaries: Sequence[Tensor]) -> None:
+        """Take R_ℓ [G, entries read · G] of the stage's layers (None: no router) and A_m [rank·G, chunk size·G]."""
+        self.token = _Open.apply(self.token, self, *routing, *summaries)
 
     def mix(self, layer: int, k_NGd: Tensor, v_NGd: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's slot and return the keys and values that its attention uses, [G, N, d] each."""
@@ -61,36 +71,53 @@ class KeyValueHistory(LayerHistory):
         key, value = mixed.unbind(1)
         return key, value
 
-    def _stack(self, routers: Sequence[Tensor | None]) -> Tensor:
-        """All routers of the stage as one matrix: rows (layer, head), columns (position, head), 0 where nothing is read."""
+    def summarise(self, chunk: Chunk) -> None:
+        self.token = _Summarise.apply(self.token, self, chunk)
+
+    def _stack(self, weights: Sequence[Tensor | None]) -> Tensor:
+        """All weights of the stage, [readers, G, positions, G]; readers in the order of their positions; 0: not read."""
         layout, heads = self.layout, self.num_heads
-        stacked = self.entries.new_zeros((layout.stop - layout.start, heads, layout.num_positions, heads))
-        for row, router in enumerate(routers):
-            layer = layout.start + row
-            if router is None:
-                stacked[row, :, layout.position(layer)] = torch.eye(heads)
+        stacked = self.entries.new_zeros((len(layout.own), heads, layout.num_positions, heads))
+        for reader, matrix in zip(layout.readers, weights, strict=True):
+            rows = self._rows(reader.rows)
+            if matrix is None:
+                stacked[rows.start, :, reader.columns[-1].stop - 1] = torch.eye(heads)
                 continue
-            router = router.view(heads, -1, heads)
+            matrix = matrix.view(rows.stop - rows.start, heads, -1, heads)
             begin = 0
-            for run in layout.runs_by_layer[layer]:
+            for run in reader.columns:
                 end = begin + run.stop - run.start
-                stacked[row, :, run] = router[:, begin:end]
+                stacked[rows, :, run] = matrix[:, :, begin:end]
                 begin = end
-        return stacked.view(-1, layout.num_positions * heads)
+        return stacked
+
+    def _unstack(self, stacked: Tensor, has_weights: Sequence[bool]) -> list[Tensor | None]:
+        """The parts of ``_stack``'s result again."""
+        return [
+            torch.cat([stacked[self._rows(reader.rows), :, run] for run in reader.columns], 2).flatten(0, 1).flatten(1)
+            if present
+            else None
+            for reader, present in zip(self.layout.readers, has_weights, strict=True)
+        ]
+
+    def _rows(self, positions: slice) -> slice:
+        """Rows of the stacked weights of the readers at these positions."""
+        received = len(self.layout.received)
+        return slice(positions.start - received, positions.stop - received)
+
+    def _between(self, readers: Places | slice, entries: Places | slice) -> Tensor:
+        """The weights of some readers for some entries as a matrix: rows (reader, head), columns (entry, head)."""
+        rows = [readers] if isinstance(readers, slice) else readers.runs
+        columns = [entries] if isinstance(entries, slice) else entries.runs
+        parts = [torch.cat([self._weights[self._rows(r), :, c] for c in columns], 2) for r in rows]
+        return torch.cat(parts).flatten(0, 1).flatten(1)
 
     def _flat(self, tensor: Tensor, positions: slice) -> Tensor:
         """Positions of a buffer as a matrix: rows (position, head), columns (2, N, d)."""
         return tensor[positions].view((positions.stop - positions.start) * self.num_heads, -1)
 
-    def _block_weights(self, rows: slice, positions: slice) -> Tensor:
-        heads = self.num_heads
-        return self._weights[rows.start * heads : rows.stop * heads, positions.start * heads : positions.stop * heads]
-
-    def _rows(self, block: range) -> slice:
-        return slice(block.start - self.layout.start, block.stop - self.layout.start)
-
     def _write(self, layer: int, k_NGd: Tensor, v_NGd: Tensor) -> None:
-        slot = self._claim(layer)
+        slot = self._claim(Entry(layer))
         if slot is not None:
             slot[:, 0].copy_(k_NGd.transpose(0, 1))
             slot[:, 1].copy_(v_NGd.transpose(0, 1))
@@ -98,115 +125,122 @@ class KeyValueHistory(LayerHistory):
     def _read(self, layer: int) -> Tensor:
         """M_ℓ [G, 2, N, d] = what the block reads from older entries (one product) + what ℓ reads within the block."""
         layout, heads = self.layout, self.num_heads
-        block = layout.block(layer)
-        if self._partial is None or self._partial[0] != block.start:
-            partial: Tensor | None = None
-            for run in layout.older_runs[block.start]:
-                weights, older = self._block_weights(self._rows(block), run), self._flat(self.entries, run)
-                partial = weights @ older if partial is None else partial.addmm_(weights, older)
-            self._partial = (block.start, partial)
-        partial = self._partial[1]
-        row = layer - layout.start
-        inside = slice(layout.position(block.start), layout.position(layer) + 1)
-        weights, entries = self._block_weights(slice(row, row + 1), inside), self._flat(self.entries, inside)
-        if partial is None:
-            mixed = weights @ entries
-        else:
-            begin = (layer - block.start) * heads
-            mixed = torch.addmm(partial[begin : begin + heads], weights, entries)
-        if layer == (block.start if self.is_recomputing else block.stop - 1):
+        block = layout.blocks[layer]
+        position = layout.slot(layer)
+        mixed: Tensor | None = None
+        if block.older.runs:
+            if self._partial is None or self._partial[0] is not block:
+                self._partial = (block, self._mixture(block.own, block.older))
+            begin = block.own.rank_of(position) * heads
+            mixed = self._partial[1][begin : begin + heads]
+        mixed = self._mixture(slice(position, position + 1), layout.inside[layer], mixed)
+        if layer == (block.layers[0] if self.is_recomputing else block.layers[-1]):
             self._partial = None
         return mixed.view(self.slot_shape)
+
+    def _mixture(self, readers: Places | slice, entries: Places, start: Tensor | None = None) -> Tensor:
+        """What readers mix of entries, rows (reader, head); added to ``start``, which is left alone."""
+        total = start
+        for run in entries.runs:
+            weights, matrix = self._between(readers, run), self._flat(self.entries, run)
+            if total is None:
+                total = weights @ matrix
+            elif total is start:
+                total = torch.addmm(total, weights, matrix)
+            else:
+                total.addmm_(weights, matrix)
+        assert total is not None
+        return total
+
+    def _write_summary(self, chunk: Chunk) -> None:
+        layout = self.layout
+        rows = layout.places(chunk.rows)
+        for row in chunk.rows:
+            self._claim(row)
+        self._flat(self.entries, rows.runs[0]).copy_(self._mixture(rows, layout.places(chunk.sources)))
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
     def _visit(self, layer: int, gradient: Tensor) -> Tensor:
         """Take g_ℓ [G, 2, N, d], leave it in the slot's place, and return the gradient of the slot S_ℓ."""
         layout, heads = self.layout, self.num_heads
-        self._visit_once(layer)
-        block = layout.block(layer)
-        begin, position, end = (
-            layout.position(block.start),
-            layout.position(layer),
-            layout.position(block.stop - 1) + 1,
-        )
-        row = layer - layout.start
-
-        inside = slice(begin, position + 1)
-        flat_gradient = gradient.reshape(heads, -1)
-        self._add_weight_gradient(slice(row, row + 1), inside, flat_gradient)
+        self._visit_once(Entry(layer))
+        block, position = layout.blocks[layer], layout.slot(layer)
+        own = slice(position, position + 1)
+        self._add_weight_gradient(own, layout.inside[layer], gradient.reshape(heads, -1))
         self.gradients[position].copy_(gradient)
 
-        if self._newer is None or self._newer[0] != block.start:
-            self._newer = (block.start, self._gradient_from_newer(block))
-        rest = slice(position, end)
-        readers = self._block_weights(slice(row, row + end - position), slice(position, position + 1))
-        slot_gradient = torch.addmm(self._newer[1][layer - block.start], readers.t(), self._flat(self.gradients, rest))
+        if self._newer is None or self._newer[0] is not block:
+            entries = [Entry(found) for found in block.layers]
+            self._newer = (block, self._pull(block.own, block.readers, entries).view(len(block.own), heads, -1))
+        total = self._newer[1][block.own.rank_of(position)]
+        for run in layout.readers_inside[layer].runs:
+            self._accumulate(total, self._between(run, own).t(), self._flat(self.gradients, run))
 
-        if layer == block.start:
-            block_gradient = self._flat(self.gradients, slice(begin, end))
-            for run in layout.older_runs[block.start]:
-                self._add_weight_gradient(self._rows(block), run, block_gradient)
+        if layer == block.layers[0]:
+            for rows in block.own.runs:
+                self._add_weight_gradient(rows, block.older, self._flat(self.gradients, rows))
             self._newer = None
-        return slot_gradient.view(self.slot_shape)
+        return total.view(self.slot_shape)
 
-    def _gradient_from_newer(self, block: range) -> Tensor:
-        """[layers of the block, G, 2·N·d]: what layers after the block, here and on later stages, add to its slots."""
-        layout, heads = self.layout, self.num_heads
-        positions = slice(layout.position(block.start), layout.position(block.stop - 1) + 1)
-        total = self._incoming_gradient(block, self.entries.dtype).view(len(block) * heads, -1)
-        first_own = len(layout.received)
-        for rows in layout.newer_runs[block.start]:
-            newer = slice(first_own + rows.start, first_own + rows.stop)
-            total.addmm_(self._block_weights(rows, positions).t(), self._flat(self.gradients, newer))
-        return total.view(len(block), heads, -1)
+    def _visit_summary(self, chunk: Chunk) -> None:
+        """Make the gradient of U_m, of A_m from it, and leave it in the summary's place."""
+        layout = self.layout
+        for row in chunk.rows:
+            self._visit_once(row)
+        rows = layout.places(chunk.rows)
+        gradient = self._pull(rows, layout.readers_of(chunk.rows), chunk.rows).to(self.entries.dtype)
+        self._add_weight_gradient(rows.runs[0], layout.places(chunk.sources), gradient)
+        self._flat(self.gradients, rows.runs[0]).copy_(gradient)
+
+    def _pull(self, places: Places, readers: Places, entries: Sequence[Entry]) -> Tensor:
+        """Rows (entry in the order of places, head), in ``exact``: what readers here and on later stages give to entries."""
+        total = self.entries.new_zeros((len(places), *self.slot_shape), dtype=self.exact)
+        if self._incoming is not None:
+            for entry in entries:
+                if entry in self.layout.sent:
+                    rank = places.rank_of(self.layout.position[entry])
+                    total[rank] = self._incoming[self.layout.sent.index(entry)]
+        flat = total.view(len(places) * self.num_heads, -1)
+        for run in readers.runs:
+            self._accumulate(flat, self._between(run, places).t(), self._flat(self.gradients, run))
+        return flat
 
     def received_gradient(self) -> Tensor:
         """[entries received, G, 2, N, d]: the gradient to send back over the boundary before this stage."""
-        layout, heads = self.layout, self.num_heads
-        count = len(layout.received)
-        total = self._incoming_gradient(layout.received, self.entries.dtype)
-        rows = slice(0, layout.stop - layout.start)
-        total.view(count * heads, -1).addmm_(
-            self._block_weights(rows, slice(0, count)).t(),
-            self._flat(self.gradients, slice(count, layout.num_positions)),
-        )
-        return total
+        received = self.layout.received
+        total = self._pull(self.layout.places(received), self.layout.readers_of(received), received)
+        return total.view(len(received), *self.slot_shape)
 
-    def _add_weight_gradient(self, rows: slice, positions: slice, gradient: Tensor) -> None:
-        """gradient [rows·G, 2·N·d] of the mixtures × the entries they read -> gradient of the stacked weights."""
+    def _add_weight_gradient(self, readers: slice, entries: Places, gradient: Tensor) -> None:
+        """gradient [readers·G, 2·N·d] of mixtures × the entries that they read -> gradient of the stacked weights."""
         if self._weight_gradient is None:
             self._weight_gradient = torch.zeros_like(self._weights)
         heads = self.num_heads
-        self._weight_gradient[
-            rows.start * heads : rows.stop * heads, positions.start * heads : positions.stop * heads
-        ] += gradient @ self._flat(self.entries, positions).t()
+        for run in entries.runs:
+            product = gradient @ self._flat(self.entries, run).t()
+            self._weight_gradient[self._rows(readers), :, run] = product.view(-1, heads, run.stop - run.start, heads)
 
-    def _router_gradients(self, has_router: Sequence[bool]) -> list[Tensor | None]:
-        layout, heads = self.layout, self.num_heads
+    def _open_gradients(self, has_weights: Sequence[bool]) -> list[Tensor | None]:
         if self._weight_gradient is None:
             raise RuntimeError("the history's routers were asked for gradients before any layer was visited")
-        stacked = self._weight_gradient.view(-1, heads, layout.num_positions, heads)
-        self._weight_gradient = None
-        return [
-            stacked[row][:, layout.read_positions(layout.start + row)].reshape(heads, -1) if present else None
-            for row, present in enumerate(has_router)
-        ]
+        stacked, self._weight_gradient = self._weight_gradient, None
+        return self._unstack(stacked, has_weights)
 
 
 class _Open(torch.autograd.Function):
-    """Stacks the routers; in backward, after all layers, hands each router its gradient."""
+    """Stacks the weights; in backward, after all layers, hands each reader the gradient of its own."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, history: KeyValueHistory, *routers: Tensor | None) -> Tensor:
+    def forward(ctx: Any, token: Tensor, history: KeyValueHistory, *weights: Tensor | None) -> Tensor:
         ctx.history = history
-        ctx.has_router = [router is not None for router in routers]
-        history._weights = history._stack(routers)
+        ctx.has_weights = [matrix is not None for matrix in weights]
+        history._weights = history._stack(weights)
         return torch.zeros_like(token)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return gradients[0], None, *ctx.history._router_gradients(ctx.has_router)
+        return gradients[0], None, *ctx.history._open_gradients(ctx.has_weights)
 
 
 class _Mix(torch.autograd.Function):
@@ -224,5 +258,69 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         gradient, token_gradient = gradients
         slot_gradient = ctx.history._visit(ctx.layer, gradient)
-        key, value = slot_gradient.unbind(1)
+        key, value = slot_gradient.to(gradient.dtype).unbind(1)
         return token_gradient, key.transpose(0, 1), value.transpose(0, 1), None, None
+
+
+class _Summarise(torch.autograd.Function):
+    """Writes a chunk's summary; in backward, after all of its readers, makes its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, history: KeyValueHistory, chunk: Chunk) -> Tensor:
+        ctx.history, ctx.chunk = history, chunk
+        history._write_summary(chunk)
+        return torch.zeros_like(token)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.history._visit_summary(ctx.chunk)
+        return gradients[0], None, None
+
+
+class _Pack(torch.autograd.Function):
+    """Copies the entries that cross a boundary behind the hidden state; in backward, keeps what comes back for them."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, hidden_BTD: Tensor, history: KeyValueHistory) -> Tensor:
+        ctx.history, ctx.hidden_shape = history, hidden_BTD.shape
+        sent = [history.layout.position[entry] for entry in history.layout.sent]
+        batch, length, size = hidden_BTD.shape
+        width = size + len(sent) * history.entries[0].numel() // (batch * length)
+        payload = hidden_BTD.new_empty(batch, length, width)
+        flat = payload.view(-1)
+        flat[: hidden_BTD.numel()] = hidden_BTD.reshape(-1)
+        entries = flat[hidden_BTD.numel() :].view(len(sent), *history.slot_shape)
+        for index, position in enumerate(sent):
+            entries[index].copy_(history.entries[position])
+        return payload
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        history: KeyValueHistory = ctx.history
+        flat = gradients[0].contiguous().view(-1)
+        size = ctx.hidden_shape.numel()
+        history._incoming = flat[size:].view(len(history.layout.sent), *history.slot_shape)
+        return flat.new_zeros(()), flat[:size].view(ctx.hidden_shape), None
+
+
+class _Unpack(torch.autograd.Function):
+    """Copies received entries into the history; in backward, sends back their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, payload_BTC: Tensor, hidden_size: int, history: KeyValueHistory) -> tuple[Tensor, Tensor]:
+        ctx.history, ctx.payload_shape = history, payload_BTC.shape
+        batch, length, _ = payload_BTC.shape
+        flat = payload_BTC.contiguous().view(-1)
+        size = batch * length * hidden_size
+        received = flat[size:].view(-1, *history.slot_shape)
+        history.entries[: len(received)].copy_(received)
+        return flat[:size].view(batch, length, hidden_size).clone(), torch.zeros_like(history.token)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        hidden_gradient = gradients[0]
+        payload_gradient = hidden_gradient.new_empty(ctx.payload_shape)
+        flat = payload_gradient.view(-1)
+        flat[: hidden_gradient.numel()] = hidden_gradient.reshape(-1)
+        flat[hidden_gradient.numel() :] = ctx.history.received_gradient().view(-1)
+        return payload_gradient, None, None

@@ -31,10 +31,12 @@ def rms_normalise(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(exact), x.shape[-1:], None, eps).to(x.dtype)
 
 
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin of `rotary_table`."""
+
+
 @lru_cache(maxsize=16)
-def rotary_table(
-    length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def rotary_table(length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device) -> Rotary:
     """cos and sin of position · θ^(−2i/d), each [T, d], the two halves of d alike (LLaMA's layout); never below float32."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = theta ** -(torch.arange(0, head_size, 2, dtype=exact, device=device) / head_size)
@@ -43,11 +45,10 @@ def rotary_table(
     return angle.cos(), angle.sin()
 
 
-def rotate(x_BHTd: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding over positions 0 … T−1 (arXiv 2104.09864) of [B, H, T, d]."""
-    length, size = x_BHTd.shape[-2:]
-    cos, sin = rotary_table(length, size, theta, x_BHTd.dtype, x_BHTd.device)
-    half = size // 2
+def rotate(x_BHTd: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of [B, H, T, d] by the table of its length."""
+    cos, sin = rotary
+    half = x_BHTd.shape[-1] // 2
     x = x_BHTd.to(cos.dtype)
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x * cos + turned * sin).to(x_BHTd.dtype)

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from lime_dist.model.policies import Entry
+
 
 class KeyValueRouter(nn.Module):
-    """R_ℓ [G, entries read · G]: signed weights over the K/V heads of every entry read; columns by entry, then head."""
+    """Signed weights over the K/V heads of every entry read; columns by entry, then head.
 
-    def __init__(self, num_heads: int, entries_read: int) -> None:
+    ``weight`` is R_ℓ [G, slots · G]. Where summaries are read, their weights are apart, ``summary_weight`` (Q), and so are
+    those of the slots older than any summary, ``first_weight`` (P); the matrix is [P | Q | R].
+    """
+
+    def __init__(self, num_heads: int, reads: Sequence[Entry]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, entries_read * num_heads))
+        summaries = [index for index, entry in enumerate(reads) if entry.is_summary]
+        begin, end = (summaries[0], summaries[-1] + 1) if summaries else (0, 0)
+        self.first_weight = self.summary_weight = None
+        if begin:
+            self.first_weight = nn.Parameter(torch.empty(num_heads, begin * num_heads))
+        if summaries:
+            self.summary_weight = nn.Parameter(torch.empty(num_heads, (end - begin) * num_heads))
+        self.weight = nn.Parameter(torch.empty(num_heads, (len(reads) - end) * num_heads))
+
+    def matrix(self) -> Tensor:
+        """[G, entries read · G]."""
+        parts: list[Tensor] = [
+            part for part in (self.first_weight, self.summary_weight, self.weight) if part is not None
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class StaticRouter(nn.Module):
@@ -22,8 +44,8 @@ class StaticRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_heads, entries_read))
         self.top_p = top_p
 
-    def forward(self, state_ND: Tensor) -> Tensor:
-        """Weights [H, E], the same for every token; ``state_ND`` is not looked at."""
+    def matrix(self) -> Tensor:
+        """[H, E], the same for every token."""
         weights = self.weight.softmax(-1)
         return weights if self.top_p is None or self.top_p == 1 else prune(weights, self.top_p)
 
@@ -36,10 +58,25 @@ class DynamicRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_heads * entries_read, hidden_size))
         self.num_heads = num_heads
 
+    def matrix(self) -> None:
+        """Unknown before the layer's own state is there."""
+
     def forward(self, state_ND: Tensor) -> Tensor:
         """Weights [N, H, E] from the layer's own state under the history norm, [N, D]."""
         logits = nn.functional.linear(state_ND, self.weight)
         return logits.view(len(state_ND), self.num_heads, -1).softmax(-1)
+
+
+Router = KeyValueRouter | StaticRouter | DynamicRouter
+
+
+class ChunkSummary(nn.Module):
+    """A_m: how a chunk's slots are summed up. routes: kv: [rank · G, chunk size · G], signed; hidden: [rank, chunk size],
+    logits of a softmax over the chunk's layers."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
 
 
 def prune(weights: Tensor, top_p: float) -> Tensor:

@@ -15,7 +15,16 @@ from deepspeed.runtime.pipe.module import TiedLayerSpec as DeepSpeedTiedLayer
 from torch import Tensor, nn
 
 from lime_dist.config.schema import Config, ModelConfig
-from lime_dist.model.decoder import LayerSpec, apply_head, decoder_layers, embed, open_history, run_layers, stage_layout
+from lime_dist.model.decoder import (
+    LayerSpec,
+    apply_head,
+    decoder_layers,
+    embed,
+    layer_name,
+    open_history,
+    run_layers,
+    stage_layout,
+)
 from lime_dist.model.layers import language_model_loss
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack
@@ -31,6 +40,7 @@ class LimePipelineModule(PipelineModule):
         self.config = config
         self.bounds = stage_bounds(config)
         specs = decoder_layers(config.model)
+        self._flat_index = {spec.name: index for index, spec in enumerate(specs)}
         device = torch.device(get_accelerator().current_device_name())
         arguments = (config.model, config.train.seed, device, DTYPES[config.precision])
         layers: list[DeepSpeedLayer] = [_Layer(spec, arguments) for spec in specs]
@@ -51,7 +61,7 @@ class LimePipelineModule(PipelineModule):
 
     def _partition_layers(self, method: str = "ours") -> None:
         """Cut the flat list by `stage_bounds`: embedding with the first decoder layers, norm and head with the last."""
-        self.parts = [0, *(bound + 1 for bound in self.bounds[1:-1]), self._num_layers]
+        self.parts = [0, *(self._flat_index[layer_name(bound)] for bound in self.bounds[1:-1]), self._num_layers]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
 
@@ -76,9 +86,9 @@ class LimePipelineModule(PipelineModule):
             hidden = embed(config.model, functions[0], inputs)
         else:
             hidden = unpack(inputs, config.model.hidden_size, history)
-        hidden, token = run_layers(layers, hidden, history, config.parallel.activation_checkpointing)
+        hidden, released = run_layers(layers, hidden, history, config.parallel.activation_checkpointing)
         if not self.is_last_stage:
-            return pack(hidden, token, history)
+            return pack(hidden, released, history)
         norm, head = functions[-2:]
         return apply_head(config.model, norm, head, hidden)
 

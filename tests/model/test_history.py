@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lime_dist.config.schema import LimeConfig, ModelConfig
 from lime_dist.model.decoder import build_decoder
-from lime_dist.model.history import BLOCK, LayerHistory, StageLayout, live_slots, make_policy
+from lime_dist.model.history import LayerHistory
+from lime_dist.model.layout import BLOCK, StageLayout, live_entries
+from lime_dist.model.policies import make_policy
 from lime_dist.model.key_value_history import KeyValueHistory
 
 HEADS, SIZE, TOKENS = 2, 4, 3
@@ -24,7 +26,7 @@ def run_history(layers: int, *values: Tensor, keep: bool = True) -> Tensor:
     keys, slots_v, *routers = values
     layout = StageLayout(make_policy(LimeConfig()), 0, layers, layers)
     history = KeyValueHistory(layout, HEADS, SIZE, TOKENS, keys.dtype, keys.device, keep=keep)
-    history.open([None, *routers])
+    history.open([None, *routers], [])
     mixed = [torch.stack(history.mix(layer, keys[layer], slots_v[layer])) for layer in range(layers)]
     return torch.stack(mixed)
 
@@ -63,7 +65,7 @@ def test_a_history_is_walked_backwards_once() -> None:
 def test_layers_write_in_turn() -> None:
     layout = StageLayout(make_policy(LimeConfig()), 0, 3, 3)
     history = KeyValueHistory(layout, HEADS, SIZE, TOKENS, torch.float32, torch.device("cpu"))
-    history.open([None, torch.randn(HEADS, 2 * HEADS), torch.randn(HEADS, 3 * HEADS)])
+    history.open([None, torch.randn(HEADS, 2 * HEADS), torch.randn(HEADS, 3 * HEADS)], [])
     slot = torch.randn(TOKENS, HEADS, SIZE)
     with pytest.raises(RuntimeError, match="out of turn"):
         history.mix(1, slot, slot)
@@ -152,6 +154,6 @@ def test_histories_are_freed(routes: str, checkpointing: bool, ending: str) -> N
     assert len(made) == 1 and made[0]() is None
 
 
-def test_live_slots_of_the_full_history() -> None:
+def test_live_entries_of_the_full_history() -> None:
     policy = make_policy(LimeConfig())
-    assert [len(live_slots(policy, boundary, 6)) for boundary in range(7)] == [0, 1, 2, 3, 4, 5, 0]
+    assert [len(live_entries(policy, boundary, 6)) for boundary in range(7)] == [0, 1, 2, 3, 4, 5, 0]

@@ -1,0 +1,233 @@
+"""What follows from a policy: which entries live at a boundary, and where a stage keeps its entries, in which order read.
+
+Words: an *entry* is a slot or a row of a summary; a *position* is an entry's place in a stage's buffer; a *reader* is who
+mixes entries: a layer, or a row of a summary, which mixes the slots of its chunk. The reader's position is that of its own
+entry. A *block* is up to ``block`` consecutive layers, never across the end of a chunk that is summarised: what they read
+from entries older than the block is one product per run of positions.
+
+Positions: received entries first, in the order in which they crossed the boundary; then the stage's own, those with the
+latest last reader first. So what is read for long lies together, and what a block reads forms few runs, whatever the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lime_dist.model.policies import Entry, HistoryPolicy
+
+BLOCK = 8
+"""Layers of a block of ``routes: kv``: with fewer the products are too thin, with more too much is read layer by layer."""
+
+
+def live_entries(policy: HistoryPolicy, boundary: int, num_layers: int) -> tuple[Entry, ...]:
+    """live(b): the entries that exist before layer ``boundary`` and that some layer ≥ ``boundary`` reads, or that the summary
+    of a chunk that is not finished yet needs; slots ascending, then summaries ascending."""
+    wanted = {entry for layer in range(boundary, num_layers) for entry in policy.reads(layer)}
+    wanted |= {
+        Entry(layer) for entry in wanted if entry.is_summary and entry.layer >= boundary for layer in entry.layers
+    }
+    return tuple(sorted((e for e in wanted if e.layer < boundary), key=lambda entry: (entry.is_summary, entry)))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Layers with a summary that somebody reads: U_m = A_m·[slots of the layers], ``rank`` rows."""
+
+    index: int
+    layers: range
+    rank: int
+
+    @property
+    def sources(self) -> list[Entry]:
+        return [Entry(layer) for layer in self.layers]
+
+    @property
+    def rows(self) -> list[Entry]:
+        return [Entry(self.layers[-1], True, row, len(self.layers)) for row in range(self.rank)]
+
+
+def summarised_chunks(policy: HistoryPolicy, num_layers: int) -> list[Chunk]:
+    """The chunks whose summary some layer reads, ascending."""
+    read = {entry for layer in range(num_layers) for entry in policy.reads(layer) if entry.is_summary}
+    ranks = {entry.layers: max(e.row for e in read if e.layers == entry.layers) + 1 for entry in read}
+    return [Chunk(i, layers, ranks[layers]) for i, layers in enumerate(sorted(ranks, key=lambda found: found.start))]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Positions, ascending, and the maximal contiguous runs that they form."""
+
+    numbers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def rank_of(self, position: int) -> int:
+        """How many of them come before ``position``, which is one of them."""
+        return self.numbers.index(position)
+
+    @cached_property
+    def runs(self) -> list[slice]:
+        return contiguous_runs(self.numbers)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the layers of a block have in common.
+
+    Attributes:
+        own: positions of the layers' slots.
+        older: positions of the entries older than the block that some layer of it reads.
+        readers: positions of the newer readers of the layers' slots.
+    """
+
+    layers: range
+    own: Places
+    older: Places
+    readers: Places
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who mixes: a layer (one row) or a chunk's summary (``rank`` rows).
+
+    Attributes:
+        rows: positions of the reader's own entries, contiguous.
+        columns: positions of the entries it reads, in the order of its weights' columns, as contiguous runs.
+    """
+
+    rows: slice
+    columns: list[slice]
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """Where a stage that holds layers ``start`` … ``stop``−1 keeps its entries; ``block``: most layers of a block."""
+
+    policy: HistoryPolicy
+    start: int
+    stop: int
+    num_layers: int
+    block: int = BLOCK
+
+    @cached_property
+    def reads(self) -> dict[int, tuple[Entry, ...]]:
+        """By layer of the stage: the entries that it reads, own slot last."""
+        return {layer: tuple(self.policy.reads(layer)) for layer in range(self.start, self.stop)}
+
+    @cached_property
+    def received(self) -> tuple[Entry, ...]:
+        return live_entries(self.policy, self.start, self.num_layers)
+
+    @cached_property
+    def sent(self) -> tuple[Entry, ...]:
+        return live_entries(self.policy, self.stop, self.num_layers)
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The chunks whose summary this stage computes: those whose last layer it holds."""
+        found = summarised_chunks(self.policy, self.num_layers)
+        return [chunk for chunk in found if self.start <= chunk.layers[-1] < self.stop]
+
+    @cached_property
+    def own(self) -> tuple[Entry, ...]:
+        """The entries that this stage makes, in the order of their positions."""
+        made = [Entry(layer) for layer in range(self.start, self.stop)]
+        made += [row for chunk in self.chunks for row in chunk.rows]
+        last_reader = {entry: entry.layer for entry in made}
+        for layer, entries in self.reads.items():
+            last_reader.update(dict.fromkeys(entries, layer))
+        for chunk in self.chunks:
+            for entry in chunk.sources:
+                last_reader[entry] = max(last_reader.get(entry, 0), chunk.layers[-1])
+        return tuple(sorted(made, key=lambda entry: (-last_reader[entry], entry)))
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.received) + len(self.own)
+
+    @cached_property
+    def position(self) -> dict[Entry, int]:
+        """By entry of this stage, received or made here."""
+        return {entry: place for place, entry in enumerate((*self.received, *self.own))}
+
+    def slot(self, layer: int) -> int:
+        """Position of a layer's slot."""
+        return self.position[Entry(layer)]
+
+    def places(self, entries: Iterable[Entry]) -> Places:
+        return Places(tuple(sorted(self.position[entry] for entry in set(entries))))
+
+    # -- readers ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def readers(self) -> list[Reader]:
+        """The layers of the stage, ascending, then its chunks, ascending."""
+        found = [self._reader([Entry(layer)], entries) for layer, entries in self.reads.items()]
+        return found + [self._reader(chunk.rows, chunk.sources) for chunk in self.chunks]
+
+    def _reader(self, rows: Sequence[Entry], columns: Sequence[Entry]) -> Reader:
+        (own,) = contiguous_runs([self.position[entry] for entry in rows])
+        return Reader(own, contiguous_runs([self.position[entry] for entry in columns]))
+
+    @cached_property
+    def _sources(self) -> dict[Entry, frozenset[Entry]]:
+        """By reader (the entry whose position it has): what it reads."""
+        found = {Entry(layer): frozenset(entries) for layer, entries in self.reads.items()}
+        return found | {row: frozenset(chunk.sources) for chunk in self.chunks for row in chunk.rows}
+
+    def readers_of(self, entries: Iterable[Entry], but: Iterable[Entry] = ()) -> Places:
+        """Positions of the readers on this stage of any of ``entries``, those in ``but`` left out."""
+        wanted, left_out = frozenset(entries), frozenset(but)
+        return self.places(r for r, sources in self._sources.items() if sources & wanted and r not in left_out)
+
+    # -- blocks -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def blocks(self) -> dict[int, Block]:
+        """By layer of the stage: its block."""
+        ends = {chunk.layers[-1] for chunk in self.chunks}
+        found: dict[int, Block] = {}
+        first = self.start
+        for layer in range(self.start, self.stop):
+            if layer in ends or layer + 1 - first == self.block or layer == self.stop - 1:
+                block = self._block(range(first, layer + 1))
+                found.update(dict.fromkeys(block.layers, block))
+                first = layer + 1
+        return found
+
+    def _block(self, layers: range) -> Block:
+        own = [Entry(layer) for layer in layers]
+        older = {entry for layer in layers for entry in self.reads[layer] if entry < own[0]}
+        return Block(layers, self.places(own), self.places(older), self.readers_of(own, but=own))
+
+    @cached_property
+    def inside(self) -> dict[int, Places]:
+        """By layer: the entries of its own block that it reads, its own included."""
+        return {
+            layer: self.places(entry for entry in entries if entry >= Entry(self.blocks[layer].layers[0]))
+            for layer, entries in self.reads.items()
+        }
+
+    @cached_property
+    def readers_inside(self) -> dict[int, Places]:
+        """By layer: the layers of its own block that read its slot, itself included."""
+        return {
+            layer: self.places(
+                Entry(reader) for reader in self.blocks[layer].layers if Entry(layer) in self.reads[reader]
+            )
+            for layer in self.reads
+        }
+
+
+def contiguous_runs(numbers: Sequence[int]) -> list[slice]:
+    """Numbers as maximal slices of consecutive ones, in the given order."""
+    runs: list[slice] = []
+    for number in numbers:
+        if runs and runs[-1].stop == number:
+            runs[-1] = slice(runs[-1].start, number + 1)
+        else:
+            runs.append(slice(number, number + 1))
+    return runs
