@@ -196,11 +196,11 @@ class Decoder(nn.Module):
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Make ``module`` the submodule of that dotted name."""
+    """Make ``module`` the submodule of that dotted name; what has numbers for names is a list."""
     *path, last = name.split(".")
-    for part in path:
+    for part, child in zip(path, name.split(".")[1:], strict=True):
         if part not in root._modules:
-            root.add_module(part, nn.Module())
+            root.add_module(part, nn.ModuleList() if child.isdigit() else nn.Module())
         root = root.get_submodule(part)
     root.add_module(last, module)
 

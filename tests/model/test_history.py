@@ -14,9 +14,9 @@ from torch import Tensor
 from lime_dist.config.schema import LimeConfig, ModelConfig
 from lime_dist.model.decoder import build_decoder
 from lime_dist.model.history import LayerHistory
+from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layout import BLOCK, StageLayout, live_entries
 from lime_dist.model.policies import make_policy
-from lime_dist.model.key_value_history import KeyValueHistory
 
 HEADS, SIZE, TOKENS = 2, 4, 3
 
