@@ -1,0 +1,128 @@
+"""Many training runs that differ in a few settings: every one in its own folder, resumable, several at a time.
+
+A run is `pretrain.py` in one process with one thread. A run that has its final validation is not repeated, and one that was
+stopped goes on from its checkpoint, so the same command finishes what a stop left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from lime_dist import load_config
+from lime_dist.config.schema import Config
+from lime_dist.errors import LimeError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
+    """The options that every study has."""
+    parser.add_argument("--data", required=True, type=Path, help="folder with dataset.json")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the runs, the table and the picture")
+    parser.add_argument("--config", default=ROOT / "configs/quickstart.yaml", type=Path, help="what all runs share")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs of every variant with every seed: seed by seed, so that what is there at any time can be compared.
+
+    Attributes:
+        shared: overrides of the configuration that all runs have.
+        variants: by name, the overrides of its own.
+    """
+
+    config: Path
+    output: Path
+    shared: Sequence[str]
+    variants: dict[str, list[str]]
+    seeds: Sequence[int]
+    steps: int
+
+    @classmethod
+    def from_options(
+        cls, arguments: argparse.Namespace, shared: Sequence[str], variants: dict[str, list[str]]
+    ) -> Study:
+        overrides = [
+            *shared, *arguments.overrides, f"train.steps={arguments.steps}", f"data.path={arguments.data.resolve()}",
+        ]  # fmt: skip
+        study = cls(arguments.config, arguments.output.resolve(), overrides, variants, arguments.seeds, arguments.steps)
+        for name in variants:
+            study.model(name)  # a mistake shows before anything runs
+        study.output.mkdir(parents=True, exist_ok=True)
+        return study
+
+    def model(self, name: str) -> Config:
+        """The configuration of a variant, seeds and folder apart."""
+        return load_config(self.config, [*self.shared, *self.variants[name]])
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.output / f"{name}-seed{seed}"
+
+    def run(self, jobs: int, minutes: float | None) -> None:
+        """Do what is not done yet, ``jobs`` runs at a time; after ``minutes`` no run begins."""
+        deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+        pairs = [(name, seed) for seed in self.seeds for name in self.variants]
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda pair: self._run(*pair, deadline), pairs))
+
+    def _run(self, name: str, seed: int, deadline: float) -> None:
+        directory = self.folder(name, seed)
+        overrides = [
+            *self.shared, *self.variants[name], f"train.seed={seed}", f"data.seed={seed}", f"run.directory={directory}",
+        ]  # fmt: skip
+        there = directory / "config.yaml"
+        if there.exists() and load_config(there) != load_config(self.config, overrides):
+            raise LimeError(f"{directory} holds a run with other settings; give another --output, or delete it")
+        if self.validation(name, seed) is not None:
+            print(f"{directory.name}: there already", flush=True)
+            return
+        if time.monotonic() > deadline:
+            print(f"{directory.name}: left for another time", flush=True)
+            return
+        begin = time.perf_counter()
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
+        }
+        command = [sys.executable, str(ROOT / "pretrain.py"), "--config", str(self.config), *overrides]
+        finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if finished.returncode:
+            last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+            raise LimeError(f"{directory.name} ended with status {finished.returncode}: {last}")
+        print(f"{directory.name}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+    def records(self, name: str, seed: int) -> list[dict[str, float]]:
+        """The lines of a run's metrics.jsonl."""
+        path = self.folder(name, seed) / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def validation(self, name: str, seed: int) -> float | None:
+        """Validation loss after the last step; None: the run has not ended."""
+        for record in self.records(name, seed):
+            if record["step"] == self.steps and "validation_loss" in record:
+                return record["validation_loss"]
+        return None
+
+    def finished_seeds(self) -> list[int]:
+        """The seeds with which every variant has ended."""
+        return [seed for seed in self.seeds if all(self.validation(name, seed) is not None for name in self.variants)]
+
+    def losses(self, name: str, seeds: Sequence[int]) -> list[float]:
+        """Validation losses of a variant's runs, all of which have ended."""
+        found = [self.validation(name, seed) for seed in seeds]
+        return [loss for loss in found if loss is not None]
