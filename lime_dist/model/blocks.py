@@ -1,16 +1,20 @@
 """Decoder layers: LLaMA, LIMe over keys and values, LIMe over hidden states, Hyper-Connections.
 
 A layer takes and returns the hidden state, [B, T, D] ([B, T, n, D] with n streams), and may use the layer history. A layer
-with a history has two parts, ``before`` it and ``after`` it, which `compile_layer` compiles; the history stays outside.
+with a history has two parts, ``before`` it and ``after`` it; without one it runs ``alone``. These `compile_layers` compiles.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_dist.config.schema import ModelConfig
+from lime_dist.errors import LimeError
 from lime_dist.model.hidden_history import HiddenHistory
 from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layers import MLP, RMSNorm, Rotary, causal_attention, rms_normalise, rotary_table, rotate
@@ -37,6 +41,7 @@ class Attention(nn.Module):
         self.router = router
 
     def rotary(self, x_BTD: Tensor) -> Rotary:
+        """The table for a hidden state, with streams or without."""
         return rotary_table(x_BTD.shape[1], self.head_size, self.rope_theta, x_BTD.dtype, x_BTD.device)
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
@@ -51,9 +56,8 @@ class Attention(nn.Module):
         """Rotated queries attend to keys (before rotation) and values; returns [B, T, D]."""
         return self.o_proj(causal_attention(q_BHTd, rotate(k_BGTd, rotary), v_BGTd))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
         """Attention without a history."""
-        rotary = self.rotary(x_BTD)
         key, value = self.split_heads(self.k_proj(x_BTD)), self.split_heads(self.v_proj(x_BTD))
         return self.attend(self.queries(x_BTD, rotary), key, value, rotary)
 
@@ -91,14 +95,20 @@ class DecoderLayer(PreNormLayer):
     def forward(self, x_BTD: Tensor, history: KeyValueHistory | None) -> Tensor:
         attention = self.self_attn
         rotary = attention.rotary(x_BTD)
-        q_BHTd, k_BTC, v_BTC = self.before(x_BTD, rotary)
         if history is None:
-            return self.after(x_BTD, q_BHTd, attention.split_heads(k_BTC), attention.split_heads(v_BTC), rotary)
+            return self.alone(x_BTD, rotary)
+        q_BHTd, k_BTC, v_BTC = self.before(x_BTD, rotary)
         batch, length, _ = x_BTD.shape
         k_NGd, v_NGd = (t.view(batch * length, -1, attention.head_size) for t in (k_BTC, v_BTC))
         mixed = history.mix(self.layer, k_NGd, v_NGd)
         k_BGTd, v_BGTd = (t.view(-1, batch, length, attention.head_size).transpose(0, 1) for t in mixed)
         return self.after(x_BTD, q_BHTd, k_BGTd, v_BGTd, rotary)
+
+    def alone(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
+        """The layer without a history."""
+        q_BHTd, k_BTC, v_BTC = self.before(x_BTD, rotary)
+        split = self.self_attn.split_heads
+        return self.after(x_BTD, q_BHTd, split(k_BTC), split(v_BTC), rotary)
 
     def before(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, T, d]; the layer's own keys and values [B, T, G·d]."""
@@ -168,14 +178,15 @@ class HyperConnection(nn.Module):
             self.alpha_scale = nn.Parameter(torch.empty(()))
             self.beta_scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, streams_BTnD: Tensor, sublayer: nn.Module) -> Tensor:
+    def forward(self, streams_BTnD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """[m_0 | m_1 … m_n] = αᵀ·streams; the sub-layer's output on LN(m_0), times β, is added to m_1 … m_n."""
         alpha: Tensor = self.static_alpha
         beta: Tensor = self.static_beta
         if self.dynamic:
             normed = layer_norm(streams_BTnD)
-            alpha = alpha + self.alpha_scale * torch.tanh(normed @ self.dynamic_alpha)
-            beta = beta + self.beta_scale * torch.tanh(normed @ self.dynamic_beta)
+            dynamic = torch.tanh(normed @ torch.cat((self.dynamic_alpha, self.dynamic_beta.unsqueeze(-1)), -1))
+            alpha = alpha + self.alpha_scale * dynamic[..., :-1]
+            beta = beta + self.beta_scale * dynamic[..., -1]
         mixed = alpha.transpose(-1, -2) @ streams_BTnD
         out_BTD = sublayer(layer_norm(mixed[..., 0, :]))
         return mixed[..., 1:, :] + beta.unsqueeze(-1) * out_BTD.unsqueeze(-2)
@@ -193,7 +204,10 @@ class HyperDecoderLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, streams_BTnD: Tensor, history: None) -> Tensor:
-        streams_BTnD = self.attn_connection(streams_BTnD, self.self_attn)
+        return self.alone(streams_BTnD, self.self_attn.rotary(streams_BTnD))
+
+    def alone(self, streams_BTnD: Tensor, rotary: Rotary) -> Tensor:
+        streams_BTnD = self.attn_connection(streams_BTnD, partial(self.self_attn, rotary=rotary))
         return self.mlp_connection(streams_BTnD, self.mlp)
 
 
@@ -209,3 +223,26 @@ def make_layer(config: ModelConfig, layer: int) -> nn.Module:
     if config.architecture == "lime" and config.lime.routes == "hidden":
         return HiddenDecoderLayer(config, layer)
     return DecoderLayer(config, layer)
+
+
+def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Compile decoder layers in place, with torch's inductor: a layer beside a history in its two parts, each one graph.
+
+    All layers of a kind share what is compiled, once for every shape of their input.
+
+    Raises:
+        LimeError: there is nothing here to compile with.
+    """
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    try:
+        compiled(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LimeError(
+            f"train.compile=true: torch cannot compile for {device} here ({reason}); install a C++ compiler (CPU) or "
+            "Triton (GPU), or leave train.compile out"
+        ) from None
+    for layer in layers:
+        for part in ("alone", "before", "after"):
+            if hasattr(layer, part):
+                setattr(layer, part, compiled(getattr(layer, part)))

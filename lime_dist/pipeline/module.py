@@ -15,6 +15,7 @@ from deepspeed.runtime.pipe.module import TiedLayerSpec as DeepSpeedTiedLayer
 from torch import Tensor, nn
 
 from lime_dist.config.schema import Config, ModelConfig
+from lime_dist.model.blocks import compile_layers
 from lime_dist.model.decoder import (
     LayerSpec,
     apply_head,
@@ -26,6 +27,7 @@ from lime_dist.model.decoder import (
     stage_layout,
 )
 from lime_dist.model.layers import language_model_loss
+from lime_dist.model.routing import ChunkSummary
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack
 
@@ -50,6 +52,8 @@ class LimePipelineModule(PipelineModule):
             super().__init__(layers, num_stages=config.parallel.pipeline_stages, loss_fn=language_model_loss)
         self.layout = stage_layout(config.model, self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
         self.exported_parameters = self._exported_parameters(specs)
+        if config.train.compile:
+            compile_layers((layer for layer in self._layers() if not isinstance(layer, ChunkSummary)), device)
 
     @property
     def is_first_stage(self) -> bool:
@@ -76,17 +80,20 @@ class LimePipelineModule(PipelineModule):
             found.update({names[local]: parameter for local, parameter in module.named_parameters()})
         return found
 
+    def _layers(self) -> Sequence[nn.Module]:
+        """The stage's decoder layers, and the chunk summaries between them."""
+        first, last = int(self.is_first_stage), 2 * int(self.is_last_stage)
+        return cast(Sequence[nn.Module], self.forward_funcs[first : len(self.forward_funcs) - last])
+
     def forward(self, inputs: Tensor) -> Tensor:
         config, functions = self.config, self.forward_funcs
-        first, last = int(self.is_first_stage), 2 * int(self.is_last_stage)
-        layers = cast(Sequence[nn.Module], functions[first : len(functions) - last])
         num_tokens = inputs.shape[:2].numel()
         history = open_history(config.model, self.layout, num_tokens, DTYPES[config.precision], inputs.device)
         if self.is_first_stage:
             hidden = embed(config.model, functions[0], inputs)
         else:
             hidden = unpack(inputs, config.model.hidden_size, history)
-        hidden, released = run_layers(layers, hidden, history, config.parallel.activation_checkpointing)
+        hidden, released = run_layers(self._layers(), hidden, history, config.parallel.activation_checkpointing)
         if not self.is_last_stage:
             return pack(hidden, released, history)
         norm, head = functions[-2:]

@@ -14,12 +14,12 @@ def stage_bounds(config: Config) -> list[int]:
     model, parallel = config.model, config.parallel
     if parallel.stage_layers is not None:
         return [0, *accumulate(parallel.stage_layers)]
-    costs = [layer_flops(model, layer, config.data.sequence_length) for layer in range(model.num_hidden_layers)]
-    costs[-1] += head_flops(model)
+    costs = [flops.both for flops in layer_flops(model, config.data.sequence_length)]
+    costs[-1] += head_flops(model).both
     return balance(costs, parallel.pipeline_stages)
 
 
-def balance(costs: Sequence[int], parts: int) -> list[int]:
+def balance(costs: Sequence[float], parts: int) -> list[int]:
     """Bounds of ``parts`` contiguous, non-empty parts whose largest sum is minimal (dynamic programming, O(parts · n²))."""
     total = [0, *accumulate(costs)]
     count = len(costs)

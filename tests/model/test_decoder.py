@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import reference
 from support.cases import perturb
+from support.policies import POLICIES
 
 from lime_dist import build_decoder
 from lime_dist.config.schema import LimeConfig, ModelConfig
@@ -31,6 +32,18 @@ MODELS = {
     "lime static from layer 4": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "start_layer": 4}},
     "lime top_p": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "top_p": 0.6}},
     "lime dynamic": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "router": "dynamic"}},
+    **{
+        f"{kind}, {name}": {
+            "num_key_value_heads": 3 if kind == "lime kv" else 6,
+            "lime": {**routes, "history": history},
+        }
+        for kind, routes in {
+            "lime kv": {"routes": "kv"},
+            "lime static": {"routes": "hidden", "start_layer": 2},
+            "lime dynamic": {"routes": "hidden", "router": "dynamic"},
+        }.items()
+        for name, history in list(POLICIES.items())[1:]
+    },
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
     "hyper, one stream": {"architecture": "hyper", "hyper": {"rate": 1}},

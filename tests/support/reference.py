@@ -1,4 +1,7 @@
-"""The models once more, written from the equations with plain loops and no code of lime_dist's: slow and obviously right."""
+"""The models once more, written from the equations with plain loops: slow and obviously right.
+
+Of lime_dist's code it uses one thing: a history policy's ``reads``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.config.schema import ModelConfig
+from lime_dist.model.policies import Entry, make_policy
 
 Weights = Mapping[str, Tensor]
 
@@ -15,7 +19,7 @@ Weights = Mapping[str, Tensor]
 def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
     """Logits [B, T, V] of the decoder with these weights, by exported name."""
     x = weights["model.embed_tokens.weight"][tokens_BT]
-    slots: list[tuple[Tensor, Tensor]] = []
+    slots: dict[Entry, tuple[Tensor, Tensor]] = {}
     if config.architecture == "hyper":
         return hyper_logits(config, weights, x)
     if config.architecture == "lime" and config.lime.routes == "hidden":
@@ -32,10 +36,14 @@ def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
 def hidden_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
     """LIMe over hidden states: design §3, `routes: hidden`."""
     lime, heads, size = config.lime, config.num_attention_heads, config.head_size
-    states: list[Tensor] = []
+    states: dict[Entry, Tensor] = {}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
-        states.append(x)
+        for m, entry in summaries_after(config, layer - 1):
+            shares = weights[f"model.history.chunks.{m}.weight"][entry.row].softmax(-1)
+            parts = [share * states[Entry(one)] for share, one in zip(shares, entry.layers, strict=True)]
+            states[entry] = sum(parts, torch.zeros_like(x))
+        states[Entry(layer)] = x
         queries = rms_norm(x, weights[prefix + "input_layernorm.weight"], config.rms_norm_eps)
         key_weight, value_weight = (weights[prefix + f"self_attn.{kind}_proj.weight"] for kind in "kv")
         keys, values = [], []
@@ -46,9 +54,10 @@ def hidden_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
                     weights[prefix + "history_layernorm.weight"],
                     weights[prefix + "self_attn.router.weight"],
                 )
-                normed = [rms_norm(state, gamma, config.rms_norm_eps) for state in states]
+                read = make_policy(lime).reads(layer)
+                normed = [rms_norm(states[entry], gamma, config.rms_norm_eps) for entry in read]
                 if lime.router == "dynamic":
-                    rows = router[h * len(states) : (h + 1) * len(states)]
+                    rows = router[h * len(read) : (h + 1) * len(read)]
                     logits = [(normed[-1] * row).sum(-1, keepdim=True) for row in rows]
                     shares = list(torch.cat(logits, -1).softmax(-1).unsqueeze(-1).unbind(-2))
                 else:
@@ -101,7 +110,7 @@ def hyper_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
             mixed = [sum((alpha[i][j] * streams[i] for i in range(rate)), torch.zeros_like(x)) for j in range(rate + 1)]
             normed = layer_norm(mixed[0])
             if kind == "attn":
-                out = attention(config, weights, prefix, layer, normed, [])
+                out = attention(config, weights, prefix, layer, normed, {})
             else:
                 out = mlp(weights, prefix, normed)
             streams = [mixed[i + 1] + beta[i] * out for i in range(rate)]
@@ -125,19 +134,34 @@ def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
 
 
 def attention(
-    config: ModelConfig, weights: Weights, prefix: str, layer: int, x: Tensor, slots: list[tuple[Tensor, Tensor]]
+    config: ModelConfig, weights: Weights, prefix: str, layer: int, x: Tensor, slots: dict[Entry, tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """One attention sub-layer; appends this layer's (k, v), [B, T, G, d] each, to ``slots``."""
+    """One attention sub-layer; adds this layer's (k, v), [B, T, G, d] each, to ``slots``, and summaries that come before."""
     batch, length, _ = x.shape
     heads, groups, size = config.num_attention_heads, config.key_value_heads, config.head_size
     q = (x @ weights[prefix + "self_attn.q_proj.weight"].T).view(batch, length, heads, size)
     k = (x @ weights[prefix + "self_attn.k_proj.weight"].T).view(batch, length, groups, size)
     v = (x @ weights[prefix + "self_attn.v_proj.weight"].T).view(batch, length, groups, size)
-    slots.append((k, v))
+    for m, entry in summaries_after(config, layer - 1):
+        rows = weights[f"model.history.chunks.{m}.weight"][entry.row * groups : (entry.row + 1) * groups]
+        key, value = (mix(rows, [slots[Entry(one)][part] for one in entry.layers]) for part in (0, 1))
+        slots[entry] = key, value
+    slots[Entry(layer)] = k, v
     if config.architecture == "lime" and layer > 0:
-        router = weights[prefix + "self_attn.router.weight"]
-        k, v = (mix(router, [slot[part] for slot in slots]) for part in (0, 1))
+        names = [prefix + f"self_attn.router.{kind}weight" for kind in ("first_", "summary_", "")]
+        router = torch.cat([weights[name] for name in names if name in weights], 1)
+        read = make_policy(config.lime).reads(layer)
+        k, v = (mix(router, [slots[entry][part] for entry in read]) for part in (0, 1))
     return causal(config, q, k, v) @ weights[prefix + "self_attn.o_proj.weight"].T
+
+
+def summaries_after(config: ModelConfig, layer: int) -> list[tuple[int, Entry]]:
+    """(m, row of U_m) of the chunk whose last layer is ``layer``, if a later layer reads them."""
+    if config.architecture != "lime":
+        return []
+    policy = make_policy(config.lime)
+    read = {entry for reader in range(config.num_hidden_layers) for entry in policy.reads(reader)}
+    return [(layer // entry.span, entry) for entry in sorted(read) if entry.is_summary and entry.layer == layer]
 
 
 def causal(config: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
