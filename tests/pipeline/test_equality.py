@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 import torch
 import yaml
 from support import oracle
+from support.policies import POLICIES
 from support.workers import WorkerGroup
 
 from lime_dist.config.load import make_config
 
 STEPS = 5
+EVALUATION_MICRO_BATCH_SIZE = 4
+"""Not the training's: between training steps a pipeline carries payloads of another shape."""
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2}
 """Largest ‖Δ‖∞/‖g‖∞ per tensor of gradients and parameters. bf16: 8 bits, rounded at every boundary again."""
 UPDATE_TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 1e-1}
@@ -30,6 +34,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
 }
+
+
+ROUTES: dict[str, dict[str, Any]] = {
+    "kv": {"routes": "kv"},
+    "static": {"routes": "hidden"},
+    "dynamic": {"routes": "hidden", "router": "dynamic", "start_layer": 2},
+}
+
+
+def policy_settings(routes: str, policy: str, precision: str, **parallel: Any) -> dict[str, Any]:
+    """`settings` with 9 layers, so that chunks of 3 and 4 layers are cut, and 8 micro-batches."""
+    values = settings("lime", 2 if routes == "kv" else 4, True, precision, **parallel)
+    lime = {**ROUTES[routes], "history": POLICIES[policy]}
+    values["model"] = {**values["model"], "num_hidden_layers": 9, "lime": lime}
+    values["train"] = {**values["train"], "micro_batch_size": 1}
+    return values
 
 
 def settings(model: str, heads: int, tied: bool, precision: str, **parallel: Any) -> dict[str, Any]:
@@ -56,14 +76,20 @@ def settings(model: str, heads: int, tied: bool, precision: str, **parallel: Any
 
 
 @cache
-def reference(text: str) -> dict[str, Any]:
-    return oracle.train_steps(make_config(yaml.safe_load(text), "a test"), STEPS, evaluate=True)
+def reference(text: str, steps: int) -> dict[str, Any]:
+    return oracle.train_steps(make_config(yaml.safe_load(text), "a test"), steps, EVALUATION_MICRO_BATCH_SIZE)
 
 
-def check_equal(values: dict[str, Any], group: WorkerGroup) -> list[dict[str, Any]]:
+def check_equal(values: dict[str, Any], group: WorkerGroup, steps: int = STEPS) -> list[dict[str, Any]]:
     """Losses, validation, gradients, norms and parameters of every rank against one process."""
-    results = group.run("support.cases.train_steps", values=values, steps=STEPS, evaluate=True)
-    expected = reference(yaml.safe_dump({**values, "parallel": {}}))
+    results = group.run(
+        "support.cases.train_steps",
+        values=values,
+        steps=steps,
+        evaluation_micro_batch_size=EVALUATION_MICRO_BATCH_SIZE,
+    )
+    train = {**values["train"], "compile": False}
+    expected = reference(yaml.safe_dump({**values, "parallel": {}, "train": train}), steps)
     precision = values["precision"]
     tolerance = TOLERANCE[precision]
     assert min(expected["norms"]) > values["optimizer"]["max_grad_norm"], (
@@ -185,3 +211,56 @@ def test_every_model_of_the_paper(
 @pytest.mark.parametrize("model", list(MODELS)[2:])
 def test_every_model_of_the_paper_in_bf16_with_two_replicas(workers: Callable[[int], WorkerGroup], model: str) -> None:
     check_equal(settings(model, 4, True, "bf16", pipeline_stages=2, zero_stage=1), workers(4))
+
+
+CUTS = {1: [9], 2: [5, 4], 3: [2, 5, 2], 4: [1, 3, 3, 2]}
+"""Layers of the stages: ends inside chunks of 3 and of 4, a stage with a whole chunk, one without a router."""
+
+
+@pytest.mark.parametrize("stages", CUTS)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("routes", ROUTES)
+@pytest.mark.parametrize("policy", list(POLICIES)[1:])
+def test_every_policy(
+    workers: Callable[[int], WorkerGroup], policy: str, routes: str, checkpointing: bool, stages: int
+) -> None:
+    values = policy_settings(
+        routes,
+        policy,
+        "fp64",
+        pipeline_stages=stages,
+        activation_checkpointing=checkpointing,
+        stage_layers=CUTS[stages],
+    )
+    check_equal(values, workers(stages), steps=3)
+
+
+@pytest.mark.parametrize("routes", ROUTES)
+@pytest.mark.parametrize("policy", list(POLICIES)[1:])
+def test_every_policy_in_low_precision_with_two_replicas(
+    workers: Callable[[int], WorkerGroup], policy: str, routes: str
+) -> None:
+    """bf16: five layers, for the stated tolerance; two steps, since what a rounding changes grows from step to step."""
+    check_equal(policy_settings(routes, policy, "fp32", pipeline_stages=2, zero_stage=1), workers(4), steps=3)
+    bf16 = policy_settings(routes, policy, "bf16", pipeline_stages=2, activation_checkpointing=True)
+    bf16["model"]["num_hidden_layers"] = 5
+    check_equal(bf16, workers(2), steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="train.compile needs a C++ compiler")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("model", ["llama", "lime", "hidden static", "hyper dynamic"])
+def test_compiled_layers(workers: Callable[[int], WorkerGroup], model: str, checkpointing: bool) -> None:
+    values = settings(model, 4, True, "fp64", pipeline_stages=2, activation_checkpointing=checkpointing)
+    values["train"] = {**values["train"], "compile": True}
+    check_equal(values, workers(2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="train.compile needs a C++ compiler")
+@pytest.mark.parametrize("routes", ["kv", "static"])
+def test_compiled_layers_with_a_chunked_history(workers: Callable[[int], WorkerGroup], routes: str) -> None:
+    values = policy_settings(routes, "chunked", "fp64", pipeline_stages=2)
+    values["train"] = {**values["train"], "compile": True}
+    check_equal(values, workers(2))

@@ -25,10 +25,10 @@ def random_batch(config: Config, step: int) -> Batch:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def rank_batches(config: Config, step: int, replica: int, width: int) -> Iterator[Batch]:
+def rank_batches(config: Config, step: int, replica: int, width: int, micro_batch_size: int) -> Iterator[Batch]:
     """One replica's micro-batches of a step."""
     tokens, labels = random_batch(config, step)
-    for rows in rank_positions(0, config.train.global_batch_size, config.train.micro_batch_size, replica, width):
+    for rows in rank_positions(0, config.train.global_batch_size, micro_batch_size, replica, width):
         yield tokens[rows], labels[rows]
 
 
@@ -38,12 +38,17 @@ def perturb(name: str, parameter: Tensor) -> None:
     parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def train_steps(values: dict[str, Any], steps: int, evaluate: bool = False) -> dict[str, Any]:
-    """Run steps on this rank; returns losses, norms, this rank's gradients of the first step and parameters after the last."""
+def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size: int = 0) -> dict[str, Any]:
+    """Run steps on this rank; returns losses, norms, this rank's gradients of the first step and parameters after the last.
+
+    With ``evaluation_micro_batch_size`` each step is followed by an evaluation of one global batch, cut into such parts.
+    """
     from lime_dist.distributed import quiet
     from lime_dist.train.optim import build_engine
 
     config = make_config(values, "a test")
+    if config.train.compile:
+        torch._dynamo.reset()  # a process compiles a function for a limited number of settings
     with quiet():
         engine, optimizer = build_engine(config)
     with torch.no_grad():
@@ -73,11 +78,13 @@ def train_steps(values: dict[str, Any], steps: int, evaluate: bool = False) -> d
     optimizer.step = recorded_update
     for step in range(steps):
         result["rates"].append(optimizer.learning_rates())
-        result["losses"].append(engine.train_step(rank_batches(config, step, replica, width)))
+        result["losses"].append(
+            engine.train_step(rank_batches(config, step, replica, width, config.train.micro_batch_size))
+        )
         result["norms"].append(optimizer.gradient_norm)
-        if evaluate:
-            batches = rank_batches(config, 100, replica, width)
-            result["evaluations"].append(engine.evaluate(batches, engine.micro_batches))
+        if size := evaluation_micro_batch_size:
+            batches = rank_batches(config, 100, replica, width, size)
+            result["evaluations"].append(engine.evaluate(batches, config.train.global_batch_size // size // width))
     result["parameters"] = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
     result["updates"] = {name: optimizer.state(name)["weight"] - weight for name, weight in before.items()}
     gc.collect()

@@ -17,7 +17,7 @@ from lime_dist.model.layers import language_model_loss
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def train_steps(config: Config, steps: int, evaluate: bool = False) -> dict[str, Any]:
+def train_steps(config: Config, steps: int, evaluation_micro_batch_size: int = 0) -> dict[str, Any]:
     """Losses, norms, gradients of the first step and parameters after the last, from one process without DeepSpeed."""
     dtype = DTYPES[config.precision]
     exact = torch.promote_types(dtype, torch.float32)
@@ -61,9 +61,9 @@ def train_steps(config: Config, steps: int, evaluate: bool = False) -> dict[str,
             parameter.data.copy_(masters[name].data)
         result["losses"].append(loss)
         result["norms"].append(float(norm))
-        if evaluate:
+        if evaluation_micro_batch_size:
             with torch.no_grad():
-                result["evaluations"].append(_loss(model, random_batch(config, 100), micro))
+                result["evaluations"].append(_loss(model, random_batch(config, 100), evaluation_micro_batch_size))
     result["updates"] = {name: master.detach() - before[name] for name, master in masters.items()}
     result["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     return result
