@@ -39,30 +39,32 @@ def first_last(first: int, last: int) -> str:
     return f"model.lime.history={{policy: first_last, first: {first}, last: {last}}}"
 
 
-IDENTITY, SLOW = "model.lime.router_init=identity", "optimizer.router_lr=3.0e-3"
+IDENTITY, SLOW, FAST = "model.lime.router_init=identity", "optimizer.router_lr=3.0e-3", "optimizer.router_lr=3.0e-2"
 VARIANTS: dict[str, list[str]] = {
     "llama": ["model.architecture=llama"],
     "full": [],
     "full-identity": [IDENTITY],
     "full-slow": [SLOW],
+    "full-fast": [FAST],
     "first_last-2-1": [first_last(2, 1)],
+    "first_last-2-1-identity": [first_last(2, 1), IDENTITY],
     "first_last-4-1": [first_last(4, 1)],
     "chunked-4-r1-f2": [chunked(4, 1, 2)],
     "chunked-4-r2-f2": [chunked(4, 2, 2)],
     "chunked-8-r1-f1": [chunked(8, 1, 1)],
     "chunked-8-r1-f2": [chunked(8, 1, 2)],
-    "chunked-8-r1-f3": [chunked(8, 1, 3)],
     "chunked-8-r1-f4": [chunked(8, 1, 4)],
     "chunked-8-r2-f2": [chunked(8, 2, 2)],
     "chunked-8-r1-f2-identity": [chunked(8, 1, 2), IDENTITY],
     "chunked-8-r1-f2-slow": [chunked(8, 1, 2), SLOW],
+    "chunked-8-r1-f2-fast": [chunked(8, 1, 2), FAST],
+    "chunked-8-r1-f2-identity-fast": [chunked(8, 1, 2), IDENTITY, FAST],
     "dilated-4-1-1": ["model.lime.history={policy: dilated, stride: 4, first: 1, last: 1}"],
-    "dilated-8-2-1": ["model.lime.history={policy: dilated, stride: 8, first: 2, last: 1}"],
 }
-"""identity: `router_init: identity`; slow: routers at the other parameters' learning rate."""
+"""identity: `router_init: identity`; slow and fast: routers at 0.3 and 3 times the learning rate of the configuration."""
 DEFAULT = [
-    "llama", "full", "chunked-8-r1-f2", "first_last-2-1", "chunked-4-r1-f2", "full-identity", "chunked-8-r1-f2-identity",
-    "first_last-4-1", "chunked-8-r2-f2", "dilated-4-1-1", "chunked-8-r1-f4", "full-slow", "chunked-8-r1-f2-slow",
+    "llama", "full", "chunked-8-r1-f2", "first_last-2-1", "full-identity", "chunked-8-r1-f2-identity", "chunked-4-r1-f2",
+    "first_last-2-1-identity", "dilated-4-1-1",
 ]  # fmt: skip
 
 Interval = tuple[float, float]
