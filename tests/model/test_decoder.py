@@ -7,11 +7,13 @@ import torch
 from support import reference
 from support.cases import perturb
 from support.policies import POLICIES
+from torch import Tensor
 
 from lime_dist import build_decoder
 from lime_dist.config.schema import LimeConfig, ModelConfig
 from lime_dist.model.decoder import decoder_layers
 from lime_dist.model.init import GROUPS, parameter_group
+from lime_dist.model.layers import language_model_loss
 
 
 def small(**changes: object) -> ModelConfig:
@@ -71,6 +73,44 @@ def test_forward_and_all_gradients_equal_plain_loops(model: str, tied: bool, che
     for name, parameter in model.named_parameters():
         error = (parameter.grad - copies[name].grad).abs().max() / copies[name].grad.abs().max()
         assert error < 1e-9, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("groups", [3, 1])
+def test_chunked_with_a_summary_row_for_every_layer_is_full(groups: int) -> None:
+    """rank = chunk size, A = identity, first 0: a change of names."""
+    full = build_decoder(small(num_key_value_heads=groups), dtype=torch.float64)
+    history = {"policy": "chunked", "chunk_size": 4, "rank": 4, "first": 0}
+    chunked = build_decoder(small(num_key_value_heads=groups, lime={"history": history}), dtype=torch.float64)
+    for name, parameter in full.named_parameters():
+        perturb(name, parameter)
+    theirs = dict(full.named_parameters())
+
+    def counterpart(name: str, of: dict[str, Tensor]) -> Tensor:
+        """A chunked model's parameter (or its gradient) in the full model: R's columns are split into Q's and R's."""
+        if ".router." not in name:
+            return of[name]
+        layer = int(name.split(".")[2])
+        columns = (layer - layer % 4) * groups
+        if name.endswith("summary_weight"):
+            return of[name.replace("summary_weight", "weight")][:, :columns]
+        return of[name][:, columns:]
+
+    for name, parameter in chunked.named_parameters():
+        is_summary = name.startswith("model.history.chunks.")
+        parameter.data.copy_(torch.eye(4 * groups) if is_summary else counterpart(name, theirs).detach())
+    tokens = torch.randint(0, 31, (3, 7), generator=torch.Generator().manual_seed(5))
+    losses = [language_model_loss(model(tokens), tokens) for model in (full, chunked)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-13)
+    gradients = {name: parameter.grad for name, parameter in full.named_parameters()}
+    compared = 0
+    for name, parameter in chunked.named_parameters():
+        if not name.startswith("model.history.chunks."):
+            wanted = counterpart(name, gradients)
+            assert (parameter.grad - wanted).abs().max() <= 1e-12 * wanted.abs().max(), name
+            compared += wanted.numel()
+    assert compared == sum(parameter.numel() for parameter in full.parameters())
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

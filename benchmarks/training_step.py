@@ -1,0 +1,113 @@
+"""One training step of a model: its seconds, and its peak of live tensor bytes.
+
+A step is forward, loss and backward. The peak counts parameters, inputs, gradients, activations and all else that torch
+allocates. On the CPU every storage that an operation returns counts from then until it is freed; what an operation
+allocates and frees inside itself is not seen, nor is what the allocator keeps back.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lime_dist.model.decoder import Decoder
+from lime_dist.model.layers import language_model_loss
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A decoder, and how its logits [B, T, V] are made from tokens [B, T]."""
+
+    decoder: Decoder
+    logits: Callable[[Tensor], Tensor]
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Forward, loss, backward; ``batch`` holds tokens and labels."""
+        tokens_BT, labels_BT = batch
+        language_model_loss(self.logits(tokens_BT), labels_BT).backward()
+
+    def drop_gradients(self) -> None:
+        self.decoder.zero_grad(set_to_none=True)
+
+
+def step_seconds(subject: Subject, batch: tuple[Tensor, Tensor]) -> float:
+    """Time of one step; its gradients are dropped after the clock has stopped."""
+    device = batch[0].device
+    _synchronise(device)
+    begin = time.perf_counter()
+    subject.step(batch)
+    _synchronise(device)
+    taken = time.perf_counter() - begin
+    subject.drop_gradients()
+    return taken
+
+
+def step_peak_bytes(subject: Subject, batch: tuple[Tensor, Tensor]) -> int:
+    """Peak of live bytes during one step. On CUDA a step before it makes what libraries allocate once, which is left out."""
+    gc.collect()
+    device = batch[0].device
+    before = [*subject.decoder.parameters(), *batch]
+    if device.type == "cpu":
+        with LiveBytes() as count:
+            for tensor in before:
+                count.add(tensor)
+            subject.step(batch)
+        subject.drop_gradients()
+        return count.peak
+    step_seconds(subject, batch)
+    torch.cuda.reset_peak_memory_stats(device)
+    others = torch.cuda.memory_allocated(device) - sum(tensor.nbytes for tensor in before)
+    step_seconds(subject, batch)
+    return torch.cuda.max_memory_allocated(device) - others
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts storages while it is active.
+
+    Attributes:
+        live: bytes alive now.
+        peak: the largest ``live`` so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._counted: set[int] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, however many views it has."""
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not size or address in self._counted:
+            return
+        self._counted.add(address)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, address, size).atexit = False
+
+    def _drop(self, address: int, size: int) -> None:
+        self._counted.remove(address)
+        self.live -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for found in tree_iter(result):
+            if isinstance(found, Tensor):
+                self.add(found)
+        return result
