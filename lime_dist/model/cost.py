@@ -1,8 +1,6 @@
 """What a model costs, by formula: parameters, FLOPs of matrix products, entries and bytes of the layer history.
 
-FLOPs (2 a multiply-add) are those that this program performs, per token, elementwise work left out. A block's dense product
-with older entries performs more than its policy reads, unless the policy is `full`: `read_flops` says what is needed.
-Causal attention counts the pairs that the mask leaves, (T + 1)/2 a token; its backward pass makes the scores again.
+FLOPs (2 a multiply-add) are those that this program performs, per token, elementwise work left out. Causal attention counts the pairs that the mask leaves, (T + 1)/2 a token; its backward pass makes the scores again.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from dataclasses import dataclass
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.decoder import stage_layout
 from lime_dist.model.layout import StageLayout, live_entries, summarised_chunks
-from lime_dist.model.policies import make_policy
+from lime_dist.model.policies import Entry, make_policy
 
 
 @dataclass(frozen=True)
@@ -97,30 +95,25 @@ def layer_flops(config: ModelConfig, sequence_length: int, layers: range | None 
 
 
 def _blocked_flops(config: ModelConfig, layout: StageLayout) -> list[Flops]:
-    """Routing of a stage whose weights are known before its layers run: products of blocks, and within blocks."""
+    """Routing of a stage whose weights are known before its layers run: each reads what its policy says, and nothing else."""
     heads, lime = config.key_value_heads, config.lime
     kv = lime.routes == "kv"
     unit = 2 * heads * heads * 2 * config.head_size if kv else 2 * heads * config.hidden_size
     found = []
-    for layer, block in layout.blocks.items():
-        first = 0 if kv else max(lime.start_layer, layout.start)
-        if not kv and block.layers[-1] < first:
-            found.append(Flops(0, 0))
+    for layer, entries in layout.reads.items():
+        if not kv:  # backward: weights, entries, and the mixtures again
+            read = len(entries) if layer >= lime.start_layer else 0
+            found.append(Flops(unit * read, 3 * unit * read))
             continue
-        reads = kv or layer >= first
-        inside = len(layout.inside[layer]) if reads else 0
-        forward = inside + len(block.older)
-        backward = forward if kv else 2 * forward  # weights; routes: hidden makes the mixtures again
-        if kv:
-            backward += len(layout.readers_inside[layer]) + len(block.readers)
-            if layer == layout.start:
-                backward += len(layout.received) * len(layout.readers_of(layout.received))
-            for chunk in layout.chunks:
-                if chunk.layers[-1] == layer:
-                    forward += chunk.rank * len(chunk.layers)
-                    backward += chunk.rank * (len(chunk.layers) + len(layout.readers_of(chunk.rows)))
-        else:
-            backward += forward  # entries
+        forward = len(entries)
+        backward = forward + len(layout.readers_of(Entry(layer)))
+        if layer == layout.start:
+            backward += sum(len(layout.readers_of(entry)) for entry in layout.received)
+        for chunk in layout.chunks:
+            if chunk.layers[-1] == layer:
+                forward += chunk.rank * len(chunk.layers)
+                backward += chunk.rank * len(chunk.layers)
+                backward += sum(len(layout.readers_of(row)) for row in chunk.rows)
         found.append(Flops(unit * forward, unit * backward))
     return found
 
@@ -133,16 +126,6 @@ def _dynamic_flops(config: ModelConfig, layout: StageLayout) -> list[Flops]:
         read = len(reads) if layer >= config.lime.start_layer else 0
         found.append(Flops(2 * unit * read, (2 + 3) * unit * read))
     return found
-
-
-def read_flops(config: ModelConfig, layer: int) -> float:
-    """FLOPs per token of the forward pass that a layer's ``reads`` ask for; summaries are left out."""
-    if config.architecture != "lime" or not router_parameters(config, layer):
-        return 0
-    read = len(make_policy(config.lime).reads(layer))
-    if config.lime.routes == "kv":
-        return 2 * config.key_value_heads**2 * read * 2 * config.head_size
-    return 2 * config.num_attention_heads * read * config.hidden_size * (2 if config.lime.router == "dynamic" else 1)
 
 
 def head_flops(config: ModelConfig) -> Flops:

@@ -280,7 +280,7 @@ class HiddenHistory(LayerHistory):
         if weights is not None:
             return weights, self._columns(row)
         assert self._weights is not None
-        return self._weights[row], [(run, run) for run in self.layout.inside[layer].runs]
+        return self._weights[row], [(run, run) for run in self.layout.read_alone[layer].runs]
 
     def _mixture(self, weights: Tensor, parts: Parts, tokens: slice, older: Tensor | None) -> Tensor:
         """[H, tokens, D] of one chunk."""

@@ -133,7 +133,7 @@ class KeyValueHistory(LayerHistory):
                 self._partial = (block, self._mixture(block.own, block.older))
             begin = block.own.rank_of(position) * heads
             mixed = self._partial[1][begin : begin + heads]
-        mixed = self._mixture(slice(position, position + 1), layout.inside[layer], mixed)
+        mixed = self._mixture(slice(position, position + 1), layout.read_alone[layer], mixed)
         if layer == (block.layers[0] if self.is_recomputing else block.layers[-1]):
             self._partial = None
         return mixed.view(self.slot_shape)
@@ -167,21 +167,20 @@ class KeyValueHistory(LayerHistory):
         self._visit_once(Entry(layer))
         block, position = layout.blocks[layer], layout.slot(layer)
         own = slice(position, position + 1)
-        self._add_weight_gradient(own, layout.inside[layer], gradient.reshape(heads, -1))
+        self._add_weight_gradient(own, layout.read_alone[layer], gradient.reshape(heads, -1))
         self.gradients[position].copy_(gradient)
 
         if self._newer is None or self._newer[0] is not block:
             entries = [Entry(found) for found in block.layers]
-            self._newer = (block, self._pull(block.own, block.readers, entries).view(len(block.own), heads, -1))
+            self._newer = (block, self._pull(block.own, block.readers, entries))
         total = self._newer[1][block.own.rank_of(position)]
-        for run in layout.readers_inside[layer].runs:
-            self._accumulate(total, self._between(run, own).t(), self._flat(self.gradients, run))
+        self._pull_alone(total, own, layout.readers_alone[layer])
 
         if layer == block.layers[0]:
             for rows in block.own.runs:
                 self._add_weight_gradient(rows, block.older, self._flat(self.gradients, rows))
             self._newer = None
-        return total.view(self.slot_shape)
+        return total
 
     def _visit_summary(self, chunk: Chunk) -> None:
         """Make the gradient of U_m, of A_m from it, and leave it in the summary's place."""
@@ -189,12 +188,14 @@ class KeyValueHistory(LayerHistory):
         for row in chunk.rows:
             self._visit_once(row)
         rows = layout.places(chunk.rows)
-        gradient = self._pull(rows, layout.readers_of(chunk.rows), chunk.rows).to(self.entries.dtype)
+        gradient = self._pull(rows, layout.shared_readers(chunk.rows), chunk.rows).to(self.entries.dtype)
+        gradient = gradient.view(len(rows) * self.num_heads, -1)
         self._add_weight_gradient(rows.runs[0], layout.places(chunk.sources), gradient)
         self._flat(self.gradients, rows.runs[0]).copy_(gradient)
 
     def _pull(self, places: Places, readers: Places, entries: Sequence[Entry]) -> Tensor:
-        """Rows (entry in the order of places, head), in ``exact``: what readers here and on later stages give to entries."""
+        """[entries, G, 2, N, d] in the order of ``places``, in ``exact``: what they have from later stages, and from readers
+        here that read all of them."""
         total = self.entries.new_zeros((len(places), *self.slot_shape), dtype=self.exact)
         if self._incoming is not None:
             for entry in entries:
@@ -204,13 +205,22 @@ class KeyValueHistory(LayerHistory):
         flat = total.view(len(places) * self.num_heads, -1)
         for run in readers.runs:
             self._accumulate(flat, self._between(run, places).t(), self._flat(self.gradients, run))
-        return flat
+        return total
+
+    def _pull_alone(self, total: Tensor, place: slice, readers: Places) -> None:
+        """Add to one entry's gradient what it has from some readers here."""
+        flat = total.view(self.num_heads, -1)
+        for run in readers.runs:
+            self._accumulate(flat, self._between(run, place).t(), self._flat(self.gradients, run))
 
     def received_gradient(self) -> Tensor:
         """[entries received, G, 2, N, d]: the gradient to send back over the boundary before this stage."""
-        received = self.layout.received
-        total = self._pull(self.layout.places(received), self.layout.readers_of(received), received)
-        return total.view(len(received), *self.slot_shape)
+        layout = self.layout
+        shared = layout.shared_readers(layout.received)
+        total = self._pull(layout.places(layout.received), shared, layout.received)
+        for position, entry in enumerate(layout.received):
+            self._pull_alone(total[position], slice(position, position + 1), layout.other_readers(entry, shared))
+        return total
 
     def _add_weight_gradient(self, readers: slice, entries: Places, gradient: Tensor) -> None:
         """gradient [readers·G, 2·N·d] of mixtures × the entries that they read -> gradient of the stacked weights."""

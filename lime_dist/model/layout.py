@@ -2,8 +2,9 @@
 
 Words: an *entry* is a slot or a row of a summary; a *position* is an entry's place in a stage's buffer; a *reader* is who
 mixes entries: a layer, or a row of a summary, which mixes the slots of its chunk. The reader's position is that of its own
-entry. A *block* is up to ``block`` consecutive layers, never across the end of a chunk that is summarised: what they read
-from entries older than the block is one product per run of positions.
+entry. A *block* is up to ``block`` consecutive layers, never across the end of a chunk that is summarised: what all of them
+read from entries older than the block is one product per run of positions, and so are the gradients that all of their slots
+have from newer readers. What only some of them read, a layer reads alone: nothing is multiplied by zero.
 
 Positions: received entries first, in the order in which they crossed the boundary; then the stage's own, those with the
 latest last reader first. So what is read for long lies together, and what a block reads forms few runs, whatever the policy.
@@ -75,12 +76,12 @@ class Places:
 
 @dataclass(frozen=True)
 class Block:
-    """What the layers of a block have in common.
+    """What the layers of a block have in common, so that it is one product for all of them.
 
     Attributes:
         own: positions of the layers' slots.
-        older: positions of the entries older than the block that some layer of it reads.
-        readers: positions of the newer readers of the layers' slots.
+        older: positions of the entries older than the block that every layer of it reads.
+        readers: positions of the newer readers that read every slot of the block.
     """
 
     layers: range
@@ -178,10 +179,18 @@ class StageLayout:
         found = {Entry(layer): frozenset(entries) for layer, entries in self.reads.items()}
         return found | {row: frozenset(chunk.sources) for chunk in self.chunks for row in chunk.rows}
 
-    def readers_of(self, entries: Iterable[Entry], but: Iterable[Entry] = ()) -> Places:
-        """Positions of the readers on this stage of any of ``entries``, those in ``but`` left out."""
-        wanted, left_out = frozenset(entries), frozenset(but)
-        return self.places(r for r, sources in self._sources.items() if sources & wanted and r not in left_out)
+    def readers_of(self, entry: Entry) -> frozenset[Entry]:
+        """The readers on this stage of an entry, as the entries that they make."""
+        return frozenset(reader for reader, sources in self._sources.items() if entry in sources)
+
+    def shared_readers(self, entries: Sequence[Entry]) -> Places:
+        """The readers on this stage of all ``entries``, those that are among the entries left out."""
+        shared = frozenset.intersection(*map(self.readers_of, entries)) if entries else frozenset()
+        return self.places(shared - frozenset(entries))
+
+    def other_readers(self, entry: Entry, shared: Places) -> Places:
+        """The readers of an entry that are not ``shared``."""
+        return self.places(r for r in self.readers_of(entry) if self.position[r] not in shared.numbers)
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
@@ -200,26 +209,22 @@ class StageLayout:
 
     def _block(self, layers: range) -> Block:
         own = [Entry(layer) for layer in layers]
-        older = {entry for layer in layers for entry in self.reads[layer] if entry < own[0]}
-        return Block(layers, self.places(own), self.places(older), self.readers_of(own, but=own))
+        shared = frozenset.intersection(*(frozenset(self.reads[layer]) for layer in layers))
+        older = self.places(entry for entry in shared if entry.layer < layers[0])
+        return Block(layers, self.places(own), older, self.shared_readers(own))
 
     @cached_property
-    def inside(self) -> dict[int, Places]:
-        """By layer: the entries of its own block that it reads, its own included."""
+    def read_alone(self) -> dict[int, Places]:
+        """By layer: what it reads by itself; that is all that its block does not read for it."""
         return {
-            layer: self.places(entry for entry in entries if entry >= Entry(self.blocks[layer].layers[0]))
+            layer: self.places(e for e in entries if self.position[e] not in self.blocks[layer].older.numbers)
             for layer, entries in self.reads.items()
         }
 
     @cached_property
-    def readers_inside(self) -> dict[int, Places]:
-        """By layer: the layers of its own block that read its slot, itself included."""
-        return {
-            layer: self.places(
-                Entry(reader) for reader in self.blocks[layer].layers if Entry(layer) in self.reads[reader]
-            )
-            for layer in self.reads
-        }
+    def readers_alone(self) -> dict[int, Places]:
+        """By layer: the readers of its slot that do not read its block as a whole, itself included."""
+        return {layer: self.other_readers(Entry(layer), block.readers) for layer, block in self.blocks.items()}
 
 
 def contiguous_runs(numbers: Sequence[int]) -> list[slice]:

@@ -105,18 +105,6 @@ def test_flops_of_the_head() -> None:
     assert cost.head_flops(config).both * BATCH * LENGTH == count.get_total_flops()
 
 
-@pytest.mark.parametrize("kind", ["kv", "static"])
-def test_full_performs_what_its_reads_need(kind: str) -> None:
-    """No block of `full` multiplies by a zero, but for layer 0, which mixes its own slot with the identity."""
-    config = make_config(f"{kind}, full", num_key_value_heads=4)
-    llama = config.model_copy(update={"architecture": "llama"})
-    for layer, (own, base) in enumerate(
-        zip(cost.layer_flops(config, LENGTH), cost.layer_flops(llama, LENGTH), strict=True)
-    ):
-        if layer >= 3:
-            assert own.forward - base.forward == cost.read_flops(config, layer) > 0
-
-
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_of_history_and_payload(model: str, precision: torch.dtype) -> None:

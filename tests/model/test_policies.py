@@ -117,13 +117,12 @@ def test_layout(policy: str, block: int) -> None:
                 found = layout.blocks[layer]
                 assert layer in found.layers and len(found.layers) <= block
                 reads = {layout.position[entry] for entry in rule.reads(layer)}
-                inside = set(layout.inside[layer].numbers)
-                assert inside <= reads and reads - inside <= set(found.older.numbers)
-                assert not inside & set(found.older.numbers)
-                readers = {
-                    layout.slot(reader) for reader in range(start, stop) if Entry(layer) in rule.reads(reader)
-                } | {layout.position[row] for chunk in layout.chunks if layer in chunk.layers for row in chunk.rows}
-                assert readers - set(found.readers.numbers) == set(layout.readers_inside[layer].numbers)
+                alone = set(layout.read_alone[layer].numbers)
+                assert alone | set(found.older.numbers) == reads and not alone & set(found.older.numbers)
+                readers = {layout.slot(r) for r in range(start, stop) if Entry(layer) in rule.reads(r)}
+                readers |= {layout.position[row] for c in layout.chunks if layer in c.layers for row in c.rows}
+                alone = set(layout.readers_alone[layer].numbers)
+                assert alone | set(found.readers.numbers) == readers and not alone & set(found.readers.numbers)
 
 
 @pytest.mark.parametrize("policy", list(POLICIES)[1:])
