@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.model.history import LayerHistory
+from lime_dist.model.history import LayerHistory, add_product, product_of_rows
 from lime_dist.model.layers import rms_normalise
 from lime_dist.model.layout import Block, Chunk, StageLayout
 from lime_dist.model.policies import Entry
@@ -209,8 +209,7 @@ class HiddenHistory(LayerHistory):
             rows = self._weights[self._rows(block.layers)].flatten(0, 1)
             total: Tensor | None = None
             for run in block.older.runs:
-                entries = self.entries[run].flatten(1)
-                total = rows[:, run] @ entries if total is None else total.addmm_(rows[:, run], entries)
+                total = add_product(rows[:, run], self.entries[run].flatten(1), total)
             assert total is not None
             self._partial = (block, total.view(len(block.layers), -1, *self.slot_shape))
         return self._partial[1][layer - block.layers[0]]
@@ -223,9 +222,9 @@ class HiddenHistory(LayerHistory):
         gradient = self._block_gradient.flatten(0, 1).flatten(1)
         weights = self._weights[rows].flatten(0, 1)
         for run in block.older.runs:
-            product = gradient @ self.entries[run].flatten(1).t()
+            product = product_of_rows(gradient, self.entries[run].flatten(1))
             self._weight_gradient[rows, :, run] = product.view(len(block.layers), -1, run.stop - run.start)
-            self._accumulate(self.gradients[run].flatten(1), weights[:, run].t(), gradient)
+            add_product(weights[:, run].t(), gradient, self.gradients[run].flatten(1))
         self._partial = self._block_gradient = None
 
     # -- one layer ----------------------------------------------------------------------------------------------------
@@ -303,7 +302,7 @@ class HiddenHistory(LayerHistory):
             states_EnD, target_EnD = self.entries[run, tokens], self.gradients[run, tokens]
             if weights.dim() == 2:
                 flat = gradient_HnD.flatten(1)
-                weight_gradient[:, columns] += flat @ states_EnD.flatten(1).t()
+                weight_gradient[:, columns] += product_of_rows(flat, states_EnD.flatten(1))
                 target_EnD += (weights[:, columns].t().to(self.exact) @ flat.to(self.exact)).view_as(target_EnD)
             else:
                 per_token_nHD = gradient_HnD.transpose(0, 1)

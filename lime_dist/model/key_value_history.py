@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.model.history import LayerHistory
+from lime_dist.model.history import LayerHistory, add_product, product_of_rows
 from lime_dist.model.layout import Block, Chunk, Places, StageLayout
 from lime_dist.model.policies import Entry
 
@@ -140,15 +140,9 @@ class KeyValueHistory(LayerHistory):
 
     def _mixture(self, readers: Places | slice, entries: Places, start: Tensor | None = None) -> Tensor:
         """What readers mix of entries, rows (reader, head); added to ``start``, which is left alone."""
-        total = start
+        total = None if start is None else start.clone()
         for run in entries.runs:
-            weights, matrix = self._between(readers, run), self._flat(self.entries, run)
-            if total is None:
-                total = weights @ matrix
-            elif total is start:
-                total = torch.addmm(total, weights, matrix)
-            else:
-                total.addmm_(weights, matrix)
+            total = add_product(self._between(readers, run), self._flat(self.entries, run), total)
         assert total is not None
         return total
 
@@ -196,22 +190,25 @@ class KeyValueHistory(LayerHistory):
     def _pull(self, places: Places, readers: Places, entries: Sequence[Entry]) -> Tensor:
         """[entries, G, 2, N, d] in the order of ``places``, in ``exact``: what they have from later stages, and from readers
         here that read all of them."""
-        total = self.entries.new_zeros((len(places), *self.slot_shape), dtype=self.exact)
-        if self._incoming is not None:
-            for entry in entries:
-                if entry in self.layout.sent:
-                    rank = places.rank_of(self.layout.position[entry])
-                    total[rank] = self._incoming[self.layout.sent.index(entry)]
-        flat = total.view(len(places) * self.num_heads, -1)
+        shape = (len(places), *self.slot_shape)
+        sent = [] if self._incoming is None else [entry for entry in entries if entry in self.layout.sent]
+        flat: Tensor | None = None
+        if sent or not readers.runs or self.exact != self.entries.dtype:
+            flat = self.entries.new_zeros(shape, dtype=self.exact).view(len(places) * self.num_heads, -1)
+        for entry in sent:
+            assert flat is not None and self._incoming is not None
+            rank = places.rank_of(self.layout.position[entry])
+            flat.view(shape)[rank] = self._incoming[self.layout.sent.index(entry)]
         for run in readers.runs:
-            self._accumulate(flat, self._between(run, places).t(), self._flat(self.gradients, run))
-        return total
+            flat = add_product(self._between(run, places).t(), self._flat(self.gradients, run), flat)
+        assert flat is not None
+        return flat.view(shape)
 
     def _pull_alone(self, total: Tensor, place: slice, readers: Places) -> None:
         """Add to one entry's gradient what it has from some readers here."""
         flat = total.view(self.num_heads, -1)
         for run in readers.runs:
-            self._accumulate(flat, self._between(run, place).t(), self._flat(self.gradients, run))
+            add_product(self._between(run, place).t(), self._flat(self.gradients, run), flat)
 
     def received_gradient(self) -> Tensor:
         """[entries received, G, 2, N, d]: the gradient to send back over the boundary before this stage."""
@@ -228,7 +225,7 @@ class KeyValueHistory(LayerHistory):
             self._weight_gradient = torch.zeros_like(self._weights)
         heads = self.num_heads
         for run in entries.runs:
-            product = gradient @ self._flat(self.entries, run).t()
+            product = product_of_rows(gradient, self._flat(self.entries, run))
             self._weight_gradient[self._rows(readers), :, run] = product.view(-1, heads, run.stop - run.start, heads)
 
     def _open_gradients(self, has_weights: Sequence[bool]) -> list[Tensor | None]:

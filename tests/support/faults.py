@@ -47,7 +47,8 @@ def poisoned_step(zero_stage: int) -> dict[str, Any]:
 
     optimizer.step, optimizer.reduce_gradients = recorded, poisoned
     for step in range(3):
-        engine.train_step(rank_batches(config, step, engine.grid.get_data_parallel_rank(), engine.dp_world_size))
+        replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
+        engine.train_step(rank_batches(config, step, replica, width, config.train.micro_batch_size))
         weights.append(optimizer.flat_weights.clone())
     return {
         "applied": applied,
