@@ -13,6 +13,10 @@ class LimeError(Exception):
     """A mistake of the user's: what was given, where, and what to do instead, in one line."""
 
 
+class PeerLost(Exception):
+    """Another process of the job is gone: which one was missed, by whom and doing what, in one line."""
+
+
 def run_command(main: Callable[[], None], speaks: bool = True) -> None:
     """Run a command's ``main``; a LimeError prints ``error: …`` on stderr and exits with status 2, an interrupt with 130.
 
@@ -27,6 +31,9 @@ def run_command(main: Callable[[], None], speaks: bool = True) -> None:
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except PeerLost as error:  # each process says what it missed; the first line is the nearest to the cause
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None

@@ -204,7 +204,23 @@ class ParallelConfig(Section):
     pipeline_stages: int = Field(1, ge=1)
     zero_stage: Literal[0, 1] = 0
     stage_layers: list[int] | None = Field(None, description="decoder layers per stage, by hand")
+    balance: Literal["compute", "memory"] = Field(
+        "compute", description="what stages share evenly, unless stage_layers"
+    )
     activation_checkpointing: bool = False
+
+
+class PipelineConfig(Section):
+    """How payloads travel between stages."""
+
+    engine: Literal["overlap", "stock"] = Field(
+        "overlap", description="stock: DeepSpeed's schedule and blocking transfers"
+    )
+    extra_in_flight: int = Field(
+        1, ge=0, description="extra micro-batches per boundary downstream, to hide transfers (overlap)"
+    )
+    wire_dtype: Literal["bf16"] | None = Field(None, description="of payloads and their gradients; None: as precision")
+    timeout: float = Field(600.0, gt=0, description="seconds after which a stage that does not get on ends the job")
 
 
 class Config(Section):
@@ -219,6 +235,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
 
     @model_validator(mode="after")

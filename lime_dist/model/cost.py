@@ -1,4 +1,4 @@
-"""What a model costs, by formula: parameters, FLOPs of matrix products, entries and bytes of the layer history.
+"""What a model costs, by formula: parameters, FLOPs of matrix products, entries and bytes of the layer history, activations.
 
 FLOPs (2 a multiply-add) are those that this program performs, per token, elementwise work left out. Causal attention counts the pairs that the mask leaves, (T + 1)/2 a token; its backward pass makes the scores again.
 """
@@ -6,10 +6,11 @@ FLOPs (2 a multiply-add) are those that this program performs, per token, elemen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.decoder import stage_layout
-from lime_dist.model.layout import StageLayout, live_entries, summarised_chunks
+from lime_dist.model.layout import Chunk, StageLayout, summarised_chunks
 from lime_dist.model.policies import Entry, make_policy
 
 
@@ -52,22 +53,36 @@ def layer_parameters(config: ModelConfig, layer: int) -> int:
 
 def router_parameters(config: ModelConfig, layer: int) -> int:
     """Parameters of a layer's router, with its history norm."""
-    lime, heads = config.lime, config.num_attention_heads
-    if config.architecture != "lime" or layer < (lime.start_layer if lime.routes == "hidden" else 1):
+    read = _entries_weighed(config, layer)
+    if not read:
         return 0
-    read = len(make_policy(lime).reads(layer))
-    if lime.routes == "kv":
+    if config.lime.routes == "kv":
         return config.key_value_heads**2 * read
-    return config.hidden_size + heads * read * (config.hidden_size if lime.router == "dynamic" else 1)
+    width = config.hidden_size if config.lime.router == "dynamic" else 1
+    return config.hidden_size + config.num_attention_heads * read * width
 
 
-def summary_parameters(config: ModelConfig) -> int:
-    """Parameters of all chunk summaries."""
-    if config.architecture != "lime":
-        return 0
+def summary_parameters(config: ModelConfig, layers: range | None = None) -> int:
+    """Parameters of the chunk summaries of a stage that holds ``layers`` (by default all)."""
+    layers = range(config.num_hidden_layers) if layers is None else layers
     square = config.key_value_heads**2 if config.lime.routes == "kv" else 1
+    return sum(square * c.rank * len(c.layers) for end, c in chunk_ends(config).items() if end in layers)
+
+
+def _entries_weighed(config: ModelConfig, layer: int) -> int:
+    """Entries that a layer mixes by its router; 0: it has none."""
+    if config.architecture != "lime" or layer < (config.lime.start_layer if config.lime.routes == "hidden" else 1):
+        return 0
+    return len(make_policy(config.lime).reads(layer))
+
+
+@lru_cache(maxsize=8)
+def chunk_ends(config: ModelConfig) -> dict[int, Chunk]:
+    """The chunks that are summarised, by their last layer."""
+    if config.architecture != "lime":
+        return {}
     chunks = summarised_chunks(make_policy(config.lime), config.num_hidden_layers)
-    return sum(square * chunk.rank * len(chunk.layers) for chunk in chunks)
+    return {chunk.layers[-1]: chunk for chunk in chunks}
 
 
 # -- FLOPs ----------------------------------------------------------------------------------------------------------------
@@ -144,9 +159,33 @@ def entry_width(config: ModelConfig) -> int:
 
 def boundary_entries(config: ModelConfig, boundary: int) -> int:
     """Entries of the history that cross the boundary before decoder layer ``boundary``, beside the hidden state."""
+    return sum(_live_counts(config)[boundary])
+
+
+@lru_cache(maxsize=8)
+def _live_counts(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """By boundary 0 … L: slots and rows of summaries that cross it (those of `live_entries`, for all boundaries at once)."""
+    found = [[0, 0] for _ in range(config.num_hidden_layers + 1)]
+    last_use: dict[Entry, int] = {}
+    if config.architecture == "lime":
+        policy = make_policy(config.lime)
+        for layer in range(config.num_hidden_layers):
+            last_use.update(dict.fromkeys(policy.reads(layer), layer))
+        for end, chunk in chunk_ends(config).items():
+            for entry in chunk.sources:
+                last_use[entry] = max(last_use[entry], end)
+    for entry, last in last_use.items():
+        for boundary in range(entry.layer + 1, last + 1):
+            found[boundary][entry.is_summary] += 1
+    return tuple((slots, rows) for slots, rows in found)
+
+
+def entries_made(config: ModelConfig, layer: int) -> int:
+    """Entries that a stage makes because it holds ``layer``: its slot, and the summary of a chunk that ends with it."""
     if config.architecture != "lime":
         return 0
-    return len(live_entries(make_policy(config.lime), boundary, config.num_hidden_layers))
+    chunk = chunk_ends(config).get(layer)
+    return 1 + (0 if chunk is None else chunk.rank)
 
 
 def payload_bytes(config: ModelConfig, boundary: int, num_tokens: int, itemsize: int) -> int:
@@ -164,3 +203,95 @@ def history_bytes(config: ModelConfig, layers: range, num_tokens: int, itemsize:
         return 0
     elements = layout.num_positions * entry_width(config) * num_tokens
     return elements * (itemsize + (max(itemsize, 4) if config.lime.routes == "hidden" else 0))
+
+
+# -- activations ----------------------------------------------------------------------------------------------------------
+
+
+def activation_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+    """Bytes that autograd keeps of a decoder layer of one micro-batch from its forward to its backward pass: the layer's
+    input and what is made from it. The history's own memory (`history_bytes`), parameters and rotary tables are not in it.
+
+    Exact, on the CPU and not compiled (tests/model/test_cost.py counts), but for bf16 stages that summarise a chunk which
+    began on another stage (``routes: hidden``): up to 3 % too much.
+
+    Args:
+        itemsize: of the precision of the run; norms and softmax statistics are never kept below float32.
+        checkpointing: only the input is kept, and what ``routes: hidden`` makes outside the layer.
+    """
+    hidden, heads, exact = config.hidden_size, config.num_attention_heads, max(itemsize, 4)
+    lime, read = config.lime, _entries_weighed(config, layer)
+    hidden_routes = config.architecture == "lime" and lime.routes == "hidden"
+    streams = config.hyper.rate if config.architecture == "hyper" and layer > 0 else 1  # they start as one embedding
+    low, high, fixed = [streams * hidden], [0], [0]  # elements: per token, per token in at least float32, of no token
+    if not checkpointing:
+        low = [
+            4 * hidden,  # attention: queries, keys and values per query head, output
+            4 * config.intermediate_size,  # SwiGLU: gate, silu(gate), up, their product
+        ]
+        high = [heads]  # attention: log of the sum of exponentials
+        if config.architecture == "hyper":
+            low += [_connection_elements(config, streams), _connection_elements(config, config.hyper.rate)]
+            fixed += [2 * hidden * (config.hyper.rate + 2) if config.hyper.dynamic else 0]  # alpha beside beta, twice
+        else:
+            low += [2 * 2 * hidden]  # both norms: output before and after the weight
+            high += [2 * (hidden + 1)]  # both norms: input, root mean square
+        if config.architecture == "lime" and heads == config.key_value_heads and (read or not hidden_routes):
+            low += [hidden]  # mixed keys, in one piece of memory with the values
+        if hidden_routes and read:
+            fixed += [2 * 2 * hidden * hidden]  # projections of keys and values, without and with the norm's weight
+            if lime.router == "dynamic":
+                low += [hidden, heads * read]  # input under the history norm, weights
+    if hidden_routes and lime.router == "static" and read:
+        pruned = lime.top_p is not None and lime.top_p != 1
+        fixed += [heads * (3 * read + 1 if pruned else read)]  # weights; pruned: and their mask, result, sums
+    kept = num_tokens * (itemsize * sum(low) + exact * sum(high)) + itemsize * sum(fixed)
+    if hidden_routes and layer in chunk_ends(config):
+        chunk = chunk_ends(config)[layer]
+        kept += exact * chunk.rank * (num_tokens * (hidden + 1) + len(chunk.layers))  # before its norm, rms, weights
+        if exact != itemsize and not checkpointing:
+            kept += itemsize * num_tokens * hidden * len(chunk.layers)  # states, of which layers kept float32 copies
+    return kept
+
+
+def _connection_elements(config: ModelConfig, streams: int) -> int:
+    """Per token, what one Hyper-Connection keeps; ``streams`` of its input are memory of their own."""
+    rate, hidden = config.hyper.rate, config.hidden_size
+    kept = (streams + rate + 1) * hidden  # input, mixtures
+    kept += 2 * hidden + 2  # input and output of the sub-layer, mean and deviation (on a GPU in float32)
+    if config.hyper.dynamic:
+        kept += rate * (hidden + 2)  # normed streams, mean and deviation
+        kept += rate * (rate + 2) + rate * (rate + 1) + rate  # tanh, alpha, beta
+    return kept
+
+
+def received_activation_bytes(
+    config: ModelConfig, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool
+) -> int:
+    """Bytes that a stage keeps of the payload received over a boundary, beside its layers' and its history's.
+
+    With ``routes: kv`` the payload landed in the history's own memory; with ``routes: hidden`` its entries are apart.
+    """
+    hidden, exact, kept = config.hidden_size, max(itemsize, 4), 0
+    if not checkpointing and config.architecture == "hyper":
+        kept += 0 if config.hyper.dynamic else itemsize * config.hyper.rate * hidden  # the first layer transposes them
+    elif not checkpointing and exact != itemsize:
+        kept += itemsize * hidden  # hidden state, of which the first layer keeps a float32 copy
+    if config.architecture == "lime" and config.lime.routes == "hidden":
+        slots, summaries = _live_counts(config)[boundary]
+        kept += itemsize * (slots + summaries) * hidden + exact * slots  # entries; roots of the states' mean squares
+        kept += 0 if exact == itemsize else exact * slots * hidden  # float32 copies of the states
+    return num_tokens * kept
+
+
+def embedding_activation_bytes(num_tokens: int) -> int:
+    """Bytes that the embedding keeps on the first stage: token numbers."""
+    return 8 * num_tokens
+
+
+def head_activation_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:
+    """Bytes that norm, output projection and loss keep on the last stage."""
+    hidden, exact = config.hidden_size, max(itemsize, 4)
+    norm = exact * (hidden + 1) + 2 * itemsize * hidden  # input, root mean square; output before and after the weight
+    loss = exact * config.vocab_size + 8  # log-probabilities, labels
+    return num_tokens * (norm + loss) + exact  # and the number of tokens

@@ -87,14 +87,19 @@ def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | No
 
 
 def open_history(
-    config: ModelConfig, layout: StageLayout | None, num_tokens: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    layout: StageLayout | None,
+    num_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    lead: int = 0,
 ) -> LayerHistory | None:
-    """An empty history of one micro-batch; None without a layout."""
+    """An empty history of one micro-batch; None without a layout. ``lead``: see `KeyValueHistory`."""
     if layout is None:
         return None
     if config.lime.routes == "hidden":
         return HiddenHistory(layout, num_tokens, config.hidden_size, config.rms_norm_eps, dtype, device)
-    return KeyValueHistory(layout, config.key_value_heads, config.head_size, num_tokens, dtype, device)
+    return KeyValueHistory(layout, config.key_value_heads, config.head_size, num_tokens, dtype, device, lead=lead)
 
 
 def embed(config: ModelConfig, embedding: nn.Module, tokens_BT: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ before, so that autograd runs them in exactly the reverse order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,7 +27,11 @@ class LayerHistory:
     Use, in this order: construct; ``unpack`` a payload (all stages but the first); ``open``; run the layers, ascending, and
     ``summarise`` each chunk after its last layer; ``release``; ``pack`` a payload (all stages but the last).
 
+    Args:
+        lead: elements before the entries in the same memory, where the hidden state of a payload may land.
+
     Attributes:
+        memory: [lead + all entries].
         entries: [positions, *slot_shape]: every entry that this stage holds.
         token: the scalar that orders the operations on this history in the autograd graph.
         exact: the precision of sums: that of the entries, at least float32.
@@ -41,9 +46,11 @@ class LayerHistory:
         dtype: torch.dtype,
         device: torch.device,
         keep: bool = False,
+        lead: int = 0,
     ) -> None:
         self.layout, self.slot_shape = layout, slot_shape
-        self.entries = torch.empty((layout.num_positions, *slot_shape), dtype=dtype, device=device)
+        self.memory = torch.empty(lead + layout.num_positions * math.prod(slot_shape), dtype=dtype, device=device)
+        self.entries = self.memory[lead:].view(layout.num_positions, *slot_shape)
         self.token = torch.zeros((), dtype=dtype, device=device)
         self.exact = torch.promote_types(dtype, torch.float32)
         self.is_recomputing = False
@@ -110,6 +117,12 @@ class LayerHistory:
                 "a layer history can be walked backwards once: it gives its memory away while it is walked"
             )
         self._visited.add(entry)
+
+
+def stranger(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over the first elements of another one's memory, with a version counter of its own: autograd does not take
+    writes to the rest of that memory for changes of this tensor."""
+    return memory.new_empty(0).set_(memory.untyped_storage())[: math.prod(shape)].view(shape)
 
 
 def add_product(weights: Tensor, matrix: Tensor, total: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.model.history import LayerHistory, add_product, product_of_rows
+from lime_dist.model.history import LayerHistory, add_product, product_of_rows, stranger
 from lime_dist.model.layout import Block, Chunk, Places, StageLayout
 from lime_dist.model.policies import Entry
 
@@ -28,7 +28,8 @@ from lime_dist.model.policies import Entry
 class KeyValueHistory(LayerHistory):
     """The history of one micro-batch on one stage. A slot is [G, 2, N, d]: keys and values before rotation.
 
-    With ``keep`` gradients have a buffer of their own.
+    With ``keep`` gradients have a buffer of their own. With ``lead``, the elements of a hidden state, a payload may be
+    received into the history's own memory (``landing``): received entries come first, so that nothing is copied.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class KeyValueHistory(LayerHistory):
         dtype: torch.dtype,
         device: torch.device,
         keep: bool = False,
+        lead: int = 0,
     ) -> None:
-        super().__init__(layout, (num_heads, 2, num_tokens, head_size), dtype, device, keep)
+        super().__init__(layout, (num_heads, 2, num_tokens, head_size), dtype, device, keep, lead)
         self.num_heads = num_heads
         self.gradients = torch.zeros_like(self.entries) if keep else self.entries
         self._incoming: Tensor | None = None
@@ -51,6 +53,10 @@ class KeyValueHistory(LayerHistory):
         self._newer: tuple[Block, Tensor] | None = None
 
     # -- forward ------------------------------------------------------------------------------------------------------
+
+    def landing(self, shape_BTC: tuple[int, ...]) -> Tensor:
+        """The memory that a payload is to be received into, [B, T, C]; then give it to ``unpack``."""
+        return stranger(self.memory, shape_BTC)
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
         hidden, self.token = _Unpack.apply(payload_BTC, hidden_size, self)
@@ -311,7 +317,7 @@ class _Pack(torch.autograd.Function):
 
 
 class _Unpack(torch.autograd.Function):
-    """Copies received entries into the history; in backward, sends back their gradient."""
+    """Takes received entries into the history; in backward, sends back their gradient."""
 
     @staticmethod
     def forward(ctx: Any, payload_BTC: Tensor, hidden_size: int, history: KeyValueHistory) -> tuple[Tensor, Tensor]:
@@ -319,9 +325,13 @@ class _Unpack(torch.autograd.Function):
         batch, length, _ = payload_BTC.shape
         flat = payload_BTC.contiguous().view(-1)
         size = batch * length * hidden_size
-        received = flat[size:].view(-1, *history.slot_shape)
-        history.entries[: len(received)].copy_(received)
-        return flat[:size].view(batch, length, hidden_size).clone(), torch.zeros_like(history.token)
+        if payload_BTC.data_ptr() == history.memory.data_ptr():  # it landed here
+            hidden = stranger(history.memory, (batch, length, hidden_size))
+        else:
+            received = flat[size:].view(-1, *history.slot_shape)
+            history.entries[: len(received)].copy_(received)
+            hidden = flat[:size].view(batch, length, hidden_size).clone()
+        return hidden, torch.zeros_like(history.token)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -1,9 +1,14 @@
-"""DeepSpeed's PipelineEngine with the parts that a layer history and a correct gradient norm need replaced."""
+"""DeepSpeed's PipelineEngine with those parts replaced that correct gradients need, whatever the schedule.
+
+`LimeEngine` runs the stock schedule with its blocking transfers (``pipeline.engine: stock``); `overlap.py` has the other one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -16,8 +21,10 @@ from torch import Tensor
 
 from lime_dist.config.deepspeed import deepspeed_config
 from lime_dist.config.schema import Config
+from lime_dist.errors import PeerLost
 from lime_dist.model.decoder import EMBEDDING
 from lime_dist.pipeline.module import LimePipelineModule
+from lime_dist.pipeline.watchdog import Watchdog
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -39,6 +46,11 @@ class ProcessGroups:
     tied_copies: frozenset[str]
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective or a transfer failed because another process is gone (gloo raises a plain RuntimeError)."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 class GradientOptimizer(Protocol):
     """What the engine needs of an optimizer; `train/optim.py` has the one there is."""
 
@@ -58,8 +70,10 @@ class LimeEngine(PipelineEngine):
         settings = deepspeed_config(config, world_size)
         mpu = module.mpu()
         super().__init__(args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu)
-        self._shape_purpose = ""
+        self.lime_config = config
         self.timers = NoopTimer()  # the stock one keeps two CUDA events a step for ever
+        self.watchdog = Watchdog(config.pipeline.timeout)
+        self._shape: tuple[int, int] | None = None
 
     def _broadcast_model(self) -> None:
         """Nothing to do: initial values are a function of seed and name. (Stock: fails on a parameter without dimensions.)"""
@@ -79,22 +93,76 @@ class LimeEngine(PipelineEngine):
         )
 
     def train_step(self, batches: Batches | None) -> float:
-        """One step over all micro-batches; returns the mean loss over the global batch (nats per token), on every rank."""
-        self._use_shape("train")
-        return float(self.train_batch(batches))
+        """One step over all micro-batches; returns the mean loss over the global batch (nats per token), on every rank.
 
-    def evaluate(self, batches: Batches | None, micro_batches: int) -> float:
-        """Mean loss over ``micro_batches`` micro-batches of every replica, on every rank; changes nothing."""
-        self._use_shape("evaluate")
-        loss = float(self.eval_batch(batches, num_micro_batches=micro_batches))
+        Raises:
+            PeerLost: another process of the job is gone; the line says which, and when it was missed.
+        """
+        self._use_shape(self.lime_config.train.micro_batch_size)
+        with self._watching(f"the mean loss of step {self.global_steps + 1}"):
+            return float(self.train_batch(batches))
+
+    def evaluate(self, batches: Batches | None, micro_batches: int, micro_batch_size: int | None = None) -> float:
+        """Mean loss over ``micro_batches`` micro-batches of every replica, on every rank; changes nothing.
+
+        Args:
+            micro_batch_size: samples of one, on all ranks alike; None: as in training.
+        """
+        self._use_shape(micro_batch_size or self.lime_config.train.micro_batch_size)
+        with self._watching(f"the mean loss of the evaluation after step {self.global_steps}"):
+            loss = float(self.eval_batch(batches, num_micro_batches=micro_batches))
         self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # the last logits
         return loss
 
-    def _use_shape(self, purpose: str) -> None:
-        """The stock engine agrees on a payload's shape once; make it agree again when the purpose changes."""
-        if self._shape_purpose != purpose:
+    def _use_shape(self, micro_batch_size: int) -> None:
+        """Whatever stages exchange from now on is of micro-batches of this size. (The stock engine agrees on a shape once:
+        make it agree again when it changes.)"""
+        shape = (micro_batch_size, self.lime_config.data.sequence_length)
+        if self._shape != shape:
             self.reset_activation_shape()
-            self._shape_purpose = purpose
+            self._shape = shape
+
+    # -- where it is, should it not get on ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _watching(self, work: str) -> Iterator[None]:
+        """Watch a piece of work on this stage. Too long: the watchdog ends the process. A connection that breaks: PeerLost."""
+        place = f"stage {self.stage_id} (rank {self.global_rank}), {work}"
+        try:
+            with self.watchdog.watching(place):
+                yield
+        except RuntimeError as error:
+            if not is_lost_connection(error):
+                raise
+            raise PeerLost(f"{place}: {str(error).splitlines()[0]}; ending the job") from error
+
+    def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
+        """The stock loop, with every instruction watched."""
+        self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
+        self.fwd_outputs: list[Tensor] = []
+        counts: dict[str, int] = {}
+        for instructions in pipe_schedule:
+            for instruction in instructions:
+                name = type(instruction).__name__
+                counts[name] = counts.get(name, -1) + 1
+                with self._watching(self._describe(instruction, counts[name])):
+                    MethodType(self._INSTRUCTION_MAP[type(instruction)], self)(**instruction.kwargs)
+
+    def _describe(self, instruction: schedule.PipeInstruction, count: int) -> str:
+        """An instruction, its micro-batch and its peer; the ``count``-th of its kind is about micro-batch ``count``."""
+        name, step = type(instruction).__name__, f"step {self.global_steps + 1}"
+        if not isinstance(instruction, schedule.BufferOpInstruction):
+            return f"{name} of {step}"
+        peer = {"RecvActivation": -1, "SendGrad": -1, "SendActivation": 1, "RecvGrad": 1}.get(name)
+        if peer is None:
+            return f"{name} of micro-batch {count}, {step}"
+        stage = self.stage_id + peer
+        direction = "from" if name.startswith("Recv") else "to"
+        return f"{name} of micro-batch {count} {direction} stage {stage} (rank {self._rank_of(stage)}), {step}"
+
+    def _rank_of(self, stage: int) -> int:
+        """Global rank of a stage of this replica."""
+        return int(self.grid.stage_to_global(stage))
 
     # -- instructions -------------------------------------------------------------------------------------------------
 
@@ -103,10 +171,14 @@ class LimeEngine(PipelineEngine):
         outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
         self.pipe_buffers["outputs"][buffer_id] = outputs
         if self.is_last_stage():
-            self.loss = self.module.loss_fn(outputs, self.pipe_buffers["labels"][buffer_id])
-            loss = self.loss.detach()
-            self.fwd_outputs.append(loss)
-            self.total_loss = loss.clone() if self.total_loss is None else self.total_loss + loss
+            self.loss = self._add_loss(outputs, self.pipe_buffers["labels"][buffer_id])
+
+    def _add_loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+        """The loss of a micro-batch, on the last stage; also added up for the step's mean."""
+        loss: Tensor = self.module.loss_fn(logits_BTV, labels_BT)
+        self.fwd_outputs.append(loss.detach())
+        self.total_loss = loss.detach().clone() if self.total_loss is None else self.total_loss + loss.detach()
+        return loss
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         """One backward per stage and micro-batch; the mean over micro-batches is taken at the loss."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.model.blocks import compile_layers
+from lime_dist.model.cost import payload_bytes
 from lime_dist.model.decoder import (
     LayerSpec,
     apply_head,
@@ -26,6 +27,8 @@ from lime_dist.model.decoder import (
     run_layers,
     stage_layout,
 )
+from lime_dist.model.history import LayerHistory
+from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layers import language_model_loss
 from lime_dist.model.routing import ChunkSummary
 from lime_dist.pipeline.partition import stage_bounds
@@ -36,7 +39,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 class LimePipelineModule(PipelineModule):
     """The layers of this process's stage. Input: tokens [B, T] on the first stage, a payload [B, T, …] on the others;
-    output: logits [B, T, V] on the last stage, a payload on the others."""
+    output: logits [B, T, V] on the last stage, a payload on the others.
+
+    Attributes:
+        wire_dtype: of payloads and their gradients.
+    """
 
     def __init__(self, config: Config, verbose: bool = False) -> None:
         self.config = config
@@ -50,6 +57,8 @@ class LimePipelineModule(PipelineModule):
             layers[0] = layers[-1] = _TiedEmbedding(specs[0], arguments)
         with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
             super().__init__(layers, num_stages=config.parallel.pipeline_stages, loss_fn=language_model_loss)
+        self.dtype = DTYPES[config.precision]
+        self.wire_dtype = DTYPES[config.pipeline.wire_dtype or config.precision]
         self.layout = stage_layout(config.model, self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
         self.exported_parameters = self._exported_parameters(specs)
         if config.train.compile:
@@ -85,17 +94,37 @@ class LimePipelineModule(PipelineModule):
         first, last = int(self.is_first_stage), 2 * int(self.is_last_stage)
         return cast(Sequence[nn.Module], self.forward_funcs[first : len(self.forward_funcs) - last])
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def payload_shape(self, boundary: int, batch: int, length: int) -> tuple[int, ...]:
+        """[B, T, …] of what crosses the boundary before stage ``boundary``."""
+        model = self.config.model
+        if model.architecture == "hyper":
+            return batch, length, model.hyper.rate, model.hidden_size
+        return batch, length, payload_bytes(model, self.bounds[boundary], num_tokens=1, itemsize=1)
+
+    def landing(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
+        """Memory for the next payload to be received into, and the history that it is part of, if it is: pass both on to
+        ``forward``."""
+        shape = self.payload_shape(self.stage_id, batch, length)
+        device = next(self.parameters()).device
+        if self.wire_dtype == self.dtype and self.config.model.lime.routes == "kv":
+            lead = batch * length * self.config.model.hidden_size
+            history = open_history(self.config.model, self.layout, batch * length, self.dtype, device, lead)
+            if isinstance(history, KeyValueHistory):
+                return history.landing(shape), history
+        return torch.empty(shape, dtype=self.wire_dtype, device=device), None
+
+    def forward(self, inputs: Tensor, history: LayerHistory | None = None) -> Tensor:
         config, functions = self.config, self.forward_funcs
-        num_tokens = inputs.shape[:2].numel()
-        history = open_history(config.model, self.layout, num_tokens, DTYPES[config.precision], inputs.device)
+        if history is None:
+            num_tokens = inputs.shape[:2].numel()
+            history = open_history(config.model, self.layout, num_tokens, self.dtype, inputs.device)
         if self.is_first_stage:
             hidden = embed(config.model, functions[0], inputs)
         else:
-            hidden = unpack(inputs, config.model.hidden_size, history)
+            hidden = unpack(inputs.to(self.dtype), config.model.hidden_size, history)
         hidden, released = run_layers(self._layers(), hidden, history, config.parallel.activation_checkpointing)
         if not self.is_last_stage:
-            return pack(hidden, released, history)
+            return pack(hidden, released, history).to(self.wire_dtype)
         norm, head = functions[-2:]
         return apply_head(config.model, norm, head, hidden)
 

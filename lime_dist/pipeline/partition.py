@@ -1,12 +1,31 @@
-"""Decoder layers -> stages: contiguous, every stage at least one layer, the costliest stage as cheap as it can be."""
+"""Decoder layers -> stages: contiguous, every stage at least one layer, the costliest stage as cheap as it can be.
+
+Cost is compute or memory (``parallel.balance``). A cut by compute may be a little worse than the best one where that puts it
+at the end of a chunk: a chunked history crosses a boundary there with fewer entries than within one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
+
 from lime_dist.config.schema import Config
-from lime_dist.model.cost import head_flops, layer_flops
+from lime_dist.model import cost
+from lime_dist.pipeline.schedule import micro_batches_in_flight
+
+TOLERANCE = 0.05
+"""How much costlier than with the best cut by compute the costliest stage may be, for the sake of cuts at chunk ends."""
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+PARAMETER_BYTES = {"fp32": 16, "bf16": 18, "fp64": 32}
+"""Of a parameter: weight, gradient, both moments, and with bf16 the float32 master. ZeRO-1, which shares the latter among
+replicas, is left out: how many there will be is unknown here."""
+
+Costs = npt.NDArray[np.float64]
+"""[L + 1, L + 1]: of a stage that holds layers begin … end−1; infinite where that is none."""
 
 
 def stage_bounds(config: Config) -> list[int]:
@@ -14,28 +33,102 @@ def stage_bounds(config: Config) -> list[int]:
     model, parallel = config.model, config.parallel
     if parallel.stage_layers is not None:
         return [0, *accumulate(parallel.stage_layers)]
-    costs = [flops.both for flops in layer_flops(model, config.data.sequence_length)]
-    costs[-1] += head_flops(model).both
-    return balance(costs, parallel.pipeline_stages)
+    ends = cost.chunk_ends(model)
+    penalties = [int(bool(ends) and boundary - 1 not in ends) for boundary in range(model.num_hidden_layers + 1)]
+    if parallel.balance == "memory":
+        return balance(memory_costs(config), parallel.pipeline_stages, penalties, 0.0)
+    costs = compute_costs(config)
+    return balance(lambda stage: costs, parallel.pipeline_stages, penalties, TOLERANCE)
 
 
-def balance(costs: Sequence[float], parts: int) -> list[int]:
-    """Bounds of ``parts`` contiguous, non-empty parts whose largest sum is minimal (dynamic programming, O(parts · n²))."""
-    total = [0, *accumulate(costs)]
-    count = len(costs)
-    best = [float(value) for value in total]  # best[i]: the largest part when the first i items are one part
-    cuts: list[list[int]] = []
-    for part in range(2, parts + 1):
-        fresh, cut = [float("inf")] * (count + 1), [0] * (count + 1)
-        for end in range(part, count + 1):
-            for begin in range(part - 1, end):
-                worst = max(best[begin], total[end] - total[begin])
-                if worst < fresh[end]:
-                    fresh[end], cut[end] = worst, begin
-        best = fresh
-        cuts.append(cut)
-    bounds = [count]
+def balance(costs: Callable[[int], Costs], parts: int, penalties: Sequence[float], tolerance: float) -> list[int]:
+    """Bounds of contiguous, non-empty parts with the least sum of penalties, among those whose costliest part costs at
+    most 1 + ``tolerance`` times what it must; of several, one whose costliest part is cheapest.
+
+    Args:
+        costs: by part.
+        penalties: of a cut before each layer, [L + 1].
+    """
+    crossing = np.array([0.0, *penalties[1:]])
+    worst = np.full(len(crossing), np.inf)  # by end: of the layers before it, cut into the parts so far
+    worst[0] = 0.0
+    start = worst
+    for part in range(parts):
+        worst = np.maximum(worst[:, None], costs(part)).min(0)
+    limit = worst[-1] * (1 + tolerance)
+
+    penalty, worst = start, start
+    cuts = []
+    for part in range(parts):
+        costliest = np.maximum(worst[:, None], costs(part))
+        total = np.where(costliest <= limit, (penalty + crossing)[:, None], np.inf)
+        penalty = total.min(0)
+        costliest[total > penalty] = np.inf
+        cuts.append(costliest.argmin(0))
+        worst = costliest.min(0)
+    bounds = [len(crossing) - 1]
     for cut in reversed(cuts):
-        bounds.append(cut[bounds[-1]])
-    bounds.append(0)
+        bounds.append(int(cut[bounds[-1]]))
     return bounds[::-1]
+
+
+def compute_costs(config: Config) -> Costs:
+    """FLOPs of a stage per token, those of the output projection with the last layer."""
+    flops = [found.both for found in cost.layer_flops(config.model, config.data.sequence_length)]
+    flops[-1] += cost.head_flops(config.model).both
+    return range_sums(flops)
+
+
+def memory_costs(config: Config) -> Callable[[int], Costs]:
+    """By stage, bytes of a stage: parameters with gradients and optimizer, and activations and histories of the micro-batches
+    in flight, of which a replica that is alone would have global_batch_size / micro_batch_size."""
+    model, train, stages = config.model, config.train, config.parallel.pipeline_stages
+    layers, checkpointing = range(model.num_hidden_layers), config.parallel.activation_checkpointing
+    size, num_tokens = ITEM_BYTES[config.precision], train.micro_batch_size * config.data.sequence_length
+
+    own = [cost.activation_bytes(model, layer, num_tokens, size, checkpointing) for layer in layers]
+    received = [cost.received_activation_bytes(model, layer, num_tokens, size, checkpointing) for layer in layers]
+    activations = range_sums(own) + np.array([0, *received[1:], 0])[:, None]
+    fixed = range_sums([_layer_parameter_bytes(config, layer) for layer in layers])
+    if model.architecture == "lime":
+        entry = cost.entry_width(model) * num_tokens
+        positions = range_sums([cost.entries_made(model, layer) for layer in layers])
+        positions += np.array([cost.boundary_entries(model, boundary) for boundary in (*layers, len(layers))])[:, None]
+        activations += positions * entry * size
+        if model.lime.routes == "hidden":  # gradients, of the micro-batch that is walked backwards
+            fixed += positions * entry * max(size, 4)
+
+    extra = config.pipeline.extra_in_flight if config.pipeline.engine == "overlap" else 0
+    micro_batches = max(1, train.global_batch_size // train.micro_batch_size)
+    norm = PARAMETER_BYTES[config.precision] * model.hidden_size
+    embedding = norm * model.vocab_size
+
+    def of_stage(stage: int) -> Costs:
+        kept, once = 0, 0
+        if stage == 0:
+            kept += cost.embedding_activation_bytes(num_tokens)
+            once += embedding
+        if stage == stages - 1:
+            kept += cost.head_activation_bytes(model, num_tokens, size)
+            once += norm
+            if stage > 0 or not model.tie_word_embeddings:
+                once += embedding
+        found: Costs = (
+            (activations + kept) * micro_batches_in_flight(micro_batches, stages, stage, extra) + fixed + once
+        )
+        return found
+
+    return of_stage
+
+
+def _layer_parameter_bytes(config: Config, layer: int) -> int:
+    """Of the parameters of a decoder layer and of the summary that it ends, with their gradients and optimizer states."""
+    model = config.model
+    count = cost.layer_parameters(model, layer) + cost.summary_parameters(model, range(layer, layer + 1))
+    return PARAMETER_BYTES[config.precision] * count
+
+
+def range_sums(values: Sequence[float]) -> Costs:
+    """Sums of values[begin:end] for all begin < end."""
+    total = np.array([0.0, *accumulate(values)])
+    return np.where(np.arange(len(total))[:, None] < np.arange(len(total)), total - total[:, None], np.inf)

@@ -25,6 +25,7 @@ from lime_dist.config.schema import Config, OptimizerConfig
 from lime_dist.model.init import GROUPS, Group, parameter_group
 from lime_dist.pipeline.engine import LimeEngine, ProcessGroups
 from lime_dist.pipeline.module import LimePipelineModule
+from lime_dist.pipeline.overlap import OverlapEngine
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -249,7 +250,7 @@ class StageOptimizer:
 def build_engine(config: Config, verbose: bool = False) -> tuple[LimeEngine, StageOptimizer]:
     """This process's stage, the engine that runs it and the optimizer that updates it; called on every rank."""
     module = LimePipelineModule(config, verbose)
-    engine = LimeEngine(module, config)
+    engine = (LimeEngine if config.pipeline.engine == "stock" else OverlapEngine)(module, config)
     optimizer = StageOptimizer(
         module.exported_parameters,
         config.optimizer,

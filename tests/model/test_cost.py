@@ -1,18 +1,23 @@
-"""Protects the formulas: parameters, FLOPs, entries and bytes are those that are counted."""
+"""Protects the formulas: parameters, FLOPs, entries, bytes of history and of activations are those that are counted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from support.policies import POLICIES
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model import cost
-from lime_dist.model.decoder import open_history, run_layers, stage_layout
+from lime_dist.model.decoder import Decoder, apply_head, embed, open_history, run_layers, stage_layout
+from lime_dist.model.key_value_history import KeyValueHistory
+from lime_dist.model.layers import language_model_loss, rotary_table
 from lime_dist.pipeline.payload import pack, unpack
 
 BATCH, LENGTH, LAYERS = 2, 8, 11
@@ -49,24 +54,34 @@ def test_parameters(model: str, tied: bool) -> None:
     assert cost.count_parameters(config) == sum(p.numel() for p in build_decoder(config).parameters())
 
 
-def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, float]:
-    """Forward and backward FLOPs of one stage's decoder layers, counted by torch; its payload's gradient is random."""
-    decoder = build_decoder(config)
+def stage_modules(decoder: Decoder, start: int, stop: int) -> list[nn.Module]:
+    """The decoder layers of one stage, and the chunk summaries between them."""
     found = [decoder.get_submodule(spec.name) for spec in decoder.specs]
     begin = next(i for i, spec in enumerate(decoder.specs) if spec.name == f"model.layers.{start}")
     end = begin
     while end < len(found) - 2 and decoder.specs[end].name != f"model.layers.{stop}":
         end += 1
+    return found[begin:end]
+
+
+def random_payload(config: ModelConfig, boundary: int, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+    """What crosses the boundary before a decoder layer."""
+    if config.architecture == "hyper":
+        return torch.randn(batch, length, config.hyper.rate, config.hidden_size, dtype=dtype)
+    return torch.randn(batch, length, cost.payload_bytes(config, boundary, 1, 1), dtype=dtype)
+
+
+def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, float]:
+    """Forward and backward FLOPs of one stage's decoder layers, counted by torch; its payload's gradient is random."""
+    layers = stage_modules(build_decoder(config), start, stop)
     layout = stage_layout(config, start, stop)
-    streams = (config.hyper.rate,) if config.architecture == "hyper" else ()
-    shape = (BATCH, LENGTH, *streams, config.hidden_size)
     history = open_history(config, layout, BATCH * LENGTH, torch.float32, torch.device("cpu"))
     if start:
-        size = cost.payload_bytes(config, start, BATCH * LENGTH, 1) // (BATCH * LENGTH)
-        inputs = torch.randn(*(shape if streams else (BATCH, LENGTH, size)), requires_grad=True)
+        inputs = random_payload(config, start, BATCH, LENGTH, torch.float32).requires_grad_()
         hidden = unpack(inputs, config.hidden_size, history)
     else:
-        hidden = torch.randn(shape, requires_grad=True)
+        streams = (config.hyper.rate,) if config.architecture == "hyper" else ()
+        hidden = torch.randn(BATCH, LENGTH, *streams, config.hidden_size, requires_grad=True)
 
     # Neither the CPU's causal attention, counted without the pairs that are masked, nor sums in place are in torch's table.
     pairs = (LENGTH + 1) / 2 / LENGTH
@@ -78,7 +93,7 @@ def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, floa
         backward: lambda g, q, k, v, *_, out_shape=None, **__: pairs * sdpa_backward_flop_count(g, q, k, v),
     }
     with FlopCounterMode(display=False, custom_mapping=known) as forward_count:
-        hidden, released = run_layers(found[begin:end], hidden, history, False)
+        hidden, released = run_layers(layers, hidden, history, False)
         out = pack(hidden, released, history) if stop < config.num_hidden_layers else hidden
     with FlopCounterMode(display=False, custom_mapping=known) as backward_count:
         out.backward(torch.randn_like(out))
@@ -128,3 +143,94 @@ def test_bytes_of_history_and_payload(model: str, precision: torch.dtype) -> Non
             sent = history.release()
         payload = pack(hidden, sent, history)
         assert payload.nbytes == cost.payload_bytes(config, boundary, tokens, precision.itemsize)
+
+
+SHAPES: list[tuple[int, int, dict[str, int], list[tuple[int, int]]]] = [
+    (2, 8, {}, CUTS),
+    (3, 20, {"hidden_size": 24, "intermediate_size": 44, "vocab_size": 37}, CUTS[::3]),
+]
+"""Samples and tokens of a micro-batch, sizes of the model, stages."""
+
+
+class KeptMemory:
+    """The memory that autograd keeps of what runs inside ``counting``; every storage once.
+
+    Args:
+        ignored: what does not count.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor]) -> None:
+        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+        self._kept: dict[int, Tensor] = {}
+
+    def counting(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self._ignored:
+            self._kept.setdefault(address, tensor)
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+
+def count_activations(
+    decoder: Decoder, start: int, stop: int, batch: int, length: int, dtype: torch.dtype, checkpointing: bool
+) -> int:
+    """Bytes that a stage keeps after a forward pass, without the history's entries: payload, embedding, layers, head with
+    the loss, those of them that the stage has."""
+    config, device = decoder.config, torch.device("cpu")
+    lead = batch * length * config.hidden_size if start else 0
+    history = open_history(config, stage_layout(config, start, stop), batch * length, dtype, device, lead)
+    rotary = rotary_table(length, config.head_size, config.rope_theta, dtype, device)
+    kept = KeptMemory([*decoder.parameters(), *rotary])
+    if history is not None:
+        kept.add(history.entries)
+    tokens, labels = (torch.randint(config.vocab_size, (batch, length)) for _ in range(2))
+    with kept.counting():
+        if start:
+            payload = random_payload(config, start, batch, length, dtype)
+            if isinstance(history, KeyValueHistory):
+                payload = history.landing(tuple(payload.shape)).copy_(payload)
+            hidden = unpack(kept.add(payload.requires_grad_()), config.hidden_size, history)  # a leaf is kept as well
+        else:
+            hidden = embed(config, decoder.model.embed_tokens, tokens)
+        hidden, _ = run_layers(stage_modules(decoder, start, stop), hidden, history, checkpointing)
+        if stop == config.num_hidden_layers:
+            norm, head = (decoder.get_submodule(spec.name) for spec in decoder.specs[-2:])
+            hidden = language_model_loss(apply_head(config, norm, head, hidden), labels)
+    return kept.bytes - (0 if history is None else history.entries.nbytes)
+
+
+def begins_within_chunk(config: ModelConfig, start: int) -> bool:
+    """Whether a stage of CUTS with hidden routes summarises a chunk of which an earlier stage has layers."""
+    chunks = cost.chunk_ends(config).values() if config.lime.routes == "hidden" else []
+    return any(chunk.layers[0] < start <= chunk.layers[-1] for chunk in chunks)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpointed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_bytes_of_activations(model: str, dtype: torch.dtype, checkpointing: bool) -> None:
+    """By stage, so that a layer's share cannot hide an error in another's."""
+    for batch, length, sizes, cuts in SHAPES:
+        config = make_config(model, **sizes)
+        decoder = build_decoder(config, dtype=dtype)
+        micro_batch = (batch * length, dtype.itemsize)
+        for start, stop in cuts:
+            layers = range(start, stop)
+            predicted = sum(cost.activation_bytes(config, layer, *micro_batch, checkpointing) for layer in layers)
+            if start:
+                predicted += cost.received_activation_bytes(config, start, *micro_batch, checkpointing)
+            else:
+                predicted += cost.embedding_activation_bytes(batch * length)
+            if stop == LAYERS:
+                predicted += cost.head_activation_bytes(config, *micro_batch)
+            counted = count_activations(decoder, start, stop, batch, length, dtype, checkpointing)
+            if begins_within_chunk(config, start) and dtype == torch.bfloat16 and not checkpointing:
+                assert counted < predicted < 1.03 * counted
+            else:
+                assert predicted == counted

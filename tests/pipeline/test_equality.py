@@ -76,21 +76,23 @@ def settings(model: str, heads: int, tied: bool, precision: str, **parallel: Any
 
 
 @cache
-def reference(text: str, steps: int) -> dict[str, Any]:
-    return oracle.train_steps(make_config(yaml.safe_load(text), "a test"), steps, EVALUATION_MICRO_BATCH_SIZE)
+def reference(text: str, steps: int, evaluation: int) -> dict[str, Any]:
+    return oracle.train_steps(make_config(yaml.safe_load(text), "a test"), steps, evaluation)
 
 
-def check_equal(values: dict[str, Any], group: WorkerGroup, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Losses, validation, gradients, norms and parameters of every rank against one process."""
-    results = group.run(
-        "support.cases.train_steps",
-        values=values,
-        steps=steps,
-        evaluation_micro_batch_size=EVALUATION_MICRO_BATCH_SIZE,
-    )
+def check_equal(
+    values: dict[str, Any],
+    group: WorkerGroup,
+    steps: int = STEPS,
+    evaluation: int = EVALUATION_MICRO_BATCH_SIZE,
+    as_precise_as: str = "",
+) -> list[dict[str, Any]]:
+    """Losses, validation, gradients, norms and parameters of every rank against one process, with the tolerance of the
+    run's precision or of a lower one."""
+    results = group.run("support.cases.train_steps", values=values, steps=steps, evaluation_micro_batch_size=evaluation)
     train = {**values["train"], "compile": False}
-    expected = reference(yaml.safe_dump({**values, "parallel": {}, "train": train}), steps)
-    precision = values["precision"]
+    expected = reference(yaml.safe_dump({**values, "parallel": {}, "pipeline": {}, "train": train}), steps, evaluation)
+    precision = as_precise_as or values["precision"]
     tolerance = TOLERANCE[precision]
     assert min(expected["norms"]) > values["optimizer"]["max_grad_norm"], (
         "every step must clip, or clipping is not tested"
@@ -224,6 +226,7 @@ CUTS = {1: [9], 2: [5, 4], 3: [2, 5, 2], 4: [1, 3, 3, 2]}
 def test_every_policy(
     workers: Callable[[int], WorkerGroup], policy: str, routes: str, checkpointing: bool, stages: int
 ) -> None:
+    """8 micro-batches; the extra ones in flight go round, so that each number meets every policy, route and stage count."""
     values = policy_settings(
         routes,
         policy,
@@ -232,7 +235,49 @@ def test_every_policy(
         activation_checkpointing=checkpointing,
         stage_layers=CUTS[stages],
     )
+    turn = list(POLICIES).index(policy) + list(ROUTES).index(routes) + checkpointing + stages
+    values["pipeline"] = {"extra_in_flight": turn % 3}
     check_equal(values, workers(stages), steps=3)
+
+
+@pytest.mark.parametrize("micro_batches", range(1, 9))
+@pytest.mark.parametrize("extra", [0, 1, 2])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("routes", ["kv", "static"])
+def test_every_schedule(
+    workers: Callable[[int], WorkerGroup], routes: str, stages: int, extra: int, micro_batches: int
+) -> None:
+    """Fewer micro-batches than stages included."""
+    values = policy_settings(routes, "chunked", "fp64", pipeline_stages=stages, stage_layers=CUTS[stages])
+    values["train"] = {**values["train"], "global_batch_size": micro_batches}
+    values["pipeline"] = {"extra_in_flight": extra}
+    check_equal(values, workers(stages), steps=2, evaluation=1)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("routes", ROUTES)
+def test_the_stock_engine(workers: Callable[[int], WorkerGroup], routes: str, policy: str, stages: int) -> None:
+    values = policy_settings(routes, policy, "fp64", pipeline_stages=stages, stage_layers=CUTS[stages])
+    values["pipeline"] = {"engine": "stock"}
+    check_equal(values, workers(stages), steps=2)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("routes", ROUTES)
+def test_payloads_in_bf16(workers: Callable[[int], WorkerGroup], routes: str, policy: str, stages: int) -> None:
+    """Both engines round the same payloads: equal in all but the order of sums, and near one process, which rounds none."""
+    losses, gradients = [], []
+    for engine in ("overlap", "stock"):
+        values = policy_settings(routes, policy, "fp64", pipeline_stages=stages, stage_layers=CUTS[stages])
+        values["pipeline"] = {"engine": engine, "wire_dtype": "bf16"}
+        results = check_equal(values, workers(stages), steps=2, as_precise_as="bf16")
+        losses.append(results[0]["losses"] + results[0]["evaluations"])
+        gradients.append({name: g for result in results for name, g in result["gradients"].items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-13)
+    for name, found in gradients[0].items():
+        assert (found - gradients[1][name]).abs().max() <= 1e-12 * found.abs().max(), name
 
 
 @pytest.mark.parametrize("routes", ROUTES)

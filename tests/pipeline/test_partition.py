@@ -1,26 +1,193 @@
-"""Protects stage cuts: optimal against brute force, legal by hand."""
+"""Protects stage cuts: optimal against brute force, by compute and by memory; whole chunks; legal by hand."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import combinations, pairwise
 
+import numpy as np
+import pytest
+
 from lime_dist import load_config
-from lime_dist.pipeline.partition import balance, stage_bounds
+from lime_dist.config.schema import Config
+from lime_dist.model import cost
+from lime_dist.pipeline.partition import TOLERANCE, balance, compute_costs, memory_costs, range_sums, stage_bounds
+from lime_dist.pipeline.schedule import micro_batches_in_flight
 
 
-def test_balance_equals_brute_force() -> None:
+def every_cut(count: int, parts: int) -> Iterator[list[int]]:
+    for inner in combinations(range(1, count), parts - 1):
+        yield [0, *inner, count]
+
+
+def assert_is_best(
+    bounds: list[int],
+    parts: int,
+    cost_of: Callable[[int, int, int], float],
+    penalty_of: Callable[[int], float],
+    tolerance: float,
+) -> None:
+    """Against all cuts: the least penalties of those that cost little enough, the cheapest of those.
+
+    Args:
+        cost_of: of a part, its begin and its end.
+        penalty_of: of a boundary.
+    """
+
+    def worst(bounds: list[int]) -> float:
+        return max(cost_of(part, a, b) for part, (a, b) in enumerate(pairwise(bounds)))
+
+    def rank(bounds: list[int]) -> tuple[float, float]:
+        return sum(map(penalty_of, bounds[1:-1])), worst(bounds)
+
+    every = list(every_cut(bounds[-1], parts))
+    limit = min(map(worst, every)) * (1 + tolerance)
+    assert bounds in every and rank(bounds) == min(rank(cut) for cut in every if worst(cut) <= limit)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.5])
+def test_balance_equals_brute_force(tolerance: float) -> None:
     generator = random.Random(0)
     for _ in range(200):
         costs = [generator.randint(1, 20) for _ in range(generator.randint(1, 9))]
+        penalties = [generator.randint(0, 3) for _ in range(len(costs) + 1)]
         parts = generator.randint(1, len(costs))
-        found = balance(costs, parts)
+        found = balance(lambda part, costs=costs: range_sums(costs), parts, penalties, tolerance)
+        assert_is_best(found, parts, lambda part, a, b, costs=costs: sum(costs[a:b]), penalties.__getitem__, tolerance)
 
-        def worst(bounds: list[int], costs: list[int] = costs) -> int:
-            return max(sum(costs[a:b]) for a, b in pairwise(bounds))
 
-        every = [[0, *inner, len(costs)] for inner in combinations(range(1, len(costs)), parts - 1)]
-        assert found in every and worst(found) == min(map(worst, every))
+def test_balance_of_parts_that_cost_differently_equals_brute_force() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        count = int(generator.integers(1, 9))
+        parts = int(generator.integers(1, count + 1))
+        costs = generator.integers(1, 20, (parts, count + 1, count + 1)).astype(float)
+        costs[:, np.tri(count + 1, dtype=bool)] = np.inf
+        penalties = generator.integers(0, 3, count + 1).tolist()
+        found = balance(costs.__getitem__, parts, penalties, 0.3)
+        assert_is_best(found, parts, lambda *where, costs=costs: costs[where], penalties.__getitem__, 0.3)
+
+
+# -- models ---------------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "llama": ["model.architecture=llama"],
+    "hyper": ["model.architecture=hyper"],
+    "kv": ["model.num_key_value_heads=2"],
+    "kv, chunked": ["model.lime.history={policy: chunked, chunk_size: 3, rank: 1, first: 2}"],
+    "hidden, chunked": [
+        "model.lime={routes: hidden, history: {policy: chunked, chunk_size: 3, rank: 2, first: 1}}",
+        "parallel.activation_checkpointing=true",
+    ],
+    "hidden, dynamic": ["model.lime={routes: hidden, router: dynamic}", "model.tie_word_embeddings=false"],
+}
+LAYERS, TRAINING = 9, ["train.global_batch_size=10", "data.sequence_length=16", "model.vocab_size=600"]
+
+
+def config_of(model: str, *more: str) -> Config:
+    return load_config(None, [*MODELS[model], f"model.num_hidden_layers={LAYERS}", *TRAINING, *more])
+
+
+def inside_a_chunk(config: Config) -> Callable[[int], int]:
+    """1 for a boundary that cuts a chunk, of which the last one has no summary, so that its end is no better."""
+    history = config.model.lime.history
+    whole = (LAYERS - 1) // history.chunk_size * history.chunk_size if history.chunk_size else 0
+    good = range(history.chunk_size, whole + 1, history.chunk_size) if history.chunk_size else range(LAYERS)
+    return lambda boundary: int(boundary not in good)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_cut_by_compute(model: str, stages: int) -> None:
+    config = config_of(model, f"parallel.pipeline_stages={stages}")
+    flops = [found.both for found in cost.layer_flops(config.model, config.data.sequence_length)]
+    flops[-1] += cost.head_flops(config.model).both
+    assert_is_best(
+        stage_bounds(config),
+        stages,
+        lambda stage, a, b: sum(flops[a:b]),
+        inside_a_chunk(config),
+        TOLERANCE,
+    )
+
+
+def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: int, end: int) -> int:
+    """Memory of a stage, term by term."""
+    model, layers = config.model, range(begin, end)
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    size, parameter = {"fp32": (4, 16), "bf16": (2, 18)}[config.precision]
+    checkpointing = config.parallel.activation_checkpointing
+    kept = sum(cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers)
+    parameters = sum(cost.layer_parameters(model, layer) for layer in layers) + cost.summary_parameters(model, layers)
+    has_embedding = stage == 0
+    if stage == 0:
+        kept += cost.embedding_activation_bytes(tokens)
+    else:
+        kept += cost.received_activation_bytes(model, begin, tokens, size, checkpointing)
+    if stage == stages - 1:
+        kept += cost.head_activation_bytes(model, tokens, size)
+        parameters += model.hidden_size + (0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size)
+        has_embedding = has_embedding or model.tie_word_embeddings
+    parameters += model.vocab_size * model.hidden_size if has_embedding else 0
+    history, gradients = cost.history_bytes(model, layers, tokens, size), 0
+    if model.architecture == "lime" and model.lime.routes == "hidden":
+        gradients = history * 4 // (4 + size)
+    return in_flight * (kept + history - gradients) + gradients + parameter * parameters
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_cut_by_memory(model: str, precision: str, stages: int) -> None:
+    more = [f"precision={precision}", f"parallel.pipeline_stages={stages}", "parallel.balance=memory"]
+    config = config_of(model, *more)
+    costs = memory_costs(config)
+    in_flight = [micro_batches_in_flight(5, stages, stage, 1) for stage in range(stages)]
+
+    @cache
+    def cost_of(stage: int, begin: int, end: int) -> int:
+        return stage_bytes(config, in_flight[stage], stages, stage, begin, end)
+
+    for stage in range(stages):
+        for begin in range(1 if stage else 0, LAYERS if stage else 1):
+            assert costs(stage)[begin, begin + 1] == cost_of(stage, begin, begin + 1)
+            assert costs(stage)[begin, LAYERS] == cost_of(stage, begin, LAYERS)
+    bounds = stage_bounds(config)
+    assert_is_best(bounds, stages, cost_of, inside_a_chunk(config), 0.0)
+
+
+def layers_of(config: Config) -> list[int]:
+    return [b - a for a, b in pairwise(stage_bounds(config))]
+
+
+def test_early_stages_get_fewer_layers_by_memory() -> None:
+    """They hold more micro-batches at a time."""
+    shape = ["model.num_hidden_layers=16", "parallel.pipeline_stages=4", "train.global_batch_size=32"]
+    by_compute, by_memory = (
+        layers_of(load_config(None, [*shape, f"parallel.balance={b}"])) for b in ("compute", "memory")
+    )
+    assert by_memory[0] < by_compute[0] and by_memory == sorted(by_memory)
+
+
+def test_the_stock_schedule_has_no_extra_micro_batches_in_flight() -> None:
+    shape = ["parallel.pipeline_stages=4", "train.global_batch_size=32"]
+    stock = memory_costs(load_config(None, [*shape, "pipeline.engine=stock"]))
+    overlap = memory_costs(load_config(None, [*shape, "pipeline.extra_in_flight=0"]))
+    more = memory_costs(load_config(None, [*shape, "pipeline.extra_in_flight=2"]))
+    assert stock(1)[2, 5] == overlap(1)[2, 5] < more(1)[2, 5]
+
+
+@pytest.mark.parametrize(("stages", "best"), [(2, [0, 9, 16]), (4, [0, 5, 9, 13, 16])])
+def test_chunks_stay_whole(stages: int, best: list[int]) -> None:
+    """The output projection costs a little more than a layer, so that the best cut gives the last stage one layer less."""
+    chunked = "model.lime.history={policy: chunked, chunk_size: 4, rank: 1, first: 0}"
+    shape = ["model.num_hidden_layers=16", "model.vocab_size=2500", f"parallel.pipeline_stages={stages}", chunked]
+    config = load_config(None, shape)
+    costs = compute_costs(config)
+    assert balance(lambda stage: costs, stages, [0] * 17, 0.0) == best
+    assert stage_bounds(config) == list(range(0, 17, 16 // stages))
 
 
 def test_the_stage_with_the_head_gets_fewer_layers() -> None:
@@ -29,6 +196,7 @@ def test_the_stage_with_the_head_gets_fewer_layers() -> None:
     assert first > second >= 1
 
 
-def test_cuts_by_hand() -> None:
-    config = load_config(None, ["parallel.pipeline_stages=3", "parallel.stage_layers=[1,12,3]"])
-    assert stage_bounds(config) == [0, 1, 13, 16]
+@pytest.mark.parametrize("criterion", ["compute", "memory"])
+def test_cuts_by_hand(criterion: str) -> None:
+    by_hand = ["parallel.pipeline_stages=3", "parallel.stage_layers=[1,12,3]", f"parallel.balance={criterion}"]
+    assert stage_bounds(load_config(None, by_hand)) == [0, 1, 13, 16]

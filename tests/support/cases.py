@@ -84,7 +84,8 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
         result["norms"].append(optimizer.gradient_norm)
         if size := evaluation_micro_batch_size:
             batches = rank_batches(config, 100, replica, width, size)
-            result["evaluations"].append(engine.evaluate(batches, config.train.global_batch_size // size // width))
+            parts = config.train.global_batch_size // size // width
+            result["evaluations"].append(engine.evaluate(batches, parts, size))
     result["parameters"] = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
     result["updates"] = {name: optimizer.state(name)["weight"] - weight for name, weight in before.items()}
     gc.collect()

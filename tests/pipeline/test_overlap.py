@@ -1,0 +1,160 @@
+"""Protects the engine that overlaps transfers with computation: its schedule, what it sends, and that no hang goes unnamed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import victims
+from support.policies import POLICIES
+from support.workers import WorkerGroup
+
+from lime_dist import load_config
+from lime_dist.errors import LimeError
+from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule, micro_batches_in_flight
+
+INSTRUCTIONS = [
+    "RecvActivation", "ForwardPass", "SendActivation", "RecvGrad", "BackwardPass", "SendGrad", "ReduceGrads", "OptimizerStep",
+]  # fmt: skip
+
+
+def settings(stages: int, policy: str = "full", precision: str = "fp64", **pipeline: Any) -> dict[str, Any]:
+    return {
+        "model": {
+            "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 9,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "lime": {"history": POLICIES[policy]},
+        },
+        "data": {"sequence_length": 7},
+        "train": {"global_batch_size": 8, "micro_batch_size": 1, "steps": 200},
+        "parallel": {"pipeline_stages": stages},
+        "pipeline": pipeline,
+        "precision": precision,
+    }  # fmt: skip
+
+
+def instructions(schedule: Any) -> list[tuple[str, int]]:
+    """(kind, micro-batch) in order; −1 for what is about none."""
+    return [(type(found).__name__, found.kwargs.get("buffer_id", -1)) for step in schedule.steps() for found in step]
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2, 5])
+def test_schedules_fit_together(extra: int) -> None:
+    """Every micro-batch passes every stage once in each direction; what one stage sends the next expects, in that order; and
+    no stage holds more micro-batches than announced."""
+    for stages, micro_batches in product(range(1, 6), range(1, 12)):
+        found = [instructions(OverlapSchedule(micro_batches, stages, stage, extra)) for stage in range(stages)]
+        for stage, listed in enumerate(found):
+
+            def order(kind: str, listed: list[tuple[str, int]] = listed) -> list[int]:
+                return [index for name, index in listed if name == kind]
+
+            everyone = list(range(micro_batches))
+            assert order("ForwardPass") == order("BackwardPass") == everyone
+            assert order("SendActivation") == order("RecvGrad") == (everyone if stage < stages - 1 else [])
+            assert order("RecvActivation") == order("SendGrad") == (everyone if stage else [])
+            assert order("LoadMicroBatch") == (everyone if stage in (0, stages - 1) else [])
+            in_flight, most = 0, 0
+            for name, index in listed:
+                in_flight += (name == "ForwardPass") - (name == "BackwardPass")
+                most = max(most, in_flight)
+                if name == "SendActivation":
+                    assert listed[listed.index((name, index)) - 1] == ("ForwardPass", index), "it leaves at once"
+            assert most == micro_batches_in_flight(micro_batches, stages, stage, extra)
+        assert all(listed[-2:] == [("ReduceGrads", -1), ("OptimizerStep", -1)] for listed in found)
+
+
+def test_an_evaluation_goes_forwards_alone() -> None:
+    for stage in range(3):
+        kinds = {name for name, _ in instructions(ForwardSchedule(4, 3, stage))}
+        assert not kinds & {"BackwardPass", "RecvGrad", "SendGrad", "OptimizerStep"}
+
+
+@pytest.mark.parametrize("wire", [None, "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bytes_are_those_predicted(
+    workers: Callable[[int], WorkerGroup], policy: str, stages: int, precision: str, wire: str | None
+) -> None:
+    values = settings(stages, policy, precision, wire_dtype=wire)
+    results = workers(stages).run("support.transfers.count_traffic", values=values, steps=2)
+    assert [len(found) for found in results] == [2, *[4] * (stages - 2), 2]
+    for found in results:
+        for direction, (counted, predicted) in found.items():
+            assert counted == predicted > 0, direction
+
+
+def test_a_model_without_history_and_streams_are_counted_too(workers: Callable[[int], WorkerGroup]) -> None:
+    for architecture in ("llama", "hyper"):
+        values = settings(2)
+        values["model"] = {**values["model"], "architecture": architecture, "num_key_value_heads": 4, "lime": {}}
+        for found in workers(2).run("support.transfers.count_traffic", values=values, steps=1):
+            assert all(counted == predicted > 0 for counted, predicted in found.values())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_payload_lands_in_its_history(workers: Callable[[int], WorkerGroup], policy: str) -> None:
+    """Received entries are not copied; a payload in another precision has to be."""
+    assert workers(3).run("support.transfers.copies_of_payloads", values=settings(3, policy)) == [0, 0, 0]
+    other = settings(3, policy, "fp32", wire_dtype="bf16")
+    assert workers(3).run("support.transfers.copies_of_payloads", values=other) == [0, 8, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_late_transfers_change_nothing(workers: Callable[[int], WorkerGroup], extra: int) -> None:
+    """200 steps, each end of each transfer up to 1 ms late at random: no deadlock, losses identical to the last bit."""
+    values = settings(3, "chunked", extra_in_flight=extra)
+    values["train"] = {**values["train"], "global_batch_size": 4}
+    undisturbed = workers(3).run("support.transfers.train_with_delays", values=values, steps=200, longest=0.0)
+    late = workers(3).run("support.transfers.train_with_delays", values=values, steps=200, longest=0.001)
+    assert late == undisturbed and len(set(late[0])) > 190
+
+
+@pytest.mark.parametrize("engine", ["overlap", "stock"])
+def test_training_goes_on_after_everything_else(
+    workers: Callable[[int], WorkerGroup], tmp_path: Path, engine: str
+) -> None:
+    """Evaluations in two batch sizes and a checkpoint between training steps, on one engine."""
+    values = settings(2, "chunked", engine=engine)
+    group = workers(4)
+    straight = group.run("support.transfers.train_and_all_else", values=values, folder="")
+    interrupted = group.run("support.transfers.train_and_all_else", values=values, folder=str(tmp_path))
+    assert interrupted == straight and (tmp_path / "global_step2" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", victims.HARMS)
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_a_peer_that_is_gone_is_named(instruction: str, harm: str, tmp_path: Path) -> None:
+    """The middle one of three stages is killed or stopped at every kind of instruction: both others end within the time-out,
+    and say where they stood; whoever waited for a transfer names the peer."""
+    timeout = 6.0
+    values = settings(3, timeout=timeout)
+    values["train"] = {**values["train"], "global_batch_size": 3}
+    survivors = victims.run(values, 1, instruction, victims.HARMS[harm], tmp_path)
+    assert len(survivors) == 2
+    lines = []
+    for survivor in survivors:
+        assert survivor.status == 1, survivor
+        assert survivor.seconds < timeout + 5
+        (line,) = [line for line in survivor.said.splitlines() if line.startswith("error: ")]
+        assert re.match(r"error: stage [02] \(rank [02]\), .* step 2", line), line
+        lines.append(line)
+    if instruction not in ("ReduceGrads", "OptimizerStep"):
+        assert any(re.search(r"micro-batch \d (from|to) stage 1 \(rank 1\), step 2", line) for line in lines), lines
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    for override, words in (
+        ("pipeline.extra_in_flight=-1", "pipeline.extra_in_flight"),
+        ("pipeline.timeout=0", "pipeline.timeout"),
+        ("pipeline.wire_dtype=fp16", "pipeline.wire_dtype"),
+        ("pipeline.engine=fast", "pipeline.engine"),
+    ):
+        with pytest.raises(LimeError, match=words):
+            load_config(None, [override])

@@ -1,0 +1,106 @@
+"""Worker cases about what crosses stage boundaries, and when."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from support.cases import rank_batches
+
+from lime_dist.config.load import make_config
+from lime_dist.model.cost import payload_bytes
+from lime_dist.model.key_value_history import KeyValueHistory
+from lime_dist.pipeline import transfer
+
+
+def build(values: dict[str, Any]) -> tuple[Any, Any, Any]:
+    from lime_dist.distributed import quiet
+    from lime_dist.train.optim import build_engine
+
+    config = make_config(values, "a test")
+    with quiet():
+        engine, optimizer = build_engine(config)
+    return config, engine, optimizer
+
+
+def losses_of(config: Any, engine: Any, steps: range) -> list[float]:
+    replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
+    size = config.train.micro_batch_size
+    return [engine.train_step(rank_batches(config, step, replica, width, size)) for step in steps]
+
+
+def count_traffic(values: dict[str, Any], steps: int) -> dict[str, tuple[int, int]]:
+    """By direction that this stage has: bytes counted, and bytes predicted."""
+    config, engine, _ = build(values)
+    losses_of(config, engine, range(steps))
+    stage, itemsize = engine.stage_id, engine.module.wire_dtype.itemsize
+    tokens = config.train.global_batch_size // engine.dp_world_size * config.data.sequence_length * steps
+
+    def predicted(boundary: int) -> int:
+        return payload_bytes(config.model, engine.module.bounds[boundary], tokens, itemsize)
+
+    boundary = {"sent to next": stage + 1, "received from next": stage + 1}
+    return {name: (found.bytes, predicted(boundary.get(name, stage))) for name, found in engine.traffic().items()}
+
+
+def copies_of_payloads(values: dict[str, Any]) -> int:
+    """How often received entries had to be copied into a history in one step."""
+    config, engine, _ = build(values)
+    copies = 0
+    unpack = KeyValueHistory.unpack
+
+    def counting(history: KeyValueHistory, payload: Any, hidden_size: int) -> Any:
+        nonlocal copies
+        copies += payload.data_ptr() != history.memory.data_ptr()
+        return unpack(history, payload, hidden_size)
+
+    KeyValueHistory.unpack = counting  # type: ignore[method-assign]
+    try:
+        losses_of(config, engine, range(1))
+    finally:
+        KeyValueHistory.unpack = unpack  # type: ignore[method-assign]
+    return copies
+
+
+def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> list[float]:
+    """Losses of steps in which either end of every transfer comes up to ``longest`` seconds late, at random."""
+    import torch.distributed as dist
+
+    config, engine, _ = build(values)
+    generator = random.Random(dist.get_rank())
+    post, take = transfer.Sender.post, transfer.Receiver.take
+
+    def late_post(sender: Any, tensor: Any) -> None:
+        time.sleep(longest * generator.random())
+        post(sender, tensor)
+
+    def late_take(receiver: Any) -> Any:
+        time.sleep(longest * generator.random())
+        return take(receiver)
+
+    if longest:
+        transfer.Sender.post, transfer.Receiver.take = late_post, late_take  # type: ignore[method-assign]
+    try:
+        return losses_of(config, engine, range(steps))
+    finally:
+        transfer.Sender.post, transfer.Receiver.take = post, take  # type: ignore[method-assign]
+
+
+def train_and_all_else(values: dict[str, Any], folder: str) -> list[float]:
+    """Losses of four steps, with evaluations in two batch sizes and a checkpoint between them where a folder is given."""
+    from lime_dist.checkpoint import store
+    from lime_dist.train.state import TrainState
+
+    config, engine, optimizer = build(values)
+    replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
+    found = losses_of(config, engine, range(2))
+    if folder:
+        for size in (1, 4):
+            parts = config.train.global_batch_size // size // width
+            engine.evaluate(rank_batches(config, 100, replica, width, size), parts, size)
+        state = TrainState(2, 2 * config.train.global_batch_size)
+        store.save(Path(folder), config, optimizer, state, engine.stage_id, replica)
+        engine.evaluate(rank_batches(config, 100, replica, width, 2), config.train.global_batch_size // 2 // width, 2)
+    return found + losses_of(config, engine, range(2, 4))

@@ -1,0 +1,295 @@
+"""Protects the simulated step: numbers worked out by hand, laws that hold for any times, and bounds that nothing beats."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Literal
+
+import pytest
+from deepspeed.runtime.pipe.schedule import PipeInstruction
+
+import lime_dist.simulate as simulation
+from lime_dist import load_config
+from lime_dist.model.cost import head_flops, layer_flops
+from lime_dist.pipeline.schedule import OverlapSchedule
+from lime_dist.simulate import Interval, Link, StageTimes, StepTrace, boundary_bytes, lower_bound, simulate, stage_times
+
+Engine = Literal["overlap", "stock"]
+Setting = tuple[list[StageTimes], list[int], list[Link], int]
+NO_TIME = Link(math.inf)
+CLOSE = 1e-9  # seconds, for sums of floats in another order
+
+
+def random_setting(generator: random.Random) -> Setting:
+    """Uneven stages and links, sometimes passes and transfers that take no time, often fewer micro-batches than stages."""
+    stages, micro_batches = generator.randint(1, 6), generator.randint(1, 12)
+    most = generator.choice([0, 3, 12])
+    times = [StageTimes(generator.randint(0, 8), generator.randint(0, 8)) for _ in range(stages)]
+    payloads = [generator.randint(0, most) for _ in range(stages - 1)]
+    links = [Link(generator.choice([1, 2, 3]), generator.choice([0, 0, 2])) for _ in range(stages - 1)]
+    return times, payloads, links, micro_batches
+
+
+def settings(seed: int, count: int) -> Iterator[tuple[random.Random, Setting, int, Engine]]:
+    """Random settings, each with a number of extra micro-batches and an engine."""
+    generator = random.Random(seed)
+    for _ in range(count):
+        engine: Engine = generator.choice(["overlap", "stock"])
+        yield generator, random_setting(generator), generator.randint(0, 3), engine
+
+
+def passes(trace: StepTrace, stage: int) -> list[tuple[str, int]]:
+    return [(x.instruction, x.micro_batch) for x in trace.intervals[stage] if x.instruction.endswith("Pass")]
+
+
+# -- by hand --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["overlap", "stock"])
+def test_one_stage_computes_all_the_time(engine: Engine) -> None:
+    trace = simulate([StageTimes(1, 2)], [], NO_TIME, 4, engine=engine, update=5)
+    assert trace.seconds == 4 * 3 + 5
+    assert (trace.busy, trace.waiting, trace.bubble) == ([17], [0], [0])
+    assert trace.intervals[0][1:3] == [("BackwardPass", 0, 1, 3), ("ForwardPass", 1, 3, 4)]
+    assert trace.intervals[0][-1] == Interval("OptimizerStep", 0, 12, 17)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 8])
+def test_equal_stages_without_transfers_fill_and_drain_once(stages: int, micro_batches: int) -> None:
+    """The textbook's (M + P − 1)·(f + b), a bubble of (P − 1) / (M + P − 1); also with M < P."""
+    times = [StageTimes(1, 2)] * stages
+    trace = simulate(times, [7] * (stages - 1), NO_TIME, micro_batches)
+    assert trace.seconds == (micro_batches + stages - 1) * 3
+    assert trace.bubble == pytest.approx([(stages - 1) / (micro_batches + stages - 1)] * stages)
+    assert lower_bound(times, [7] * (stages - 1), NO_TIME, micro_batches) == trace.seconds
+
+
+# Two stages, f = b = 1, a transfer takes 2. In all cases stage 1 gets payload 0 at 3, its gradient is back at 3+2+2 = 7.
+#  extra 0, two in flight. Payloads at 3 and 5, gradients at 7 and 9; stage 0: B0 7–8, F2 8–9, B1 9–10, F3 10–11; payloads 2, 3 at
+#    11 and 13: the same again 8 later. M = 6: B1 ends at 10, B5 at 10 + 2·8 = 26.
+#  extra 1, three in flight: payloads at 3, 5, 7, gradients at 7, 9, 11; F3 is 8–9, payload 3 at 11: the same again 8 later.
+#    M = 6: B2 ends at 12, B5 at 20.
+#  extra 2, four in flight: F4 is 8–9, payload 4 at 11, just when stage 1 has done 3; payload m at 3+2m, gradient m at 7+2m, no
+#    waits. M = 6: B5 ends at 7 + 2·5 + 1 = 18. (A receive posted only when it is needed would make payload 1 start at 5.)
+#  stock: F0 0–1, transfer 1–3, stage 1 F0 3–4, B0 4–5, gradient 5–7, only then payload 1, which stage 0 holds back: 7–9, B0 9–10
+#    beside F1; then B1 10–11, gradient 11–13: 6 a micro-batch. M = 1: B0 is 7–8. The last one's gradient comes without a
+#    payload after it, so 8 + 6·(M − 1): 38.
+@pytest.mark.parametrize(
+    ("engine", "extra", "seconds"), [("overlap", 0, 26), ("overlap", 1, 20), ("overlap", 2, 18), ("stock", 0, 38)]
+)
+def test_transfers_as_long_as_both_passes(engine: Engine, extra: int, seconds: float) -> None:
+    trace = simulate([StageTimes(1, 1)] * 2, [20], Link(10), 6, extra=extra, engine=engine)
+    assert trace.seconds == seconds
+    assert trace.busy == [12, 12]
+    assert trace.intervals[1][:2] == [("RecvActivation", 0, 0, 3), ("ForwardPass", 0, 3, 4)]
+    sent = next(x for x in trace.intervals[0] if x.instruction == "SendActivation")
+    assert (sent.begin, sent.end) == (1, 3 if engine == "stock" else 1)
+
+
+def test_latency_delays_but_does_not_occupy() -> None:
+    """Duration 1, latency 10. Payloads 0 and 1 are there at 12 and 13 (a link that latency occupies would bring the second at
+    23). The receive of payload 2 is posted when stage 1 turns to payload 1, after F0 12–13 and B0 13–14: its transfer starts then,
+    and is there at 25. Its gradient leaves at 27, is there at 38, and the last backward pass ends at 39."""
+    trace = simulate([StageTimes(1, 1)] * 2, [10], Link(10, 10), 3, extra=1)
+    assert [x.begin for x in trace.intervals[1] if x.instruction == "ForwardPass"] == [12, 14, 25]
+    assert trace.seconds == 39
+
+
+def test_a_slow_link_sets_the_pace() -> None:
+    """M·bytes / bandwidth, and what the first and the last micro-batch cannot avoid: passes 4, transfers 10 + 10."""
+    for micro_batches in (10, 100):
+        trace = simulate([StageTimes(1, 1)] * 2, [10], Link(1), micro_batches, extra=1)
+        assert trace.seconds == 4 + 20 + (micro_batches - 1) * 10
+
+
+def test_more_in_flight_can_cost() -> None:
+    """Times (f, b) = (0, 1), (1, 0), (0, 0), M = 3. extra 0: stage 1 sends gradient 0 after two forward passes, at 2, the others at
+    3; stage 0's backward passes 2–5. extra 1: stage 1 makes all three forward passes first, stage 0's backward passes 3–6."""
+    times = [StageTimes(0, 1), StageTimes(1, 0), StageTimes(0, 0)]
+    assert simulate(times, [0, 0], NO_TIME, 3, extra=0).seconds == 5
+    assert simulate(times, [0, 0], NO_TIME, 3, extra=1).seconds == 6
+
+
+# -- for any times --------------------------------------------------------------------------------------------------------
+
+
+def test_time_adds_up() -> None:
+    """Intervals follow each other without gaps; computing, waiting and idling are the whole step."""
+    for _, (times, payloads, links, micro_batches), extra, engine in settings(0, 150):
+        trace = simulate(times, payloads, links, micro_batches, extra=extra, engine=engine, update=3)
+        for stage, found in enumerate(trace.intervals):
+            assert found[0].begin == 0 and all(a.end == b.begin and a.begin <= a.end for a, b in pairwise(found))
+            idle = trace.seconds - found[-1].end
+            assert idle >= 0
+            assert trace.busy[stage] + trace.waiting[stage] + idle == pytest.approx(trace.seconds, abs=CLOSE)
+            work = micro_batches * (times[stage].forward + times[stage].backward) + 3
+            assert trace.busy[stage] == pytest.approx(work, abs=CLOSE)
+            assert trace.bubble[stage] == pytest.approx(1 - work / trace.seconds)
+
+
+def test_every_micro_batch_goes_there_and_back() -> None:
+    """Once through every pass, each as long as it takes, and never before the transfer that it needs can have arrived."""
+    for _, (times, payloads, links, micro_batches), extra, engine in settings(1, 150):
+        trace = simulate(times, payloads, links, micro_batches, extra=extra, engine=engine)
+        places = {(s, x.instruction, x.micro_batch): x for s, found in enumerate(trace.intervals) for x in found}
+        assert len(places) == sum(map(len, trace.intervals))
+        for micro_batch in range(micro_batches):
+            way = [places[s, "ForwardPass", micro_batch] for s in range(len(times))]
+            way += [places[s, "BackwardPass", micro_batch] for s in reversed(range(len(times)))]
+            lengths = [each.forward for each in times] + [each.backward for each in reversed(times)]
+            assert [x.end - x.begin for x in way] == pytest.approx(lengths, abs=CLOSE)
+            crossings = [size / link.bandwidth + link.latency for size, link in zip(payloads, links, strict=True)]
+            for (a, b), gap in zip(pairwise(way), [*crossings, 0, *reversed(crossings)], strict=True):
+                assert b.begin >= a.end + gap - CLOSE
+
+
+def test_nothing_beats_the_lower_bound() -> None:
+    reached = 0
+    for _, (times, payloads, links, micro_batches), extra, engine in settings(2, 300):
+        trace = simulate(times, payloads, links, micro_batches, extra=extra, engine=engine, update=1)
+        bound = lower_bound(times, payloads, links, micro_batches, update=1)
+        assert trace.seconds >= bound - CLOSE
+        reached += trace.seconds <= bound + CLOSE
+    assert reached > 50  # it is not far below either: 154 of 300 reach it
+
+
+def test_better_links_and_faster_stages_never_slow_a_step_down() -> None:
+    """Exactly: a step is made of sums and maxima of its times."""
+    for generator, (times, payloads, links, micro_batches), extra, engine in settings(3, 150):
+        before = simulate(times, payloads, links, micro_batches, extra=extra, engine=engine).seconds
+        better = [Link(link.bandwidth * generator.choice([1, 2]), link.latency / 2) for link in links]
+        after = simulate(times, payloads, better, micro_batches, extra=extra, engine=engine).seconds
+        assert after <= before
+        faster = [StageTimes(each.forward * generator.random(), each.backward) for each in times]
+        assert simulate(faster, payloads, better, micro_batches, extra=extra, engine=engine).seconds <= after
+
+
+def test_overlap_is_never_slower_than_stock() -> None:
+    """With extra 0 for any times: the same passes in the same order, and transfers that start no later."""
+    for _, (times, payloads, links, micro_batches), _, _ in settings(4, 150):
+        ours = simulate(times, payloads, links, micro_batches)
+        stock = simulate(times, payloads, links, micro_batches, engine="stock")
+        assert ours.seconds <= stock.seconds
+        for stage in range(len(times)):
+            assert passes(ours, stage) == passes(stock, stage)
+
+
+def test_extra_micro_batches_are_no_slower_than_stock_with_equal_stages() -> None:
+    """Observed, not proved; it is false of stages that are not equal (`test_more_in_flight_can_cost`)."""
+    for _, (times, payloads, links, micro_batches), _, _ in settings(5, 100):
+        equal = [times[0]] * len(times)
+        stock = simulate(equal, payloads, links, micro_batches, engine="stock").seconds
+        for extra in (1, 2, 3):
+            assert simulate(equal, payloads, links, micro_batches, extra=extra).seconds <= stock
+
+
+def test_many_stages_take_seconds() -> None:
+    """64 stages × 256 micro-batches, transfers half as long as both passes: hidden by one extra micro-batch per boundary."""
+    begin = time.process_time()
+    trace = simulate([StageTimes(1, 2)] * 64, [3] * 63, Link(2), 256, extra=1)
+    assert time.process_time() - begin < 10  # takes 0.4 to 0.9 on one core of the machine that this was written on
+    assert trace.seconds == 63 * (3 + 2 * 1.5) + 256 * 3
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_a_deadlock_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule whose first stage wants a gradient before it sends the payload."""
+
+    class Backwards(OverlapSchedule):
+        def steps(self) -> Iterator[list[PipeInstruction]]:
+            return reversed(list(super().steps())) if self.is_first_stage else super().steps()
+
+    monkeypatch.setattr(simulation, "OverlapSchedule", Backwards)
+    with pytest.raises(
+        RuntimeError, match="no stage can advance: stage 0 in RecvGrad of micro-batch 0, stage 1 in RecvA"
+    ):
+        simulate([StageTimes(1, 1)] * 2, [1], Link(1), 2)
+
+
+@pytest.mark.parametrize(
+    ("times", "payloads", "links", "micro_batches", "message"),
+    [
+        ([], [], NO_TIME, 1, "0 stages"),
+        ([StageTimes(1, 1)] * 2, [], NO_TIME, 1, "2 stages, 0 payloads"),
+        ([StageTimes(1, 1)] * 2, [1], [], 1, "1 payloads, 0 links"),
+        ([StageTimes(1, 1)], [], NO_TIME, 0, "micro_batches=0"),
+        ([StageTimes(1, -1)], [], NO_TIME, 1, "below 0"),
+        ([StageTimes(1, 1)] * 2, [-1], NO_TIME, 1, "below 0"),
+        ([StageTimes(1, 1)] * 2, [1], Link(1, -1), 1, "below 0"),
+        ([StageTimes(1, 1)] * 2, [1], Link(0), 1, "bandwidths must be above 0"),
+    ],
+)
+def test_impossible_arguments(
+    times: list[StageTimes], payloads: list[int], links: list[Link] | Link, micro_batches: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        simulate(times, payloads, links, micro_batches)
+    with pytest.raises(ValueError, match=message):
+        lower_bound(times, payloads, links, micro_batches)
+
+
+def test_impossible_options() -> None:
+    with pytest.raises(ValueError, match="extra=-1"):
+        simulate([StageTimes(1, 1)], [], NO_TIME, 1, extra=-1)
+    with pytest.raises(ValueError, match="update=-1"):
+        simulate([StageTimes(1, 1)], [], NO_TIME, 1, update=-1)
+    with pytest.raises(ValueError, match="flops_per_second=0"):
+        stage_times(load_config(None, []), 0)
+
+
+# -- from a configuration -------------------------------------------------------------------------------------------------
+
+SHAPE = [
+    "model.hidden_size=16", "model.num_attention_heads=4", "model.num_key_value_heads=2", "model.num_hidden_layers=6",
+    "data.sequence_length=8", "train.micro_batch_size=3", "parallel.pipeline_stages=3", "parallel.stage_layers=[1,2,3]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_stage_times(checkpointing: bool) -> None:
+    """Layers by hand-made cuts, tokens of a micro-batch, the head once and last, a second forward where there is one."""
+    overrides = ["model.architecture=llama", f"parallel.activation_checkpointing={str(checkpointing).lower()}"]
+    config = load_config(None, [*SHAPE, *overrides])
+    layer, head = layer_flops(config.model, 8)[0], head_flops(config.model)
+    backward = layer.backward + (layer.forward if checkpointing else 0)
+    found = stage_times(config, 1e6)
+    seconds = 24 / 1e6
+    forwards = [layer.forward, 2 * layer.forward, 3 * layer.forward + head.forward]
+    backwards = [backward, 2 * backward, 3 * backward + head.backward]
+    assert [each.forward for each in found] == pytest.approx([flops * seconds for flops in forwards])
+    assert [each.backward for each in found] == pytest.approx([flops * seconds for flops in backwards])
+
+
+def test_stage_times_count_routing() -> None:
+    llama, lime = (
+        stage_times(load_config(None, [*SHAPE, f"model.architecture={name}"]), 1e6) for name in ("llama", "lime")
+    )
+    assert lime[1].forward > llama[1].forward and lime[2].backward > llama[2].backward
+
+
+@pytest.mark.parametrize(
+    ("overrides", "item_size"),
+    [
+        (["precision=fp32"], 4),
+        (["precision=bf16"], 2),
+        (["precision=fp64"], 8),
+        (["precision=fp32", "pipeline.wire_dtype=bf16"], 2),
+    ],
+)
+def test_boundary_bytes(overrides: list[str], item_size: int) -> None:
+    """Full history before layers 1 and 3: hidden 16 and as many entries of 2 · 2 heads · 4, over 3 · 8 tokens."""
+    config = load_config(None, [*SHAPE, *overrides])
+    assert boundary_bytes(config) == [(16 + 1 * 16) * 24 * item_size, (16 + 3 * 16) * 24 * item_size]
+
+
+def test_a_configuration_can_be_simulated() -> None:
+    config = load_config(None, SHAPE)
+    trace = simulate(stage_times(config, 1e9), boundary_bytes(config), Link(1e8, 1e-5), 8)
+    assert len(trace.intervals) == 3 and 0 < trace.seconds < math.inf
