@@ -1,0 +1,257 @@
+"""What a training step costs on two stages: step time over LLaMA's on the same engine, bytes over the boundary, and what the
+simulator says of both, over loopback and over a slow link.
+
+stock-tuple   DeepSpeed's schedule and transfers; hidden state and history as a tuple, copied in every layer: the usual way
+stock         DeepSpeed's schedule and blocking transfers (pipeline.engine: stock) with this program's one payload
+overlap       this program's engine (pipeline.engine: overlap)
+
+Two processes build every variant once; rounds alternate: each runs one step of every variant, the first round warms up and
+is dropped. Times are medians. The simulator gets the forward and backward seconds that the stages measured over loopback
+and the rates that a transfer alone measured on each link.
+
+examples:
+  python benchmarks/pipeline_cost.py --output runs/pipeline_cost
+  python benchmarks/pipeline_cost.py --output runs/pipeline_cost --links loopback --rounds 5
+  python benchmarks/pipeline_cost.py --output /tmp/toy --layers 4 --hidden 32 --heads 4 --length 32 --micro-batches 4
+
+The slow link needs root (two network namespaces); it is left out with a message where that is missing. A link that is in
+results.json of --output is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from links import LOOPBACK, Hosts, slow_link
+
+from lime_dist import load_config
+from lime_dist.config.schema import Config
+from lime_dist.errors import LimeError, run_command
+from lime_dist.simulate import Link, StageTimes, boundary_bytes, simulate
+
+CHUNKED = "model.lime.history={policy: chunked, chunk_size: 16, rank: 2, first: 2}"
+MODELS: dict[str, list[str]] = {
+    "llama": ["model.architecture=llama"],
+    "full": [],
+    "first_last": ["model.lime.history={policy: first_last, first: 2, last: 1}"],
+    "chunked": [CHUNKED],
+    "dilated": ["model.lime.history={policy: dilated, stride: 4, first: 1, last: 1}"],
+}
+VARIANTS = {f"{engine} {model}": (engine, model) for engine in ("overlap", "stock") for model in MODELS}
+VARIANTS["stock-tuple full"] = ("stock-tuple", "full")
+LINKS = ("loopback", "slow")
+
+Result = dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="folder for table.md and results.json")
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
+    parser.add_argument("--rate", default="200mbit", help="of the slow link, each way")
+    parser.add_argument("--delay", default="0ms", help="of the slow link, each way")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
+    parser.add_argument("--extra", type=int, default=1, help="pipeline.extra_in_flight of overlap")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size; the SwiGLU has four times as much")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=2, help="samples of a micro-batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    for name in ("layers", "micro_batches", "rounds", "batch", "length"):
+        if getattr(arguments, name) < 1:
+            raise LimeError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "links")}
+    for engine, model in VARIANTS.values():
+        make_config(settings, engine, model, 2)  # a mistake shows before anything runs
+    found = read_results(arguments.output / "results.json", settings)
+    for name in arguments.links:
+        if name in found["links"]:
+            print(f"{name}: there already", flush=True)
+            continue
+        try:
+            with ExitStack() as stack:
+                hosts = LOOPBACK
+                if name == "slow":
+                    hosts = stack.enter_context(slow_link(arguments.rate, arguments.delay))
+                found["links"][name] = measure(hosts, settings, name)
+        except LimeError as error:
+            if name != "slow":
+                raise
+            print(f"slow link left out: {error}", flush=True)
+            continue
+        write(arguments.output / "results.json", json.dumps(found, indent=1) + "\n")
+    table = make_tables(settings, found["links"])
+    write(arguments.output / "table.md", table)
+    print(table)
+
+
+def make_config(settings: dict[str, Any], engine: str, model: str, stages: int) -> Config:
+    """The run of a variant."""
+    hidden = settings["hidden"]
+    shape = {
+        "model.vocab_size": settings["vocabulary"], "model.hidden_size": hidden, "model.intermediate_size": 4 * hidden,
+        "model.num_hidden_layers": settings["layers"], "model.num_attention_heads": settings["heads"],
+        "data.sequence_length": settings["length"], "train.micro_batch_size": settings["batch"],
+        "train.global_batch_size": settings["batch"] * settings["micro_batches"],
+        "parallel.pipeline_stages": stages, "pipeline.extra_in_flight": settings["extra"],
+        "pipeline.engine": "overlap" if engine == "overlap" else "stock",
+    }  # fmt: skip
+    return load_config(None, [*(f"{key}={value}" for key, value in shape.items()), *MODELS[model]])
+
+
+def read_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What earlier calls with the same settings measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings, "links": {}}
+    except (OSError, ValueError) as error:
+        raise LimeError(f"--output {path.parent}: {error}; give another folder") from None
+    if found["settings"] != settings:
+        differ = sorted(key for key in settings if found["settings"].get(key) != settings[key])
+        raise LimeError(f"{path} was measured with other settings ({', '.join(differ)}); give another --output")
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """Write a whole file or none of it."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def measure(hosts: Hosts, settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Run all variants on two processes, one a host."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    worker = Path(__file__).with_name("pipeline_worker.py")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank, prefix in enumerate(hosts.commands):
+            environment = {
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": hosts.address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": hosts.interface,
+                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            command = [*prefix, sys.executable, str(worker), json.dumps({**settings, "link": name}), folder]
+            processes.append(subprocess.Popen(command, env=environment))
+        try:
+            statuses = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(statuses):
+            raise RuntimeError(f"the processes of {name} ended with {statuses}")
+        ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
+    return {
+        "bandwidth": ranks[0]["bandwidth"],
+        "latency": ranks[0]["latency"],
+        "variants": {
+            variant: {
+                "seconds": ranks[0]["variants"][variant]["seconds"],
+                "bytes": ranks[0]["variants"][variant]["bytes"],
+                "stages": [rank["variants"][variant]["stage"] for rank in ranks],
+            }
+            for variant in VARIANTS
+        },
+    }
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def make_tables(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> str:
+    parts = [link_table(settings, name, links) for name in LINKS if name in links]
+    if "loopback" in links:
+        parts.append(depth_table(settings, links))
+    return "\n".join(parts)
+
+
+def simulated(settings: dict[str, Any], variant: str, links: dict[str, dict[str, Any]], name: str) -> float:
+    """Seconds of a step of a variant on a link, from what its stages took over loopback."""
+    engine, model = VARIANTS[variant]
+    stages = links["loopback" if "loopback" in links else name]["variants"][variant]["stages"]
+    times = [StageTimes(stage["forward"], stage["backward"]) for stage in stages]
+    trace = simulate(
+        times,
+        boundary_bytes(make_config(settings, engine, model, 2)),
+        Link(links[name]["bandwidth"], links[name]["latency"]),
+        settings["micro_batches"],
+        extra=settings["extra"],
+        engine="overlap" if engine == "overlap" else "stock",
+        update=max(stage["update"] for stage in stages),
+    )
+    return trace.seconds
+
+
+def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, Any]]) -> str:
+    """By variant: step time and ratios, bytes predicted and counted, simulated time."""
+    found = links[name]
+    speed = f"{found['bandwidth'] / 1e6:.0f} MB/s, {found['latency'] * 1e3:.2f} ms, measured"
+    lines = [
+        f"{name} ({speed})", "",
+        "| variant | s/step | over LLaMA, same engine | over stock LLaMA | bytes predicted | counted | simulated | measured/simulated |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    seconds = {variant: found["variants"][variant]["seconds"] for variant in VARIANTS}
+    for variant, (engine, model) in VARIANTS.items():
+        base = seconds[f"{'overlap' if engine == 'overlap' else 'stock'} llama"]
+        config = make_config(settings, engine, model, 2)
+        predicted = boundary_bytes(config)[0] * settings["micro_batches"]
+        expected = simulated(settings, variant, links, name)
+        median = statistics.median(seconds[variant])
+        counted = found["variants"][variant]["bytes"]
+        lines.append(
+            f"| {variant} | {median:.2f} | {ratio(seconds[variant], base):.3f} | {ratio(seconds[variant], seconds['stock llama']):.3f} | "
+            f"{predicted:,} | {counted:,} | {expected:.2f} | {median / expected:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def ratio(own: Sequence[float], base: Sequence[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(own, base, strict=True))
+
+
+def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> str:
+    """Four stages: bytes over each boundary and simulated steps. (Two cores cannot show the bubbles of four stages.)"""
+    lines = [
+        "four stages, simulated", "",
+        f"| variant | bytes over the boundaries, a micro-batch | {' | '.join(f'{name}, s/step' for name in links)} |",
+        f"|---|---|{'---|' * len(links)}",
+    ]  # fmt: skip
+    for variant, (engine, model) in VARIANTS.items():
+        stages = links["loopback"]["variants"][variant]["stages"]
+        forward, backward = (sum(stage[key] for stage in stages) / 4 for key in ("forward", "backward"))
+        sizes = boundary_bytes(make_config(settings, engine, model, 4))
+        cells = []
+        for found in links.values():
+            trace = simulate(
+                [StageTimes(forward, backward)] * 4, sizes, Link(found["bandwidth"], found["latency"]),
+                settings["micro_batches"], extra=settings["extra"], engine="overlap" if engine == "overlap" else "stock",
+            )  # fmt: skip
+            cells.append(f"{trace.seconds:.2f}")
+        lines.append(f"| {variant} | {', '.join(f'{size:,}' for size in sizes)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_command(main)

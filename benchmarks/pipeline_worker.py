@@ -1,0 +1,202 @@
+"""One of the two processes of `pipeline_cost.py`: builds every variant, runs the rounds, writes what it measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from copying import copying_layer, random_batch
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from pipeline_cost import VARIANTS, make_config
+from torch import Tensor
+
+from lime_dist.distributed import quiet, start_processes
+from lime_dist.model.decoder import apply_head, embed
+from lime_dist.pipeline.engine import LimeEngine
+from lime_dist.pipeline.module import LimePipelineModule
+from lime_dist.pipeline.overlap import OverlapEngine
+from lime_dist.train.optim import StageOptimizer
+
+Payload = tuple[Tensor, Tensor]
+
+
+class TupleModule(LimePipelineModule):
+    """Hidden state and history go on as a tuple of two tensors; every layer makes a fresh copy of the history."""
+
+    def forward(self, inputs: Any, history: Any = None) -> Any:
+        functions, config = self.forward_funcs, self.config.model
+        if self.is_first_stage:
+            hidden = embed(config, functions[0], inputs)
+            history = hidden.new_empty(0, 2, inputs.numel(), config.head_size)
+        else:
+            hidden, history = inputs
+        for layer in self._layers():
+            hidden, history = copying_layer(layer, hidden, history)
+        if self.is_last_stage:
+            norm, head = functions[-2:]
+            return apply_head(config, norm, head, hidden)
+        return hidden, history
+
+
+class TupleEngine(LimeEngine):
+    """The stock way with a tuple: inputs are cloned, and backward walks the graph once per tensor of the output."""
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        inputs = self.pipe_buffers["inputs"][buffer_id]
+        inputs = tuple(t.clone() for t in inputs) if isinstance(inputs, tuple) else inputs.clone()
+        outputs = self.module(inputs)
+        self.pipe_buffers["outputs"][buffer_id] = outputs
+        if self.is_last_stage():
+            self.loss = self._add_loss(outputs, self.pipe_buffers["labels"][buffer_id])
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        if self.is_last_stage():
+            (self.loss / self.micro_batches).backward()
+        else:
+            outputs = self.pipe_buffers["outputs"][buffer_id]
+            for index, (output, gradient) in enumerate(zip(outputs, self.grad_layer, strict=True)):
+                output.backward(gradient=gradient, retain_graph=index < len(outputs) - 1)
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
+        **LimeEngine._INSTRUCTION_MAP,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.BackwardPass: _exec_backward_pass,
+    }
+
+
+def build(settings: dict[str, Any], variant: str) -> LimeEngine:
+    engine_name, model = VARIANTS[variant]
+    config = make_config(settings, engine_name, model, 2)
+    module = (TupleModule if engine_name == "stock-tuple" else LimePipelineModule)(config)
+    kinds = {"overlap": OverlapEngine, "stock": LimeEngine, "stock-tuple": TupleEngine}
+    engine: LimeEngine = kinds[engine_name](module, config)
+    engine.optimizer = StageOptimizer(
+        module.exported_parameters, config.optimizer, config.train.steps, 0, engine.process_groups()
+    )
+    return engine
+
+
+def time_instructions(engine: LimeEngine, taken: dict[str, list[float]]) -> None:
+    """Record the seconds of every forward and backward pass and of the update."""
+
+    def timed(function: Any, name: str) -> Any:
+        def run(self: LimeEngine, **arguments: Any) -> None:
+            begin = time.perf_counter()
+            function(self, **arguments)
+            taken[name].append(time.perf_counter() - begin)
+
+        return run
+
+    kinds = {"forward": schedule.ForwardPass, "backward": schedule.BackwardPass, "update": schedule.OptimizerStep}
+    table = dict(engine._INSTRUCTION_MAP)
+    table.update({kind: timed(table[kind], name) for name, kind in kinds.items()})
+    engine._INSTRUCTION_MAP = table  # type: ignore[misc]
+
+
+def count_stock_bytes(counts: dict[str, int]) -> None:
+    """Count what the stock engine sends forwards, announcements of shapes left out."""
+    from deepspeed.runtime.pipe import p2p
+
+    send = p2p.send
+
+    def counted(tensor: Tensor, stage: int, async_op: bool = False) -> Any:
+        if tensor.is_floating_point():
+            counts["sent"] = counts.get("sent", 0) + tensor.nbytes
+        return send(tensor, stage, async_op)
+
+    p2p.send = counted
+
+
+def link_speed(rank: int) -> tuple[float, float]:
+    """Bytes per second of a large transfer from the first process, and half of a small round trip, in seconds."""
+
+    def transfer(size: int) -> float:
+        data = torch.zeros(size // 4)
+        dist.barrier()
+        begin = time.perf_counter()
+        if rank == 0:
+            dist.send(data, 1)
+            dist.recv(data[:1], 1)
+        else:
+            dist.recv(data, 0)
+            dist.send(data[:1], 0)
+        return time.perf_counter() - begin
+
+    transfer(1 << 20)
+    round_trip = min(transfer(4) for _ in range(5))
+    size = 1 << 25
+    return size / (min(transfer(size) for _ in range(2)) - round_trip / 2), round_trip / 2
+
+
+def micro_batches(settings: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield random_batch(settings["batch"], settings["length"], settings["vocabulary"], "cpu")
+
+
+def main() -> None:
+    settings, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    start_processes()
+    rank = dist.get_rank()
+    counts: dict[str, int] = {}
+    count_stock_bytes(counts)
+    bandwidth, latency = link_speed(rank)
+    engines: dict[str, LimeEngine] = {}
+    taken: dict[str, dict[str, list[float]]] = {}
+    for variant in VARIANTS:
+        with quiet():
+            engines[variant] = build(settings, variant)
+        taken[variant] = defaultdict(list)
+        time_instructions(engines[variant], taken[variant])
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    sent: dict[str, int] = {}
+    names = list(VARIANTS)
+    for turn in range(settings["rounds"] + 1):
+        for variant in names[turn % len(names) :] + names[: turn % len(names)]:
+            engine = engines[variant]
+            before = sent_forwards(engine, counts)
+            dist.barrier()
+            begin = time.perf_counter()
+            engine.train_step(micro_batches(settings))
+            dist.barrier()
+            elapsed = time.perf_counter() - begin
+            sent[variant] = sent_forwards(engine, counts) - before
+            if rank == 0:
+                print(
+                    f"{settings['link']}: round {turn} of {settings['rounds']}: {variant} {elapsed:.2f} s", flush=True
+                )
+            if turn == 0:
+                taken[variant].clear()
+            else:
+                seconds[variant].append(elapsed)
+    found = {
+        variant: {
+            "seconds": seconds[variant],
+            "bytes": sent[variant],
+            "stage": {name: statistics.median(values) for name, values in taken[variant].items()},
+        }
+        for variant in VARIANTS
+    }
+    (folder / f"{rank}.json").write_text(json.dumps({"bandwidth": bandwidth, "latency": latency, "variants": found}))
+    dist.barrier()
+
+
+def sent_forwards(engine: LimeEngine, counts: dict[str, int]) -> int:
+    """Bytes that this process has sent so far; the first one sends payloads alone."""
+    if isinstance(engine, OverlapEngine):
+        return sum(found.bytes for name, found in engine.traffic().items() if name.startswith("sent"))
+    return counts.get("sent", 0)
+
+
+if __name__ == "__main__":
+    main()
