@@ -164,6 +164,8 @@ def train(config: Config, verbose: bool) -> None:
             f"validation loss: {validation_loss:.4f} nats per token "
             f"({math.log(config.model.vocab_size) - validation_loss:.2f} below ln({config.model.vocab_size}))"
         )
+    for line in loop.describe_traffic(engine):
+        console.say(line)
     console.say(f"tokens seen: {state.consumed_samples * length:,}")
     console.say(f"run folder: {directory}")
     console.say(f"watch it: tensorboard --logdir {directory / 'tensorboard'}")

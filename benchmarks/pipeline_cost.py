@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from links import LOOPBACK, Hosts, slow_link
+from results import read_results, write, write_results
 
 from lime_dist import load_config
 from lime_dist.config.schema import Config
@@ -81,9 +82,9 @@ def main() -> None:
     settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "links")}
     for engine, model in VARIANTS.values():
         make_config(settings, engine, model, 2)  # a mistake shows before anything runs
-    found = read_results(arguments.output / "results.json", settings)
+    found = read_results(arguments.output, settings)
     for name in arguments.links:
-        if name in found["links"]:
+        if name in found:
             print(f"{name}: there already", flush=True)
             continue
         try:
@@ -91,14 +92,14 @@ def main() -> None:
                 hosts = LOOPBACK
                 if name == "slow":
                     hosts = stack.enter_context(slow_link(arguments.rate, arguments.delay))
-                found["links"][name] = measure(hosts, settings, name)
+                found[name] = measure(hosts, settings, name)
         except LimeError as error:
             if name != "slow":
                 raise
             print(f"slow link left out: {error}", flush=True)
             continue
-        write(arguments.output / "results.json", json.dumps(found, indent=1) + "\n")
-    table = make_tables(settings, found["links"])
+        write_results(arguments.output, settings, found)
+    table = make_tables(settings, found)
     write(arguments.output / "table.md", table)
     print(table)
 
@@ -115,26 +116,6 @@ def make_config(settings: dict[str, Any], engine: str, model: str, stages: int) 
         "pipeline.engine": "overlap" if engine == "overlap" else "stock",
     }  # fmt: skip
     return load_config(None, [*(f"{key}={value}" for key, value in shape.items()), *MODELS[model]])
-
-
-def read_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What earlier calls with the same settings measured."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings, "links": {}}
-    except (OSError, ValueError) as error:
-        raise LimeError(f"--output {path.parent}: {error}; give another folder") from None
-    if found["settings"] != settings:
-        differ = sorted(key for key in settings if found["settings"].get(key) != settings[key])
-        raise LimeError(f"{path} was measured with other settings ({', '.join(differ)}); give another --output")
-    return found
-
-
-def write(path: Path, text: str) -> None:
-    """Write a whole file or none of it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def measure(hosts: Hosts, settings: dict[str, Any], name: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from copying import copying_layer, random_batch
 from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from pipeline_cost import VARIANTS, make_config
 from torch import Tensor
 

@@ -18,8 +18,6 @@ what a stop left over.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 from copying import check_equality, copied_bytes, copying_logits, random_batch
+from results import read_results, write, write_results
 from training_step import Subject, step_peak_bytes, step_seconds
 
 from lime_dist import build_decoder, load_config
@@ -91,15 +90,17 @@ def main() -> None:
     for layers, heads in groups:
         for name in arguments.variants:
             model_config(arguments, layers, heads, name)  # a mistake shows before anything is measured
-    found = read_results(arguments)
+    left_out = ("output", "layers", "kv_heads", "memory_limit")
+    settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
+    found = read_results(arguments.output, settings)
     print(check_equality(), flush=True)
     for layers, heads in groups:
-        if group_name(layers, heads) in found["groups"]:
+        if group_name(layers, heads) in found:
             say(f"{group_name(layers, heads)}: there already")
             continue
-        found["groups"][group_name(layers, heads)] = measure(arguments, layers, heads)
-        write(arguments.output / "results.json", json.dumps(found, indent=1) + "\n")
-    table = make_table(arguments.variants, found["groups"])
+        found[group_name(layers, heads)] = measure(arguments, layers, heads)
+        write_results(arguments.output, settings, found)
+    table = make_table(arguments.variants, found)
     write(arguments.output / "table.md", table)
     print(table)
 
@@ -117,32 +118,6 @@ def model_config(arguments: argparse.Namespace, layers: int, heads: int, name: s
         "num_hidden_layers": layers, "num_attention_heads": arguments.heads, "num_key_value_heads": heads,
     }  # fmt: skip
     return load_config(None, [*(f"model.{key}={value}" for key, value in shape.items()), *VARIANTS[name]]).model
-
-
-def read_results(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What earlier calls with the same settings measured, and the folder to write to."""
-    left_out = ("output", "layers", "kv_heads", "memory_limit")
-    settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
-    machine = f"{platform.node()}, torch {torch.__version__}"
-    path = arguments.output / "results.json"
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        found = (
-            json.loads(path.read_text()) if path.exists() else {"settings": settings, "machine": machine, "groups": {}}
-        )
-    except (OSError, ValueError) as error:
-        raise LimeError(f"--output {arguments.output}: {error}; give another folder") from None
-    if found["settings"] != settings:
-        differ = sorted(key for key in settings if found["settings"].get(key) != settings[key])
-        raise LimeError(f"{path} was measured with other settings ({', '.join(differ)}); give another --output")
-    return found
-
-
-def write(path: Path, text: str) -> None:
-    """Write a whole file or none of it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def say(text: str, end: str = "\n") -> None:

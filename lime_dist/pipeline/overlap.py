@@ -81,7 +81,7 @@ class OverlapEngine(LimeEngine):
         return mine
 
     def traffic(self) -> dict[str, Traffic]:
-        """What this stage has sent and received since it was made, by direction; only those that it has."""
+        """What this stage has sent and received since it was made, by direction; those that it has."""
         ends = {
             "sent to next": self._to_next,
             "received from previous": self._from_previous,

@@ -10,11 +10,14 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
+import torch.distributed as dist
+
 from lime_dist.checkpoint import store
 from lime_dist.config.schema import Config
 from lime_dist.data.loader import TrainBatches, ValidationBatches
 from lime_dist.monitor.console import Console
 from lime_dist.pipeline.engine import LimeEngine
+from lime_dist.pipeline.transfer import Traffic
 from lime_dist.train.optim import StageOptimizer
 from lime_dist.train.state import TrainState
 
@@ -112,6 +115,25 @@ def save(run: Run, state: TrainState) -> None:
         run.checkpoints, run.config, run.optimizer, state, engine.stage_id, engine.grid.get_data_parallel_rank()
     )
     run.console.say(f"step {state.step}/{run.config.train.steps} | saved {path} in {time.perf_counter() - begin:.1f} s")
+
+
+def describe_traffic(engine: LimeEngine) -> list[str]:
+    """One line a boundary of the first replica: what crossed it, and how long its ends waited; called by all ranks."""
+    own = (engine.grid.get_data_parallel_rank(), engine.stage_id, engine.traffic())
+    found: list[tuple[int, int, dict[str, Traffic]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    stages = {stage: traffic for replica, stage, traffic in filter(None, found) if replica == 0}
+    lines = []
+    for stage in sorted(stages):
+        if "sent to next" in stages[stage]:
+            there, back = stages[stage]["sent to next"], stages[stage]["received from next"]
+            waited = stages[stage + 1]["received from previous"].waited
+            lines.append(
+                f"stage {stage} to {stage + 1}: {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back, "
+                f"{there.bytes / max(1, there.transfers) / 1e6:,.2f} MB a micro-batch; "
+                f"waited for: {waited:.1f} s there, {back.waited:.1f} s back"
+            )
+    return lines
 
 
 def _position(config: Config, state: TrainState) -> dict[str, float | int]:

@@ -212,7 +212,8 @@ def test_every_model_of_the_paper(
 
 @pytest.mark.parametrize("model", list(MODELS)[2:])
 def test_every_model_of_the_paper_in_bf16_with_two_replicas(workers: Callable[[int], WorkerGroup], model: str) -> None:
-    check_equal(settings(model, 4, True, "bf16", pipeline_stages=2, zero_stage=1), workers(4))
+    """Three steps: what a rounding changes grows from step to step."""
+    check_equal(settings(model, 4, True, "bf16", pipeline_stages=2, zero_stage=1), workers(4), steps=3)
 
 
 CUTS = {1: [9], 2: [5, 4], 3: [2, 5, 2], 4: [1, 3, 3, 2]}

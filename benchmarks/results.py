@@ -1,0 +1,45 @@
+"""Measurements that survive a stop: results.json of a benchmark's output folder, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lime_dist.errors import LimeError
+
+
+def read_results(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What earlier calls with the same settings measured, by what was measured; {} if there is nothing.
+
+    Raises:
+        LimeError: the folder cannot be used, or its results were measured with other settings.
+    """
+    path = output / "results.json"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        found = json.loads(path.read_text()) if path.exists() else {"settings": settings, "results": {}}
+    except (OSError, ValueError) as error:
+        raise LimeError(f"--output {output}: {error}; give another folder") from None
+    if found["settings"] != settings:
+        differ = sorted(key for key in settings if found["settings"].get(key) != settings[key])
+        raise LimeError(f"{path} was measured with other settings ({', '.join(differ)}); give another --output")
+    results: dict[str, Any] = found["results"]
+    return results
+
+
+def write_results(output: Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
+    """Keep what has been measured so far."""
+    machine = f"{platform.node()}, torch {torch.__version__}"
+    text = json.dumps({"settings": settings, "machine": machine, "results": results}, indent=1)
+    write(output / "results.json", text + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a whole file or none of it."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)

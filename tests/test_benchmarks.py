@@ -1,0 +1,48 @@
+"""Protects the benchmarks: what they compare computes the same, and each runs from its command line to its table."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def test_the_copying_form_equals_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and all gradients in float64, to 1e-12."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import copying
+
+    assert "check: copying equals full" in copying.check_equality()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "rows"),
+    [
+        ("step_cost.py", "--layers 4 --hidden 32 --heads 4 --kv-heads 4 2 --length 32 --repeats 1", 7),
+        (
+            "pipeline_cost.py",
+            "--layers 4 --hidden 32 --heads 4 --length 32 --micro-batches 3 --rounds 1 --links loopback",
+            22,
+        ),
+    ],
+)
+def test_a_benchmark_makes_its_table(script: str, arguments: str, rows: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / script), "--output", str(tmp_path), *arguments.split()]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in finished.stdout
+    assert sum(line.startswith("| ") and "---" not in line for line in table.splitlines()) >= rows
+
+
+@pytest.mark.parametrize("script", ["step_cost.py", "pipeline_cost.py"])
+def test_a_mistake_in_the_call_is_one_line(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / script), "--output", str(tmp_path / "out"), "--hidden", "30"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    (line,) = finished.stderr.strip().splitlines()
+    assert finished.returncode == 2 and line.startswith("error: model.hidden_size=30")
