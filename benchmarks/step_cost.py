@@ -32,6 +32,7 @@ from training_step import Subject, step_peak_bytes, step_seconds
 from lime_dist import build_decoder, load_config
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError, run_command
+from lime_dist.model.cost import head_flops, layer_flops
 from lime_dist.model.decoder import Decoder
 
 CHUNKED = "model.lime.history={policy: chunked, chunk_size: 16, rank: 2, first: 2}"
@@ -99,6 +100,9 @@ def main() -> None:
             say(f"{group_name(layers, heads)}: there already")
             continue
         found[group_name(layers, heads)] = measure(arguments, layers, heads)
+        for name, result in found[group_name(layers, heads)].items():
+            config = model_config(arguments, layers, heads, name)
+            result["flops"] = None if config is None else step_flops(config, arguments.length)
         write_results(arguments.output, settings, found)
     table = make_table(arguments.variants, found)
     write(arguments.output / "table.md", table)
@@ -118,6 +122,11 @@ def model_config(arguments: argparse.Namespace, layers: int, heads: int, name: s
         "num_hidden_layers": layers, "num_attention_heads": arguments.heads, "num_key_value_heads": heads,
     }  # fmt: skip
     return load_config(None, [*(f"model.{key}={value}" for key, value in shape.items()), *VARIANTS[name]]).model
+
+
+def step_flops(config: ModelConfig, length: int) -> float:
+    """FLOPs of matrix products of a step, per token, by formula."""
+    return sum(found.both for found in layer_flops(config, length)) + head_flops(config).both
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -199,12 +208,12 @@ def memory_limit(arguments: argparse.Namespace) -> float:
 
 
 def make_table(variants: Sequence[str], groups: dict[str, dict[str, Result]]) -> str:
-    """Time ratio / memory ratio by variant and group; LLaMA's own row has seconds and GB (1e9 bytes)."""
+    """Ratios of time, memory and FLOPs by variant and group; LLaMA's own row has seconds and GB (1e9 bytes)."""
     lines = [f"| | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
     for name in variants:
         cells = [cell(results[name], results["llama"], name == "llama") for results in groups.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "Cells: time / peak memory, each over LLaMA's."]
+    lines += ["", "Cells: time / peak memory / FLOPs of matrix products (by formula), each over LLaMA's."]
     formula = [
         f"{group}: {results['copying']['predicted_bytes'] / GB:.2f} for {results['copying']['peak_bytes'] / GB:.2f}"
         for group, results in groups.items()
@@ -225,7 +234,7 @@ def cell(result: Result, base: Result, is_base: bool) -> str:
     if is_base:
         return f"{statistics.median(result['seconds']):.2f} s / {result['peak_bytes'] / GB:.2f} GB"
     ratio = statistics.median(own / llama for own, llama in zip(result["seconds"], base["seconds"], strict=True))
-    return f"{ratio:.2f} / {result['peak_bytes'] / base['peak_bytes']:.2f}"
+    return f"{ratio:.2f} / {result['peak_bytes'] / base['peak_bytes']:.2f} / {result['flops'] / base['flops']:.2f}"
 
 
 if __name__ == "__main__":
