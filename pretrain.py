@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +58,7 @@ def main() -> None:
     check_versions()
     config = load_config(arguments.config, arguments.overrides)
     batch_split(config, world_size())
-    start_processes(arguments.verbose)
+    start_processes(arguments.verbose, patience=2 * config.pipeline.timeout + 60)
     train(config, arguments.verbose)
     torch.distributed.destroy_process_group()
 
@@ -228,4 +229,7 @@ if __name__ == "__main__":
         run_command(main, speaks=is_main_process())
     except SystemExit as stop:
         leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
     leave(0)

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from lime_dist.errors import LimeError
 
 
+class NoNamespaces(LimeError):
+    """This machine, or this user, cannot make two hosts."""
+
+
 @dataclass(frozen=True)
 class Hosts:
     """Where two processes run.
@@ -35,10 +39,11 @@ def slow_link(rate: str, delay: str) -> Iterator[Hosts]:
     """Two namespaces, removed again whatever happens; ``rate`` and ``delay`` as `tc` takes them (200mbit, 0ms), each way.
 
     Raises:
-        LimeError: the rights or the tools are missing.
+        NoNamespaces: the rights or the tools are missing.
+        LimeError: a rate or a delay that `tc` does not take.
     """
     if shutil.which("ip") is None or shutil.which("tc") is None:
-        raise LimeError("a slow link needs the commands ip and tc (Debian: apt-get install iproute2)")
+        raise NoNamespaces("a slow link needs the commands ip and tc (Debian: apt-get install iproute2)")
     names = [f"lime-{os.getpid()}-{host}" for host in "ab"]
     inside = [["ip", "netns", "exec", name] for name in names]
     try:
@@ -52,7 +57,7 @@ def slow_link(rate: str, delay: str) -> Iterator[Hosts]:
                 _run([*prefix, "ip", "link", "set", device, "up"])
             shape = [*prefix, "tc", "qdisc", "add", "dev", "eth0"]
             _run([*shape, "root", "handle", "1:", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"])
-            if float(delay.rstrip("mus") or 0):
+            if delay.strip("0.mus"):
                 _run([*shape, "parent", "1:", "netem", "delay", delay])
         yield Hosts((inside[0], inside[1]), "10.99.0.1", "eth0")
     finally:
@@ -64,4 +69,7 @@ def _run(command: list[str]) -> None:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        raise LimeError(f"a slow link needs root and network namespaces: {' '.join(command)}: {reason}")
+        line = f"{' '.join(command)}: {reason}"
+        if "tc" in command:
+            raise LimeError(f"the slow link cannot be shaped so: {line}")
+        raise NoNamespaces(f"a slow link needs root and network namespaces: {line}")

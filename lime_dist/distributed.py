@@ -9,6 +9,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -48,10 +49,13 @@ def check_versions() -> None:
         )
 
 
-def start_processes(verbose: bool = False) -> None:
+def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
     """Join the process group: of a launcher (deepspeed, torchrun) where there is one, else a group of one process.
 
     CPU processes of one machine share its cores evenly unless OMP_NUM_THREADS says otherwise.
+
+    Args:
+        patience: seconds that one operation of the group may take.
     """
     environment = os.environ
     if "RANK" not in environment:
@@ -75,7 +79,12 @@ def start_processes(verbose: bool = False) -> None:
                     "launch one process a GPU, or set DS_ACCELERATOR=cpu"
                 )
             get_accelerator().set_device(int(environment["LOCAL_RANK"]))
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=verbose)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=patience),
+            verbose=verbose,
+        )
 
 
 @contextlib.contextmanager

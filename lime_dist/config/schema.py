@@ -220,7 +220,9 @@ class PipelineConfig(Section):
         1, ge=0, description="extra micro-batches per boundary downstream, to hide transfers (overlap)"
     )
     wire_dtype: Literal["bf16"] | None = Field(None, description="of payloads and their gradients; None: as precision")
-    timeout: float = Field(600.0, gt=0, description="seconds after which a stage that does not get on ends the job")
+    timeout: float = Field(
+        600.0, gt=0, le=1e6, description="seconds after which a stage that does not get on ends the job"
+    )
 
 
 class Config(Section):

@@ -100,7 +100,7 @@ class LimeEngine(PipelineEngine):
             PeerLost: another process of the job is gone; the line says which, and when it was missed.
         """
         self._use_shape(self.lime_config.train.micro_batch_size)
-        with self._watching(f"the mean loss of step {self.global_steps + 1}"):
+        with self.watching(f"the mean loss of step {self.global_steps + 1}"):
             return float(self.train_batch(batches))
 
     def evaluate(self, batches: Batches | None, micro_batches: int, micro_batch_size: int | None = None) -> float:
@@ -110,7 +110,7 @@ class LimeEngine(PipelineEngine):
             micro_batch_size: samples of one, on all ranks alike; None: as in training.
         """
         self._use_shape(micro_batch_size or self.lime_config.train.micro_batch_size)
-        with self._watching(f"the mean loss of the evaluation after step {self.global_steps}"):
+        with self.watching(f"the mean loss of the evaluation after step {self.global_steps}"):
             loss = float(self.eval_batch(batches, num_micro_batches=micro_batches))
         self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # the last logits
         return loss
@@ -130,8 +130,11 @@ class LimeEngine(PipelineEngine):
     # -- where it is, should it not get on ----------------------------------------------------------------------------
 
     @contextmanager
-    def _watching(self, work: str) -> Iterator[None]:
-        """Watch a piece of work on this stage. Too long: the watchdog ends the process. A connection that breaks: PeerLost."""
+    def watching(self, work: str) -> Iterator[None]:
+        """Watch a piece of work on this stage. Too long: the watchdog ends the process. A connection that breaks: PeerLost.
+
+        On a GPU most work is queued, not waited for: what is named is where the host waited.
+        """
         place = f"stage {self.stage_id} (rank {self.global_rank}), {work}"
         try:
             with self.watchdog.watching(place):
@@ -150,7 +153,7 @@ class LimeEngine(PipelineEngine):
             for instruction in instructions:
                 name = type(instruction).__name__
                 counts[name] = counts.get(name, -1) + 1
-                with self._watching(self._describe(instruction, counts[name])):
+                with self.watching(self._describe(instruction, counts[name])):
                     MethodType(self._INSTRUCTION_MAP[type(instruction)], self)(**instruction.kwargs)
 
     def _describe(self, instruction: schedule.PipeInstruction, count: int) -> str:

@@ -22,7 +22,7 @@ from lime_dist.model.history import LayerHistory
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule
-from lime_dist.pipeline.transfer import Receiver, Sender, Traffic
+from lime_dist.pipeline.transfer import AHEAD, Receiver, Sender, Traffic
 
 
 @dataclass
@@ -54,31 +54,32 @@ class OverlapEngine(LimeEngine):
     def __init__(self, module: LimePipelineModule, config: Config) -> None:
         super().__init__(module, config)
         self._in_flight: dict[int, MicroBatch] = {}
+        self._failed = False
         self._from_previous: Receiver[LayerHistory | None] | None = None
         self._from_next: Receiver[None] | None = None
         self._to_next: Sender | None = None
         self._to_previous: Sender | None = None
-        if not self.is_pipe_parallel:
-            return
-        forwards, backwards = self._direction_group(), self._direction_group()
-        if not self.is_first_stage():
-            previous = self._rank_of(self.stage_id - 1)
-            self._from_previous, self._to_previous = Receiver(previous, forwards), Sender(previous, backwards)
-        if not self.is_last_stage():
-            following = self._rank_of(self.stage_id + 1)
-            self._to_next, self._from_next = Sender(following, forwards), Receiver(following, backwards)
+        for stage in range(self.num_stages - 1):
+            self._connect(stage)
 
-    def _direction_group(self) -> dist.ProcessGroup:
-        """A group of this replica's stages, for one direction of all of its boundaries; made by all ranks together."""
+    def _connect(self, stage: int) -> None:
+        """Make the two directions over the boundary behind ``stage``, of all replicas; called by all ranks together."""
         # The watchdog speaks first: it knows more than the library's own time-out would say.
         patience = timedelta(seconds=2 * self.lime_config.pipeline.timeout + 60)
-        mine = None
         for ranks in self.grid.pipe_groups:
-            group = dist.new_group(ranks, timeout=patience)
-            if self.global_rank in ranks:
-                mine = group
-        assert mine is not None
-        return mine
+            ends = [ranks[stage], ranks[stage + 1]]
+            there, back = (dist.new_group(ends, timeout=patience) for _ in range(2))
+            if self.global_rank == ends[0]:
+                self._to_next, self._from_next = Sender(ends[1], there), Receiver(ends[1], back)
+            if self.global_rank == ends[1]:
+                self._from_previous, self._to_previous = Receiver(ends[0], there), Sender(ends[0], back)
+            # Libraries connect at the first transfer, which both ends must be at: let that not be an early receive.
+            greeting = torch.zeros(1, device=self.device)
+            for group, sender, receiver in ((there, *ends), (back, *reversed(ends))):
+                if self.global_rank == sender:
+                    dist.send(greeting, receiver, group=group)
+                if self.global_rank == receiver:
+                    dist.recv(greeting, sender, group=group)
 
     def traffic(self) -> dict[str, Traffic]:
         """What this stage has sent and received since it was made, by direction; those that it has."""
@@ -99,19 +100,37 @@ class OverlapEngine(LimeEngine):
         return ForwardSchedule(micro_batches, self.num_stages, self.stage_id)
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
-        assert self._shape is not None
-        shape, step = self._shape, self.global_steps + 1
-        self._in_flight.clear()  # of a step that an exception ended
-        if self._from_previous is not None:
-            self._from_previous.begin(pipe_schedule.micro_batches, lambda: self.module.landing(*shape))
-        if self._from_next is not None and isinstance(pipe_schedule, OverlapSchedule):
-            returning = self.module.payload_shape(self.stage_id + 1, *shape)
-            self._from_next.begin(pipe_schedule.micro_batches, lambda: (self._empty(returning), None))
+        """Raises RuntimeError after a step that an exception ended: its transfers would be taken for this one's."""
+        if self._failed:
+            raise RuntimeError(
+                "an earlier step ended with an exception and left transfers half done; make a new engine"
+            )
+        self._failed = True
+        step = self.global_steps + 1
+        with self.watching(f"the first receives of step {step}"):
+            self._begin(pipe_schedule)
         super()._exec_schedule(pipe_schedule)
         for sender, direction in ((self._to_next, 1), (self._to_previous, -1)):
             if sender is not None:
-                with self._watching(f"the last transfers to stage {self.stage_id + direction}, step {step}"):
+                with self.watching(f"the last transfers to stage {self.stage_id + direction}, step {step}"):
                     sender.drain()
+        self._failed = False
+
+    def _begin(self, pipe_schedule: schedule.PipeSchedule) -> None:
+        """Post the first receives, and say how much may be under way: so much that the oldest has arrived for certain when
+        the window is full, since what follows from it has come back."""
+        assert self._shape is not None
+        shape, count = self._shape, pipe_schedule.micro_batches
+        training = isinstance(pipe_schedule, OverlapSchedule)
+        if self._from_previous is not None:
+            self._from_previous.begin(count, lambda: self.module.landing(*shape))
+        if self._from_next is not None and training:
+            returning = self.module.payload_shape(self.stage_id + 1, *shape)
+            self._from_next.begin(count, lambda: (self._empty(returning), None))
+        if self._to_next is not None:
+            self._to_next.window = pipe_schedule.num_pipe_buffers() + AHEAD
+        if self._to_previous is not None:
+            self._to_previous.window = self.lime_config.pipeline.extra_in_flight + 2 + AHEAD
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.module.wire_dtype, device=self.device)

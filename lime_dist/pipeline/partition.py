@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.pipeline.schedule import micro_batches_in_flight
+from lime_dist.pipeline.transfer import AHEAD
 
 TOLERANCE = 0.05
 """How much costlier than with the best cut by compute the costliest stage may be, for the sake of cuts at chunk ends."""
@@ -81,7 +82,7 @@ def compute_costs(config: Config) -> Costs:
 
 def memory_costs(config: Config) -> Callable[[int], Costs]:
     """By stage, bytes of a stage: parameters with gradients and optimizer, and activations and histories of the micro-batches
-    in flight, of which a replica that is alone would have global_batch_size / micro_batch_size."""
+    in flight, of which a replica that is alone would have global_batch_size / micro_batch_size, and what is received ahead."""
     model, train, stages = config.model, config.train, config.parallel.pipeline_stages
     layers, checkpointing = range(model.num_hidden_layers), config.parallel.activation_checkpointing
     size, num_tokens = ITEM_BYTES[config.precision], train.micro_batch_size * config.data.sequence_length
@@ -90,15 +91,19 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     received = [cost.received_activation_bytes(model, layer, num_tokens, size, checkpointing) for layer in layers]
     activations = range_sums(own) + np.array([0, *received[1:], 0])[:, None]
     fixed = range_sums([_layer_parameter_bytes(config, layer) for layer in layers])
+    landing = np.array([cost.payload_bytes(model, b, num_tokens, size) for b in (*layers, len(layers))])[:, None]
     if model.architecture == "lime":
         entry = cost.entry_width(model) * num_tokens
         positions = range_sums([cost.entries_made(model, layer) for layer in layers])
         positions += np.array([cost.boundary_entries(model, boundary) for boundary in (*layers, len(layers))])[:, None]
         activations += positions * entry * size
+        if model.lime.routes == "kv" and config.pipeline.wire_dtype is None:  # payloads land in their histories
+            landing = positions * entry * size
         if model.lime.routes == "hidden":  # gradients, of the micro-batch that is walked backwards
             fixed += positions * entry * max(size, 4)
 
-    extra = config.pipeline.extra_in_flight if config.pipeline.engine == "overlap" else 0
+    overlaps = config.pipeline.engine == "overlap"
+    extra = config.pipeline.extra_in_flight if overlaps else 0
     micro_batches = max(1, train.global_batch_size // train.micro_batch_size)
     norm = PARAMETER_BYTES[config.precision] * model.hidden_size
     embedding = norm * model.vocab_size
@@ -116,6 +121,8 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
         found: Costs = (
             (activations + kept) * micro_batches_in_flight(micro_batches, stages, stage, extra) + fixed + once
         )
+        if stage > 0 and overlaps:
+            found = found + AHEAD * landing
         return found
 
     return of_stage

@@ -1,8 +1,8 @@
 """Payloads and gradients on their way over a stage boundary, each direction on its own: sends that do not block, receives
 that are posted before they are needed.
 
-A direction has its own process group: with NCCL, operations of one pair in one group run in the order in which they were
-issued, and an early receive would hold up a send in the other direction for ever.
+Each direction of each boundary has a process group of its two ranks: with NCCL the operations of a group run in the order in
+which they were issued, and an early receive would hold up a send, over another boundary too, for ever.
 """
 
 from __future__ import annotations
@@ -43,17 +43,24 @@ class Sender:
 
     Args:
         peer: global rank of the other end.
+
+    Attributes:
+        window: tensors that may be under way at a time; one more waits for the oldest. (gloo says that a send has ended
+            only to those who wait for it, so that memory is given back no sooner.)
     """
 
     peer: int
     group: dist.ProcessGroup
     traffic: Traffic = field(default_factory=Traffic)
+    window: int = 1 + AHEAD
     _under_way: deque[tuple[Any, Tensor]] = field(default_factory=deque)
 
     def post(self, tensor: Tensor) -> None:
-        """Send a contiguous tensor, which nobody may write to any more; returns at once."""
-        while self._under_way and self._under_way[0][0].is_completed():
+        """Send a contiguous tensor, which nobody may write to any more; returns at once unless the window is full."""
+        begin = time.perf_counter()
+        while len(self._under_way) >= self.window:
             self._under_way.popleft()[0].wait()
+        self.traffic.waited += time.perf_counter() - begin
         self._under_way.append((dist.isend(tensor, self.peer, group=self.group), tensor))
         self.traffic.bytes += tensor.nbytes
         self.traffic.transfers += 1
@@ -85,7 +92,6 @@ class Receiver(Generic[T]):
         Args:
             allocate: gives the memory of the next one, and what it belongs to.
         """
-        self._posted.clear()  # of a step that an exception ended
         self._left, self._allocate = count, allocate
         self._post(1)
 

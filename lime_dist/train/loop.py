@@ -111,9 +111,10 @@ def save(run: Run, state: TrainState) -> None:
     begin = time.perf_counter()
     engine = run.engine
     _flush(run)
-    path = store.save(
-        run.checkpoints, run.config, run.optimizer, state, engine.stage_id, engine.grid.get_data_parallel_rank()
-    )
+    with engine.watching(f"the checkpoint of step {state.step}"):
+        path = store.save(
+            run.checkpoints, run.config, run.optimizer, state, engine.stage_id, engine.grid.get_data_parallel_rank()
+        )
     run.console.say(f"step {state.step}/{run.config.train.steps} | saved {path} in {time.perf_counter() - begin:.1f} s")
 
 
@@ -121,17 +122,19 @@ def describe_traffic(engine: LimeEngine) -> list[str]:
     """One line a boundary of the first replica: what crossed it, and how long its ends waited; called by all ranks."""
     own = (engine.grid.get_data_parallel_rank(), engine.stage_id, engine.traffic())
     found: list[tuple[int, int, dict[str, Traffic]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    with engine.watching("the end of the run"):
+        dist.all_gather_object(found, own)
     stages = {stage: traffic for replica, stage, traffic in filter(None, found) if replica == 0}
     lines = []
     for stage in sorted(stages):
         if "sent to next" in stages[stage]:
             there, back = stages[stage]["sent to next"], stages[stage]["received from next"]
-            waited = stages[stage + 1]["received from previous"].waited
+            waited = stages[stage + 1]["received from previous"].waited + there.waited
+            waited_back = back.waited + stages[stage + 1]["sent to previous"].waited
             lines.append(
                 f"stage {stage} to {stage + 1}: {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back, "
                 f"{there.bytes / max(1, there.transfers) / 1e6:,.2f} MB a micro-batch; "
-                f"waited for: {waited:.1f} s there, {back.waited:.1f} s back"
+                f"waited for: {waited:.1f} s there, {waited_back:.1f} s back"
             )
     return lines
 

@@ -18,7 +18,7 @@ from lime_dist.errors import LimeError
 from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule, micro_batches_in_flight
 
 INSTRUCTIONS = [
-    "RecvActivation", "ForwardPass", "SendActivation", "RecvGrad", "BackwardPass", "SendGrad", "ReduceGrads", "OptimizerStep",
+    "LoadMicroBatch", "RecvActivation", "ForwardPass", "SendActivation", "RecvGrad", "BackwardPass", "SendGrad", "ReduceGrads", "OptimizerStep",
 ]  # fmt: skip
 
 
@@ -104,6 +104,18 @@ def test_a_payload_lands_in_its_history(workers: Callable[[int], WorkerGroup], p
     assert workers(3).run("support.transfers.copies_of_payloads", values=other) == [0, 8, 8]
 
 
+def test_what_is_under_way_is_bounded(workers: Callable[[int], WorkerGroup]) -> None:
+    """Payloads are given back while the step goes on, not at its end: their number follows from micro-batches in flight."""
+    values = settings(3, extra_in_flight=1)
+    values["train"] = {**values["train"], "global_batch_size": 16}
+    assert workers(3).run("support.transfers.most_under_way", values=values) == [(6, 0), (4, 4), (0, 4)]
+
+
+def test_no_step_after_a_failed_one(workers: Callable[[int], WorkerGroup]) -> None:
+    (said,) = workers(1).run("support.transfers.step_after_a_failed_step", values=settings(1))
+    assert said.startswith("an earlier step ended with an exception")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_late_transfers_change_nothing(workers: Callable[[int], WorkerGroup], extra: int) -> None:
@@ -131,22 +143,24 @@ def test_training_goes_on_after_everything_else(
 @pytest.mark.parametrize("harm", victims.HARMS)
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_a_peer_that_is_gone_is_named(instruction: str, harm: str, tmp_path: Path) -> None:
-    """The middle one of three stages is killed or stopped at every kind of instruction: both others end within the time-out,
-    and say where they stood; whoever waited for a transfer names the peer."""
-    timeout = 6.0
+    """One of three stages is killed or stopped at every kind of instruction: both others end within the time-out, and say
+    where they stood; whoever waited for a transfer names the peer."""
+    timeout, victim = 6.0, 0 if instruction == "LoadMicroBatch" else 1
     values = settings(3, timeout=timeout)
     values["train"] = {**values["train"], "global_batch_size": 3}
-    survivors = victims.run(values, 1, instruction, victims.HARMS[harm], tmp_path)
+    survivors = victims.run(values, victim, instruction, victims.HARMS[harm], tmp_path)
     assert len(survivors) == 2
     lines = []
     for survivor in survivors:
         assert survivor.status == 1, survivor
         assert survivor.seconds < timeout + 5
         (line,) = [line for line in survivor.said.splitlines() if line.startswith("error: ")]
-        assert re.match(r"error: stage [02] \(rank [02]\), .* step 2", line), line
+        assert re.match(r"error: stage (\d) \(rank \1\), .* step 2", line), line
         lines.append(line)
     if instruction not in ("ReduceGrads", "OptimizerStep"):
-        assert any(re.search(r"micro-batch \d (from|to) stage 1 \(rank 1\), step 2", line) for line in lines), lines
+        assert any(
+            re.search(rf"micro-batch \d (from|to) stage {victim} \(rank {victim}\), step 2", line) for line in lines
+        ), lines
 
 
 def test_what_makes_no_sense_is_refused() -> None:

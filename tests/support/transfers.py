@@ -45,6 +45,36 @@ def count_traffic(values: dict[str, Any], steps: int) -> dict[str, tuple[int, in
     return {name: (found.bytes, predicted(boundary.get(name, stage))) for name, found in engine.traffic().items()}
 
 
+def most_under_way(values: dict[str, Any]) -> tuple[int, int]:
+    """The most payloads, and the most gradients, that were under way at a time in a step; none may be left after it."""
+    config, engine, _ = build(values)
+    most = {id(engine._to_next): 0, id(engine._to_previous): 0}
+    post = transfer.Sender.post
+
+    def counting(sender: Any, tensor: Any) -> None:
+        post(sender, tensor)
+        most[id(sender)] = max(most[id(sender)], len(sender._under_way))
+
+    transfer.Sender.post = counting  # type: ignore[method-assign]
+    try:
+        losses_of(config, engine, range(1))
+    finally:
+        transfer.Sender.post = post  # type: ignore[method-assign]
+    assert not any(sender._under_way for sender in (engine._to_next, engine._to_previous) if sender)
+    return most[id(engine._to_next)], most[id(engine._to_previous)]
+
+
+def step_after_a_failed_step(values: dict[str, Any]) -> str:
+    """What a second step says when the first one's data ended too early, on all ranks alike."""
+    config, engine, _ = build(values)
+    for _ in range(2):
+        try:
+            engine.train_step(iter(()))
+        except (StopIteration, RuntimeError) as error:
+            said = str(error)
+    return said
+
+
 def copies_of_payloads(values: dict[str, Any]) -> int:
     """How often received entries had to be copied into a history in one step."""
     config, engine, _ = build(values)

@@ -40,7 +40,7 @@ def run(values: dict[str, Any], victim: int, instruction: str, harm: int, folder
     try:
         mark = folder / "harm"
         begin = time.monotonic()
-        while not mark.exists() and time.monotonic() - begin < 120:
+        while not mark.exists() and time.monotonic() - begin < 120 and all(p.is_alive() for p in processes):
             time.sleep(0.02)
         assert mark.exists(), "\n".join((folder / f"{rank}.err").read_text() for rank in range(stages))
         harmed = time.monotonic()
