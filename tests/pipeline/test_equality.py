@@ -241,12 +241,14 @@ def test_every_policy(
     check_equal(values, workers(stages), steps=3)
 
 
-@pytest.mark.parametrize("micro_batches", range(1, 9))
+@pytest.mark.parametrize(
+    ("routes", "micro_batches"),
+    [*(("kv", count) for count in range(1, 9)), ("static", 1), ("static", 3), ("static", 8)],
+)
 @pytest.mark.parametrize("extra", [0, 1, 2])
 @pytest.mark.parametrize("stages", [2, 3, 4])
-@pytest.mark.parametrize("routes", ["kv", "static"])
 def test_every_schedule(
-    workers: Callable[[int], WorkerGroup], routes: str, stages: int, extra: int, micro_batches: int
+    workers: Callable[[int], WorkerGroup], stages: int, extra: int, routes: str, micro_batches: int
 ) -> None:
     """Fewer micro-batches than stages included."""
     values = policy_settings(routes, "chunked", "fp64", pipeline_stages=stages, stage_layers=CUTS[stages])
