@@ -55,11 +55,11 @@ def most_under_way(values: dict[str, Any]) -> tuple[int, int]:
         post(sender, tensor)
         most[id(sender)] = max(most[id(sender)], len(sender._under_way))
 
-    transfer.Sender.post = counting  # type: ignore[method-assign]
+    transfer.Sender.post = counting
     try:
         losses_of(config, engine, range(1))
     finally:
-        transfer.Sender.post = post  # type: ignore[method-assign]
+        transfer.Sender.post = post
     assert not any(sender._under_way for sender in (engine._to_next, engine._to_previous) if sender)
     return most[id(engine._to_next)], most[id(engine._to_previous)]
 
@@ -86,11 +86,11 @@ def copies_of_payloads(values: dict[str, Any]) -> int:
         copies += payload.data_ptr() != history.memory.data_ptr()
         return unpack(history, payload, hidden_size)
 
-    KeyValueHistory.unpack = counting  # type: ignore[method-assign]
+    KeyValueHistory.unpack = counting
     try:
         losses_of(config, engine, range(1))
     finally:
-        KeyValueHistory.unpack = unpack  # type: ignore[method-assign]
+        KeyValueHistory.unpack = unpack
     return copies
 
 
@@ -111,11 +111,11 @@ def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> lis
         return take(receiver)
 
     if longest:
-        transfer.Sender.post, transfer.Receiver.take = late_post, late_take  # type: ignore[method-assign]
+        transfer.Sender.post, transfer.Receiver.take = late_post, late_take
     try:
         return losses_of(config, engine, range(steps))
     finally:
-        transfer.Sender.post, transfer.Receiver.take = post, take  # type: ignore[method-assign]
+        transfer.Sender.post, transfer.Receiver.take = post, take
 
 
 def train_and_all_else(values: dict[str, Any], folder: str) -> list[float]:
