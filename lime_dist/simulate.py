@@ -22,11 +22,9 @@ from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.pipeline.partition import ITEM_BYTES, stage_bounds
 from lime_dist.pipeline.schedule import OverlapSchedule
 from lime_dist.pipeline.transfer import AHEAD
-
-ITEM_SIZES = {"fp32": 4, "bf16": 2, "fp64": 8}
 
 SENDS = frozenset({"SendActivation", "SendGrad"})
 RECEIVES = frozenset({"RecvActivation", "RecvGrad"})
@@ -323,6 +321,6 @@ def stage_times(config: Config, flops_per_second: float) -> list[StageTimes]:
 
 def boundary_bytes(config: Config) -> list[int]:
     """Bytes by boundary of one micro-batch's payload, in the type that it travels in."""
-    item_size = ITEM_SIZES[config.pipeline.wire_dtype or config.precision]
+    item_size = ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
     num_tokens = config.train.micro_batch_size * config.data.sequence_length
     return [cost.payload_bytes(config.model, bound, num_tokens, item_size) for bound in stage_bounds(config)[1:-1]]

@@ -142,6 +142,7 @@ def add_product(weights: Tensor, matrix: Tensor, total: Tensor | None = None) ->
 
 
 FEW_ROWS, PIECE = 8, 512
+"""`product_of_rows` on a CPU: up to so many rows go as a batch of pieces of so many elements."""
 
 
 def product_of_rows(left: Tensor, right: Tensor) -> Tensor:
