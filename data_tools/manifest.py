@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import TOOL_VERSION
+from data_tools.encoding import SPLITS
 from data_tools.sources import Rejection
 from data_tools.tokenizer import Tokenizer
-from data_tools.units import SPLITS, rejection_error
+from data_tools.units import rejection_error
 from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import json_bytes, read_json, sha256_file, sync_folder, write_atomic
 from lime_dist.data.indexed import pair_paths, smallest_dtype
@@ -18,7 +19,8 @@ from lime_dist.errors import LimeError
 
 UNITS_FILE = "units.ndjson"  # not .jsonl: it must not pass for input where a dataset lies inside an input folder
 NAMED_REJECTIONS = 20
-Result = dict[str, Any]  # what units.encode_unit returns
+COUNTED = ("rows", "null", "empty", "filtered", "duplicates")
+Result = dict[str, Any]  # what encoding.EncodeUnit returns
 
 
 class Manifest:
@@ -125,7 +127,7 @@ def finish(
     rejected = [Rejection(**entry) for result in results for entry in result["rejected"]]
     if stop and rejected:
         raise rejection_error(rejected[0])
-    counts = {key: sum(result[key] for result in results) for key in ("rows", "null", "empty")}
+    counts = {key: sum(result[key] for result in results) for key in COUNTED}
     counts["rejected"] = sum(rejection.rows for rejection in rejected)
     cut_short = {rejection.file for rejection in rejected if not rejection.rows}
     share = max(counts["rejected"] / max(1, counts["rows"]), len(cut_short) / len(manifest.header["inputs"]))
@@ -143,6 +145,8 @@ def finish(
     splits = {}
     for split in SPLITS:
         shards = [shard for result in results for shard in result["shards"][split]]
+        if split == "test" and not shards:
+            continue
         sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")}
         splits[split] = {**sums, "shards": shards}
     description = {
@@ -164,7 +168,5 @@ def finish(
     write_atomic(manifest.folder / DATASET_FILE, json_bytes(description))
     for split, facts in splits.items():
         print(f"{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, {len(facts['shards'])} shards")
-    print(
-        f"rows: {counts['rows']:,}, empty {counts['empty']:,}, null {counts['null']:,}, rejected {counts['rejected']:,}"
-    )
+    print(", ".join(f"{key} {count:,}" for key, count in counts.items()))
     print(f"dataset written: {manifest.folder / DATASET_FILE}")

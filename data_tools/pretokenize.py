@@ -8,39 +8,40 @@ folder that has it is whole. The bytes depend on the input's names and content, 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from data_tools import TOOL_VERSION
-from data_tools.common import command_parser, disk_errors, progress_bar, start_worker
+from data_tools.common import command_parser, disk_errors
+from data_tools.duplicates import HashUnit, find_duplicates, hashed
+from data_tools.encoding import EncodeUnit, Layout
+from data_tools.filters import WHERE_HELP, Filter
+from data_tools.inputs import INPUT_HELP, fingerprint, list_inputs
 from data_tools.manifest import Manifest, Result, finish, whole
-from data_tools.sources import Tally, documents, fingerprint, list_inputs
+from data_tools.pool import UnitPool
+from data_tools.sources import Tally, documents
 from data_tools.tokenizer import Tokenizer, first_failure
-from data_tools.units import COUNTERS, Job, Unit, encode_unit, plan_units
+from data_tools.units import Selection, Unit, plan_units
 from lime_dist.data.files import lock_folder
 from lime_dist.errors import LimeError, run_command
 
-TOKENIZER_FOLDER, SCRATCH = "tokenizer", ".scratch"
+TOKENIZER_FOLDER, SCRATCH, DUPLICATES = "tokenizer", ".scratch", ".duplicates"
 CHECKED_DOCUMENTS = 64
 
 
-def check_round_trip(given: str, text_column: str, tokenizer: Tokenizer) -> None:
+def check_round_trip(given: str, selection: Selection, tokenizer: Tokenizer) -> None:
     """Before anything is written: there is text, and the tokenizer gives its beginning back exactly (LimeError)."""
     tally = Tally()
-    texts = [text for *_, text in islice(documents(given, text_column, tally), CHECKED_DOCUMENTS)]
+    found = documents(given, selection.text_column, tally, selection.filters)
+    texts = [text for *_, text in islice(found, CHECKED_DOCUMENTS)]
     if not texts:
-        why = f"the first thing wrong: {tally.rejected[0]}" if tally.rejected else "every row is empty or null"
-        raise LimeError(f"--input {given}: no text found; {why}; give other files or another --text-column")
+        why = f"{tally.filtered} of {tally.rows} rows do not fulfil --where, and the others are empty or null"
+        why = f"the first thing wrong: {tally.rejected[0]}" if tally.rejected else why
+        raise LimeError(f"--input {given}: no text found; {why}; give other files, --text-column or --where")
     failure = first_failure(tokenizer, texts)
     if failure is not None:
         raise LimeError(
@@ -49,72 +50,27 @@ def check_round_trip(given: str, text_column: str, tokenizer: Tokenizer) -> None
         )
 
 
-_worker: dict[str, Any] = {}  # what the initialiser leaves for the units that this worker process gets
-
-
-def _start(parent: int, job: Job, counters: Any) -> None:
-    start_worker(parent)
-    _worker.update(job=job, counters=counters, tokenizer=Tokenizer(job.tokenizer))
-
-
-def _encode(unit: Unit) -> Result:
-    return encode_unit(unit, _worker["job"], _worker["tokenizer"], _worker["counters"])
-
-
-def encode_units(
-    units: list[Unit], todo: list[Unit], job: Job, workers: int, publish: Callable[[Result], None]
-) -> tuple[int, float]:
-    """Encode the units ``todo`` of all ``units`` in worker processes; ``publish`` gets each result as it comes.
-
-    Returns the bytes of text encoded and the seconds taken. LimeError if a worker dies: what has been published stays.
-    """
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of pyarrow and sentencepiece
-    counters = context.RawArray("q", 1 + COUNTERS * len(units))
-    counts = np.frombuffer(counters, dtype=np.int64)[1:].reshape(-1, COUNTERS)
-    sizes = np.asarray([unit.text_bytes for unit in units])
-    waiting, running, start = iter(todo), dict[Future[Result], Unit](), time.perf_counter()
-    done_bytes = int(sizes.sum()) - sum(unit.text_bytes for unit in todo)
-    workers = min(workers, len(todo))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(os.getpid(), job, counters))
-    bar = progress_bar(int(sizes.sum()), "pretokenize", initial=done_bytes)
-    try:
-        while True:
-            for unit in islice(waiting, 2 * workers - len(running)):
-                running[pool.submit(_encode, unit)] = unit
-            if not running:
-                break
-            done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            for future in done:
-                publish(future.result())
-                done_bytes += running.pop(future).text_bytes
-            under_way = [unit.index for unit in running.values()]
-            text_bytes, tokens, _ = counts.sum(axis=0).tolist()
-            speed = text_bytes / 1e6 / (time.perf_counter() - start)
-            bar.set_postfix_str(f"{tokens / 1e6:.2f} M tokens, {speed:.1f} MB/s", refresh=False)
-            bar.update(done_bytes + int(np.minimum(counts[under_way, 0], sizes[under_way]).sum()) - bar.n)
-    except BrokenProcessPool:
-        names = ", ".join(str(unit) for unit in islice(running.values(), workers))
-        raise LimeError(
-            f"a worker process died (killed, or out of memory) while these were under way: {names}; what is finished "
-            "is kept, run the same command again, with fewer --workers if memory is short"
-        ) from None
-    finally:
-        counters[0] = 1
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-    return int(counts[:, 0].sum()), time.perf_counter() - start
-
-
 def pretokenize(options: argparse.Namespace) -> None:
     """The whole command: reuse, resume or start, and finish."""
     files, tokenizer, output = list_inputs(options.input), Tokenizer(options.tokenizer), Path(options.output)
+    selection = Selection(options.text_column, tuple(map(Filter.parse, options.where)), options.on_error == "stop")
+    layout = Layout(
+        validation=options.validation_fraction,
+        test=options.test_fraction,
+        shard_tokens=options.shard_tokens,
+        shuffle=options.shuffle,
+        bos=options.bos,
+        eos=not options.no_eos,
+    )
+    if options.bos and tokenizer.bos_id < 0:
+        raise LimeError(f"--bos: the tokenizer in {options.tokenizer} has no bos; leave --bos out")
     header = {
         "settings": {
             "tokenizer_hash": tokenizer.hash,
             "text_column": options.text_column,
-            "validation_fraction": options.validation_fraction,
-            "bos": options.bos,
-            "shard_tokens": options.shard_tokens,
+            "where": [str(condition) for condition in selection.filters],
+            "drop_duplicates": options.drop_duplicates,
+            **asdict(layout),
             "tool_version": TOOL_VERSION,
         },
         "inputs": [fingerprint(file) for file in files],
@@ -122,62 +78,87 @@ def pretokenize(options: argparse.Namespace) -> None:
     with lock_folder(output):
         for scratch in output.glob(f"{SCRATCH}-*"):
             shutil.rmtree(scratch)
-        manifest = Manifest(output, header, fresh=options.fresh)
+        manifest, duplicates = Manifest(output, header, fresh=options.fresh), output / DUPLICATES
+        if options.fresh:
+            shutil.rmtree(duplicates, ignore_errors=True)
         if whole(output):
             print(f"dataset complete, reused: {output}")
             return
-        check_round_trip(options.input, options.text_column, tokenizer)
+        check_round_trip(options.input, selection, tokenizer)
         tokenizer.copy_to(output / TOKENIZER_FOLDER)
         units = plan_units(files, options.text_column, options.shard_tokens)
         results = manifest.load(len(units))
         if results:
             print(f"{len(results)} of {len(units)} units are finished and whole; going on with the rest")
+        todo = [unit for unit in units if unit.index not in results]
+        if todo and options.drop_duplicates:
+            mark_duplicates(duplicates, units, selection, options.workers)
         # A name of this run's own: whatever an orphan of a killed run still writes, it cannot land among our shards.
         scratch = output / f"{SCRATCH}-{os.getpid()}-{time.time_ns()}"
         scratch.mkdir()
-        stop = options.on_error == "stop"
-        job = Job(
-            str(output / TOKENIZER_FOLDER),
-            str(scratch),
-            options.text_column,
-            options.validation_fraction,
-            options.bos,
-            options.shard_tokens,
-            stop,
-        )
 
         def publish(result: Result) -> None:
             manifest.publish(result, scratch)
             results[result["unit"]] = result
 
-        todo = [unit for unit in units if unit.index not in results]
+        marks = duplicates if options.drop_duplicates else None
+        task = EncodeUnit(output / TOKENIZER_FOLDER, scratch, selection, layout, marks)
         try:
             if todo:
-                text_bytes, seconds = encode_units(units, todo, job, options.workers, publish)
+                text_bytes, seconds = UnitPool(task, options.workers, "pretokenize").run(units, todo, publish)
                 print(f"encoded {text_bytes / 1e6:.1f} MB in {seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        finish(manifest, [results[unit.index] for unit in units], tokenizer, options.input, stop, options.max_rejected)
+        in_order = [results[unit.index] for unit in units]
+        finish(manifest, in_order, tokenizer, options.input, selection.stop_at_rejection, options.max_rejected)
+        shutil.rmtree(duplicates, ignore_errors=True)
+
+
+def mark_duplicates(folder: Path, units: list[Unit], selection: Selection, workers: int) -> None:
+    """Hash what is not hashed yet, then compare; the findings lie in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    todo = [unit for unit in units if not hashed(folder, unit)]
+    if todo:
+        UnitPool(HashUnit(folder, selection), workers, "hashing").run(units, todo, lambda unit: None)
+    print(f"duplicates found: {find_duplicates(folder, len(units)):,}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m data_tools.pretokenize``."""
     parser = command_parser(
         "pretokenize",
-        "Encode parquet or JSONL text into Megatron .bin/.idx shards with a train/validation split by document.\n"
+        "Encode parquet or JSONL text into Megatron .bin/.idx shards split by a hash of each document.\n"
         "Killed at any moment, the same command finishes the rest. Rows count from 1.",
-        "python -m data_tools.pretokenize --input data/embedded --tokenizer data/tokenizer --output data/shards",
+        "python -m data_tools.pretokenize --input data/embedded --tokenizer data/tokenizer --output data/shards\n"
+        "  python -m data_tools.pretokenize --input hub:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer data/tokenizer \\\n"
+        "    --output data/fineweb --where 'score>=3' --where 'token_count>=64' --drop-duplicates",
     )
-    parser.add_argument("--input", required=True, help="folder, glob or file of parquet or JSONL (.gz)")
+    parser.add_argument("--input", required=True, help=INPUT_HELP)
     parser.add_argument("--tokenizer", required=True, help="folder made by data_tools.tokenizer")
     parser.add_argument("--output", required=True, help="folder for the shards and dataset.json")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--text-column", default="text", help="default: text")
+    parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE_HELP)
+    parser.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        help="of equal texts use the first one; the input is read twice, memory stays small",
+    )
     parser.add_argument(
         "--validation-fraction", type=float, default=0.01, help="share of documents held out (default 0.01)"
     )
+    parser.add_argument(
+        "--test-fraction", type=float, default=0.0, help="share of documents for a third split, test (default 0)"
+    )
     parser.add_argument("--shard-tokens", type=int, default=1 << 26, help="most tokens in a shard (default 67108864)")
-    parser.add_argument("--bos", action="store_true", help="begin documents with bos; they always end with eos")
+    parser.add_argument(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="shuffle the documents of each shard (default: keep the input's order)",
+    )
+    parser.add_argument("--bos", action="store_true", help="begin documents with bos")
+    parser.add_argument("--no-eos", action="store_true", help="do not end documents with eos")
     parser.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="bad rows: count and name (default), or stop"
     )
@@ -188,8 +169,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.workers < 1 or options.shard_tokens < 1:
         raise LimeError("--workers and --shard-tokens must be at least 1")
-    if not 0 <= options.validation_fraction < 1 or not 0 <= options.max_rejected <= 1:
-        raise LimeError("--validation-fraction must be in [0, 1) and --max-rejected in [0, 1]")
+    fractions = (options.validation_fraction, options.test_fraction)
+    if min(fractions) < 0 or sum(fractions) >= 1 or not 0 <= options.max_rejected <= 1:
+        raise LimeError(
+            "--validation-fraction and --test-fraction must add up to less than 1, --max-rejected be in [0, 1]"
+        )
+    if options.shuffle is not None and options.shuffle < 0:
+        raise LimeError("--shuffle takes a seed, a number from 0 on")
     with disk_errors("what is finished is kept, put this right and run the same command again"):
         pretokenize(options)
 

@@ -1,41 +1,25 @@
-"""Documents from parquet and JSONL files: which files, which rows, and what is wrong with any of them."""
+"""Documents from parquet and JSONL files: which rows have text that is wanted, and what is wrong with any of them."""
 
 from __future__ import annotations
 
-import glob
 import gzip
-import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_tools.common import command_parser
-from lime_dist.errors import LimeError, run_command
+from data_tools.filters import Filter, nested
+from data_tools.inputs import InputFile, list_inputs, open_parquet, raise_if_unreachable
+from lime_dist.errors import run_command
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 ROWS_AT_ONCE = 256
-GZIP_RATIO = 4  # expected, for estimates alone
-PROBES, PROBE_BYTES = 64, 1 << 20
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file to read: ``path`` on this machine, and ``name`` relative to the input, for outputs and messages."""
-
-    path: str
-    name: str
-
-    @property
-    def is_parquet(self) -> bool:
-        """Parquet, else JSONL."""
-        return self.name.endswith(".parquet")
 
 
 @dataclass(frozen=True)
@@ -53,16 +37,17 @@ class Rejection:
 
 @dataclass
 class Tally:
-    """What a reader met: ``rows`` in all, ``null`` and ``empty`` (white space only) among them, and rejections."""
+    """What a reader met: ``rows`` in all; among them those without text (``null``; ``empty``: white space only), those that
+    conditions left out (``filtered``), and rejections."""
 
     rows: int = 0
     null: int = 0
     empty: int = 0
+    filtered: int = 0
     rejected: list[Rejection] = field(default_factory=list)
 
     def text_or_none(self, file: str, row: int, value: bytes | None) -> str | None:
-        """Count one row and give its text, or None if it has none that can be used."""
-        self.rows += 1
+        """Give a row's text, or count why it has none that can be used."""
         if value is None:
             self.null += 1
             return None
@@ -76,113 +61,103 @@ class Tally:
             return None
         return text
 
-
-def list_inputs(given: str) -> list[InputFile]:
-    """The files of a folder (searched through), a glob or one file, sorted by name; LimeError if there are none."""
-    kinds = ", ".join(SUFFIXES)
-    root = Path(given)
-    if root.is_dir():
-        visible = (path for path in root.rglob("*") if "/." not in f"/{path.relative_to(root).as_posix()}")
-        files = [InputFile(str(path), path.relative_to(root).as_posix()) for path in visible if path.is_file()]
-    elif root.is_file():
-        files = [InputFile(given, root.name)]
-    else:
-        found = [path for path in map(Path, glob.glob(given, recursive=True)) if path.is_file()]
-        if not found:
-            raise LimeError(f"--input {given}: no such file or folder, and no file matches; give one with {kinds}")
-        # Names are relative to the last folder before the first wildcard: two files of one name stay apart.
-        fixed = Path(*root.parts[: next(i for i, part in enumerate(root.parts) if glob.has_magic(part))])
-        files = [InputFile(str(path), path.relative_to(fixed).as_posix()) for path in found]
-    usable = sorted((file for file in files if file.name.endswith(SUFFIXES)), key=lambda file: file.name)
-    if not usable:
-        raise LimeError(f"--input {given}: no {kinds} among {len(files)} files; give text in one of these forms")
-    return usable
-
-
-def fingerprint(file: InputFile) -> dict[str, Any]:
-    """Name, bytes and SHA-256 of a file; of one over 64 MiB, of 64 blocks of 1 MiB spread evenly from end to end."""
-    digest, size = hashlib.sha256(), Path(file.path).stat().st_size
-    with open(file.path, "rb") as stream:
-        for probe in range(PROBES):
-            if size > PROBES * PROBE_BYTES:
-                stream.seek((size - PROBE_BYTES) * probe // (PROBES - 1))
-            digest.update(stream.read(PROBE_BYTES))
-    return {"name": file.name, "bytes": size, "sha256": digest.hexdigest()}
-
-
-def file_text_bytes(file: InputFile) -> int:
-    """About how much text a JSONL file holds, from its size."""
-    return Path(file.path).stat().st_size * (GZIP_RATIO if file.name.endswith(".gz") else 1)
-
-
-def row_group_bytes(file: InputFile, text_column: str) -> list[int]:
-    """Bytes of text, before compression, in each row group of a parquet file; [] if its footer cannot be read."""
-    try:
-        with pq.ParquetFile(file.path) as reader:
-            paths = [reader.schema.column(i).path for i in range(len(reader.schema))]
-            column = paths.index(text_column) if text_column in paths else 0
-            groups = (reader.metadata.row_group(i) for i in range(reader.metadata.num_row_groups))
-            return [group.column(column).total_uncompressed_size for group in groups]
-    except (pa.ArrowException, OSError):
-        return []
+    def wanted(self, file: str, row: int, conditions: Iterator[tuple[Filter, Any]]) -> bool:
+        """Whether a row's values fulfil all conditions; counts it if not."""
+        try:
+            if all(condition.passes(value) for condition, value in conditions):
+                return True
+            self.filtered += 1
+        except TypeError as error:
+            self.rejected.append(Rejection(file, row, str(error)))
+        return False
 
 
 def read_file(
-    file: InputFile, text_column: str, tally: Tally, row_groups: tuple[int, int] | None = None
+    file: InputFile,
+    text_column: str,
+    tally: Tally,
+    row_groups: tuple[int, int] | None = None,
+    filters: tuple[Filter, ...] = (),
 ) -> Iterator[tuple[int, str]]:
     """The (row, text) of a file's documents, rows counted from 1; what is not given out is counted in ``tally``.
 
     ``row_groups`` (first, end) reads a part of a parquet file. Damage costs the rows that it hits, not a file's rest.
+
+    Raises:
+        OSError: a remote file cannot be reached; nothing is known of its rows then.
     """
     if file.is_parquet:
-        yield from _read_parquet(file, text_column, tally, row_groups)
+        yield from _read_parquet(file, text_column, tally, row_groups, filters)
     else:
-        yield from _read_jsonl(file, text_column, tally)
+        yield from _read_jsonl(file, text_column, tally, filters)
 
 
-def documents(given: str, text_column: str, tally: Tally) -> Iterator[tuple[str, int, str]]:
-    """The (file name, row, text) of every document of a folder, a glob or a file, in order."""
+def documents(
+    given: str, text_column: str, tally: Tally, filters: tuple[Filter, ...] = ()
+) -> Iterator[tuple[str, int, str]]:
+    """The (file name, row, text) of every document of an input, in order."""
     for file in list_inputs(given):
-        for row, text in read_file(file, text_column, tally):
+        for row, text in read_file(file, text_column, tally, filters=filters):
             yield file.name, row, text
 
 
 def _read_parquet(
-    file: InputFile, text_column: str, tally: Tally, row_groups: tuple[int, int] | None
+    file: InputFile,
+    text_column: str,
+    tally: Tally,
+    row_groups: tuple[int, int] | None,
+    filters: tuple[Filter, ...],
 ) -> Iterator[tuple[int, str]]:
-    try:
-        reader = pq.ParquetFile(file.path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        tally.rejected.append(Rejection(file.name, 0, f"not readable as parquet ({_line(error)})", rows=0))
-        return
-    with reader:
+    with ExitStack() as stack:
+        try:
+            reader = stack.enter_context(open_parquet(file))
+        except (pa.ArrowException, OSError) as error:
+            raise_if_unreachable(file, error)
+            tally.rejected.append(Rejection(file.name, 0, f"not readable as parquet ({_line(error)})", rows=0))
+            return
         meta = reader.metadata
         first, end = row_groups or (0, meta.num_row_groups)
         # ends[g]: rows of the file before row group g
         ends = [0, *accumulate(meta.row_group(group).num_rows for group in range(end))]
-        reason = _no_text_column(reader.schema_arrow, text_column)
+        reason = _no_text_column(reader.schema_arrow, text_column) or _no_column(reader.schema_arrow, filters)
         if reason:
             rows = ends[end] - ends[first]
             tally.rows += rows
             tally.rejected.append(Rejection(file.name, 0, reason, rows))
             return
+        columns = list(dict.fromkeys([text_column, *(condition.column for condition in filters)]))
         for group in range(first, end):
             row = ends[group]
             try:
-                for batch in reader.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[text_column]):
-                    # As bytes, so that one row with invalid UTF-8 is one row's damage.
-                    column = batch.column(0)
-                    plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-                    for value in plain.cast(pa.large_binary()).to_pylist():
+                for batch in reader.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                    texts = _as_bytes(batch.column(text_column))
+                    values = [_values(batch, condition.column) for condition in filters]
+                    for i, raw in enumerate(texts):
                         row += 1
-                        text = tally.text_or_none(file.name, row, value)
+                        tally.rows += 1
+                        found = ((condition, value[i]) for condition, value in zip(filters, values, strict=True))
+                        if filters and not tally.wanted(file.name, row, found):
+                            continue
+                        text = tally.text_or_none(file.name, row, raw)
                         if text is not None:
                             yield row, text
             except (pa.ArrowException, OSError) as error:
+                raise_if_unreachable(file, error)
                 lost = ends[group + 1] - row
                 tally.rows += lost
                 reason = f"row group {group} is damaged, {lost} rows are lost ({_line(error)})"
                 tally.rejected.append(Rejection(file.name, row + 1, reason, rows=lost))
+
+
+def _as_bytes(column: pa.Array) -> list[bytes | None]:
+    """As bytes, so that one row with invalid UTF-8 is one row's damage."""
+    plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    return plain.cast(pa.large_binary()).to_pylist()
+
+
+def _values(batch: pa.RecordBatch, column: str) -> list[Any]:
+    top = column if column in batch.schema.names else column.split(".")[0]
+    return [nested({top: value}, column) for value in batch.column(top).to_pylist()]
 
 
 def _no_text_column(schema: pa.Schema, text_column: str) -> str:
@@ -196,32 +171,63 @@ def _no_text_column(schema: pa.Schema, text_column: str) -> str:
     return ""
 
 
-def _read_jsonl(file: InputFile, text_column: str, tally: Tally) -> Iterator[tuple[int, str]]:
-    opener: Any = gzip.open if file.name.endswith(".gz") else open
+def _no_column(schema: pa.Schema, filters: tuple[Filter, ...]) -> str:
+    """Which condition's column a parquet file lacks, or ""."""
+    for condition in filters:
+        if condition.column in schema.names:
+            continue
+        names, kind = schema.names, None
+        for part in condition.column.split("."):
+            if part not in names:
+                return f"no column {condition.column!r} (--where {condition}), it has {', '.join(schema.names)}"
+            kind = schema.field(part).type if kind is None else kind.field(part).type
+            names = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+    return ""
+
+
+def _read_jsonl(
+    file: InputFile, text_column: str, tally: Tally, filters: tuple[Filter, ...]
+) -> Iterator[tuple[int, str]]:
     row = 0
     try:
-        stream: IO[bytes]
-        with opener(file.path, "rb") as stream:
+        with file.open() as raw, _decompressed(file, raw) as stream:
             for row, line in enumerate(stream, start=1):
                 if row == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if not line.strip():
                     continue
-                value, reason = _json_text(line, text_column)
+                tally.rows += 1
+                record, reason = _json_record(line, text_column, filters)
+                if record is None:
+                    tally.rejected.append(Rejection(file.name, row, reason))
+                    continue
+                found = ((condition, nested(record, condition.column)) for condition in filters)
+                if filters and not tally.wanted(file.name, row, found):
+                    continue
+                value, reason = _json_text(record[text_column], text_column)
                 if reason:
-                    tally.rows += 1
                     tally.rejected.append(Rejection(file.name, row, reason))
                     continue
                 text = tally.text_or_none(file.name, row, value)
                 if text is not None:
                     yield row, text
     except (EOFError, OSError, zlib.error) as error:
+        raise_if_unreachable(file, error)
         reason = f"cannot be read from here on ({_line(error)})"
         tally.rejected.append(Rejection(file.name, row + 1, reason, rows=0))
 
 
-def _json_text(line: bytes, text_column: str) -> tuple[bytes | None, str]:
-    """The text of one JSONL line as UTF-8, or why there is none; (None, "") is a null."""
+def _decompressed(file: InputFile, raw: IO[bytes]) -> Any:
+    """A stream of lines."""
+    if file.name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if file.name.endswith(".zst"):
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+    return raw
+
+
+def _json_record(line: bytes, text_column: str, filters: tuple[Filter, ...]) -> tuple[dict[str, Any] | None, str]:
+    """The record of one JSONL line that has all columns asked for, or why there is none."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -230,9 +236,19 @@ def _json_text(line: bytes, text_column: str) -> tuple[bytes | None, str]:
         return None, f"not JSON ({_line(error)})"
     if not isinstance(record, dict):
         return None, "not a JSON object"
+    has = ", ".join(map(str, record)) or "none"
     if text_column not in record:
-        return None, f"no column {text_column!r}, it has {', '.join(map(str, record)) or 'none'}"
-    value = record[text_column]
+        return None, f"no column {text_column!r}, it has {has}"
+    for condition in filters:
+        try:
+            nested(record, condition.column)
+        except KeyError:
+            return None, f"no column {condition.column!r} (--where {condition}), it has {has}"
+    return record, ""
+
+
+def _json_text(value: Any, text_column: str) -> tuple[bytes | None, str]:
+    """A text as UTF-8, or why it is none; (None, "") is a null."""
     if value is None:
         return None, ""
     if not isinstance(value, str):

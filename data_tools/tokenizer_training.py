@@ -14,7 +14,8 @@ import numpy as np
 import sentencepiece
 
 from data_tools.common import disk_errors, progress_bar
-from data_tools.sources import InputFile, Tally, file_text_bytes, fingerprint, list_inputs, read_file, row_group_bytes
+from data_tools.inputs import INPUT_HELP, InputFile, fingerprint, list_inputs, row_group_bytes
+from data_tools.sources import Tally, read_file
 from data_tools.tokenizer import (
     FACTS_FILE,
     MODEL_FILE,
@@ -64,9 +65,7 @@ def sample_documents(
     kept with the probability that fills it. A file's random numbers depend on the seed and its place in the input only.
     """
     groups = [row_group_bytes(file, text_column) if file.is_parquet else [] for file in files]
-    sizes = [
-        sum(group) if file.is_parquet else file_text_bytes(file) for file, group in zip(files, groups, strict=True)
-    ]
+    sizes = [sum(group) if file.is_parquet else file.text_bytes for file, group in zip(files, groups, strict=True)]
     for i, (file, left) in enumerate(zip(files, file_budgets(sizes, budget), strict=True)):
         generator = np.random.default_rng([seed, i])
         parts: list[tuple[int, int] | None] = [None]
@@ -176,7 +175,7 @@ def add_arguments(commands: Any) -> None:
         "Train on an even sample of the input; identity normalisation, byte fallback, digits split, white space kept."
     )
     parser = commands.add_parser("train", help=about, description=about)
-    parser.add_argument("--input", required=True, help="folder, glob or file of parquet or JSONL (.gz)")
+    parser.add_argument("--input", required=True, help=INPUT_HELP)
     parser.add_argument("--output", required=True, help="folder for the tokenizer")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, the 256 bytes and 5 symbols included")
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")

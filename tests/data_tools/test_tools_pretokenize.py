@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 from data_tools import inspect, pretokenize, sources, tokenizer
+from data_tools.encoding import split_of
+from data_tools.inputs import list_inputs
 from data_tools.manifest import Manifest
-from data_tools.sources import Tally, documents, list_inputs
+from data_tools.sources import Tally, documents
 from data_tools.tokenizer import Tokenizer
-from data_tools.units import plan_units, split_of
+from data_tools.units import plan_units
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.files import lock_folder
 from lime_dist.data.indexed import IndexedDataset
@@ -68,7 +70,9 @@ def test_every_document_is_there_once_in_its_split_and_in_order(
         assert found == expected and listed["documents"] == len(expected) == TokenSplit(dataset, split).num_documents
         assert listed["text_bytes"] == sum(len(text.encode()) for text in expected)
         assert listed["tokens"] == TokenSplit(dataset, split).num_tokens
-    assert facts["counts"] == {"rows": 320, "null": 0, "empty": 0, "rejected": 0}
+    assert facts["counts"] == {
+        "rows": 320, "null": 0, "empty": 0, "filtered": 0, "duplicates": 0, "rejected": 0
+    }  # fmt: skip
     assert (facts["vocab_size"], facts["eos_id"], facts["tokenizer_hash"]) == (500, 2, trained.hash)
     assert 10 < facts["splits"]["validation"]["documents"] < 60
     assert Tokenizer(dataset / "tokenizer").hash == trained.hash
@@ -218,7 +222,10 @@ def test_bad_input_is_counted_named_and_limited(
     assert "rejected: b.parquet: not readable" in said and "rejected: c.jsonl row 11: not UTF-8" in said
     assert "rejected: c.jsonl row 14: no column 'text', it has other" in said
     facts = json.loads((output / "dataset.json").read_text())
-    assert facts["counts"] == {"rows": 144, "null": 1, "empty": 1, "rejected": 2} and len(facts["rejected"]) == 3
+    assert (
+        facts["counts"] == {"rows": 144, "null": 1, "empty": 1, "filtered": 0, "duplicates": 0, "rejected": 2}
+        and len(facts["rejected"]) == 3
+    )
     assert sum(split["documents"] for split in facts["splits"].values()) == 120 + 20
 
 

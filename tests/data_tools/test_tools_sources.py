@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import embedded
-from data_tools.sources import Tally, documents, fingerprint, list_inputs, main
+from data_tools.inputs import fingerprint, list_inputs
+from data_tools.sources import Tally, documents, main
 from lime_dist.errors import LimeError
 
 

@@ -1,0 +1,136 @@
+"""Exact de-duplication: of equal texts, wherever they stand in the input, the first one is kept.
+
+    FOLDER/00000.npy …      by unit, what a worker leaves: (high, low, document) of each document's 128-bit hash, sorted
+    FOLDER/duplicates.npy   what the parent makes of them: one bit a document of the whole input, 1 where it is left out
+    FOLDER/starts.npy       int64 [units + 1]: the first document of each unit
+
+Hashes are compared bucket by bucket (a bucket is a range of hashes), so memory holds one bucket whatever the input's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.common import progress_bar
+from data_tools.pool import Progress
+from data_tools.sources import Tally
+from data_tools.units import Selection, Unit, unit_documents
+from lime_dist.data.files import sync_folder
+from lime_dist.errors import LimeError
+
+BUCKET_DOCUMENTS = 1 << 21  # some 60 bytes each while they are sorted
+ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u4")])
+
+
+class HashUnit:
+    """The task: hash a unit's documents into ``folder``; returns the unit's index."""
+
+    def __init__(self, folder: Path, selection: Selection) -> None:
+        self._folder, self._selection = folder, selection
+
+    def prepare(self) -> None:
+        """Nothing is needed."""
+
+    def __call__(self, unit: Unit, progress: Progress) -> int:
+        hashes = bytearray()
+        for text in unit_documents(unit, self._selection, Tally()):
+            raw = text.encode()
+            hashes += hashlib.blake2b(raw, digest_size=16).digest()
+            progress.add(len(raw), 0)
+        halves = np.frombuffer(hashes, dtype="<u8").reshape(-1, 2)
+        entries = np.empty(len(halves), dtype=ENTRY)
+        entries["high"], entries["low"] = halves[:, 0], halves[:, 1]
+        entries["document"] = np.arange(len(halves))
+        _save(_hashes_path(self._folder, unit.index), entries[np.lexsort((halves[:, 1], halves[:, 0]))])
+        return unit.index
+
+
+class Duplicates:
+    """The findings of `find_duplicates`, one unit at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._starts = np.load(folder / "starts.npy")
+        self._bits = np.load(folder / "duplicates.npy", mmap_mode="r")
+
+    def of(self, unit: Unit) -> np.ndarray:
+        """bool [documents of the unit]: True where a document is left out."""
+        first, end = int(self._starts[unit.index]), int(self._starts[unit.index + 1])
+        bits = np.unpackbits(self._bits[first // 8 : -(-end // 8)], bitorder="little")
+        return bits[first % 8 : first % 8 + end - first].astype(bool)
+
+    def without(self, unit: Unit, texts: Iterator[str]) -> Iterator[str]:
+        """The texts of a unit less its duplicates. LimeError if there are not as many texts as were hashed."""
+        marks, number = self.of(unit), 0
+        for number, text in enumerate(texts, start=1):
+            if number > len(marks):
+                break
+            if not marks[number - 1]:
+                yield text
+        if number != len(marks):
+            raise LimeError(
+                f"{unit}: has not the {len(marks)} documents that it had when they were compared; the input must not change "
+                "while it is read: run the command again with --fresh"
+            )
+
+
+def hashed(folder: Path, unit: Unit) -> bool:
+    """Whether a unit's hashes are there from an earlier, interrupted run; they got their name when they were whole."""
+    return _hashes_path(folder, unit.index).exists()
+
+
+def find_duplicates(folder: Path, units: int) -> int:
+    """Compare all units' hashes and leave the findings in ``folder``; returns the number of duplicates."""
+    paths = [_hashes_path(folder, unit) for unit in range(units)]
+    counts = [len(np.load(path, mmap_mode="r")) for path in paths]
+    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    buckets = max(1, -(-int(starts[-1]) // BUCKET_DOCUMENTS))
+    borders = [bucket * 2**64 // buckets for bucket in range(1, buckets)]
+    cuts = np.zeros((units, buckets + 1), dtype=np.int64)
+    for unit, path in enumerate(paths):
+        high = np.load(path)["high"]
+        cuts[unit, 1:-1] = np.searchsorted(high, np.asarray(borders, dtype=np.uint64))
+        cuts[unit, -1] = len(high)
+    bits = np.zeros(-(-int(starts[-1]) // 8), dtype=np.uint8)
+    found = 0
+    with progress_bar(buckets, "comparing hashes", unit=" buckets", unit_scale=False, leave=False) as bar:
+        for bucket in range(buckets):
+            pieces = [_read(path, *cuts[unit, bucket : bucket + 2]) for unit, path in enumerate(paths)]
+            place = np.concatenate([piece["document"] + starts[unit] for unit, piece in enumerate(pieces)])
+            high, low = (np.concatenate([piece[half] for piece in pieces]) for half in ("high", "low"))
+            order = np.lexsort((place, low, high))
+            high, low, place = high[order], low[order], place[order]
+            again = place[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])]
+            np.bitwise_or.at(bits, again // 8, np.left_shift(1, again % 8).astype(np.uint8))
+            found += again.size
+            bar.update()
+    _save(folder / "starts.npy", starts)
+    _save(folder / "duplicates.npy", bits)
+    return found
+
+
+def _hashes_path(folder: Path, unit: int) -> Path:
+    return folder / f"{unit:05d}.npy"
+
+
+def _read(path: Path, first: int, end: int) -> np.ndarray:
+    """Entries [first, end) of a file, without mapping it: mapped pages would count as this process's memory."""
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        file.seek(int(first) * ENTRY.itemsize, os.SEEK_CUR)
+        return np.fromfile(file, dtype=ENTRY, count=int(end - first))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)

@@ -1,0 +1,161 @@
+"""What a worker does with a unit: choose its documents, encode them, and write one series of shards a split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.duplicates import Duplicates
+from data_tools.pool import Progress
+from data_tools.sources import Tally
+from data_tools.tokenizer import Tokenizer
+from data_tools.units import Selection, Unit, unit_documents
+from lime_dist.data.indexed import IndexedWriter, smallest_dtype
+
+SPLITS = ("train", "validation", "test")
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How documents become shards. ``validation`` and ``test``: shares of documents; ``shuffle``: a seed, or None to keep
+    the order of the input; ``bos``, ``eos``: whether a document begins and ends with them."""
+
+    validation: float
+    test: float
+    shard_tokens: int
+    shuffle: int | None
+    bos: bool
+    eos: bool
+
+
+def split_of(text: bytes, validation: float, test: float = 0.0) -> str:
+    """The split of a document, from a hash of its text: the same wherever it stands and whatever stands beside it."""
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"lime split").digest(), "little") / 2**64
+    return "validation" if number < validation else "test" if number < validation + test else "train"
+
+
+class ShardSeries:
+    """The shards of one unit and split: a new one begins where the next document would pass ``shard_tokens``."""
+
+    def __init__(self, scratch: Path, layout: Layout, unit: int, split: str, dtype: np.dtype[Any]) -> None:
+        self._scratch, self._layout, self._dtype = scratch, layout, dtype
+        self._unit, self._split = unit, split
+        self._writer: IndexedWriter | None = None
+        self._waiting: list[np.ndarray] = []  # for their turn, where documents are shuffled
+        self._tokens = self._text_bytes = 0
+        self.shards: list[dict[str, Any]] = []
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append one document."""
+        if self._writer and self._tokens + ids.size > self._layout.shard_tokens:
+            self.close()
+        if not self._writer:
+            self._writer = IndexedWriter(self._scratch / self._name(), self._dtype)
+            self._tokens = self._text_bytes = 0
+        if self._layout.shuffle is None:
+            self._writer.add_document(ids)
+        else:
+            self._waiting.append(ids)
+        self._tokens += ids.size
+        self._text_bytes += text_bytes
+
+    def _name(self) -> str:
+        return f"{self._split}-{self._unit:05d}-{len(self.shards):02d}"
+
+    def close(self) -> None:
+        """Finish the shard that is open, if any."""
+        if not self._writer:
+            return
+        if self._layout.shuffle is not None:
+            place = (self._layout.shuffle, self._unit, SPLITS.index(self._split), len(self.shards))
+            for i in np.random.default_rng(place).permutation(len(self._waiting)):
+                self._writer.add_document(self._waiting[i])
+            self._waiting = []
+        writer, self._writer = self._writer, None
+        writer.close()
+        self.shards.append(
+            {
+                "name": self._name(),
+                "tokens": writer.tokens,
+                "documents": writer.documents,
+                "text_bytes": self._text_bytes,
+                "bin_bytes": writer.bin_bytes,
+                "idx_bytes": writer.idx_bytes,
+                "bin_sha256": writer.bin_sha256,
+                "idx_sha256": writer.idx_sha256,
+            }
+        )
+
+    def abort(self) -> None:
+        """Remove the shard that is open."""
+        if self._writer:
+            self._writer.abort()
+
+
+class EncodeUnit:
+    """The task: encode a unit into shards in ``scratch`` and describe them (a JSON value: shards by split, and the tally).
+
+    ``duplicates`` is the folder in which duplicates.py left its findings; None keeps all documents.
+    """
+
+    def __init__(
+        self, tokenizer: Path, scratch: Path, selection: Selection, layout: Layout, duplicates: Path | None
+    ) -> None:
+        self._folder, self._scratch, self._selection, self._layout = tokenizer, scratch, selection, layout
+        self._duplicates_folder = duplicates
+
+    def prepare(self) -> None:
+        """Open the tokenizer and the list of duplicates."""
+        self._tokenizer = Tokenizer(self._folder)
+        self._dtype = smallest_dtype(self._tokenizer.vocab_size)
+        self._duplicates = Duplicates(self._duplicates_folder) if self._duplicates_folder else None
+
+    def __call__(self, unit: Unit, progress: Progress) -> dict[str, Any]:
+        tally, tokenizer, layout = Tally(), self._tokenizer, self._layout
+        series = {split: ShardSeries(self._scratch, layout, unit.index, split, self._dtype) for split in SPLITS}
+        texts = unit_documents(unit, self._selection, tally)
+        duplicates = 0
+        if self._duplicates:
+            marks = self._duplicates.of(unit)
+            duplicates = int(marks.sum())
+            texts = self._duplicates.without(unit, texts)
+        before, after = int(layout.bos), int(layout.eos)
+        try:
+            for batch in _batches(texts):
+                for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                    document = np.empty(before + ids.size + after, dtype=self._dtype)
+                    document[:before] = tokenizer.bos_id
+                    document[before : before + ids.size] = ids
+                    document[before + ids.size :] = tokenizer.eos_id
+                    raw = text.encode()
+                    series[split_of(raw, layout.validation, layout.test)].add(document, len(raw))
+                    progress.add(len(raw), document.size)
+            for one in series.values():
+                one.close()
+        except BaseException:
+            for one in series.values():
+                one.abort()
+            raise
+        counts = {"rows": tally.rows, "null": tally.null, "empty": tally.empty, "filtered": tally.filtered}
+        shards = {split: one.shards for split, one in series.items()}
+        rejected = [asdict(rejection) for rejection in tally.rejected]
+        return {"unit": unit.index, **counts, "duplicates": duplicates, "rejected": rejected, "shards": shards}
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == BATCH_DOCUMENTS or characters > BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,154 @@
+"""Worker processes over units of the input: progress that the parent sees, retries, and a dead worker named at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from data_tools.common import progress_bar, start_worker
+from data_tools.units import Unit
+from lime_dist.errors import LimeError
+
+COUNTERS = 3  # per unit: text bytes, tokens, process
+ATTEMPTS = 6  # of a unit with remote files; the pauses between them add up to a minute
+Result = TypeVar("Result")
+Returned = TypeVar("Returned", covariant=True)
+
+
+class Stopped(Exception):
+    """The parent has asked the workers to stop."""
+
+
+class Progress:
+    """What a worker says of one unit, in memory that the parent reads."""
+
+    def __init__(self, shared: Any, unit: int) -> None:
+        self._shared, self._first = shared, 1 + COUNTERS * unit
+
+    def begin(self) -> None:
+        """This process takes the unit up, from its beginning."""
+        self._shared[self._first : self._first + COUNTERS] = [0, 0, os.getpid()]
+
+    def add(self, text_bytes: int, tokens: int) -> None:
+        """Count finished work. Raises Stopped when the parent does not want any more."""
+        self._shared[self._first] += text_bytes
+        self._shared[self._first + 1] += tokens
+        if self._shared[0]:
+            raise Stopped
+
+
+class Task(Protocol[Returned]):
+    """What workers do with a unit; sent to each of them once."""
+
+    def prepare(self) -> None:
+        """Open what is needed, in the worker."""
+
+    def __call__(self, unit: Unit, progress: Progress) -> Returned: ...
+
+
+_worker: dict[str, Any] = {}  # what the initialiser leaves for the units that this worker process gets
+
+
+def _start(parent: int, task: Task[Any], shared: Any) -> None:
+    start_worker(parent)
+    task.prepare()
+    _worker.update(task=task, shared=shared)
+
+
+def _run(unit: Unit) -> Any:
+    progress = Progress(_worker["shared"], unit.index)
+    attempts = ATTEMPTS if any(file.is_remote for file, _ in unit.parts) else 1
+    for attempt in range(1, attempts + 1):
+        progress.begin()
+        try:
+            return _worker["task"](unit, progress)
+        except (LimeError, Stopped):
+            raise
+        except Exception as error:  # a network's errors come from several libraries
+            if attempts == 1:
+                raise
+            if attempt == attempts:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise LimeError(
+                    f"{unit}: cannot be read ({reason}), also not at the {attempts}th attempt; what is finished is kept, "
+                    "run the same command again"
+                ) from None
+            time.sleep(2.0**attempt)
+
+
+class UnitPool(Generic[Result]):
+    """Runs a task over units in ``workers`` processes.
+
+    A spawned process, not a forked one: a fork would copy the threads' locks of pyarrow and sentencepiece.
+    """
+
+    def __init__(self, task: Task[Result], workers: int, description: str) -> None:
+        self._task, self._workers, self._description = task, workers, description
+
+    def run(self, units: list[Unit], todo: list[Unit], publish: Callable[[Result], None]) -> tuple[int, float]:
+        """Run the units ``todo`` of all ``units``, of which the others count as done; ``publish`` gets results as they come.
+
+        Returns the bytes of text worked on and the seconds taken. LimeError if a worker dies: what is published stays.
+        """
+        context = multiprocessing.get_context("spawn")
+        shared = context.RawArray("q", 1 + COUNTERS * len(units))
+        counts = np.frombuffer(shared, dtype=np.int64)[1:].reshape(-1, COUNTERS)
+        sizes = np.asarray([unit.text_bytes for unit in units])
+        waiting, running, begin = iter(todo), dict[Future[Result], Unit](), time.perf_counter()
+        done_bytes = int(sizes.sum()) - sum(unit.text_bytes for unit in todo)
+        workers = min(self._workers, len(todo))
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(workers, context, _start, (os.getpid(), self._task, shared))
+        bar = progress_bar(int(sizes.sum()), self._description, initial=done_bytes)
+        children: set[BaseProcess] = set()
+        try:
+            while True:
+                for unit in islice(waiting, 2 * workers - len(running)):
+                    running[pool.submit(_run, unit)] = unit
+                if not running:
+                    break
+                children |= set(multiprocessing.active_children()) - others
+                done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    publish(future.result())
+                    done_bytes += running.pop(future).text_bytes
+                under_way = [unit.index for unit in running.values()]
+                text_bytes, tokens, _ = counts.sum(axis=0).tolist()
+                speed = text_bytes / 1e6 / (time.perf_counter() - begin)
+                said = f"{tokens / 1e6:.2f} M tokens, " if tokens else ""
+                bar.set_postfix_str(f"{said}{speed:.1f} MB/s", refresh=False)
+                bar.update(done_bytes + int(np.minimum(counts[under_way, 0], sizes[under_way]).sum()) - bar.n)
+        except BrokenProcessPool:
+            begun = [unit for unit in running.values() if counts[unit.index, 2]]
+            raise LimeError(_obituary(children, begun, counts[:, 2])) from None
+        finally:
+            shared[0] = 1
+            pool.shutdown(cancel_futures=True)
+            bar.close()
+        return int(counts[:, 0].sum()), time.perf_counter() - begin
+
+
+def _obituary(children: set[BaseProcess], under_way: list[Unit], holders: np.ndarray) -> str:
+    """Which worker died of what, and over which unit. The executor ends the others with SIGTERM."""
+    for child in children:
+        child.join(1)
+    dead = [child for child in children if child.exitcode not in (None, 0, -signal.SIGTERM)] or list(children)
+    child = min(dead, key=lambda child: child.pid or 0)
+    status = child.exitcode or 0
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    its = [str(unit) for unit in under_way if holders[unit.index] == child.pid]
+    where = its[-1] if its else ", ".join(map(str, under_way)) or "no unit"
+    return (
+        f"worker process {child.pid} died at {where}: it {how}{' (out of memory?)' if status == -signal.SIGKILL else ''}; "
+        "what is finished is kept, run the same command again, with fewer --workers if memory is short"
+    )
