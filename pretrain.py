@@ -68,9 +68,8 @@ def train(config: Config, verbose: bool) -> None:
     import torch.distributed as dist
 
     from lime_dist.checkpoint import store
-    from lime_dist.data.dataset import TokenSplit
+    from lime_dist.data.blend import BlendOrder, open_training, open_validation
     from lime_dist.data.loader import TrainBatches, ValidationBatches
-    from lime_dist.data.order import SampleOrder
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.metrics import MetricsFile
     from lime_dist.monitor.tensorboard import TensorBoardLog
@@ -83,14 +82,13 @@ def train(config: Config, verbose: bool) -> None:
     width, _ = batch_split(config, dist.get_world_size())
     length, settings = config.data.sequence_length, config.train
 
-    train_split = together(lambda: TokenSplit(config.data.path, "train"))
-    together(lambda: check_vocabulary(config, train_split.vocab_size))
-    order = SampleOrder(config.data.seed, together(lambda: train_split.num_samples(length)))
+    train_split, order = together(lambda: open_training(config.data, config.model.vocab_size))
+    together(lambda: check_vocabulary(config, train_split.vocab_size, str(train_split.path)))
 
     def validation(replica: int) -> ValidationBatches | None:
         if not settings.evaluation_samples:
             return None
-        split = TokenSplit(config.data.path, "validation")
+        split = open_validation(config.data, config.model.vocab_size)
         return ValidationBatches(split, length, settings.evaluation_samples, settings.micro_batch_size, replica, width)
 
     together(lambda: validation(0))
@@ -135,6 +133,11 @@ def train(config: Config, verbose: bool) -> None:
         f"{width} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
         f"{settings.global_batch_size * length:,} tokens a step; {order.num_samples:,} training samples"
     )
+    if isinstance(order, BlendOrder):
+        for entry, share in zip(
+            config.data.blend or [], order.shares(settings.steps * settings.global_batch_size), strict=True
+        ):
+            console.say(f"{entry.path}: {share}")
 
     batches = None
     if at_an_end:
@@ -197,11 +200,11 @@ def prepare_directory(directory: Path) -> None:
         raise LimeError(f"run.directory={directory}: {error.strerror}; give a folder that can be written") from None
 
 
-def check_vocabulary(config: Config, vocab_size: int) -> None:
-    if vocab_size > config.model.vocab_size:
+def check_vocabulary(config: Config, vocab_size: int | None, path: str) -> None:
+    if vocab_size is not None and vocab_size > config.model.vocab_size:
         raise LimeError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {vocab_size} pieces of the tokenizer "
-            f"that made {config.data.path}; set model.vocab_size={vocab_size} or more"
+            f"that made {path}; set model.vocab_size={vocab_size} or more"
         )
 
 

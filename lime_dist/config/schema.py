@@ -161,10 +161,37 @@ class ModelConfig(Section):
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
 
+class BlendEntry(Section):
+    path: str
+    weight: float = Field(gt=0)
+
+
 class DataConfig(Section):
-    path: str = "data/quickstart/shards"
+    """Where samples come from: ``path``, or ``blend``. Either names folders made by ``data_tools.pretokenize``, or prefixes
+    of Megatron's ``.bin``/``.idx`` pairs."""
+
+    path: str | None = "data/quickstart/shards"
+    blend: list[BlendEntry] | None = Field(
+        None, min_length=1, description="datasets with their weights, instead of path"
+    )
+    validation_fraction: float = Field(
+        0.01, gt=0, lt=1, description="of a .bin/.idx pair, which has no splits: the last documents are held out"
+    )
     sequence_length: int = Field(256, ge=1)
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blend_replaces_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("blend") is not None:
+            return {"path": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.path is None) == (self.blend is None):
+            raise ValueError("set either data.path or data.blend: data.path=null goes with data.blend")
+        return self
 
 
 class TrainConfig(Section):

@@ -1,4 +1,4 @@
-"""One split of a pretokenized folder, seen as a single run of tokens that is cut into samples at read time."""
+"""One split of a dataset, seen as a single run of tokens that is cut into samples at read time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def read_dataset_json(folder: str | Path) -> dict[str, Any]:
     """The description of a finished pretokenized folder; LimeError if there is no folder, or it is not finished."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise LimeError(f"{folder}: no such folder; give the --output of data_tools.pretokenize")
+        raise LimeError(
+            f"{folder}: no such folder, and no {folder}.bin; give the --output of data_tools.pretokenize, or the prefix of a "
+            "Megatron .bin/.idx pair"
+        )
     hint = "give a folder that data_tools.pretokenize has finished, or run it again to finish this one"
     description = read_json(folder / DATASET_FILE, hint)
     if description.get("format") != FORMAT:
@@ -42,31 +45,57 @@ def check_shard_sizes(folder: Path, shard: dict[str, Any]) -> None:
 
 
 class TokenSplit:
-    """The concatenated tokens of one split. Opening checks shards' sizes; ``data_tools.inspect --verify`` their hashes.
+    """The concatenated tokens of one split of a pretokenized folder, or of a Megatron-LM or GPT-NeoX ``.bin``/``.idx`` pair.
 
-    Attributes: ``path``, ``split``, ``num_tokens``, ``num_documents``, ``vocab_size``, ``eos_id``, ``tokenizer_hash``.
+    Opening checks shards' sizes; ``data_tools.inspect --verify`` their hashes. A pair has no splits of its own: its last
+    documents, ``validation_fraction`` of all, are "validation". Nor does it say its vocabulary: each sample's tokens are
+    compared with ``vocab_size`` when it is read.
+
+    Attributes: ``path``, ``split``, ``num_tokens``, ``num_documents``, ``vocab_size`` and ``tokenizer_hash`` (None of a pair).
     """
 
-    def __init__(self, path: str | Path, split: str) -> None:
+    def __init__(
+        self, path: str | Path, split: str, validation_fraction: float = 0.01, vocab_size: int | None = None
+    ) -> None:
         self.path, self.split = Path(path), split
+        self.vocab_size: int | None = None
+        self.tokenizer_hash: str | None = None
+        self._largest_token: int | None = None
+        self._tokens: list[np.ndarray] = []
+        self._starts: list[int] = []
+        self.num_tokens = 0
+        if not self.path.is_dir() and any(file.exists() for file in pair_paths(path)):
+            self._largest_token = None if vocab_size is None else vocab_size - 1
+            self._open_pair(validation_fraction)
+            return
         description = read_dataset_json(self.path)
         try:
             self._open(description, split)
         except (KeyError, TypeError, AttributeError) as error:
             raise LimeError(f"{self.path / DATASET_FILE} lacks what a dataset needs ({error!r}); {REWRITE}") from None
 
+    def _open_pair(self, validation_fraction: float) -> None:
+        pair = IndexedDataset(self.path)
+        if pair.dtype.kind not in "iu":
+            raise LimeError(f"{self.path}.idx: its tokens are {pair.dtype}, not integers; give a corpus of token ids")
+        first_held_out = min(len(pair) - 1, round(len(pair) * (1 - validation_fraction)))
+        if first_held_out < 1:
+            raise LimeError(f"{self.path}: {len(pair)} documents are too few to hold some of them out for validation")
+        border = int(pair.offsets[pair.document_bounds[first_held_out]]) // pair.dtype.itemsize
+        tokens = pair.tokens.view(np.ndarray)
+        held_out = self.split == "validation"
+        self.num_documents = len(pair) - first_held_out if held_out else first_held_out
+        self._tokens, self._starts = [tokens[border:] if held_out else tokens[:border]], [0]
+        self.num_tokens = self._tokens[0].size
+
     def _open(self, description: dict[str, Any], split: str) -> None:
         if split not in description["splits"]:
             known = ", ".join(description["splits"])
             raise LimeError(f"{self.path}: no split {split!r}; it has {known}")
-        self.vocab_size: int = description["vocab_size"]
-        self.eos_id: int = description["eos_id"]
-        self.tokenizer_hash: str = description["tokenizer_hash"]
+        self.vocab_size = description["vocab_size"]
+        self.tokenizer_hash = description["tokenizer_hash"]
         shards = description["splits"][split]["shards"]
         self.num_documents = sum(shard["documents"] for shard in shards)
-        self._tokens: list[np.ndarray] = []
-        self._starts: list[int] = []
-        self.num_tokens = 0
         for shard in shards:
             check_shard_sizes(self.path, shard)
             # A plain array over the same mapping: slicing a memmap costs several times more than slicing an array.
@@ -106,10 +135,18 @@ class TokenSplit:
         offset = start - self._starts[shard]
         piece = self._tokens[shard][offset : offset + end - start]
         if piece.size == end - start:
-            return piece
+            return self._checked(piece, i)
         pieces, missing = [piece], end - start - piece.size
         while missing:
             shard += 1
             pieces.append(self._tokens[shard][:missing])
             missing -= pieces[-1].size
-        return np.concatenate(pieces)
+        return self._checked(np.concatenate(pieces), i)
+
+    def _checked(self, tokens: np.ndarray, i: int) -> np.ndarray:
+        if self._largest_token is not None and not 0 <= tokens.min() <= tokens.max() <= self._largest_token:
+            raise LimeError(
+                f"{self.path}.bin: sample {i} holds tokens {tokens.min()} to {tokens.max()}, but "
+                f"model.vocab_size={self._largest_token + 1}; set model.vocab_size to that of the corpus's tokenizer"
+            )
+        return tokens

@@ -6,20 +6,41 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from lime_dist.data.dataset import TokenSplit
-from lime_dist.data.order import SampleOrder, rank_positions
+from lime_dist.data.order import rank_positions
 from lime_dist.errors import LimeError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Samples(Protocol):
+    """Where samples are read from: a TokenSplit or a Blend."""
+
+    path: Any
+    split: str
+
+    def num_samples(self, sequence_length: int) -> int: ...
+
+    def sample(self, i: int, sequence_length: int) -> np.ndarray: ...
+
+
+class Order(Protocol):
+    """Which sample comes when: a SampleOrder or a BlendOrder."""
+
+    num_samples: int
+
+    def samples_at(self, positions: np.ndarray) -> np.ndarray: ...
+
+
 PREFETCH = 4  # micro-batches read ahead
 ORDER_BLOCK = 1024  # samples whose order is computed at once: a call costs as much as some 700 samples
 
 
-def read_batch(split: TokenSplit, samples: np.ndarray, sequence_length: int) -> Batch:
+def read_batch(split: Samples, samples: np.ndarray, sequence_length: int) -> Batch:
     """Tokens and labels, int64 [b, T] each, of ``samples`` [b]; labels are the tokens shifted by one."""
     rows = np.empty((len(samples), sequence_length + 1), dtype=np.int64)
     for row, sample in zip(rows, samples.tolist(), strict=True):
@@ -81,8 +102,8 @@ class TrainBatches:
 
     def __init__(
         self,
-        split: TokenSplit,
-        order: SampleOrder,
+        split: Samples,
+        order: Order,
         sequence_length: int,
         global_batch_size: int,
         micro_batch_size: int,
@@ -138,7 +159,7 @@ class TrainBatches:
 
 
 def _stream(
-    split: TokenSplit, order: SampleOrder, sequence_length: int, consumed: int, layout: tuple[int, int, int, int]
+    split: Samples, order: Order, sequence_length: int, consumed: int, layout: tuple[int, int, int, int]
 ) -> Iterator[Batch]:
     global_batch_size, *_, data_parallel_size = layout
     steps = max(1, ORDER_BLOCK * data_parallel_size // global_batch_size)
@@ -159,7 +180,7 @@ class ValidationBatches:
 
     def __init__(
         self,
-        split: TokenSplit,
+        split: Samples,
         sequence_length: int,
         evaluation_samples: int,
         micro_batch_size: int,

@@ -1,0 +1,125 @@
+"""Join pretokenized folders of one tokenizer into one, without copying where the file system can link."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_tools import TOOL_VERSION
+from data_tools.common import command_parser, disk_errors, progress_bar
+from data_tools.encoding import SPLITS
+from data_tools.tokenizer import Tokenizer
+from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
+from lime_dist.data.files import json_bytes, lock_folder, read_json, sync_folder, write_atomic
+from lime_dist.data.indexed import pair_paths
+from lime_dist.errors import LimeError, run_command
+
+SAME = ("tokenizer_hash", "vocab_size", "bos_id", "eos_id", "pad_id", "dtype")
+
+
+def merged_description(folders: list[Path], descriptions: list[dict[str, Any]]) -> dict[str, Any]:
+    """The dataset.json of a merged folder: shards in the order of the folders, counts added up."""
+    first = descriptions[0]
+    splits: dict[str, Any] = {}
+    for split in SPLITS:
+        listed = [(k, one["splits"][split]) for k, one in enumerate(descriptions) if split in one["splits"]]
+        if listed:
+            shards = [{**shard, "name": _name(k, shard["name"])} for k, facts in listed for shard in facts["shards"]]
+            sums = {key: sum(facts[key] for _, facts in listed) for key in ("tokens", "documents", "text_bytes")}
+            splits[split] = {**sums, "shards": shards}
+    return {
+        "format": FORMAT,
+        "tool_version": TOOL_VERSION,
+        "source": ", ".join(str(one["source"]) for one in descriptions),
+        "tokenizer": "tokenizer",
+        **{key: first[key] for key in SAME},
+        "merged": [
+            {"folder": folder.name, "source": one["source"], "settings": one.get("settings"), "counts": one["counts"]}
+            for folder, one in zip(folders, descriptions, strict=True)
+        ],
+        "counts": {key: sum(one["counts"].get(key, 0) for one in descriptions) for key in first["counts"]},
+        "splits": splits,
+    }
+
+
+def _name(number: int, shard: str) -> str:
+    """``train-00003-00`` of the second folder becomes ``train-m01-00003-00``."""
+    split, _, rest = shard.partition("-")
+    return f"{split}-m{number:02d}-{rest}"
+
+
+def merge(given: list[str], output: Path) -> None:
+    """Check everything, then link or copy the shards, and write dataset.json last."""
+    folders = [Path(folder) for folder in given]
+    if output.resolve() in [folder.resolve() for folder in folders]:
+        raise LimeError(f"--output {output}: is one of the folders to be merged; give another one")
+    descriptions = [read_dataset_json(folder) for folder in folders]
+    for folder, one in zip(folders[1:], descriptions[1:], strict=True):
+        for key in SAME:
+            if one.get(key) != descriptions[0].get(key):
+                raise LimeError(
+                    f"{folder}: {key} is {one.get(key)}, that of {folders[0]} is {descriptions[0].get(key)}; only "
+                    "datasets of one tokenizer can be merged: pretokenize one of them again"
+                )
+    description = merged_description(folders, descriptions)
+    with lock_folder(output):
+        if (output / DATASET_FILE).exists():
+            if read_json(output / DATASET_FILE, "give another --output") == description:
+                print(f"dataset complete, reused: {output}")
+                return
+            raise LimeError(f"{output}: holds another dataset; give another --output")
+        pieces = [
+            (number, shard)
+            for number, one in enumerate(descriptions)
+            for facts in one["splits"].values()
+            for shard in facts["shards"]
+        ]
+        with progress_bar(sum(shard["bin_bytes"] + shard["idx_bytes"] for _, shard in pieces), "merge") as bar:
+            for number, shard in pieces:
+                check_shard_sizes(folders[number], shard)
+                sources = pair_paths(folders[number] / shard["name"])
+                for source, target in zip(sources, pair_paths(output / _name(number, shard["name"])), strict=True):
+                    _link(source, target)
+                bar.update(shard["bin_bytes"] + shard["idx_bytes"])
+        Tokenizer(folders[0] / descriptions[0]["tokenizer"]).copy_to(output / "tokenizer")
+        sync_folder(output)
+        write_atomic(output / DATASET_FILE, json_bytes(description))
+    for split, facts in description["splits"].items():
+        shares = ", ".join(
+            f"{folder} {one['splits'].get(split, {'tokens': 0})['tokens'] / max(1, facts['tokens']):.1%}"
+            for folder, one in zip(folders, descriptions, strict=True)
+        )
+        print(f"{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents: {shares}")
+    print(f"dataset written: {output / DATASET_FILE}")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a durable copy where the file systems differ."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m data_tools.merge``."""
+    parser = command_parser(
+        "merge",
+        "Join folders made by data_tools.pretokenize with one tokenizer into one. Shards are linked, or copied where they\n"
+        "cannot be. To mix datasets by weight without joining them, list them under data.blend in the run's configuration.",
+        "python -m data_tools.merge data/fineweb data/cosmopedia --output data/both",
+    )
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="finished folders, in this order")
+    parser.add_argument("--output", required=True, help="folder for the joined dataset")
+    options = parser.parse_args(arguments)
+    with disk_errors("put this right and run the same command again"):
+        merge(options.folders, Path(options.output))
+
+
+if __name__ == "__main__":
+    run_command(main)
