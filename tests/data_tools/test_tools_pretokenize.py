@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -122,9 +125,13 @@ def test_killed_workers_and_parents_leave_what_is_finished(
     given = arguments(corpus, tokenizer_folder, output, "--workers", "2")
     command = [sys.executable, "-m", "data_tools.pretokenize", *given]
     run = start_and_wait_for_units(command, output, more=2)
-    os.kill(children(run.pid)[0], signal.SIGKILL)
+    victim = children(run.pid)[0]
+    os.kill(victim, signal.SIGKILL)
     _, errors = run.communicate(timeout=30)
-    assert run.returncode == 2 and "error: a worker process died" in errors and "Traceback" not in errors
+    assert run.returncode == 2 and "Traceback" not in errors
+    assert re.search(rf"error: worker process {victim} died at unit \d+ \(.*\): it was ended by SIGKILL", errors), (
+        errors
+    )
     run = start_and_wait_for_units(command, output, more=2)
     orphans = children(run.pid)
     run.kill()
@@ -136,11 +143,86 @@ def test_killed_workers_and_parents_leave_what_is_finished(
     assert not any(Path(f"/proc/{orphan}").exists() for orphan in orphans)
     with open(output / "units.ndjson", "ab") as file:
         file.write(b'{"unit": 3, "ro')  # a line torn by the kill
-    victim = next(output.glob("train-*.bin"))
-    victim.write_bytes(victim.read_bytes()[:-2] + b"\0\1")  # and a finished shard that no longer holds what it held
+    damaged = next(output.glob("train-*.bin"))
+    damaged.write_bytes(damaged.read_bytes()[:-2] + b"\0\1")  # and a finished shard that no longer holds what it held
     pretokenize.main(given)
     assert "units are finished and whole; going on with the rest" in capsys.readouterr().out
     assert content(output) == content(dataset)
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Of a worker, of the parent, or of all at once, in any phase, de-duplication included; with 1, 2 or 3 workers."""
+    generator = random.Random(0)
+    options = ["--drop-duplicates", "--shuffle", "5", "--test-fraction", "0.1"]
+    pretokenize.main(arguments(corpus, tokenizer_folder, tmp_path / "whole", "--workers", "1", *options))
+    expected, kills, runs = content(tmp_path / "whole"), 0, 0
+    while kills < 30:
+        output, runs = tmp_path / f"killed-{runs}", runs + 1
+        while True:
+            given = arguments(corpus, tokenizer_folder, output, "--workers", str(generator.randint(1, 3)), *options)
+            run = subprocess.Popen(
+                [sys.executable, "-m", "data_tools.pretokenize", *given],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            )  # fmt: skip
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(generator.uniform(0.3, 1.7))
+            workers = children(run.pid) if run.poll() is None else []
+            whom = generator.choice(["worker", "parent", "all"])
+            if run.poll() is None and (workers or whom != "worker"):
+                kills += 1
+                if whom == "worker":
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(generator.choice(workers), signal.SIGKILL)
+                elif whom == "parent":
+                    run.kill()
+                else:
+                    os.killpg(run.pid, signal.SIGKILL)
+            _, errors = run.communicate(timeout=60)
+            assert "Traceback" not in errors, errors
+            if run.returncode == 0:
+                break
+        assert content(output) == expected
+    assert runs > 1
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(
+    dataset: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was finished stays and is whole; with more space the same command finishes the same bytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    try:
+        given = arguments(corpus, tokenizer_folder, disk / "out", "--workers", "2")
+        with pytest.raises(LimeError, match="No space left on device; what is finished is kept"):
+            pretokenize.main(given)
+        assert not list((disk / "out").glob(".scratch*")) and not (disk / "out" / "dataset.json").exists()
+        finished = {path.name: path.read_bytes() for path in (disk / "out").glob("*.bin")}
+        assert finished and all((dataset / name).read_bytes() == data for name, data in finished.items())
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        capsys.readouterr()
+        pretokenize.main(given)
+        assert "units are finished and whole; going on with the rest" in capsys.readouterr().out
+        assert content(disk / "out") == content(dataset)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+def test_a_document_of_fifty_megabytes(tokenizer_folder: Path, trained: Tokenizer, tmp_path: Path) -> None:
+    line = "A line of a very long document, written again and again, 1234567890. "
+    text = line * (50_000_000 // len(line))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "short"}) + "\n")
+    pretokenize.main(arguments(tmp_path / "long.jsonl", tokenizer_folder, tmp_path / "out", "--workers", "1"))
+    facts = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    shards = [shard for split in facts["splits"].values() for shard in split["shards"]]
+    documents = [IndexedDataset(tmp_path / "out" / shard["name"]).document(0) for shard in shards]
+    assert sorted(len(trained.decode(ids)) for ids in documents) == [5, len(text)]
+    assert facts["counts"]["rejected"] == 0
 
 
 def test_a_full_disk_leaves_what_was_finished(

@@ -1,0 +1,260 @@
+"""Protects what is chosen of the input: conditions, duplicates, splits, the order within a shard, and hub datasets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_tools import duplicates, pool, pretokenize
+from data_tools.encoding import split_of
+from data_tools.filters import Filter
+from data_tools.inputs import InputFile, list_inputs
+from data_tools.pool import Progress
+from data_tools.sources import Tally, documents
+from data_tools.tokenizer import Tokenizer
+from data_tools.units import Selection, Unit
+from lime_dist.data.indexed import IndexedDataset
+from lime_dist.errors import LimeError
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(tokenizer_folder: Path, tmp_path: Path) -> Run:
+    """run(input, option, …, name="out") pretokenizes with one worker and returns dataset.json."""
+
+    def call(given: object, *options: str, name: str = "out") -> dict[str, Any]:
+        output = tmp_path / name
+        common = ["--tokenizer", str(tokenizer_folder), "--output", str(output), "--workers", "1"]
+        pretokenize.main(["--input", str(given), *common, *options])
+        return json.loads((output / "dataset.json").read_text())
+
+    return call
+
+
+def texts_of(folder: Path, facts: dict[str, Any], split: str) -> list[str]:
+    tokenizer = Tokenizer(folder / "tokenizer")
+    found = []
+    for shard in facts["splits"][split]["shards"]:
+        data = IndexedDataset(folder / shard["name"])
+        found += [tokenizer.decode(data.document(i)) for i in range(len(data))]
+    return found
+
+
+def test_conditions_choose_documents_of_both_forms(tmp_path: Path, run: Run) -> None:
+    rows = [
+        {"text": f"document {i}", "score": score, "language": language, "metadata": {"tokens": i}}
+        for i, (score, language) in enumerate([(1.0, "en"), (3.0, "en"), (3.5, "de"), (4.0, "en"), (None, "en")])
+    ]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "a.parquet")
+    (tmp_path / "in" / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = "--where score>=3 --where language=en --validation-fraction 0".split()
+    facts = run(tmp_path / "in", *options)
+    assert texts_of(tmp_path / "out", facts, "train") == ["document 1", "document 3"] * 2
+    assert facts["counts"] == {
+        "rows": 10, "null": 0, "empty": 0, "filtered": 6, "duplicates": 0, "rejected": 0
+    }  # fmt: skip
+    assert facts["settings"]["where"] == ["score>=3", "language=en"]
+    nested = run(tmp_path / "in", "--where", "metadata.tokens < 2", "--validation-fraction", "0", name="nested")
+    assert texts_of(tmp_path / "nested", nested, "train") == ["document 0", "document 1"] * 2
+    with pytest.raises(LimeError, match="was made with where=.*give another --output, or --fresh"):
+        run(tmp_path / "in", "--where", "score>=4")
+    with pytest.raises(LimeError, match=r"no text found; 10 of 10 rows do not fulfil --where"):
+        run(tmp_path / "in", "--where", "score>99", name="none")
+
+
+def test_a_condition_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    for given, says in [("score", "no condition"), ("score>=", "no condition"), ("score>=x", "'x' is none")]:
+        with pytest.raises(LimeError, match=says):
+            Filter.parse(given)
+    pq.write_table(pa.table({"text": ["a", "b"], "language": ["en", "de"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text('{"text": "a", "language": "en"}\n{"text": "b", "language": 7}\n')
+    tally = Tally()
+    assert not list(documents(str(tmp_path), "text", tally, (Filter.parse("score>=3"),)))
+    has = "no column 'score' (--where score>=3), it has text, language"
+    assert [str(found) for found in tally.rejected] == [
+        f"a.parquet: {has}",
+        f"b.jsonl row 1: {has}",
+        f"b.jsonl row 2: {has}",
+    ]
+    tally = Tally()
+    assert len(list(documents(str(tmp_path), "text", tally, (Filter.parse("language=en"),)))) == 2
+    (bad,) = tally.rejected
+    assert str(bad) == "b.jsonl row 2: column 'language' holds int, which language=en cannot be asked of"
+
+
+def test_of_equal_texts_the_first_is_kept(corpus: Path, tmp_path: Path, run: Run) -> None:
+    """Across rows, files and forms; and the choice does not depend on the number of workers."""
+    given = tmp_path / "in"
+    shutil.copytree(corpus, given)
+    texts = [text for *_, text in documents(str(corpus), "text", Tally())]
+    again = [*texts[5:60], *texts[:40], "once", "twice", "twice"]
+    (given / "z.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in again))
+    options = ["--drop-duplicates", "--shard-tokens", "3000", "--validation-fraction", "0"]
+    facts = run(given, *options)
+    assert texts_of(tmp_path / "out", facts, "train") == [*texts, "once", "twice"]
+    assert facts["counts"]["duplicates"] == 55 + 40 + 1 and facts["counts"]["rows"] == len(texts) + len(again)
+    other = run(given, *options, "--workers", "2", name="two")
+    assert other == facts and not list((tmp_path / "two").glob(".dup*"))
+
+
+def test_hashes_are_compared_bucket_by_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many small buckets find what a dictionary finds."""
+    monkeypatch.setattr(duplicates, "BUCKET_DOCUMENTS", 50)
+    generator, units, seen, expected = np.random.default_rng(0), [], set[str](), []
+    shared = pool.multiprocessing.get_context("spawn").RawArray("q", 1 + pool.COUNTERS * 7)
+    for number in range(7):
+        texts = [f"text {generator.integers(400)}" for _ in range(int(generator.integers(90)))]
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        units.append(Unit(number, ((InputFile(str(tmp_path / f"{number}.jsonl"), f"{number}.jsonl"), None),), 1))
+        expected.append([text in seen or seen.add(text) is not None for text in texts])
+        task = duplicates.HashUnit(tmp_path, Selection("text"))
+        assert task(units[-1], Progress(shared, number)) == number
+    assert duplicates.find_duplicates(tmp_path, len(units)) == sum(map(sum, expected)) > 50
+    found = duplicates.Duplicates(tmp_path)
+    assert [found.of(unit).tolist() for unit in units] == expected
+    with pytest.raises(LimeError, match=r"unit 3 \(3.jsonl\): has not the \d+ documents that it had"):
+        list(found.without(units[3], iter(["another text"] * 1000)))
+
+
+def test_three_splits_stay_what_they_were_when_files_are_added(corpus: Path, tmp_path: Path, run: Run) -> None:
+    options = ["--validation-fraction", "0.1", "--test-fraction", "0.2"]
+    whole = run(corpus, *options)
+    part = run(corpus / "a.parquet", *options, name="part")
+    for split in ("train", "validation", "test"):
+        few, many = (texts_of(tmp_path / name, facts, split) for name, facts in (("part", part), ("out", whole)))
+        assert few and set(few) < set(many)
+        assert all(split_of(text.encode(), 0.1, 0.2) == split for text in many)
+    numbers = [split_of(f"{i}".encode(), 0.1, 0.2) for i in range(10000)]
+    assert abs(numbers.count("test") - 2000) < 160 and abs(numbers.count("validation") - 1000) < 120  # four deviations
+    with pytest.raises(LimeError, match="add up to less than 1"):
+        run(corpus, "--validation-fraction", "0.5", "--test-fraction", "0.5", name="too-much")
+
+
+def test_documents_of_a_shard_are_shuffled_by_seed(corpus: Path, tmp_path: Path, run: Run) -> None:
+    options = ["--validation-fraction", "0", "--shard-tokens", "20000"]
+    plain = run(corpus, *options)
+    shuffled = run(corpus, *options, "--shuffle", "1", name="one")
+    again = run(corpus, *options, "--shuffle", "1", "--workers", "2", name="again")
+    other = run(corpus, *options, "--shuffle", "2", name="two")
+    assert shuffled == again and shuffled["splits"] != other["splits"]
+    for shard, mixed in zip(plain["splits"]["train"]["shards"], shuffled["splits"]["train"]["shards"], strict=True):
+        one, two = (IndexedDataset(tmp_path / name / entry["name"]) for name, entry in (("out", shard), ("one", mixed)))
+        documents_of = [[data.document(i).tobytes() for i in range(len(data))] for data in (one, two)]
+        assert Counter(documents_of[0]) == Counter(documents_of[1])
+    assert texts_of(tmp_path / "out", plain, "train") != texts_of(tmp_path / "one", shuffled, "train")
+    with pytest.raises(LimeError, match="--shuffle takes a seed"):
+        run(corpus, "--shuffle", "-1", name="bad")
+
+
+def test_bos_and_eos_are_as_asked(corpus: Path, tmp_path: Path, run: Run, trained: Tokenizer) -> None:
+    for name, options, first, last in [("neither", ["--no-eos"], False, False), ("bos", ["--bos"], True, True)]:
+        facts = run(corpus / "c.jsonl", *options, name=name)
+        data = IndexedDataset(tmp_path / name / facts["splits"]["train"]["shards"][0]["name"])
+        ids = data.document(0)
+        assert (ids[0] == trained.bos_id, ids[-1] == trained.eos_id) == (first, last)
+
+
+def test_zstandard_is_read_also_in_several_frames_and_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    lines = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(500))
+    data = pa.Codec("zstd").compress(lines.encode(), asbytes=True)
+    path.write_bytes(data + data)
+    tally = Tally()
+    assert [text for *_, text in documents(str(path), "text", tally)] == [f"line {i}" for i in range(500)] * 2
+    path.write_bytes((data + data)[:-9])
+    tally = Tally()
+    assert 0 < len(list(documents(str(path), "text", tally))) < 1000
+    assert "cannot be read from here on" in str(tally.rejected[0])
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """A dataset repository laid out as FineWeb-Edu: two configurations over parquet files with its columns."""
+    root = tmp_path / "fineweb-edu"
+    for path, texts in [("data/CC-MAIN-2013-20/train-00000.parquet", ["p", "q"]), ("sample/10BT/000.parquet", ["s"])]:
+        (root / path).parent.mkdir(parents=True)
+        rows = [
+            {
+                "text": text, "id": f"<urn:uuid:{text}>", "dump": "CC-MAIN-2013-20", "url": "u", "file_path": "s3://f",
+                "language": "en", "language_score": 0.9, "token_count": 3, "score": 3.2, "int_score": 3,
+            }
+            for text in texts
+        ]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), root / path)
+    (root / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
+        "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
+    )
+    return root
+
+
+def test_a_hub_dataset_is_found_by_its_configuration(hub: Path, run: Run) -> None:
+    assert [file.name for file in list_inputs(f"hub:{hub}:sample-10BT")] == ["sample/10BT/000.parquet"]
+    facts = run(f"hub:{hub}", "--where", "score>=3", "--validation-fraction", "0")
+    assert facts["splits"]["train"]["documents"] == 2
+    for given, says in [
+        (f"hub:{hub}:no", "'no' not found.*check the name, the configuration"),
+        ("hub:", "give hub:OWNER/NAME"),
+    ]:
+        with pytest.raises(LimeError, match=says):
+            list_inputs(given)
+
+
+def test_the_hub_out_of_reach_is_one_line() -> None:
+    code = "from data_tools.inputs import list_inputs; from lime_dist.errors import run_command\n"
+    code += "run_command(lambda: list_inputs('hub:HuggingFaceFW/fineweb-edu:sample-10BT'))"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # else half a minute of attempts
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=offline)
+    assert done.returncode == 2 and "check the name, the configuration and the network" in done.stderr
+    assert done.stderr.count("error:") == 1
+
+
+def test_files_behind_urls_are_read_and_a_network_error_is_no_damage(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that cannot be fetched is fetched again, and in the end an error: never counted as a bad row."""
+    path = hub / "sample" / "10BT" / "000.parquet"
+    remote = Unit(0, ((InputFile(f"file://{path}", "000.parquet"), None),), 1)
+    attempts = []
+
+    class Task:
+        def __call__(self, unit: Unit, progress: Progress) -> list[str]:
+            attempts.append(len(attempts))
+            if len(attempts) < 3:
+                path.rename(path.with_suffix(".away"))
+            tally = Tally()
+            try:
+                found = [text for _, text in pool_documents(unit, tally)]
+            finally:
+                if len(attempts) < 3:
+                    path.with_suffix(".away").rename(path)
+            assert not tally.rejected
+            return found
+
+    def pool_documents(unit: Unit, tally: Tally) -> Any:
+        from data_tools.sources import read_file
+
+        return read_file(unit.parts[0][0], "text", tally)
+
+    shared = pool.multiprocessing.get_context("spawn").RawArray("q", 1 + pool.COUNTERS)
+    monkeypatch.setattr(pool.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(pool, "_worker", {"task": Task(), "shared": shared})
+    assert pool._run(remote) == ["s"] and len(attempts) == 3
+    path.unlink()
+    attempts.extend(range(10))
+    with pytest.raises(LimeError, match=r"unit 0 \(000.parquet\): cannot be read .*also not at the 6th attempt"):
+        pool._run(remote)

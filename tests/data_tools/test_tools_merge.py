@@ -1,0 +1,85 @@
+"""Protects merging: nothing is copied that can be linked, nothing is merged that does not belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import inspect, merge, pretokenize
+from data_tools.tokenizer import Tokenizer
+from lime_dist.data.dataset import TokenSplit
+from lime_dist.errors import LimeError
+
+
+@pytest.fixture
+def folders(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> list[Path]:
+    """Two datasets of one tokenizer; the second has a test split."""
+    given = [(corpus / "a.parquet", []), (corpus / "c.jsonl", ["--test-fraction", "0.2"])]
+    for number, (path, options) in enumerate(given):
+        common = f"--input {path} --tokenizer {tokenizer_folder} --output {tmp_path / str(number)} --workers 1"
+        pretokenize.main([*common.split(), "--validation-fraction", "0.1", *options])
+    return [tmp_path / "0", tmp_path / "1"]
+
+
+def test_a_merged_folder_holds_all_in_order(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*map(str, folders), "--output", str(tmp_path / "both")]
+    merge.main(given)
+    facts = json.loads((tmp_path / "both" / "dataset.json").read_text())
+    parts = [json.loads((folder / "dataset.json").read_text()) for folder in folders]
+    assert facts["counts"]["rows"] == 200 and [part["source"] for part in facts["merged"]] == [
+        part["source"] for part in parts
+    ]
+    for split in ("train", "validation"):
+        whole, halves = TokenSplit(tmp_path / "both", split), [TokenSplit(folder, split) for folder in folders]
+        assert whole.num_tokens == sum(half.num_tokens for half in halves)
+        expected = np.concatenate([half.sample(0, half.num_tokens - 1) for half in halves])
+        np.testing.assert_array_equal(whole.sample(0, whole.num_tokens - 1), expected)
+    assert facts["splits"]["test"]["documents"] == parts[1]["splits"]["test"]["documents"] > 0
+    shard = parts[0]["splits"]["train"]["shards"][0]["name"]
+    linked = tmp_path / "both" / f"train-m00-{shard.removeprefix('train-')}.bin"
+    assert os.path.samefile(linked, folders[0] / f"{shard}.bin")
+    said = capsys.readouterr().out
+    assert f"train: {TokenSplit(tmp_path / 'both', 'train').num_tokens:,} tokens" in said and str(folders[1]) in said
+    inspect.main([str(tmp_path / "both"), "--verify"])
+    assert "files have the size and SHA-256" in capsys.readouterr().out
+    merge.main(given)
+    assert "complete, reused" in capsys.readouterr().out
+
+
+def test_what_does_not_belong_together_is_refused(
+    folders: list[Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LimeError, match="is one of the folders to be merged"):
+        merge.main([*map(str, folders), "--output", str(folders[0])])
+    path = folders[1] / "dataset.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "tokenizer_hash": "0"}))
+    with pytest.raises(LimeError, match="tokenizer_hash is 0.*only datasets of one tokenizer can be merged"):
+        merge.main([*map(str, folders), "--output", str(tmp_path / "both")])
+    path.write_text(json.dumps(facts))
+    merge.main([str(folders[0]), "--output", str(tmp_path / "both")])
+    with pytest.raises(LimeError, match="holds another dataset"):
+        merge.main([*map(str, folders), "--output", str(tmp_path / "both")])
+    victim = next(folders[0].glob("train-*.idx"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(LimeError, match="truncated or changed"):
+        merge.main([*map(str, folders), "--output", str(tmp_path / "third")])
+    assert not (tmp_path / "third" / "dataset.json").exists()
+    assert Tokenizer(folders[0] / "tokenizer").vocab_size == 500
+
+
+def test_file_systems_that_cannot_link_copy(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(merge.os, "link", refuse)
+    merge.main([*map(str, folders), "--output", str(tmp_path / "both")])
+    assert TokenSplit(tmp_path / "both", "train").num_tokens > 0
