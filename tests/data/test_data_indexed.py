@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lime_dist.data.indexed import IndexedDataset, IndexedWriter, smallest_dtype
 from lime_dist.errors import LimeError
@@ -152,3 +153,31 @@ def test_an_id_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_smallest_dtype_is_megatrons_choice() -> None:
     assert [smallest_dtype(size).name for size in (100, 65499, 65500, 10**6)] == ["uint16", "uint16", "int32", "int32"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_megatron_core_reads_what_we_write_and_we_what_it_writes(tmp_path: Path, dtype: type) -> None:
+    megatron = pytest.importorskip(
+        "megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed (extra test, on Linux)"
+    )
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, 60000, size).astype(dtype) for size in (5, 1, 3000, 0, 12)]
+    with IndexedWriter(tmp_path / "ours", dtype) as writer:
+        for document in documents:
+            writer.add_document(document)
+    theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
+    assert len(theirs) == 5 and theirs.document_indices.tolist() == list(range(6))
+    assert theirs.sequence_lengths.tolist() == [5, 1, 3000, 0, 12]
+    for i, document in enumerate(documents):
+        np.testing.assert_array_equal(theirs[i], document)
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for sequences in ([0, 1], [2], [4]):  # documents of several sequences, as sentence-split corpora have them
+        for i in sequences:
+            builder.add_item(torch.from_numpy(documents[i].astype(np.int64)))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    found = IndexedDataset(tmp_path / "theirs")
+    assert len(found) == 3 and found.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(found.document(0), np.concatenate(documents[:2]))
+    np.testing.assert_array_equal(found.document(2), documents[4])
