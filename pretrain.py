@@ -68,6 +68,7 @@ def train(config: Config, verbose: bool) -> None:
     import torch.distributed as dist
 
     from lime_dist.checkpoint import store
+    from lime_dist.checkpoint.saver import Saver
     from lime_dist.data.dataset import TokenSplit
     from lime_dist.data.loader import TrainBatches, ValidationBatches
     from lime_dist.data.order import SampleOrder
@@ -104,17 +105,16 @@ def train(config: Config, verbose: bool) -> None:
 
     state = TrainState()
     directory = Path(config.run.directory)
-    found, passed_over = store.find_newest(directory / "checkpoints")
+    checkpoints = directory / "checkpoints"
+    found, passed_over = store.find_newest(checkpoints)
     for line in passed_over:
         console.say(line)
     if found is not None:
-        store.load(found, config, optimizer)
+        store.load(found, config, order.num_samples, optimizer)
         state = found.state
         console.say(f"resumed from step {state.step} ({found.path})")
     elif passed_over:
-        raise LimeError(
-            f"no whole checkpoint in {directory / 'checkpoints'}; remove the folder or give another run.directory"
-        )
+        raise LimeError(f"no whole checkpoint in {checkpoints}; remove the folder or give another run.directory")
 
     def open_records() -> tuple[MetricsFile, TensorBoardLog] | tuple[()]:
         if not main_process:
@@ -149,6 +149,7 @@ def train(config: Config, verbose: bool) -> None:
         train_batches=batches,
         validation_batches=evaluation if at_an_end else None,
         evaluation_micro_batches=len(evaluation) if evaluation is not None else 0,
+        saver=Saver(checkpoints, config, order.num_samples, optimizer, engine.stage_id, replica),
         console=console,
         sinks=sinks,
     )

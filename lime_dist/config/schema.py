@@ -175,8 +175,24 @@ class TrainConfig(Section):
     evaluation_interval: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
     evaluation_samples: int = Field(64, ge=0, description="validation samples; 0: no validation")
     checkpoint_interval: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int | None = Field(3, ge=1, description="newest checkpoints that stay on disk; None: all")
+    keep_every: int | None = Field(
+        None, ge=1, description="checkpoints of steps that this divides stay for good, beside train.keep_last"
+    )
     log_interval: int = Field(10, ge=1, description="steps between console lines")
     compile: bool = Field(False, description="compile the parts of a layer with torch.compile; needs a compiler")
+
+
+class CheckpointConfig(Section):
+    """How checkpoints are written; when, and which stay, is in ``train``."""
+
+    asynchronous: bool = Field(
+        False,
+        description="write in the background, from a copy in host memory (12 bytes a parameter, shared out over ranks)",
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop", description="the run, when a checkpoint or a record cannot be written (a full disk)"
+    )
 
 
 class OptimizerConfig(Section):
@@ -235,6 +251,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()

@@ -6,13 +6,12 @@ import math
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Protocol
 
 import torch.distributed as dist
 
-from lime_dist.checkpoint import store
+from lime_dist.checkpoint.saver import Saver
 from lime_dist.config.schema import Config
 from lime_dist.data.loader import TrainBatches, ValidationBatches
 from lime_dist.monitor.console import Console
@@ -40,12 +39,9 @@ class Run:
     train_batches: TrainBatches | None
     validation_batches: ValidationBatches | None
     evaluation_micro_batches: int
+    saver: Saver
     console: Console
     sinks: tuple[RecordSink, ...] = ()
-
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.config.run.directory) / "checkpoints"
 
 
 def train(run: Run, state: TrainState) -> tuple[TrainState, float | None]:
@@ -108,14 +104,12 @@ def validate(run: Run, state: TrainState) -> float:
 
 def save(run: Run, state: TrainState) -> None:
     """Write a checkpoint and say where it is."""
-    begin = time.perf_counter()
-    engine = run.engine
     _flush(run)
-    with engine.watching(f"the checkpoint of step {state.step}"):
-        path = store.save(
-            run.checkpoints, run.config, run.optimizer, state, engine.stage_id, engine.grid.get_data_parallel_rank()
-        )
-    run.console.say(f"step {state.step}/{run.config.train.steps} | saved {path} in {time.perf_counter() - begin:.1f} s")
+    with run.engine.watching(f"the checkpoint of step {state.step}"):
+        saved = run.saver.save(state)
+    run.console.say(f"step {state.step}/{run.config.train.steps} | saved {saved.path} in {saved.blocked:.1f} s")
+    for line in saved.problems:
+        run.console.say(line)
 
 
 def describe_traffic(engine: LimeEngine) -> list[str]:
