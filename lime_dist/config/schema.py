@@ -179,6 +179,14 @@ class TrainConfig(Section):
     keep_every: int | None = Field(
         None, ge=1, description="checkpoints of steps that this divides stay for good, beside train.keep_last"
     )
+    max_consecutive_skips: int = Field(
+        10,
+        ge=1,
+        description="updates in a row that may be skipped for a loss or gradient that is not finite; then it stops",
+    )
+    spike_factor: float | None = Field(
+        None, gt=1, description="a loss of so many times the recent median goes back to the checkpoint; None: never"
+    )
     log_interval: int = Field(10, ge=1, description="steps between console lines")
     compile: bool = Field(False, description="compile the parts of a layer with torch.compile; needs a compiler")
 
