@@ -74,6 +74,11 @@ class WholeAppends:
         self._file = path.open("ab", buffering=0)
         self._waiting = bytearray()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something is not in the file yet."""
+        return bool(self._waiting)
+
     def write(self, data: bytes) -> None:
         """Nothing reaches the file before ``flush``."""
         self._waiting += data

@@ -21,6 +21,10 @@ class MetricsFile:
         self._validated = _trim(path, resumed_step)
         self._file = WholeAppends(path)
 
+    @property
+    def waiting(self) -> bool:
+        return self._file.waiting
+
     def write(self, record: dict[str, float | int]) -> None:
         """Append a record; the validation of a step that has one already, when a finished run is started again, is not."""
         if "validation_loss" in record:

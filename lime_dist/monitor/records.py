@@ -15,6 +15,11 @@ class RecordSink(Protocol):
 
     path: Path
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something of it is not on disk yet."""
+        ...
+
     def write(self, record: Record) -> None: ...
 
     def flush(self) -> None: ...
@@ -25,15 +30,16 @@ class RecordSink(Protocol):
 
 
 class Records:
-    """All sinks of this rank; none on most.
-
-    Attributes:
-        problem: why the newest record is not on disk, in one line; None: it is.
-    """
+    """All sinks of this rank; none on most."""
 
     def __init__(self, sinks: Sequence[RecordSink] = ()) -> None:
         self._sinks = sinks
-        self.problem: str | None = None
+        self._problems: dict[Path, str] = {}
+
+    @property
+    def problem(self) -> str | None:
+        """Why records do not reach the disk, in one line; None: they do."""
+        return next(iter(self._problems.values()), None)
 
     def write(self, record: Record) -> None:
         self._all(lambda sink: sink.write(record))
@@ -52,9 +58,11 @@ class Records:
                 sink.close()
 
     def _all(self, action: Callable[[RecordSink], None]) -> None:
-        self.problem = None
         for sink in self._sinks:
             try:
                 action(sink)
             except OSError as error:
-                self.problem = f"{sink.path} cannot be written: {error}"
+                self._problems.setdefault(sink.path, f"{sink.path} cannot be written: {error}")
+            else:
+                if not sink.waiting:
+                    self._problems.pop(sink.path, None)

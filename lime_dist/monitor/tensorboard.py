@@ -46,6 +46,10 @@ class TensorBoardLog:
         self.rewind(resumed_step)
         self._add(Event(summary=text("config", f"```yaml\n{config_text}```"), step=resumed_step))
 
+    @property
+    def waiting(self) -> bool:
+        return self._file.waiting
+
     def write(self, record: dict[str, float | int]) -> None:
         for key, tag in TAGS.items():
             if key in record:
