@@ -21,10 +21,14 @@ from lime_dist import load_config
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.load import dump_config
 from lime_dist.config.schema import Config
+from lime_dist.data.files import lock_folder, write_atomic
 from lime_dist.distributed import agree, check_versions, is_main_process, quiet, start_processes, world_size
 from lime_dist.errors import GRACE_SECONDS, LimeError, run_command
 
 T = TypeVar("T")
+
+LOCK_PATIENCE = 60.0
+"""Seconds to wait for another run that writes into the same folder."""
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 pretrain.py --config configs/quickstart.yaml
@@ -58,23 +62,34 @@ def main() -> None:
     check_versions()
     config = load_config(arguments.config, arguments.overrides)
     batch_split(config, world_size())
+    wait_for_predecessor(Path(config.run.directory))
     start_processes(arguments.verbose, patience=2 * config.pipeline.timeout + 60)
     train(config, arguments.verbose)
     torch.distributed.destroy_process_group()
 
 
 def train(config: Config, verbose: bool) -> None:
-    """Build the parts of a run left to right, train, and print where things are; called on every rank."""
+    """Train, and print where things are; called on every rank. Rank 0 holds the run folder meanwhile."""
+    with contextlib.ExitStack() as held:
+        build_and_train(config, verbose, held)
+
+
+def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -> None:
+    """Build the parts of a run left to right, and train."""
     import torch.distributed as dist
 
     from lime_dist.checkpoint import store
+    from lime_dist.checkpoint.saver import Saver
     from lime_dist.data.blend import BlendOrder, open_training, open_validation
     from lime_dist.data.loader import TrainBatches, ValidationBatches
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.metrics import MetricsFile
+    from lime_dist.monitor.records import Records
     from lime_dist.monitor.tensorboard import TensorBoardLog
     from lime_dist.train import loop
+    from lime_dist.train.control import Control
     from lime_dist.train.optim import build_engine
+    from lime_dist.train.run import Run
     from lime_dist.train.state import TrainState
 
     main_process = is_main_process()
@@ -92,7 +107,7 @@ def train(config: Config, verbose: bool) -> None:
         return ValidationBatches(split, length, settings.evaluation_samples, settings.micro_batch_size, replica, width)
 
     together(lambda: validation(0))
-    together(lambda: prepare_directory(Path(config.run.directory)))
+    together(lambda: prepare_directory(Path(config.run.directory), held))
     with quiet(verbose):
         engine, optimizer = build_engine(config, verbose)
     replica = engine.grid.get_data_parallel_rank()
@@ -102,24 +117,23 @@ def train(config: Config, verbose: bool) -> None:
 
     state = TrainState()
     directory = Path(config.run.directory)
-    found, passed_over = store.find_newest(directory / "checkpoints")
+    checkpoints = directory / "checkpoints"
+    found, passed_over = store.find_newest(checkpoints)
     for line in passed_over:
         console.say(line)
     if found is not None:
-        store.load(found, config, optimizer)
+        store.load(found, config, order.num_samples, optimizer)
         state = found.state
         console.say(f"resumed from step {state.step} ({found.path})")
     elif passed_over:
-        raise LimeError(
-            f"no whole checkpoint in {directory / 'checkpoints'}; remove the folder or give another run.directory"
-        )
+        raise LimeError(f"no whole checkpoint in {checkpoints}; remove the folder or give another run.directory")
 
     def open_records() -> tuple[MetricsFile, TensorBoardLog] | tuple[()]:
         if not main_process:
             return ()
         try:
-            (directory / "config.yaml").write_text(dump_config(config))
-            (directory / "environment.txt").write_text(describe_environment())
+            write_atomic(directory / "config.yaml", dump_config(config).encode())
+            write_atomic(directory / "environment.txt", describe_environment().encode())
             return (
                 MetricsFile(directory / "metrics.jsonl", state.step),
                 TensorBoardLog(directory / "tensorboard", dump_config(config), state.step),
@@ -127,7 +141,7 @@ def train(config: Config, verbose: bool) -> None:
         except OSError as error:
             raise LimeError(f"run.directory={directory} cannot be written: {error.strerror}") from None
 
-    sinks = together(open_records)
+    records = Records(together(open_records))
     console.say(
         f"{config.model.architecture}: {config.model.num_hidden_layers} layers in {engine.num_stages} stage(s) × "
         f"{width} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
@@ -145,23 +159,32 @@ def train(config: Config, verbose: bool) -> None:
             train_split, order, length, settings.global_batch_size, settings.micro_batch_size, replica, width,
             state.consumed_samples,
         )  # fmt: skip
-    run = loop.Run(
+    run = Run(
         config=config,
         engine=engine,
         optimizer=optimizer,
+        order=order,
         train_batches=batches,
         validation_batches=evaluation if at_an_end else None,
         evaluation_micro_batches=len(evaluation) if evaluation is not None else 0,
+        saver=Saver(checkpoints, config, order.num_samples, optimizer, engine.stage_id, replica),
+        control=Control(replica, width, engine.is_first_stage(), engine.is_last_stage(), config.pipeline.timeout),
         console=console,
-        sinks=sinks,
+        records=records,
     )
     if state.step >= settings.steps:
         console.say(f"nothing left to train: {state.step} steps are done and train.steps={settings.steps}")
-    state, validation_loss = loop.train(run, state)
-    for sink in sinks:
-        sink.close()
-    if batches is not None:
-        batches.close()
+    try:
+        outcome = loop.train(run, state)
+    finally:
+        records.close()
+        if batches is not None:
+            batches.close()
+    if records.problem is not None:
+        console.say(records.problem)
+    if outcome.stopped is not None:
+        return
+    state, validation_loss = outcome.state, outcome.validation_loss
 
     if validation_loss is not None:
         console.say(
@@ -187,8 +210,21 @@ def together(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # agree raised if there is none
 
 
-def prepare_directory(directory: Path) -> None:
-    """Make the run folder, on rank 0, before anything expensive is built."""
+def wait_for_predecessor(directory: Path) -> None:
+    """Let the processes of an earlier start end, on rank 0: they save and stop when their launcher is gone, and hold its port."""
+    if not is_main_process() or not (directory / ".lock").exists():
+        return
+    try:
+        with lock_folder(directory):
+            return
+    except LimeError:
+        print(f"another run is still writing into {directory}; waiting for its end", flush=True)
+    with lock_folder(directory, LOCK_PATIENCE):
+        pass
+
+
+def prepare_directory(directory: Path, held: contextlib.ExitStack) -> None:
+    """Make the run folder and hold it, on rank 0, before anything expensive is built."""
     if not is_main_process():
         return
     try:
@@ -198,6 +234,7 @@ def prepare_directory(directory: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise LimeError(f"run.directory={directory}: {error.strerror}; give a folder that can be written") from None
+    held.enter_context(lock_folder(directory, LOCK_PATIENCE))
 
 
 def check_vocabulary(config: Config, vocab_size: int | None, path: str) -> None:
@@ -222,8 +259,9 @@ def describe_environment() -> str:
 def leave(status: int) -> NoReturn:
     """End the process without the interpreter's teardown. Everything is closed by now, and a process can abort in that
     teardown (seen in 1 of 16 runs of two processes with torch 2.13 and gloo; the cause was not found)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a closed pipe, a log on a full disk
+            stream.flush()
     os._exit(status)
 
 

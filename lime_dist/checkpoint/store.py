@@ -1,35 +1,78 @@
-"""Layout-free checkpoints: by exported name the weight, both moments and the step, whole or absent, loadable by any layout.
+"""Layout-free checkpoints on disk: by exported name the weight, both moments and the step; found, verified and read.
 
-    checkpoints/global_step100/manifest.json     step, consumed samples, model, index of names, size and SHA-256 per file
+    checkpoints/latest                           the name of the folder that a run goes on from
+    checkpoints/global_step100/manifest.json     step, consumed samples, configuration, layout; size, SHA-256 and names per file
     checkpoints/global_step100/stage000-replica000.pt   {name: {weight, exp_avg, exp_avg_sq}} of one owner
 
-Every owner writes its file into a hidden folder; when all files are on disk, rank 0 writes the manifest and renames the
-folder. A folder whose manifest or files do not verify is passed over in favour of the newest one before it.
+Which one a run goes on from: the one that ``latest`` names if it is whole, else the newest whole one; whatever is passed over
+gets a line. Writing another name into ``latest`` goes back to that one. Whole means: the manifest makes sense, every file has
+its size and hash, and holds the tensors that the manifest says. Files are read as tensors alone, never as objects.
+`saver.py` writes them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import lime_dist
 from lime_dist.config.schema import Config
-from lime_dist.data.files import json_bytes, sha256_file, sync_folder, write_atomic
-from lime_dist.distributed import agree, is_main_process
+from lime_dist.data.files import json_bytes, sha256_file
+from lime_dist.distributed import agree
 from lime_dist.train.optim import StageOptimizer
 from lime_dist.train.state import TrainState
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"global_step(\d+)")
+LATEST = "latest"
+FORMAT = "lime_dist checkpoint 1"
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+"""What is kept of a parameter: the names are AdamW's."""
+
+_NAME = re.compile(r"global_step(0|[1-9]\d*)")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _State(_Strict):
+    step: int = Field(ge=0)
+    consumed_samples: int = Field(ge=0)
+
+
+class _File(_Strict):
+    file: str = Field(pattern=r"^stage\d+-replica\d+\.pt$")
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    dtype: Literal["float32", "float64"]
+    parameters: dict[str, list[Annotated[int, Field(ge=0)]]]
+
+
+class _Layout(_Strict):
+    pipeline_stages: int = Field(ge=1)
+    replicas: int = Field(ge=1)
+    zero_stage: int
+
+
+class _Manifest(_Strict):
+    """``checksum`` is of the manifest's other values: a flipped bit in a number of samples would be believed without it."""
+
+    format: Literal["lime_dist checkpoint 1"]
+    version: str
+    state: _State
+    optimizer_steps: int = Field(ge=0)
+    num_samples: int = Field(ge=1)
+    config: dict[str, Any]
+    layout: _Layout
+    files: list[_File] = Field(min_length=1)
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -44,154 +87,160 @@ class Checkpoint:
         return TrainState(**self.manifest["state"])
 
 
-def save(
-    directory: Path, config: Config, optimizer: StageOptimizer, state: TrainState, stage: int, replica: int
-) -> Path:
-    """Write ``directory/global_stepN``; called by all ranks together; returns the folder.
+def folder_name(step: int) -> str:
+    return f"global_step{step}"
 
-    Raises:
-        LimeError: some rank could not write; nothing stands under the final name then.
-    """
-    final = directory / f"global_step{state.step}"
-    partial = directory / f".global_step{state.step}.partial"
-    agree(_attempt(lambda: _prepare(directory, partial)) if is_main_process() else None)
-    entry: dict[str, Any] | None = None
 
-    def write() -> None:
-        nonlocal entry
-        entry = _write_file(partial, f"stage{stage:03d}-replica{replica:03d}.pt", optimizer)
-
-    writes = optimizer.zero or replica == 0
-    agree(_attempt(write) if writes else None)
-    entries: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(entries, entry)
-    files = [found for found in entries if found is not None and found["parameters"]]
-    agree(_attempt(lambda: _publish(partial, final, config, state, files)) if is_main_process() else None)
-    return final
+def saved_steps(directory: Path) -> list[int]:
+    """The steps of which there are folders, whole or not, ascending."""
+    return sorted(int(match[1]) for path in directory.glob("global_step*") if (match := _NAME.fullmatch(path.name)))
 
 
 def find_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint in a folder, and a line for each newer one that was passed over; called by all ranks.
+    """The checkpoint to go on from, and lines about those that were passed over; called by all ranks together.
 
-    Every rank reads the manifest; the hashes of the files are shared out over the ranks.
+    Every rank reads the manifest; the files are shared out over the ranks to be verified.
     """
-    passed: list[str] = []
-    steps = sorted((int(m[1]) for p in directory.glob("global_step*") if (m := _NAME.fullmatch(p.name))), reverse=True)
-    for step in _same_everywhere(steps):
-        path = directory / f"global_step{step}"
-        problem = _first_problem(path)
+    lines: list[str] = []
+    steps, named, problem = _same_everywhere(_candidates(directory))
+    if problem is not None:
+        lines.append(f"{directory / LATEST} {problem}; looking for the newest whole checkpoint")
+    for step in ([] if named is None else [named]) + [step for step in reversed(steps) if step != named]:
+        path = directory / folder_name(step)
+        problem, manifest = _verify(path, step)
         if problem is None:
-            return Checkpoint(path, json.loads((path / MANIFEST).read_text())), passed
-        passed.append(f"{path}: {problem}; passed over")
-    return None, passed
+            if step == named and step < steps[-1]:
+                lines.append(
+                    f"{directory / LATEST} names {path.name}; the newer {folder_name(steps[-1])} is left aside"
+                )
+            return Checkpoint(path, manifest), lines
+        lines.append(f"{path}: {problem}; passed over")
+    return None, lines
 
 
-def load(checkpoint: Checkpoint, config: Config, optimizer: StageOptimizer) -> None:
+def load(checkpoint: Checkpoint, config: Config, num_samples: int, optimizer: StageOptimizer) -> None:
     """Read this rank's share of a checkpoint into the optimizer and the weights; called by all ranks together.
 
+    Args:
+        num_samples: of the training split; the order of samples is a function of it.
+
     Raises:
-        LimeError: the checkpoint is of another model, or of other data.
+        LimeError: the checkpoint is of another model, or of other data; nothing has been loaded then.
     """
     index: dict[str, dict[str, Any]] = {}
     for entry in checkpoint.manifest["files"]:
         for name, shape in entry["parameters"].items():
             index[name] = {"file": entry["file"], "shape": shape}
-    agree(_mismatch(checkpoint, config, optimizer, index))
+    agree(_mismatch(checkpoint, config, num_samples, optimizer, index))
     opened: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     with torch.no_grad():
         for name in optimizer.local_names():
             file = index[name]["file"]
             if file not in opened:
-                opened[file] = torch.load(checkpoint.path / file, map_location="cpu", weights_only=True, mmap=True)
+                opened[file] = _read(checkpoint.path / file)
             for key, target in optimizer.state(name).items():
                 target.copy_(opened[file][name][key])
     optimizer.restore_finished(checkpoint.manifest["optimizer_steps"])
 
 
-def _prepare(directory: Path, partial: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".global_step*"):
-        shutil.rmtree(leftover)
-    partial.mkdir()
+def _read(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _write_file(folder: Path, name: str, optimizer: StageOptimizer) -> dict[str, Any]:
-    values = {
-        owned: {key: tensor.detach().cpu().clone() for key, tensor in optimizer.state(owned).items()}
-        for owned in optimizer.owned_names()
-    }
-    if not values:
-        return {"parameters": {}}
-    path = folder / name
-    with path.open("wb") as file:
-        torch.save(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return {
-        "file": name,
-        "bytes": path.stat().st_size,
-        "sha256": sha256_file(path),
-        "parameters": {owned: list(value["weight"].shape) for owned, value in values.items()},
-        "optimizer_steps": optimizer.step_count,
-    }
-
-
-def _publish(partial: Path, final: Path, config: Config, state: TrainState, files: list[dict[str, Any]]) -> None:
-    steps = {entry.pop("optimizer_steps") for entry in files}
-    assert len(steps) == 1, f"ranks disagree on the number of updates: {steps}"
-    manifest = {
-        "version": lime_dist.__version__,
-        "state": state.as_dict(),
-        "optimizer_steps": steps.pop(),
-        "config": config.model_dump(mode="json"),
-        "world_size": dist.get_world_size(),
-        "files": files,
-    }
-    write_atomic(partial / MANIFEST, json_bytes(manifest))
-    if final.exists():  # an earlier, damaged one of this step
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync_folder(final.parent)
-
-
-def _attempt(action: Any) -> str | None:
-    """Run an action that touches the disk; its failure as one line."""
+def _candidates(directory: Path) -> tuple[list[int], int | None, str | None]:
+    """Steps with a folder; the one that ``latest`` names; what is wrong with ``latest``, if there is anything to name."""
+    steps = saved_steps(directory)
     try:
-        action()
-    except OSError as error:
-        return f"cannot write the checkpoint: {error}; earlier checkpoints are untouched"
-    return None
+        name = (directory / LATEST).read_text().strip()
+    except FileNotFoundError:
+        return steps, None, "is missing" if steps else None
+    except (OSError, ValueError) as error:
+        return steps, None, f"cannot be read ({error})"
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return steps, None, f"names no checkpoint ({name[:40]!r})"
+    step = int(match[1])
+    return (steps, step, None) if step in steps else (steps, None, f"names {name}, which is not there")
 
 
-def _first_problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, the same answer on every rank."""
-    problem = None
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        rank, size = dist.get_rank(), dist.get_world_size()
-        for entry in files[rank::size]:
-            file = path / entry["file"]
-            if not file.is_file():
-                problem = f"{entry['file']} is missing"
-            elif file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
-                problem = f"{entry['file']} is damaged"
-    except OSError:
-        problem = f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError):
-        problem = f"{MANIFEST} is damaged"
+def _verify(path: Path, step: int) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with a checkpoint folder, the same answer on every rank; and its manifest."""
+    problem, manifest = read_manifest(path, step)
+    if problem is None:
+        share = manifest["files"][dist.get_rank() :: dist.get_world_size()]
+        problem = next((line for entry in share if (line := _file_problem(path, entry)) is not None), None)
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, problem)
-    return next((line for line in found if line is not None), None)
+    return next((line for line in found if line is not None), None), manifest
 
 
-def _same_everywhere(steps: list[int]) -> list[int]:
-    shared: list[Any] = [steps]
+def read_manifest(path: Path, step: int) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with the manifest in a checkpoint folder, or None and the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        checked = _Manifest.model_validate(manifest)
+        checksum = manifest_checksum(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{MANIFEST} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg'].lower()})", {}
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})", {}
+    except (ValueError, RecursionError):
+        return f"{MANIFEST} is damaged", {}
+    files = [entry.file for entry in checked.files]
+    names = [name for entry in checked.files for name in entry.parameters]
+    if checked.checksum != checksum:
+        return f"{MANIFEST} is damaged", {}
+    if checked.state.step != step:
+        return f"{MANIFEST} is of step {checked.state.step}", {}
+    if len(set(files)) < len(files) or len(set(names)) < len(names):
+        return f"{MANIFEST} has a file or a parameter twice", {}
+    return None, manifest
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all of a manifest but its ``checksum``."""
+    return hashlib.sha256(json_bytes({**manifest, "checksum": None})).hexdigest()
+
+
+def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file that a valid manifest lists: its bytes first, and only then what they hold."""
+    name, file = entry["file"], path / entry["file"]
+    try:
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
+            return f"{name} is damaged"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    try:
+        held = _read(file)
+        described = {
+            name: {key: (list(tensor.shape), str(tensor.dtype)) for key, tensor in state.items()}
+            for name, state in held.items()
+        }
+    except Exception as error:  # whatever torch makes of a file that is not one of ours
+        return f"{name} holds no tensors ({type(error).__name__})"
+    wanted = {
+        name: dict.fromkeys(STATES, (shape, f"torch.{entry['dtype']}")) for name, shape in entry["parameters"].items()
+    }
+    return None if described == wanted else f"{name} holds other tensors than {MANIFEST} says"
+
+
+def _same_everywhere(found: tuple[list[int], int | None, str | None]) -> tuple[list[int], int | None, str | None]:
+    """What rank 0 found."""
+    shared: list[Any] = [found]
     dist.broadcast_object_list(shared, src=0)
-    return list(shared[0])
+    steps, named, problem = shared[0]
+    return steps, named, problem
 
 
 def _mismatch(
-    checkpoint: Checkpoint, config: Config, optimizer: StageOptimizer, index: dict[str, dict[str, Any]]
+    checkpoint: Checkpoint,
+    config: Config,
+    num_samples: int,
+    optimizer: StageOptimizer,
+    index: dict[str, dict[str, Any]],
 ) -> str | None:
     """Why this checkpoint cannot continue this run, or None."""
     advice = "give another run.directory, or the settings that the run was started with"
@@ -208,6 +257,8 @@ def _mismatch(
         for key in here
         if there[key] != here[key]
     ]
+    if checkpoint.manifest["num_samples"] != num_samples:
+        differences.append(f"training samples: {checkpoint.manifest['num_samples']:,} there, {num_samples:,} here")
     if differences:
         return f"{checkpoint.path} is of another run ({', '.join(differences)}); {advice}"
     for name, parameter in optimizer.parameters.items():
@@ -221,5 +272,6 @@ def _canonical(config: Config) -> dict[str, Any]:
 
 
 def _order_settings(config: Config) -> dict[str, Any]:
-    """What decides which samples come when; another path may hold the same data."""
-    return {"sequence_length": config.data.sequence_length, "seed": config.data.seed}
+    """What decides which samples come when, beside their number; another path may hold the same data."""
+    weights = None if config.data.blend is None else [entry.weight for entry in config.data.blend]
+    return {"sequence_length": config.data.sequence_length, "seed": config.data.seed, "blend": weights}

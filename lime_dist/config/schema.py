@@ -202,8 +202,32 @@ class TrainConfig(Section):
     evaluation_interval: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
     evaluation_samples: int = Field(64, ge=0, description="validation samples; 0: no validation")
     checkpoint_interval: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int | None = Field(3, ge=1, description="newest checkpoints that stay on disk; None: all")
+    keep_every: int | None = Field(
+        None, ge=1, description="checkpoints of steps that this divides stay for good, beside train.keep_last"
+    )
+    max_consecutive_skips: int = Field(
+        10,
+        ge=1,
+        description="updates in a row that may be skipped for a loss or gradient that is not finite; then it stops",
+    )
+    spike_factor: float | None = Field(
+        None, gt=1, description="a loss of so many times the recent median goes back to the checkpoint; None: never"
+    )
     log_interval: int = Field(10, ge=1, description="steps between console lines")
     compile: bool = Field(False, description="compile the parts of a layer with torch.compile; needs a compiler")
+
+
+class CheckpointConfig(Section):
+    """How checkpoints are written; when, and which stay, is in ``train``."""
+
+    asynchronous: bool = Field(
+        False,
+        description="write in the background, from a copy in host memory (12 bytes a parameter, shared out over ranks)",
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop", description="the run, when a checkpoint or a record cannot be written (a full disk)"
+    )
 
 
 class OptimizerConfig(Section):
@@ -262,6 +286,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -42,6 +42,17 @@ def check_shard_sizes(folder: Path, shard: dict[str, Any]) -> None:
                 f"{path}: has {path.stat().st_size} bytes, but {DATASET_FILE} says {size}: truncated or changed; "
                 + REWRITE
             )
+
+
+class Samples(Protocol):
+    """Where samples are read from: a TokenSplit, or a Blend of several."""
+
+    path: Any
+    split: str
+
+    def num_samples(self, sequence_length: int) -> int: ...
+
+    def sample(self, i: int, sequence_length: int) -> np.ndarray: ...
 
 
 class TokenSplit:

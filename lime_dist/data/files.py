@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lime_dist.errors import LimeError
 
@@ -64,18 +66,67 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+class WholeAppends:
+    """A file that grows by whole pieces: what a full disk refuses is kept, and written with what comes next."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = bytearray()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is not in the file yet."""
+        return bool(self._waiting)
+
+    def write(self, data: bytes) -> None:
+        """Nothing reaches the file before ``flush``."""
+        self._waiting += data
+
+    def flush(self) -> None:
+        """OSError: nothing has been added."""
+        size = os.fstat(self._file.fileno()).st_size
+        left = bytes(self._waiting)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), size)
+            raise
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """What was not flushed is lost."""
+        self._file.close()
+
+
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Make ``folder`` if needed and hold it alone; LimeError if another process does. A dead holder holds nothing."""
+def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Make ``folder`` if needed and hold it alone; a dead holder holds nothing. (A file system without locks: nobody is kept out.)
+
+    Args:
+        patience: seconds to wait for another process that holds it.
+
+    Raises:
+        LimeError: another process holds it, or the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")  # closed below, after the block that it protects
     except OSError as error:
         raise LimeError(f"{folder}: cannot be written ({error.strerror}); give another output folder") from None
+    with file:
+        until = time.monotonic() + patience
+        while not _try_lock(file):
+            if time.monotonic() >= until:
+                raise LimeError(f"{folder}: another run is writing here; wait for it or give another output folder")
+            time.sleep(0.1)
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise LimeError(f"{folder}: another run is writing here; wait for it or give another output folder") from None
-    finally:
-        file.close()
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True

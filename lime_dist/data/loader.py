@@ -5,35 +5,18 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
+import zlib
 from collections.abc import Iterator
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from lime_dist.data.order import rank_positions
+from lime_dist.data.dataset import Samples
+from lime_dist.data.order import Order, rank_positions
 from lime_dist.errors import LimeError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-class Samples(Protocol):
-    """Where samples are read from: a TokenSplit or a Blend."""
-
-    path: Any
-    split: str
-
-    def num_samples(self, sequence_length: int) -> int: ...
-
-    def sample(self, i: int, sequence_length: int) -> np.ndarray: ...
-
-
-class Order(Protocol):
-    """Which sample comes when: a SampleOrder or a BlendOrder."""
-
-    num_samples: int
-
-    def samples_at(self, positions: np.ndarray) -> np.ndarray: ...
+_Read = tuple[Batch, int]  # and the CRC-32 of its tokens
 
 
 PREFETCH = 4  # micro-batches read ahead
@@ -42,9 +25,18 @@ ORDER_BLOCK = 1024  # samples whose order is computed at once: a call costs as m
 
 def read_batch(split: Samples, samples: np.ndarray, sequence_length: int) -> Batch:
     """Tokens and labels, int64 [b, T] each, of ``samples`` [b]; labels are the tokens shifted by one."""
+    return _tokens_and_labels(_read_rows(split, samples, sequence_length))
+
+
+def _read_rows(split: Samples, samples: np.ndarray, sequence_length: int) -> np.ndarray:
+    """int64 [b, T + 1]"""
     rows = np.empty((len(samples), sequence_length + 1), dtype=np.int64)
     for row, sample in zip(rows, samples.tolist(), strict=True):
         row[:] = split.sample(sample, sequence_length)
+    return rows
+
+
+def _tokens_and_labels(rows: np.ndarray) -> Batch:
     rows_bt1 = torch.from_numpy(rows)
     return rows_bt1[:, :-1].contiguous(), rows_bt1[:, 1:].contiguous()
 
@@ -52,8 +44,8 @@ def read_batch(split: Samples, samples: np.ndarray, sequence_length: int) -> Bat
 class _ReadAhead:
     """Run an iterator in a thread, PREFETCH items ahead; its exception is raised at the item where it happened."""
 
-    def __init__(self, items: Iterator[Batch]) -> None:
-        self._items: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=PREFETCH)
+    def __init__(self, items: Iterator[_Read]) -> None:
+        self._items: queue.Queue[_Read | BaseException] = queue.Queue(maxsize=PREFETCH)
         self._stop = threading.Event()
         # The thread knows only the queue and the event, so that an abandoned reader can be collected, which stops it.
         self._thread = threading.Thread(
@@ -67,15 +59,15 @@ class _ReadAhead:
         self._stop.set()
         self._thread.join()
 
-    def get(self) -> Batch:
+    def get(self) -> _Read:
         item = self._items.get()
         if isinstance(item, BaseException):
             raise item
         return item
 
 
-def _fill(items: Iterator[Batch], ready: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
-    def hand_over(item: Batch | BaseException) -> bool:
+def _fill(items: Iterator[_Read], ready: queue.Queue[_Read | BaseException], stop: threading.Event) -> None:
+    def hand_over(item: _Read | BaseException) -> bool:
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -98,6 +90,9 @@ class TrainBatches:
     ``consumed_samples`` (over all ranks) grows by ``global_batch_size`` once a step's last micro-batch is handed out.
     What comes next depends on it alone; setting it jumps to the start of that step. A thread reads a few batches ahead.
     LimeError if the global batch does not factor into micro-batches × width.
+
+    Attributes:
+        checksums: CRC-32 of the tokens of each micro-batch handed out in the newest step: whoever read the same has the same.
     """
 
     def __init__(
@@ -119,6 +114,7 @@ class TrainBatches:
         self._layout = (global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size)
         self.micro_batches = len(rank_positions(consumed_samples, *self._layout))
         self._reader: _ReadAhead | None = None
+        self.checksums: list[int] = []
         self.consumed_samples = consumed_samples
 
     @property
@@ -147,10 +143,11 @@ class TrainBatches:
             stream = _stream(self._split, self._order, self._sequence_length, self._consumed_samples, self._layout)
             self._reader = _ReadAhead(stream)
         try:
-            batch = self._reader.get()
+            batch, checksum = self._reader.get()
         except BaseException:
             self.close()
             raise
+        self.checksums = [checksum] if self._handed_out == 0 else [*self.checksums, checksum]
         self._handed_out += 1
         if self._handed_out == self.micro_batches:
             self._consumed_samples += self._global_batch_size
@@ -160,14 +157,15 @@ class TrainBatches:
 
 def _stream(
     split: Samples, order: Order, sequence_length: int, consumed: int, layout: tuple[int, int, int, int]
-) -> Iterator[Batch]:
+) -> Iterator[_Read]:
     global_batch_size, *_, data_parallel_size = layout
     steps = max(1, ORDER_BLOCK * data_parallel_size // global_batch_size)
     while True:
         starts = consumed + global_batch_size * np.arange(steps)
         positions = np.concatenate([rank_positions(int(start), *layout) for start in starts])
         for samples in order.samples_at(positions):
-            yield read_batch(split, samples, sequence_length)
+            rows = _read_rows(split, samples, sequence_length)
+            yield _tokens_and_labels(rows), zlib.crc32(rows.data)
         consumed += global_batch_size * steps
 
 

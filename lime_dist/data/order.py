@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import isqrt
+from typing import Protocol
 
 import numpy as np
 
@@ -39,6 +40,14 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
     state = _mix_int(_mix_int(seed + GOLDEN) ^ _mix_int(epoch * GOLDEN + MULTIPLIERS[1]))
     return tuple(np.uint64(_mix_int(state + GOLDEN * (round_ + 1))) for round_ in range(ROUNDS))
+
+
+class Order(Protocol):
+    """Which sample comes when: a SampleOrder, or a BlendOrder of several datasets."""
+
+    num_samples: int
+
+    def samples_at(self, positions: np.ndarray) -> np.ndarray: ...
 
 
 class SampleOrder:

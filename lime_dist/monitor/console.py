@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from tqdm import tqdm
@@ -22,13 +23,19 @@ class Console:
         if self._bar is not None:
             self._bar.update()
 
+    def go_back(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.n = step
+
     def say(self, line: str) -> None:
+        """Nobody who listens (a closed pipe, a log on a full disk) is no reason to stop training."""
         if not self._enabled:
             return
-        if self._bar is not None:
-            self._bar.write(line)
-        else:
-            print(line, flush=True)
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(line)
+            else:
+                print(line, flush=True)
 
     def step_line(self, record: dict[str, float | int], steps: int) -> None:
         """One line of a training step's record."""

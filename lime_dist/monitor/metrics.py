@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from lime_dist.data.files import WholeAppends
+
 
 class MetricsFile:
     """Appends records to a run's ``metrics.jsonl``.
@@ -15,15 +17,13 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        self._validated: set[float] = set()
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
-            records = map(json.loads, kept)
-            self._validated = {record["step"] for record in records if "validation_loss" in record}
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(partial, path)
-        self._file = path.open("a", buffering=1)
+        self.path = path
+        self._validated = _trim(path, resumed_step)
+        self._file = WholeAppends(path)
+
+    @property
+    def waiting(self) -> bool:
+        return self._file.waiting
 
     def write(self, record: dict[str, float | int]) -> None:
         """Append a record; the validation of a step that has one already, when a finished run is started again, is not."""
@@ -31,13 +31,33 @@ class MetricsFile:
             if record["step"] in self._validated:
                 return
             self._validated.add(record["step"])
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write((json.dumps(record) + "\n").encode())
+        self._file.flush()
 
     def flush(self) -> None:
-        """Nothing to do: every line goes to the file at once."""
+        """Every line goes to the file at once; this tries again what a full disk refused."""
+        self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Remove the records after ``step``: training went back to it."""
+        self._file.flush()
+        self._validated = _trim(self.path, step)
+        self._file.close()
+        self._file = WholeAppends(self.path)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _trim(path: Path, last: int) -> set[float]:
+    """Remove the records after a step, and a line that a crash cut off; the steps that have a validation."""
+    if not path.exists():
+        return set()
+    kept = [line for line in path.read_text().splitlines() if _step(line) <= last]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(partial, path)
+    return {record["step"] for record in map(json.loads, kept) if "validation_loss" in record}
 
 
 def _step(line: str) -> float:

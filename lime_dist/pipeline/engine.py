@@ -55,7 +55,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 class GradientOptimizer(Protocol):
     """What the engine needs of an optimizer; `train/optim.py` has the one there is."""
 
-    def reduce_gradients(self) -> None: ...
+    def reduce_gradients(self, loss: Tensor | None) -> None: ...
 
     def step(self) -> bool: ...
 
@@ -114,6 +114,10 @@ class LimeEngine(PipelineEngine):
             loss = float(self.eval_batch(batches, num_micro_batches=micro_batches))
         self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # the last logits
         return loss
+
+    def micro_batch_losses(self) -> list[float]:
+        """Of the newest step, on the last stage; empty on the others."""
+        return [loss.item() for loss in self.fwd_outputs] if self.is_last_stage() else []
 
     def traffic(self) -> dict[str, Traffic]:
         """What this stage has sent and received, by direction; the stock engine does not count."""
@@ -201,7 +205,7 @@ class LimeEngine(PipelineEngine):
         """Comes before ReduceGrads in the stock schedule; the optimizer adds tied gradients up after it."""
 
     def _exec_reduce_grads(self) -> None:
-        self.optimizer.reduce_gradients()
+        self.optimizer.reduce_gradients(self.total_loss)
 
     def _exec_optimizer_step(self, lr_kwargs: object = None) -> None:
         self.optimizer.step()

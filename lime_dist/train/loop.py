@@ -1,121 +1,95 @@
-"""The training loop: steps, validation, checkpoints and records, from finished parts that the entry hands over."""
+"""The training loop: steps, validation and records, from finished parts that the entry hands over."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from typing import Protocol
 
 import torch.distributed as dist
 
-from lime_dist.checkpoint import store
 from lime_dist.config.schema import Config
-from lime_dist.data.loader import TrainBatches, ValidationBatches
-from lime_dist.monitor.console import Console
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.transfer import Traffic
-from lime_dist.train.optim import StageOptimizer
+from lime_dist.train.boundary import Boundary
+from lime_dist.train.run import Run
+from lime_dist.train.signals import StopSignals
 from lime_dist.train.state import TrainState
 
 
-class RecordSink(Protocol):
-    """Something that keeps records: ``metrics.jsonl``, TensorBoard."""
-
-    def write(self, record: dict[str, float | int]) -> None: ...
-
-    def flush(self) -> None: ...
-
-
 @dataclass(frozen=True)
-class Run:
-    """The finished parts of a run. The data are None on stages between the first and the last, sinks on all ranks but 0."""
+class Outcome:
+    """How training ended.
 
-    config: Config
-    engine: LimeEngine
-    optimizer: StageOptimizer
-    train_batches: TrainBatches | None
-    validation_batches: ValidationBatches | None
-    evaluation_micro_batches: int
-    console: Console
-    sinks: tuple[RecordSink, ...] = ()
+    Attributes:
+        validation_loss: of the last state; None without validation, or if it was stopped.
+        stopped: what stopped it before its end; None: nothing did.
+    """
 
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.config.run.directory) / "checkpoints"
+    state: TrainState
+    validation_loss: float | None
+    stopped: str | None
 
 
-def train(run: Run, state: TrainState) -> tuple[TrainState, float | None]:
-    """Train from ``state`` to ``train.steps``; returns the last state and validation loss (None without validation)."""
-    config, engine, console = run.config, run.engine, run.console
-    settings = config.train
+def train(run: Run, state: TrainState) -> Outcome:
+    """Train from ``state`` to ``train.steps``, or until a signal comes; the last state is on disk then."""
+    settings = run.config.train
     recent: deque[float] = deque(maxlen=20)
     validated: tuple[int, float] | None = None
-    saved = state.step
-    console.start(state.step, settings.steps)
-    while state.step < settings.steps:
-        lr, router_lr = run.optimizer.learning_rates()
-        begin = time.perf_counter()
-        loss = engine.train_step(run.train_batches)
-        seconds = time.perf_counter() - begin
-        state = TrainState(state.step + 1, state.consumed_samples + settings.global_batch_size)
-        recent.append(seconds)
-        record: dict[str, float | int] = {
-            **_position(config, state),
-            "loss": loss,
-            "grad_norm": run.optimizer.gradient_norm,
-            "lr": lr,
-            "router_lr": router_lr,
-            "step_seconds": seconds,
-            "tokens_per_second": settings.global_batch_size * config.data.sequence_length / seconds,
-        }
-        _keep(run, record)
-        console.advance()
-        if not math.isfinite(run.optimizer.gradient_norm):
-            console.say(
-                f"step {state.step}: loss {loss}, gradient norm {run.optimizer.gradient_norm}; "
-                "this update was skipped on all ranks"
-            )
-        if state.step % settings.log_interval == 0 or state.step == settings.steps:
-            typical = median(recent)
-            rate = settings.global_batch_size * config.data.sequence_length / typical
-            console.step_line({**record, "step_seconds": typical, "tokens_per_second": rate}, settings.steps)
-        if _due(settings.evaluation_interval, state.step):
-            validated = (state.step, validate(run, state)) if run.evaluation_micro_batches else None
-        if _due(settings.checkpoint_interval, state.step):
-            save(run, state)
-            saved = state.step
-    if saved != state.step:
-        save(run, state)
-    if run.evaluation_micro_batches and (validated is None or validated[0] != state.step):
-        validated = (state.step, validate(run, state))
-    console.close()
-    return state, validated[1] if validated else None
+    run.console.start(state.step, settings.steps)
+    run.engine.global_steps = state.step
+    with StopSignals() as signals:
+        boundary = Boundary(run, signals, state)
+        while state.step < settings.steps and boundary.stopped is None:
+            state, loss = _step(run, state, recent)
+            boundary.updated(state, loss)
+            if _due(settings.evaluation_interval, state.step) and run.evaluation_micro_batches:
+                validated = (state.step, validate(run, state))
+            state = boundary.cross(state, loss)
+        if boundary.stopped is None:
+            boundary.close(state)
+            if run.evaluation_micro_batches and (validated is None or validated[0] != state.step):
+                validated = (state.step, validate(run, state))
+    run.console.close()
+    return Outcome(state, validated[1] if validated and boundary.stopped is None else None, boundary.stopped)
+
+
+def _step(run: Run, state: TrainState, recent: deque[float]) -> tuple[TrainState, float]:
+    """One step and its record; the state after it and its loss. ``recent`` holds the seconds of steps."""
+    config, settings = run.config, run.config.train
+    lr, router_lr = run.optimizer.learning_rates()
+    begin = time.perf_counter()
+    loss = run.engine.train_step(run.train_batches)
+    seconds = time.perf_counter() - begin
+    state = TrainState(state.step + 1, state.consumed_samples + settings.global_batch_size)
+    recent.append(seconds)
+    record: dict[str, float | int] = {
+        **_position(config, state),
+        "loss": loss,
+        "grad_norm": run.optimizer.gradient_norm,
+        "lr": lr,
+        "router_lr": router_lr,
+        "step_seconds": seconds,
+        "tokens_per_second": settings.global_batch_size * config.data.sequence_length / seconds,
+    }
+    run.records.write(record)
+    run.console.advance()
+    if state.step % settings.log_interval == 0 or state.step == settings.steps:
+        typical = median(recent)
+        rate = settings.global_batch_size * config.data.sequence_length / typical
+        run.console.step_line({**record, "step_seconds": typical, "tokens_per_second": rate}, settings.steps)
+    return state, loss
 
 
 def validate(run: Run, state: TrainState) -> float:
     """Loss over the fixed validation samples, recorded and printed."""
     batches = iter(run.validation_batches) if run.validation_batches is not None else None
     loss = run.engine.evaluate(batches, run.evaluation_micro_batches)
-    _keep(run, {**_position(run.config, state), "validation_loss": loss})
-    _flush(run)
+    run.records.write({**_position(run.config, state), "validation_loss": loss})
+    run.records.flush()
     run.console.say(f"step {state.step}/{run.config.train.steps} | validation loss {loss:.4f}")
     return loss
-
-
-def save(run: Run, state: TrainState) -> None:
-    """Write a checkpoint and say where it is."""
-    begin = time.perf_counter()
-    engine = run.engine
-    _flush(run)
-    with engine.watching(f"the checkpoint of step {state.step}"):
-        path = store.save(
-            run.checkpoints, run.config, run.optimizer, state, engine.stage_id, engine.grid.get_data_parallel_rank()
-        )
-    run.console.say(f"step {state.step}/{run.config.train.steps} | saved {path} in {time.perf_counter() - begin:.1f} s")
 
 
 def describe_traffic(engine: LimeEngine) -> list[str]:
@@ -145,16 +119,6 @@ def _position(config: Config, state: TrainState) -> dict[str, float | int]:
         "consumed_samples": state.consumed_samples,
         "tokens": state.consumed_samples * config.data.sequence_length,
     }
-
-
-def _keep(run: Run, record: dict[str, float | int]) -> None:
-    for sink in run.sinks:
-        sink.write(record)
-
-
-def _flush(run: Run) -> None:
-    for sink in run.sinks:
-        sink.flush()
 
 
 def _due(interval: int, step: int) -> bool:

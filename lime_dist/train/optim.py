@@ -136,12 +136,16 @@ class StageOptimizer:
         factor = schedule_factor(self.config, self.step_count, self.total_steps)
         return self.config.lr * factor, self.config.router_lr * factor
 
-    def reduce_gradients(self) -> None:
+    def reduce_gradients(self, loss: Tensor | None = None) -> None:
         """Average over replicas, then add up over the stages that share a tied weight.
+
+        A ``loss`` that is not finite (scalar, on the last stage) makes a gradient that is not, so that all ranks skip the step.
 
         In this order: a tied weight lies elsewhere in each stage's flat buffer, so that replicas may be added in another
         order there, while a sum of two is the same on both; its copies must not drift apart.
         """
+        if loss is not None:
+            self.flat_gradients[:1] += torch.where(loss.isfinite(), 0.0, math.nan).to(self.flat_gradients)
         self._average_over_replicas()
         for name in sorted(self.groups.tied):
             if self._places[name].owner == self.rank:

@@ -40,10 +40,10 @@ def poisoned_step(zero_stage: int) -> dict[str, Any]:
         applied.append(update())
         return applied[-1]
 
-    def poisoned() -> None:
+    def poisoned(loss: Any) -> None:
         if len(applied) == 1 and engine.is_last_stage() and engine.grid.get_data_parallel_rank() == 1:
             optimizer.flat_gradients[-1] = math.inf
-        reduce()
+        reduce(loss)
 
     optimizer.step, optimizer.reduce_gradients = recorded, poisoned
     for step in range(3):

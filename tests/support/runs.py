@@ -1,12 +1,24 @@
-"""Worker cases that run the trainer as pretrain.py does, from configuration to closing lines."""
+"""Worker cases that run the trainer as pretrain.py does, from configuration to closing lines, some with faults on the way."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
+import math
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pretrain
 from lime_dist.config.load import make_config
 from lime_dist.errors import LimeError
+
+Event = dict[str, Any]
 
 
 def run(values: dict[str, Any]) -> str:
@@ -16,3 +28,126 @@ def run(values: dict[str, Any]) -> str:
     except LimeError as error:
         return str(error)
     return ""
+
+
+def observe(
+    values: dict[str, Any], events: list[Event] | None = None, per_rank: dict[int, dict[str, Any]] | None = None
+) -> tuple[str, str]:
+    """Train while things happen; returns the error line and what was printed.
+
+    Args:
+        events: each has ``do`` (see `_ACTIONS`, `_AROUND_WRITES`), the ``step`` in or before which it happens, the ``rank``
+            to which (None: all), and ``once`` if not again when that step comes again.
+        per_rank: sections of the configuration that differ on a rank.
+    """
+    import torch.distributed as dist
+
+    from lime_dist.checkpoint import saver
+    from lime_dist.pipeline.engine import LimeEngine
+
+    rank = dist.get_rank()
+    values = copy.deepcopy(values)
+    for section, keys in (per_rank or {}).get(rank, {}).items():
+        values[section] |= keys
+    own = [event for event in events or [] if event.get("rank") in (None, rank)]
+    train_step, write_file = LimeEngine.train_step, saver._write_file
+
+    def disturbed_step(engine: Any, batches: Any) -> float:
+        with contextlib.ExitStack() as stack:
+            for event in own:
+                if event["step"] == engine.global_steps + 1 and event["do"] in _ACTIONS and not event.get("done"):
+                    event["done"] = event.get("once")
+                    stack.enter_context(_ACTIONS[event["do"]](engine, event))
+            return train_step(engine, batches)
+
+    def disturbed_write(folder: Path, *arguments: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for event in own:
+                if folder.name == f".global_step{event['step']}.partial" and event["do"] in _AROUND_WRITES:
+                    stack.enter_context(_AROUND_WRITES[event["do"]](event))
+            return write_file(folder, *arguments)
+
+    said = io.StringIO()
+    LimeEngine.train_step, saver._write_file = disturbed_step, disturbed_write  # type: ignore[method-assign]
+    try:
+        with contextlib.redirect_stdout(said):
+            return run(values), said.getvalue()
+    finally:
+        LimeEngine.train_step, saver._write_file = train_step, write_file  # type: ignore[method-assign]
+
+
+# -- in a step ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _signal(engine: Any, event: Event) -> Iterator[None]:
+    os.kill(os.getpid(), event.get("signal", signal.SIGTERM))
+    yield
+
+
+@contextlib.contextmanager
+def _loss(engine: Any, event: Event) -> Iterator[None]:
+    """Add to the loss of a micro-batch (``micro_batch``, None: all); ``poison``: multiply it, so that gradients suffer too."""
+    honest = engine.module.loss_fn
+
+    def dishonest(logits: Any, labels: Any) -> Any:
+        loss = honest(logits, labels)
+        if event.get("micro_batch") not in (None, len(engine.fwd_outputs)):
+            return loss
+        return loss * math.nan if event.get("poison") else loss + event["add"]
+
+    engine.module.loss_fn = dishonest
+    yield
+    engine.module.loss_fn = honest
+
+
+@contextlib.contextmanager
+def _file(engine: Any, event: Event) -> Iterator[None]:
+    """Write a file of so many bytes, or what fits; 0: remove it."""
+    path, size = Path(event["path"]), event["size"]
+    path.unlink(missing_ok=True)
+    if size:
+        with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+            for _ in range(size // 512):
+                file.write(bytes(512))
+    yield
+
+
+_ACTIONS: dict[str, Callable[[Any, Event], contextlib.AbstractContextManager[None]]] = {
+    "signal": _signal,
+    "loss": _loss,
+    "file": _file,
+}
+
+
+# -- while a rank writes its file of a checkpoint ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _no_room(event: Event) -> Iterator[None]:
+    """The kernel refuses what goes beyond 1,000 bytes of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def _signal_meanwhile(event: Event) -> Iterator[None]:
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield
+
+
+@contextlib.contextmanager
+def _slow(event: Event) -> Iterator[None]:
+    time.sleep(event["seconds"])
+    yield
+
+
+_AROUND_WRITES: dict[str, Callable[[Event], contextlib.AbstractContextManager[None]]] = {
+    "no room": _no_room,
+    "signal while saving": _signal_meanwhile,
+    "slow disk": _slow,
+}

@@ -120,7 +120,7 @@ def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> lis
 
 def train_and_all_else(values: dict[str, Any], folder: str) -> list[float]:
     """Losses of four steps, with evaluations in two batch sizes and a checkpoint between them where a folder is given."""
-    from lime_dist.checkpoint import store
+    from lime_dist.checkpoint.saver import Saver
     from lime_dist.train.state import TrainState
 
     config, engine, optimizer = build(values)
@@ -131,6 +131,6 @@ def train_and_all_else(values: dict[str, Any], folder: str) -> list[float]:
             parts = config.train.global_batch_size // size // width
             engine.evaluate(rank_batches(config, 100, replica, width, size), parts, size)
         state = TrainState(2, 2 * config.train.global_batch_size)
-        store.save(Path(folder), config, optimizer, state, engine.stage_id, replica)
+        Saver(Path(folder), config, 100, optimizer, engine.stage_id, replica).save(state)
         engine.evaluate(rank_batches(config, 100, replica, width, 2), config.train.global_batch_size // 2 // width, 2)
     return found + losses_of(config, engine, range(2, 4))

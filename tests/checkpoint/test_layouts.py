@@ -1,0 +1,97 @@
+"""Protects checkpoints from knowing their layout: every model goes on with other stages, widths, batch splits and precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.folders import numbers, records, values
+from support.workers import WorkerGroup
+
+Workers = Callable[[int], WorkerGroup]
+STEPS = 8
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"architecture": "llama"},
+    "llama, untied": {"architecture": "llama", "tie_word_embeddings": False},
+    "keys and values, untied": {"tie_word_embeddings": False},
+    "keys and values, chunked": {"lime": {"history": {"policy": "chunked", "chunk_size": 2, "first": 1}}},
+    "hidden states, static": {"num_key_value_heads": None, "lime": {"routes": "hidden", "top_p": 0.9}},
+    "hidden states, dynamic, untied": {
+        "num_key_value_heads": None, "lime": {"routes": "hidden", "router": "dynamic"}, "tie_word_embeddings": False,
+    },
+    "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
+}  # fmt: skip
+
+Leg = tuple[int, dict[str, dict[str, Any]]]
+"""How many processes go on, and what sections of the configuration have besides."""
+
+
+def go(
+    workers: Workers, dataset: Path, directory: Path, model: dict[str, Any], legs: list[Leg]
+) -> list[dict[str, float]]:
+    """Train on one leg after the other, each as long as the others and begun by the same command; the records."""
+    share = STEPS // len(legs)
+    for index, (size, sections) in enumerate(legs):
+        found = values(dataset, directory, STEPS)
+        found["model"] |= model
+        found["train"] |= {"evaluation_samples": 0, "global_batch_size": 8}
+        for section, keys in sections.items():
+            found[section] = {**found[section], **keys} if isinstance(keys, dict) else keys
+        stop = {"do": "signal", "rank": 0, "step": share * (index + 1)}
+        last = index == len(legs) - 1
+        for error, _ in workers(size).run("support.runs.observe", values=found, events=[] if last else [stop]):
+            assert error == ""
+        assert records(directory)[-1]["step"] == (STEPS if last else stop["step"])
+    return numbers(directory)
+
+
+def stages(count: int) -> Leg:
+    return count, {"parallel": {"pipeline_stages": count}}
+
+
+def assert_close(found: list[dict[str, float]], wanted: list[dict[str, float]], changes: list[int]) -> None:
+    """The same samples and rates; the first loss after a change within 1e-5, what follows within 1e-4."""
+    for one, other in zip(found, wanted, strict=True):
+        same = ("step", "consumed_samples", "tokens", "lr", "router_lr")
+        assert [one[key] for key in same] == [other[key] for key in same]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5 if one["step"] - 1 in changes else 1e-4), one
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_stages_change_under_every_model(workers: Workers, dataset: Path, tmp_path: Path, model: str) -> None:
+    """1, 2, 3, and again 1 stage, two steps each."""
+    straight = go(workers, dataset, tmp_path / "straight", MODELS[model], [stages(1)])
+    legs = [stages(1), stages(2), stages(3), stages(1)]
+    assert_close(go(workers, dataset, tmp_path / "changed", MODELS[model], legs), straight, [2, 4, 6])
+
+
+def test_widths_and_batch_splits_change(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """One replica and 8 × 1 samples; two and 2 × 2; ZeRO 1 and 1 × 4; two stages of two, 4 × 1."""
+    straight = go(workers, dataset, tmp_path / "straight", {}, [stages(1)])
+    legs: list[Leg] = [
+        (1, {"train": {"micro_batch_size": 1}}),
+        (2, {"train": {"micro_batch_size": 2}}),
+        (2, {"train": {"micro_batch_size": 4}, "parallel": {"zero_stage": 1}}),
+        (4, {"train": {"micro_batch_size": 1}, "parallel": {"zero_stage": 1, "pipeline_stages": 2}}),
+    ]
+    assert_close(go(workers, dataset, tmp_path / "changed", {}, legs), straight, [2, 4, 6])
+
+
+def test_precisions_change(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """float32, bf16, float32: the weights in the checkpoint are float32 all the time. bf16 has 8 bits: 1e-2."""
+    straight = go(workers, dataset, tmp_path / "straight", {}, [stages(1)])
+    bf16 = (2, {"parallel": {"pipeline_stages": 2}, "precision": "bf16"})
+    found = go(workers, dataset, tmp_path / "changed", {}, [stages(1), bf16, bf16, stages(1)])
+    for one, other in zip(found, straight, strict=True):
+        assert one["consumed_samples"] == other["consumed_samples"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
+
+
+def test_the_global_batch_changes(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """No sample is skipped or repeated when a step takes fewer of them."""
+    legs: list[Leg] = [(1, {}), (2, {"train": {"global_batch_size": 4}, "parallel": {"pipeline_stages": 2}})]
+    found = go(workers, dataset, tmp_path / "changed", {}, legs)
+    assert [record["consumed_samples"] for record in found] == [8, 16, 24, 32, 36, 40, 44, 48]

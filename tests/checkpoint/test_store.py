@@ -1,0 +1,228 @@
+"""Protects what is on disk: a checkpoint is whole or passed over with a line, `latest` decides, old ones go, no kill tears one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import settings
+from support.workers import WorkerGroup
+
+from lime_dist.checkpoint.store import manifest_checksum, read_manifest
+
+Workers = Callable[[int], WorkerGroup]
+FILES = ["manifest.json", "stage000-replica000.pt", "stage001-replica000.pt"]
+
+
+@pytest.fixture(scope="module")
+def saved(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 1 and 2."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    assert (
+        workers(2).run("support.checkpoints.save", values=settings(), directory=str(directory), steps=[1, 2])
+        == [["", ""]] * 2
+    )
+    return directory
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def find(workers: Workers, directory: Path) -> tuple[int | None, list[str]]:
+    first, second = workers(2).run("support.checkpoints.find", directory=str(directory))
+    assert first == second, "all ranks come to the same"
+    return first
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest and make its checksum fit again, as somebody would who means it."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    if "checksum" in manifest:
+        manifest["checksum"] = manifest_checksum(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_what_a_save_leaves(saved: Path, workers: Workers) -> None:
+    assert names(saved) == ["global_step1", "global_step2", "latest"]
+    assert (saved / "latest").read_text() == "global_step2\n"
+    assert names(saved / "global_step2") == FILES
+    manifest = json.loads((saved / "global_step2/manifest.json").read_text())
+    assert manifest["state"] == {"step": 2, "consumed_samples": 8} and manifest["version"]
+    assert manifest["layout"] == {"pipeline_stages": 2, "replicas": 1, "zero_stage": 0}
+    assert manifest["config"]["model"]["hidden_size"] == 8
+    assert find(workers, saved) == (2, [])
+    assert workers(2).run("support.checkpoints.load", values=settings(), directory=str(saved)) == [2, 2]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "removed", "a folder"])
+@pytest.mark.parametrize("file", FILES)
+def test_damage_is_passed_over(workers: Workers, copy: Path, file: str, damage: str) -> None:
+    path = copy / "global_step2" / file
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-2])
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+        if damage == "a folder":
+            path.mkdir()
+    step, lines = find(workers, copy)
+    assert step == 1 and len(lines) == 1
+    assert lines[0].startswith(f"{copy}/global_step2: {file} ") and lines[0].endswith("; passed over")
+
+
+def test_no_flipped_bit_of_a_manifest_is_believed(copy: Path) -> None:
+    """Either the line says that it is damaged, or (a bit of layout) nothing has changed."""
+    path = copy / "global_step2/manifest.json"
+    content = path.read_bytes()
+    _, whole = read_manifest(path.parent, 2)
+    refused = 0
+    for bit in range(0, 8 * len(content), 13):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        problem, manifest = read_manifest(path.parent, 2)
+        assert problem is not None or manifest == whole
+        refused += problem is not None
+    assert refused > len(content) // 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m["files"][0].update(file="../../elsewhere.pt"), "files.0.file"),
+        (lambda m: m["files"][0].update(file="/etc/passwd"), "files.0.file"),
+        (lambda m: m["files"][0].update(bytes="12"), "files.0.bytes"),
+        (lambda m: m["files"][0].update(parameters={"x": [-1]}), "files.0.parameters"),
+        (lambda m: m["files"][0].update(parameters=["x"]), "files.0.parameters"),
+        (lambda m: m["state"].update(step=2.5), "state.step"),
+        (lambda m: m["state"].update(consumed_samples=-8), "state.consumed_samples"),
+        (lambda m: m["state"].update(step=7), "is of step 7"),
+        (lambda m: m.pop("state"), "state: field required"),
+        (lambda m: m.pop("checksum"), "checksum: field required"),
+        (lambda m: m.update(config=[]), "config"),
+        (lambda m: m.update(files=[]), "files"),
+        (lambda m: m.update(format="another 1"), "format"),
+        (lambda m: m["files"].append(m["files"][0]), "twice"),
+        (lambda m: m["files"][0]["parameters"].popitem(), "stage000-replica000.pt holds other tensors"),
+        (lambda m: m["files"][1].update(dtype="float64"), "stage001-replica000.pt holds other tensors"),
+        (lambda m: m["files"][1]["parameters"].update({"model.norm.weight": [4]}), "holds other tensors"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_makes_no_sense_is_passed_over(
+    workers: Workers, copy: Path, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    rewrite(copy / "global_step2", change)
+    step, lines = find(workers, copy)
+    assert step == 1 and len(lines) == 1 and said in lines[0], lines
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"files": [', "[" * 100_000, "null", '{"a": "\\ud800"}'])
+def test_a_manifest_that_is_no_manifest_is_passed_over(workers: Workers, copy: Path, text: str) -> None:
+    (copy / "global_step2/manifest.json").write_text(text)
+    step, (line,) = find(workers, copy)
+    assert step == 1 and "manifest.json is damaged" in line
+
+
+class Bomb:
+    """Does harm when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("content", ["objects", "text", "a list"])
+def test_a_file_that_holds_something_else_is_never_unpickled(
+    workers: Workers, copy: Path, tmp_path: Path, content: str
+) -> None:
+    """Its hash fits the manifest, so that only reading it tells."""
+    import hashlib
+
+    file = copy / "global_step2/stage001-replica000.pt"
+    if content == "text":
+        file.write_text("no tensors\n")
+    else:
+        torch.save(Bomb(tmp_path / "harm") if content == "objects" else [torch.ones(1)], file)
+    fits = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    rewrite(copy / "global_step2", lambda manifest: manifest["files"][1].update(fits))
+    step, (line,) = find(workers, copy)
+    assert step == 1 and "stage001-replica000.pt holds no tensors" in line
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "said"),
+    [
+        ("global_step1\n", 1, ["latest names global_step1; the newer global_step2 is left aside"]),
+        ("global_step9", 2, ["latest names global_step9, which is not there; looking for"]),
+        ("../elsewhere", 2, ["latest names no checkpoint ('../elsewhere'); looking for"]),
+        ("", 2, ["latest names no checkpoint (''); looking for"]),
+        (b"\xff\xfe\x00", 2, ["latest cannot be read"]),
+        (None, 2, ["latest is missing; looking for"]),
+    ],
+)
+def test_latest_decides_if_it_can(
+    workers: Workers, copy: Path, text: str | bytes | None, step: int, said: list[str]
+) -> None:
+    (copy / "latest").unlink()
+    if text is not None:
+        (copy / "latest").write_bytes(text if isinstance(text, bytes) else text.encode())
+    found, lines = find(workers, copy)
+    assert found == step and len(lines) == len(said)
+    assert all(f"{copy}/{part}" in line for part, line in zip(said, lines, strict=True)), lines
+
+
+def test_nothing_whole_is_nothing_found(workers: Workers, copy: Path, tmp_path: Path) -> None:
+    assert find(workers, tmp_path / "none") == (None, [])
+    for step in (1, 2):
+        (copy / f"global_step{step}/stage000-replica000.pt").unlink()
+    step, lines = find(workers, copy)
+    assert step is None and len(lines) == 2
+
+
+def test_old_checkpoints_go_and_marked_ones_stay(workers: Workers, tmp_path: Path) -> None:
+    """keep_last=2, keep_every=4; what a killed process left is removed, what is not ours is not."""
+    directory = tmp_path / "checkpoints"
+    (directory / ".global_step3.partial").mkdir(parents=True)
+    (directory / ".global_step1.deleted").mkdir()
+    (directory / ".latest.123.tmp").touch()
+    (directory / "global_step_of_mine").mkdir()
+    (directory / "global_step50").mkdir()
+    values = settings()
+    values["train"] |= {"keep_last": 2, "keep_every": 4}
+    group = workers(2)
+    lines = group.run("support.checkpoints.save", values=values, directory=str(directory), steps=list(range(1, 11)))
+    assert lines == [[""] * 10] * 2
+    kept = ["global_step10", "global_step4", "global_step50", "global_step8", "global_step9", "global_step_of_mine"]
+    assert names(directory) == [*kept, "latest"]
+    values["train"] |= {"keep_last": None}
+    group.run("support.checkpoints.save", values=values, directory=str(directory), steps=[11, 12, 13])
+    assert set(names(directory)) == {*kept, "global_step11", "global_step12", "global_step13", "latest"}
+
+
+def test_a_step_is_saved_again(workers: Workers, copy: Path) -> None:
+    """A damaged one of the same step gives way."""
+    (copy / "global_step2/manifest.json").unlink()
+    group = workers(2)
+    assert group.run("support.checkpoints.save", values=settings(), directory=str(copy), steps=[2]) == [[""], [""]]
+    assert group.run("support.checkpoints.load", values=settings(), directory=str(copy)) == [2, 2]
+    assert names(copy) == ["global_step1", "global_step2", "latest"]

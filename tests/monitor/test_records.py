@@ -1,0 +1,93 @@
+"""Protects records from full disks and from work that is undone: whole lines, each step once, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lime_dist.data.files import WholeAppends
+from lime_dist.monitor.console import Console
+from lime_dist.monitor.metrics import MetricsFile
+from lime_dist.monitor.records import Records
+from lime_dist.monitor.tensorboard import TensorBoardLog
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_append_is_whole_or_waits(tmp_path: Path) -> None:
+    file = WholeAppends(tmp_path / "file")
+    file.write(b"first")
+    assert file.waiting and (tmp_path / "file").read_bytes() == b""
+    file.flush()
+    assert not file.waiting
+    with no_file_beyond(8):
+        file.write(b"second")
+        with pytest.raises(OSError):
+            file.flush()
+        assert file.waiting and (tmp_path / "file").read_bytes() == b"first"
+    file.write(b"third")
+    file.flush()
+    file.close()
+    assert (tmp_path / "file").read_bytes() == b"firstsecondthird"
+
+
+def record(step: int) -> dict[str, float | int]:
+    return {"step": step, "loss": 1 / step, "step_seconds": 0.5}
+
+
+def test_records_outlive_a_full_disk_and_forget_what_was_undone(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    board = TensorBoardLog(tmp_path / "tensorboard", "a: 1\n", 0)
+    records = Records([metrics, board])
+    for step in range(1, 4):
+        records.write(record(step))
+    with no_file_beyond(100):
+        for step in range(4, 7):
+            records.write(record(step))
+            assert records.problem == f"{tmp_path}/metrics.jsonl cannot be written: [Errno 27] File too large"
+        records.flush()
+        records.write(record(7))
+    assert records.problem is not None
+    records.write(record(8))
+    assert records.problem is not None and str(board.path) in records.problem, (
+        "one file is written again, one is not yet"
+    )
+    records.flush()
+    assert records.problem is None
+    records.rewind(5)
+    for step in range(6, 9):
+        records.write({**record(step), "loss": 7.0})
+    records.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    wanted = [(step, 1 / step if step < 6 else 7.0) for step in range(1, 9)]
+    assert [(line["step"], line["loss"]) for line in lines] == wanted
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    drawn = events.Scalars("train/loss")
+    assert [event.step for event in drawn] == list(range(1, 9))
+    assert [event.value for event in drawn] == pytest.approx([loss for _, loss in wanted])
+    assert events.Tags()["tensors"] == ["config/text_summary"]
+
+
+def test_a_line_that_nobody_can_hear_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        Console(True).say("a line")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # so that closing it has somewhere to go

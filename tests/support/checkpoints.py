@@ -1,0 +1,87 @@
+"""Worker cases about checkpoints alone: a small model that is saved, looked for and loaded, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lime_dist.config.load import make_config
+from lime_dist.errors import LimeError
+
+NUM_SAMPLES = 100
+
+
+def settings(stages: int = 2, **sections: Any) -> dict[str, Any]:
+    return {
+        "model": {
+            "vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2,
+        },
+        "data": {"sequence_length": 4},
+        "train": {"global_batch_size": 4, "micro_batch_size": 2},
+        "parallel": {"pipeline_stages": stages},
+        **sections,
+    }  # fmt: skip
+
+
+def _build(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any]:
+    from lime_dist.checkpoint.saver import Saver
+    from lime_dist.distributed import quiet
+    from lime_dist.train.optim import build_engine
+
+    config = make_config(values, "a test")
+    with quiet():
+        engine, optimizer = build_engine(config)
+    replica = engine.grid.get_data_parallel_rank()
+    return config, optimizer, Saver(Path(directory), config, NUM_SAMPLES, optimizer, engine.stage_id, replica)
+
+
+def _fill(optimizer: Any, step: int) -> None:
+    """Weights and moments that are a function of name and step."""
+    with torch.no_grad():
+        for name in optimizer.local_names():
+            for index, tensor in enumerate(optimizer.state(name).values()):
+                tensor.fill_(sum(map(ord, name)) + 1000 * index + step)
+    optimizer.restore_finished(step)
+
+
+def save(values: dict[str, Any], directory: str, steps: list[int]) -> list[str]:
+    """Save these steps one after the other; an error line each, empty for one that was saved."""
+    from lime_dist.train.state import TrainState
+
+    _, optimizer, saver = _build(values, directory)
+    lines = []
+    for step in steps:
+        _fill(optimizer, step)
+        try:
+            lines.append("".join(saver.save(TrainState(step, 4 * step)).problems))
+        except LimeError as error:
+            lines.append(str(error))
+    return lines
+
+
+def find(directory: str) -> tuple[int | None, list[str]]:
+    """The step that would be gone on from, and what was said."""
+    from lime_dist.checkpoint import store
+
+    found, lines = store.find_newest(Path(directory))
+    return (None if found is None else found.state.step), lines
+
+
+def load(values: dict[str, Any], directory: str) -> int:
+    """Load what is found into a new model, and check that every value is of that step; the step, 0 if there is none."""
+    from lime_dist.checkpoint import store
+
+    config, optimizer, _ = _build(values, directory)
+    found, _ = store.find_newest(Path(directory))
+    if found is None:
+        return 0
+    store.load(found, config, NUM_SAMPLES, optimizer)
+    got = {name: {k: t.clone() for k, t in optimizer.state(name).items()} for name in optimizer.local_names()}
+    _fill(optimizer, found.state.step)
+    for name, state in got.items():
+        for key, tensor in optimizer.state(name).items():
+            assert torch.equal(state[key], tensor), (name, key)
+    assert optimizer.step_count == found.state.step and found.state.consumed_samples == 4 * found.state.step
+    return found.state.step

@@ -1,0 +1,44 @@
+"""A small run, and what is in its folder afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def values(dataset: Path, directory: Path, steps: int = 20, **parallel: Any) -> dict[str, Any]:
+    return {
+        "run": {"directory": str(directory)},
+        "model": {
+            "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+        "data": {"path": str(dataset), "sequence_length": 16},
+        "train": {
+            "steps": steps, "global_batch_size": 4, "micro_batch_size": 1, "evaluation_interval": 5,
+            "evaluation_samples": 4, "checkpoint_interval": 10,
+        },
+        "optimizer": {"warmup_steps": 3},
+        "parallel": parallel,
+    }  # fmt: skip
+
+
+def records(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(directory: Path) -> list[dict[str, float]]:
+    """Records without what the clock decides."""
+    clock = ("step_seconds", "tokens_per_second")
+    return [{key: value for key, value in record.items() if key not in clock} for record in records(directory)]
+
+
+def weights(directory: Path, step: int) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted((directory / f"checkpoints/global_step{step}").glob("*.pt")):
+        for name, entry in torch.load(path, weights_only=True).items():
+            found.update({f"{name}/{key}": tensor for key, tensor in entry.items()})
+    return found

@@ -1,0 +1,52 @@
+"""Protects that a request to end is noticed, whoever makes it, and that signals mean what they meant before afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lime_dist.train.signals import LAUNCHER_GONE, StopSignals, reason
+
+
+def test_signals_are_noted_inside_and_nowhere_else() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with StopSignals() as signals:
+        assert signals.came == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.came == signal.SIGUSR1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.came == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert reason(signal.SIGTERM) == "SIGTERM" and reason(LAUNCHER_GONE) == "the end of its launcher"
+
+
+RANK = """
+import sys, time
+from lime_dist.train.signals import StopSignals
+with StopSignals() as signals:
+    assert signals.came == 0
+    print("ready", flush=True)
+    deadline = time.monotonic() + 20
+    while not signals.came and time.monotonic() < deadline:
+        time.sleep(0.01)
+    open(sys.argv[1], "w").write(str(signals.came))
+"""
+
+
+def test_the_end_of_a_launcher_is_noticed(tmp_path: Path) -> None:
+    """A process that a "deepspeed" started, which another "deepspeed" started: the outer one is killed."""
+    mark = tmp_path / "came"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}, {str(mark)!r}])  # deepspeed"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])  # deepspeed"
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.kill()
+        deadline = time.monotonic() + 20
+        while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert mark.read_text() == str(LAUNCHER_GONE)
