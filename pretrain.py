@@ -82,6 +82,7 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
     from lime_dist.checkpoint.saver import Saver
     from lime_dist.data.blend import BlendOrder, open_training, open_validation
     from lime_dist.data.loader import TrainBatches, ValidationBatches
+    from lime_dist.data.ramp import BatchSizes
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.metrics import MetricsFile
     from lime_dist.monitor.records import Records
@@ -141,6 +142,7 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
         except OSError as error:
             raise LimeError(f"run.directory={directory} cannot be written: {error.strerror}") from None
 
+    batch_sizes = BatchSizes(settings.global_batch_size, settings.batch_ramp)
     records = Records(together(open_records))
     console.say(
         f"{config.model.architecture}: {config.model.num_hidden_layers} layers in {engine.num_stages} stage(s) × "
@@ -149,14 +151,14 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
     )
     if isinstance(order, BlendOrder):
         for entry, share in zip(
-            config.data.blend or [], order.shares(settings.steps * settings.global_batch_size), strict=True
+            config.data.blend or [], order.shares(batch_sizes.consumed_after(settings.steps)), strict=True
         ):
             console.say(f"{entry.path}: {share}")
 
     batches = None
     if at_an_end:
         batches = TrainBatches(
-            train_split, order, length, settings.global_batch_size, settings.micro_batch_size, replica, width,
+            train_split, order, length, batch_sizes, settings.micro_batch_size, replica, width,
             state.consumed_samples,
         )  # fmt: skip
     run = Run(
@@ -164,6 +166,7 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
         engine=engine,
         optimizer=optimizer,
         order=order,
+        batch_sizes=batch_sizes,
         train_batches=batches,
         validation_batches=evaluation if at_an_end else None,
         evaluation_micro_batches=len(evaluation) if evaluation is not None else 0,

@@ -14,7 +14,7 @@ from lime_dist.errors import LimeError
 
 
 def batch_split(config: Config, world_size: int) -> tuple[int, int]:
-    """How the global batch is divided: (data-parallel width, micro-batches a step and replica).
+    """How the global batch is divided: (data-parallel width, micro-batches a step and replica, after a ramp).
 
     Raises:
         LimeError: the processes do not divide into stages, or the batch does not factor.
@@ -27,12 +27,17 @@ def batch_split(config: Config, world_size: int) -> tuple[int, int]:
         )
     width = world_size // stages
     train = config.train
-    if train.global_batch_size % (train.micro_batch_size * width):
-        raise LimeError(
-            f"train.global_batch_size={train.global_batch_size} is not micro-batch × accumulation × width: "
-            f"train.micro_batch_size={train.micro_batch_size} × {width} data-parallel replicas = "
-            f"{train.micro_batch_size * width} must divide it"
-        )
+    batch_sizes = {"train.global_batch_size": train.global_batch_size}
+    if train.batch_ramp is not None:
+        batch_sizes["train.batch_ramp.start"] = train.batch_ramp.start
+        batch_sizes["train.batch_ramp.increment"] = train.batch_ramp.increment
+    wide = train.micro_batch_size * width
+    for key, samples in batch_sizes.items():
+        if samples % wide:
+            raise LimeError(
+                f"{key}={samples} is not micro-batch × accumulation × width: train.micro_batch_size="
+                f"{train.micro_batch_size} × {width} data-parallel replicas = {wide} must divide it"
+            )
     return width, train.global_batch_size // (train.micro_batch_size * width)
 
 

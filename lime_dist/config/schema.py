@@ -194,10 +194,19 @@ class DataConfig(Section):
         return self
 
 
+class BatchRampConfig(Section):
+    """A global batch that grows from ``start`` by ``increment`` at a time while the first ``samples`` are consumed."""
+
+    start: int = Field(ge=1)
+    increment: int = Field(ge=1)
+    samples: int = Field(ge=1)
+
+
 class TrainConfig(Section):
     steps: int = Field(300, ge=0)
     seed: int = 0
     global_batch_size: int = Field(16, ge=1, description="samples a step, over all micro-batches and replicas")
+    batch_ramp: BatchRampConfig | None = Field(None, description="smaller global batches at first")
     micro_batch_size: int = Field(2, ge=1, description="samples a micro-batch of one replica")
     evaluation_interval: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
     evaluation_samples: int = Field(64, ge=0, description="validation samples; 0: no validation")
@@ -216,6 +225,18 @@ class TrainConfig(Section):
     )
     log_interval: int = Field(10, ge=1, description="steps between console lines")
     compile: bool = Field(False, description="compile the parts of a layer with torch.compile; needs a compiler")
+
+    @model_validator(mode="after")
+    def _ramp_arrives(self) -> TrainConfig:
+        ramp = self.batch_ramp
+        if ramp is not None and (
+            ramp.start >= self.global_batch_size or (self.global_batch_size - ramp.start) % ramp.increment
+        ):
+            raise ValueError(
+                f"train.batch_ramp: from start={ramp.start} in steps of increment={ramp.increment} the batch does not come "
+                f"to train.global_batch_size={self.global_batch_size}"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -6,6 +6,7 @@ import queue
 import threading
 import weakref
 import zlib
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,43 +14,45 @@ import torch
 
 from lime_dist.data.dataset import Samples
 from lime_dist.data.order import Order, rank_positions
+from lime_dist.data.ramp import BatchSizes
 from lime_dist.errors import LimeError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 _Read = tuple[Batch, int]  # and the CRC-32 of its tokens
 
 
-PREFETCH = 4  # micro-batches read ahead
+_Group = list[_Read | BaseException]
+PREFETCH = 4  # groups of micro-batches read ahead
+GROUP_SAMPLES = 32  # handed from thread to thread at once, so that small micro-batches do not cost a wake-up each
 ORDER_BLOCK = 1024  # samples whose order is computed at once: a call costs as much as some 700 samples
 
 
 def read_batch(split: Samples, samples: np.ndarray, sequence_length: int) -> Batch:
     """Tokens and labels, int64 [b, T] each, of ``samples`` [b]; labels are the tokens shifted by one."""
-    return _tokens_and_labels(_read_rows(split, samples, sequence_length))
+    return _read(split, samples, sequence_length)[0]
 
 
-def _read_rows(split: Samples, samples: np.ndarray, sequence_length: int) -> np.ndarray:
-    """int64 [b, T + 1]"""
-    rows = np.empty((len(samples), sequence_length + 1), dtype=np.int64)
+def _read(split: Samples, samples: np.ndarray, sequence_length: int) -> _Read:
+    """The checksum is of the tokens as they are stored: a fourth of the bytes that they become."""
+    rows, checksum = np.empty((len(samples), sequence_length + 1), dtype=np.int64), 0
     for row, sample in zip(rows, samples.tolist(), strict=True):
-        row[:] = split.sample(sample, sequence_length)
-    return rows
-
-
-def _tokens_and_labels(rows: np.ndarray) -> Batch:
+        stored = split.sample(sample, sequence_length)
+        row[:] = stored
+        checksum = zlib.crc32(stored.data, checksum)
     rows_bt1 = torch.from_numpy(rows)
-    return rows_bt1[:, :-1].contiguous(), rows_bt1[:, 1:].contiguous()
+    return (rows_bt1[:, :-1].contiguous(), rows_bt1[:, 1:].contiguous()), checksum
 
 
 class _ReadAhead:
-    """Run an iterator in a thread, PREFETCH items ahead; its exception is raised at the item where it happened."""
+    """Run an iterator in a thread, PREFETCH groups ahead; its exception is raised at the item where it happened."""
 
-    def __init__(self, items: Iterator[_Read]) -> None:
-        self._items: queue.Queue[_Read | BaseException] = queue.Queue(maxsize=PREFETCH)
+    def __init__(self, items: Iterator[_Read], group_size: int) -> None:
+        self._groups: queue.Queue[_Group] = queue.Queue(maxsize=PREFETCH)
+        self._group: deque[_Read | BaseException] = deque()
         self._stop = threading.Event()
         # The thread knows only the queue and the event, so that an abandoned reader can be collected, which stops it.
         self._thread = threading.Thread(
-            target=_fill, args=(items, self._items, self._stop), name="read-ahead", daemon=True
+            target=_fill, args=(items, group_size, self._groups, self._stop), name="read-ahead", daemon=True
         )
         self._thread.start()
         weakref.finalize(self, self._stop.set)
@@ -60,34 +63,40 @@ class _ReadAhead:
         self._thread.join()
 
     def get(self) -> _Read:
-        item = self._items.get()
+        if not self._group:
+            self._group.extend(self._groups.get())
+        item = self._group.popleft()
         if isinstance(item, BaseException):
             raise item
         return item
 
 
-def _fill(items: Iterator[_Read], ready: queue.Queue[_Read | BaseException], stop: threading.Event) -> None:
-    def hand_over(item: _Read | BaseException) -> bool:
+def _fill(items: Iterator[_Read], group_size: int, ready: queue.Queue[_Group], stop: threading.Event) -> None:
+    def hand_over(group: _Group) -> bool:
         while not stop.is_set():
             try:
-                ready.put(item, timeout=0.1)
+                ready.put(group, timeout=0.1)
                 return True
             except queue.Full:
                 continue
         return False
 
+    group: _Group = []
     try:
         for item in items:
-            if not hand_over(item):
-                return
+            group.append(item)
+            if len(group) == group_size:
+                if not hand_over(group):
+                    return
+                group = []
     except BaseException as error:  # handed to the consumer, which raises it
-        hand_over(error)
+        hand_over([*group, error])
 
 
 class TrainBatches:
     """The endless training stream of one data-parallel rank: (tokens, labels), int64 [micro_batch_size, T] each.
 
-    ``consumed_samples`` (over all ranks) grows by ``global_batch_size`` once a step's last micro-batch is handed out.
+    ``consumed_samples`` (over all ranks) grows by the step's batch size once its last micro-batch is handed out.
     What comes next depends on it alone; setting it jumps to the start of that step. A thread reads a few batches ahead.
     LimeError if the global batch does not factor into micro-batches × width.
 
@@ -100,7 +109,7 @@ class TrainBatches:
         split: Samples,
         order: Order,
         sequence_length: int,
-        global_batch_size: int,
+        batch_sizes: BatchSizes | int,
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
@@ -110,9 +119,9 @@ class TrainBatches:
         if order.num_samples != available:
             raise ValueError(f"the order is over {order.num_samples} samples, but the split has {available}")
         self._split, self._order, self._sequence_length = split, order, sequence_length
-        self._global_batch_size = global_batch_size
-        self._layout = (global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size)
-        self.micro_batches = len(rank_positions(consumed_samples, *self._layout))
+        self._batch_sizes = BatchSizes(batch_sizes) if isinstance(batch_sizes, int) else batch_sizes
+        self._layout = (micro_batch_size, data_parallel_rank, data_parallel_size)
+        rank_positions(consumed_samples, self._batch_sizes.at(consumed_samples), *self._layout)  # does it factor?
         self._reader: _ReadAhead | None = None
         self.checksums: list[int] = []
         self.consumed_samples = consumed_samples
@@ -129,6 +138,12 @@ class TrainBatches:
         self.close()
         self._consumed_samples, self._handed_out = value, 0
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of this rank in the current step."""
+        micro_batch_size, _, data_parallel_size = self._layout
+        return self._batch_sizes.at(self._consumed_samples) // (micro_batch_size * data_parallel_size)
+
     def close(self) -> None:
         """Stop reading ahead; the next micro-batch asked for is the first of the current step."""
         if self._reader is not None:
@@ -140,8 +155,9 @@ class TrainBatches:
 
     def __next__(self) -> Batch:
         if self._reader is None:
-            stream = _stream(self._split, self._order, self._sequence_length, self._consumed_samples, self._layout)
-            self._reader = _ReadAhead(stream)
+            place = (self._consumed_samples, self._batch_sizes, self._layout)
+            stream = _stream(self._split, self._order, self._sequence_length, *place)
+            self._reader = _ReadAhead(stream, max(1, GROUP_SAMPLES // self._layout[0]))
         try:
             batch, checksum = self._reader.get()
         except BaseException:
@@ -150,23 +166,27 @@ class TrainBatches:
         self.checksums = [checksum] if self._handed_out == 0 else [*self.checksums, checksum]
         self._handed_out += 1
         if self._handed_out == self.micro_batches:
-            self._consumed_samples += self._global_batch_size
+            self._consumed_samples += self._batch_sizes.at(self._consumed_samples)
             self._handed_out = 0
         return batch
 
 
 def _stream(
-    split: Samples, order: Order, sequence_length: int, consumed: int, layout: tuple[int, int, int, int]
+    split: Samples,
+    order: Order,
+    sequence_length: int,
+    consumed: int,
+    batch_sizes: BatchSizes,
+    layout: tuple[int, int, int],
 ) -> Iterator[_Read]:
-    global_batch_size, *_, data_parallel_size = layout
-    steps = max(1, ORDER_BLOCK * data_parallel_size // global_batch_size)
     while True:
-        starts = consumed + global_batch_size * np.arange(steps)
-        positions = np.concatenate([rank_positions(int(start), *layout) for start in starts])
-        for samples in order.samples_at(positions):
-            rows = _read_rows(split, samples, sequence_length)
-            yield _tokens_and_labels(rows), zlib.crc32(rows.data)
-        consumed += global_batch_size * steps
+        positions: list[np.ndarray] = []
+        while sum(map(len, positions)) * layout[0] < ORDER_BLOCK:
+            size = batch_sizes.at(consumed)
+            positions.append(rank_positions(consumed, size, *layout))
+            consumed += size
+        for samples in order.samples_at(np.concatenate(positions)):
+            yield _read(split, samples, sequence_length)
 
 
 class ValidationBatches:

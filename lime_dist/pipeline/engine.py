@@ -93,13 +93,17 @@ class LimeEngine(PipelineEngine):
             tied_copies=frozenset(name for name, comm in tied.items() if self.global_rank != min(comm["ranks"])),
         )
 
-    def train_step(self, batches: Batches | None) -> float:
-        """One step over all micro-batches; returns the mean loss over the global batch (nats per token), on every rank.
+    def train_step(self, batches: Batches | None, micro_batches: int | None = None) -> float:
+        """One step; returns the mean loss over the global batch (nats per token), on every rank.
+
+        Args:
+            micro_batches: of every replica; None: as the configured global batch has.
 
         Raises:
             PeerLost: another process of the job is gone; the line says which, and when it was missed.
         """
         self._use_shape(self.lime_config.train.micro_batch_size)
+        self.micro_batches = micro_batches or self.gradient_accumulation_steps()
         with self.watching(f"the mean loss of step {self.global_steps + 1}"):
             return float(self.train_batch(batches))
 

@@ -34,6 +34,7 @@ class Boundary:
         self.stopped: str | None = None
         self._run, self._signals = run, signals
         self._saved: int | None = state.step
+        self._before = state.consumed_samples  # by the steps before the newest one
         self._skipped = 0
         self._spikes = Spikes(run.config.train.spike_factor)
         self._said: str | None = None
@@ -49,7 +50,7 @@ class Boundary:
             self._skipped = 0
             return
         self._skipped += 1
-        consumed = state.consumed_samples - run.config.train.global_batch_size
+        consumed = self._before
         with self._watching("which micro-batch was not finite at", state):
             losses = run.engine.micro_batch_losses()
             found = not_finite(run.config, run.order, consumed, run.replica, run.replicas, losses)
@@ -95,6 +96,7 @@ class Boundary:
                 f"stopped by {self.stopped} at step {state.step}: saved "
                 f"{run.saver.directory / store.folder_name(state.step)}; the same command goes on from there"
             )
+        self._before = state.consumed_samples
         return state
 
     def close(self, state: TrainState) -> None:
@@ -134,7 +136,7 @@ class Boundary:
 
     def _difference(self, state: TrainState, replica: int) -> str:
         run = self._run
-        consumed = state.consumed_samples - run.config.train.global_batch_size
+        consumed = self._before
         own = None
         if run.replica == replica and run.train_batches is not None:
             own = (run.engine.stage_id, run.config.data.path or "data.blend", run.train_batches.checksums)

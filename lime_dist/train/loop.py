@@ -60,9 +60,10 @@ def _step(run: Run, state: TrainState, recent: deque[float]) -> tuple[TrainState
     config, settings = run.config, run.config.train
     lr, router_lr = run.optimizer.learning_rates()
     begin = time.perf_counter()
-    loss = run.engine.train_step(run.train_batches)
+    batch_size = run.batch_sizes.at(state.consumed_samples)
+    loss = run.engine.train_step(run.train_batches, batch_size // (settings.micro_batch_size * run.replicas))
     seconds = time.perf_counter() - begin
-    state = TrainState(state.step + 1, state.consumed_samples + settings.global_batch_size)
+    state = TrainState(state.step + 1, state.consumed_samples + batch_size)
     recent.append(seconds)
     record: dict[str, float | int] = {
         **_position(config, state),
@@ -71,13 +72,13 @@ def _step(run: Run, state: TrainState, recent: deque[float]) -> tuple[TrainState
         "lr": lr,
         "router_lr": router_lr,
         "step_seconds": seconds,
-        "tokens_per_second": settings.global_batch_size * config.data.sequence_length / seconds,
+        "tokens_per_second": batch_size * config.data.sequence_length / seconds,
     }
     run.records.write(record)
     run.console.advance()
     if state.step % settings.log_interval == 0 or state.step == settings.steps:
         typical = median(recent)
-        rate = settings.global_batch_size * config.data.sequence_length / typical
+        rate = batch_size * config.data.sequence_length / typical
         run.console.step_line({**record, "step_seconds": typical, "tokens_per_second": rate}, settings.steps)
     return state, loss
 

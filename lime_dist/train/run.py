@@ -8,6 +8,7 @@ from lime_dist.checkpoint.saver import Saver
 from lime_dist.config.schema import Config
 from lime_dist.data.loader import TrainBatches, ValidationBatches
 from lime_dist.data.order import Order
+from lime_dist.data.ramp import BatchSizes
 from lime_dist.monitor.console import Console
 from lime_dist.monitor.records import Records
 from lime_dist.pipeline.engine import LimeEngine
@@ -23,6 +24,7 @@ class Run:
     engine: LimeEngine
     optimizer: StageOptimizer
     order: Order
+    batch_sizes: BatchSizes
     train_batches: TrainBatches | None
     validation_batches: ValidationBatches | None
     evaluation_micro_batches: int

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lime_dist.config.schema import Config
 from lime_dist.data.order import Order, rank_positions
+from lime_dist.data.ramp import BatchSizes
 
 NAMED = 16
 """So many samples are named in a line, and how many more there are."""
@@ -19,9 +20,8 @@ NAMED = 16
 def step_samples(config: Config, order: Order, consumed: int, replica: int, replicas: int) -> np.ndarray:
     """Samples int64 [micro_batches, micro_batch_size] that a replica read in the step after ``consumed`` samples."""
     train = config.train
-    return order.samples_at(
-        rank_positions(consumed, train.global_batch_size, train.micro_batch_size, replica, replicas)
-    )
+    size = BatchSizes(train.global_batch_size, train.batch_ramp).at(consumed)
+    return order.samples_at(rank_positions(consumed, size, train.micro_batch_size, replica, replicas))
 
 
 def name_samples(samples: np.ndarray) -> str:
@@ -54,7 +54,9 @@ def not_finite(
     ]
     if parts:
         return "; ".join(parts)
-    everything = order.samples_at(consumed + np.arange(config.train.global_batch_size))
+    everything = np.concatenate(
+        [step_samples(config, order, consumed, one, replicas).ravel() for one in range(replicas)]
+    )
     return f"the loss of every micro-batch is finite ({name_samples(everything)})"
 
 

@@ -95,3 +95,25 @@ def test_the_global_batch_changes(workers: Workers, dataset: Path, tmp_path: Pat
     legs: list[Leg] = [(1, {}), (2, {"train": {"global_batch_size": 4}, "parallel": {"pipeline_stages": 2}})]
     found = go(workers, dataset, tmp_path / "changed", {}, legs)
     assert [record["consumed_samples"] for record in found] == [8, 16, 24, 32, 36, 40, 44, 48]
+
+
+@pytest.mark.slow
+def test_a_batch_that_grows_is_the_same_in_every_layout(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """Batches of 4, 8, 12, then 16: the same samples and losses in one process and in 2 × 2 with ZeRO 1, and a first step
+    that is the one of a run with batches of 4."""
+    ramp = {"train": {"global_batch_size": 16, "micro_batch_size": 2, "batch_ramp": RAMP}}
+    straight = go(workers, dataset, tmp_path / "straight", {}, [(1, ramp)])
+    assert [record["consumed_samples"] for record in straight] == [4, 8, 16, 28, 44, 60, 76, 92]
+    legs: list[Leg] = [
+        (1, ramp),
+        (4, {**ramp, "parallel": {"zero_stage": 1, "pipeline_stages": 2}}),
+        (2, {**ramp, "parallel": {"pipeline_stages": 2}}),
+        (1, {"train": {**ramp["train"], "micro_batch_size": 4}}),
+    ]
+    assert_close(go(workers, dataset, tmp_path / "changed", {}, legs), straight, [2, 4, 6])
+    fixed = go(workers, dataset, tmp_path / "fixed", {}, [(1, {"train": {"global_batch_size": 4}})])
+    assert fixed[0]["loss"] == pytest.approx(straight[0]["loss"], rel=1e-6)
+    assert fixed[2]["loss"] != pytest.approx(straight[2]["loss"], rel=1e-6)
+
+
+RAMP = {"start": 4, "increment": 4, "samples": 24}

@@ -52,13 +52,13 @@ def observe(
     own = [event for event in events or [] if event.get("rank") in (None, rank)]
     train_step, write_file = LimeEngine.train_step, saver._write_file
 
-    def disturbed_step(engine: Any, batches: Any) -> float:
+    def disturbed_step(engine: Any, *arguments: Any) -> float:
         with contextlib.ExitStack() as stack:
             for event in own:
                 if event["step"] == engine.global_steps + 1 and event["do"] in _ACTIONS and not event.get("done"):
                     event["done"] = event.get("once")
                     stack.enter_context(_ACTIONS[event["do"]](engine, event))
-            return train_step(engine, batches)
+            return train_step(engine, *arguments)
 
     def disturbed_write(folder: Path, *arguments: Any) -> Any:
         with contextlib.ExitStack() as stack:
