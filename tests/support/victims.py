@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUPPORT = Path(__file__).resolve().parent
+from support.processes import prepare, start
 
 
 @dataclass(frozen=True)
@@ -28,15 +25,8 @@ def run(values: dict[str, Any], victim: int, instruction: str, harm: int, folder
     """Train until stage ``victim`` sends itself the signal ``harm`` at the second ``instruction`` of the second step; wait for
     the others, then end what is left."""
     stages = values["parallel"]["pipeline_stages"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed.pipe", "torch.distributed"])
-    arguments = (stages, port, values, victim, instruction, harm, str(folder))
-    processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(stages)]
-    for process in processes:
-        process.start()
+    arguments = (values, victim, instruction, harm, str(folder))
+    processes = start(stages, _work, lambda rank: arguments)
     try:
         mark = folder / "harm"
         begin = time.monotonic()
@@ -62,19 +52,13 @@ def _work(
 ) -> None:
     file = os.open(Path(folder) / f"{rank}.err", os.O_CREAT | os.O_WRONLY)
     os.dup2(file, 2)
-    sys.path[:0] = [str(SUPPORT.parent), str(SUPPORT.parents[1])]
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    import torch
+    prepare(rank, size, port)
     from support.transfers import build, losses_of
 
     from lime_dist.distributed import start_processes
     from lime_dist.errors import run_command
 
     def train() -> None:
-        torch.set_num_threads(1)
         start_processes()
         config, engine, _ = build(values)
         if rank == victim:
