@@ -14,21 +14,14 @@ from typing import Any
 
 SUPPORT = Path(__file__).resolve().parent
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-PRELOADED = [
-    "lime_dist.train.loop",
-    "lime_dist.train.optim",
-    "deepspeed.pipe",
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-]
+PRELOADED = ["lime_dist.train.loop", "lime_dist.train.optim", "torch._dynamo", "torch.utils.tensorboard"]
 """torch's optimizers import torch._dynamo, which takes longer than all the rest."""
 
 
 def start(size: int, target: Callable[..., None], arguments_of: Callable[[int], tuple[Any, ...]]) -> list[BaseProcess]:
     """``target(rank, size, port, *arguments_of(rank))`` in ``size`` processes that are about to form a gloo group."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     _start_server()
+    context = multiprocessing.get_context("forkserver")
     port = _free_port()
     processes: list[BaseProcess] = []
     for rank in range(size):
@@ -56,6 +49,7 @@ def _start_server() -> None:
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
     try:
+        multiprocessing.set_forkserver_preload(PRELOADED)
         multiprocessing.forkserver.ensure_running()
     finally:
         os.environ.clear()
