@@ -97,7 +97,7 @@ install() { # install [EXTRA ...]
   echo "      installing lime_dist and its libraries${extras:+, with the extras ${extras// /, }}"
   logged "${pip[@]}" -e "$target"
   echo "      importing them once"
-  logged env -u PYTHONDONTWRITEBYTECODE "$bin/python" -c "import deepspeed.pipe, pyarrow.parquet, torch.utils.tensorboard"
+  logged env -u PYTHONDONTWRITEBYTECODE "$bin/python" -c "import deepspeed.pipe, pyarrow.parquet, torch._dynamo, torch.utils.tensorboard"
   { requirements_key && printf '%s\n' "$extras"; } >"$stamp.new"
   mv "$stamp.new" "$stamp"
 }

@@ -79,6 +79,9 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
                     "launch one process a GPU, or set DS_ACCELERATOR=cpu"
                 )
             get_accelerator().set_device(int(environment["LOCAL_RANK"]))
+        else:
+            # DeepSpeed would compile a kernel that inference alone uses: half a minute at the first start on a machine.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=False,

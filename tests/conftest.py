@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import subprocess
@@ -13,6 +14,13 @@ import pytest
 from support.workers import WorkerGroup
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def young_garbage_alone() -> None:
+    """Collections in a module's tests need not go through all that was imported before."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

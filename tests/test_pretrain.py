@@ -35,9 +35,14 @@ def small_run(dataset: Path, directory: Path, stages: int = 2) -> list[str]:
     ]  # fmt: skip
 
 
-def run(*arguments: str, launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, launcher: list[str] | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments, launcher=launcher), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        command(*arguments, launcher=launcher),
+        cwd=ROOT,
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -101,9 +106,12 @@ def test_a_mistake_is_one_line_and_exit_status_2_under_the_launcher(tmp_path: Pa
 
 @pytest.mark.slow
 def test_alone_and_under_torchrun(dataset: Path, tmp_path: Path) -> None:
-    """One process without a launcher, continued by two under torchrun."""
-    alone = run(*small_run(dataset, tmp_path / "run", 1), "train.steps=20", launcher=[sys.executable])
+    """One process without a launcher, continued by two under torchrun. Nothing is compiled for it."""
+    extensions = tmp_path / "extensions"
+    arguments = [*small_run(dataset, tmp_path / "run", 1), "train.steps=20"]
+    alone = run(*arguments, launcher=[sys.executable], TORCH_EXTENSIONS_DIR=str(extensions))
     assert alone.returncode == 0, alone.stderr
+    assert not extensions.exists(), "DeepSpeed keeps what it compiles there"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612"]
     both = run(*small_run(dataset, tmp_path / "run", 2), "train.steps=40", launcher=torchrun)
     assert both.returncode == 0, both.stderr

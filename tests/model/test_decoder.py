@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from support import reference
@@ -52,26 +54,42 @@ MODELS = {
 }
 
 
+def perturbed_and_tried(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """Move the parameters off their initial values; tokens [3, 7] and the weights [3, 7, V] of a sum of logits."""
+    for name, parameter in model.named_parameters():
+        perturb(name, parameter)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 31, (3, 7), generator=generator)
+    return tokens, torch.randn(3, 7, 31, generator=generator, dtype=torch.float64)
+
+
+@cache
+def by_plain_loops(model: str, tied: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradient of every parameter."""
+    config = small(**MODELS[model], tie_word_embeddings=tied)
+    decoder = build_decoder(config, dtype=torch.float64)
+    tokens, weight = perturbed_and_tried(decoder)
+    copies = {name: p.detach().clone().requires_grad_() for name, p in decoder.named_parameters()}
+    logits = reference.logits(config, copies, tokens)
+    (logits * weight).sum().backward()
+    return logits.detach(), {name: copy.grad for name, copy in copies.items()}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("model", MODELS)
 def test_forward_and_all_gradients_equal_plain_loops(model: str, tied: bool, checkpointing: bool) -> None:
     """11 layers: more than one block of reads, the last one cut short; 7 tokens."""
     config = small(**MODELS[model], tie_word_embeddings=tied)
-    model = build_decoder(config, dtype=torch.float64, activation_checkpointing=checkpointing)
-    for name, parameter in model.named_parameters():
-        perturb(name, parameter)
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(0, 31, (3, 7), generator=generator)
-    weight = torch.randn(3, 7, 31, generator=generator, dtype=torch.float64)
-    found = model(tokens)
+    decoder = build_decoder(config, dtype=torch.float64, activation_checkpointing=checkpointing)
+    tokens, weight = perturbed_and_tried(decoder)
+    found = decoder(tokens)
     (found * weight).sum().backward()
-    copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    wanted = reference.logits(config, copies, tokens)
-    (wanted * weight).sum().backward()
+    wanted, gradients = by_plain_loops(model, tied)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
-    for name, parameter in model.named_parameters():
-        error = (parameter.grad - copies[name].grad).abs().max() / copies[name].grad.abs().max()
+    assert {name for name, _ in decoder.named_parameters()} == set(gradients)
+    for name, parameter in decoder.named_parameters():
+        error = (parameter.grad - gradients[name]).abs().max() / gradients[name].abs().max()
         assert error < 1e-9, f"{name}: {error:.1e}"
 
 

@@ -141,21 +141,40 @@ def test_training_goes_on_after_everything_else(
     assert interrupted == straight and (tmp_path / "global_step2" / "manifest.json").exists()
 
 
+GONE_TIMEOUT = 6.0
+
+
+@pytest.fixture(scope="module")
+def gone(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], victims.Case]:
+    """By instruction and harm, all selected cases at the same time, as far as that goes."""
+    cases = {}
+    for item in request.session.items:
+        if "gone" in item.fixturenames:
+            instruction, harm = item.callspec.params["instruction"], item.callspec.params["harm"]
+            values = settings(3, timeout=GONE_TIMEOUT)
+            values["train"] = {**values["train"], "global_batch_size": 3}
+            victim, folder = 0 if instruction == "LoadMicroBatch" else 1, tmp_path_factory.mktemp("gone")
+            cases[instruction, harm] = victims.Case(values, victim, instruction, victims.HARMS[harm], folder)
+    victims.run(list(cases.values()))
+    return cases
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", victims.HARMS)
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
-def test_a_peer_that_is_gone_is_named(instruction: str, harm: str, tmp_path: Path) -> None:
+def test_a_peer_that_is_gone_is_named(gone: dict[tuple[str, str], victims.Case], instruction: str, harm: str) -> None:
     """One of three stages is killed or stopped at every kind of instruction: both others end within the time-out, and say
     where they stood; whoever waited for a transfer names the peer."""
-    timeout, victim = 6.0, 0 if instruction == "LoadMicroBatch" else 1
-    values = settings(3, timeout=timeout)
-    values["train"] = {**values["train"], "global_batch_size": 3}
-    survivors = victims.run(values, victim, instruction, victims.HARMS[harm], tmp_path)
+    case = gone[instruction, harm]
+    case.check_harmed()
+    victim, survivors = case.victim, case.survivors.values()
     assert len(survivors) == 2
     lines = []
     for survivor in survivors:
         assert survivor.status == 1, survivor
-        assert survivor.seconds < timeout + 5
+        assert survivor.seconds < GONE_TIMEOUT + 5
         (line,) = [line for line in survivor.said.splitlines() if line.startswith("error: ")]
         assert re.match(r"error: stage (\d) \(rank \1\), .* step 2", line), line
         lines.append(line)

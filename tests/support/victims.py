@@ -1,18 +1,16 @@
-"""A pipeline of processes of its own, one of which ends or stops in the middle of a step."""
+"""Pipelines of processes of their own, one of which ends or stops in the middle of a step."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
-import sys
 import time
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-SUPPORT = Path(__file__).resolve().parent
+from support.processes import prepare, start
 
 
 @dataclass(frozen=True)
@@ -24,37 +22,71 @@ class Survivor:
     said: str
 
 
-def run(values: dict[str, Any], victim: int, instruction: str, harm: int, folder: Path) -> list[Survivor]:
-    """Train until stage ``victim`` sends itself the signal ``harm`` at the second ``instruction`` of the second step; wait for
-    the others, then end what is left."""
-    stages = values["parallel"]["pipeline_stages"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed.pipe", "torch.distributed"])
-    arguments = (stages, port, values, victim, instruction, harm, str(folder))
-    processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(stages)]
-    for process in processes:
-        process.start()
-    try:
-        mark = folder / "harm"
-        begin = time.monotonic()
-        while not mark.exists() and time.monotonic() - begin < 120 and all(p.is_alive() for p in processes):
-            time.sleep(0.02)
-        assert mark.exists(), "\n".join((folder / f"{rank}.err").read_text() for rank in range(stages))
-        harmed = time.monotonic()
-        found = []
-        for rank, process in enumerate(processes):
-            if rank != victim:
-                process.join(60)
-                said = (folder / f"{rank}.err").read_text()
-                found.append(Survivor(process.exitcode, time.monotonic() - harmed, said))
-        return found
-    finally:
-        for process in processes:
+class Case:
+    """Trains until stage ``victim`` sends itself the signal ``harm`` at the second ``instruction`` of the second step; then the
+    others are waited for, and what is left is ended.
+
+    Attributes:
+        survivors: by rank, those that have ended or were not waited for any longer.
+    """
+
+    def __init__(self, values: dict[str, Any], victim: int, instruction: str, harm: int, folder: Path) -> None:
+        self.victim, self.folder = victim, folder
+        self.survivors: dict[int, Survivor] = {}
+        self._values = values
+        self._arguments = (values, victim, instruction, harm, str(folder))
+        self._processes: list[BaseProcess] = []
+        self._begin, self._harmed = 0.0, 0.0
+
+    def start(self) -> None:
+        self._processes = start(self._values["parallel"]["pipeline_stages"], _work, lambda rank: self._arguments)
+        self._begin = time.monotonic()
+
+    def goes_on(self) -> bool:
+        """Look at what has happened since the last call, at most some hundredths of a second ago."""
+        now = time.monotonic()
+        if not self._harmed:
+            if not (self.folder / "harm").exists():
+                return now - self._begin < 120 and all(process.is_alive() for process in self._processes)
+            self._harmed = now
+        for rank, process in enumerate(self._processes):
+            if rank not in self.survivors and rank != self.victim and (process.exitcode is not None or self._late(now)):
+                self.survivors[rank] = Survivor(process.exitcode, now - self._harmed, self._said(rank))
+        return len(self.survivors) < len(self._processes) - 1
+
+    def end(self) -> None:
+        for process in self._processes:
             process.kill()
             process.join()
+
+    def check_harmed(self) -> None:
+        """Fail, with what the processes said, if the victim never came to its instruction."""
+        assert self._harmed, "\n".join(self._said(rank) for rank in range(len(self._processes)))
+
+    def _late(self, now: float) -> bool:
+        return now - self._harmed > 60
+
+    def _said(self, rank: int) -> str:
+        file = self.folder / f"{rank}.err"
+        return file.read_text() if file.exists() else ""
+
+
+def run(cases: list[Case], at_a_time: int = 3) -> None:
+    """Some at a time: a case spends most of its time on waiting for a time-out."""
+    waiting, running = list(cases), list[Case]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_a_time:
+                running.append(waiting.pop(0))
+                running[-1].start()
+            for case in list(running):
+                if not case.goes_on():
+                    running.remove(case)
+                    case.end()
+            time.sleep(0.02)
+    finally:
+        for case in running:
+            case.end()
 
 
 def _work(
@@ -62,19 +94,13 @@ def _work(
 ) -> None:
     file = os.open(Path(folder) / f"{rank}.err", os.O_CREAT | os.O_WRONLY)
     os.dup2(file, 2)
-    sys.path[:0] = [str(SUPPORT.parent), str(SUPPORT.parents[1])]
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    import torch
+    prepare(rank, size, port)
     from support.transfers import build, losses_of
 
     from lime_dist.distributed import start_processes
     from lime_dist.errors import run_command
 
     def train() -> None:
-        torch.set_num_threads(1)
         start_processes()
         config, engine, _ = build(values)
         if rank == victim:

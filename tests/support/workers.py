@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
-import multiprocessing
-import os
-import socket
-import sys
+import io
+import pickle
 import traceback
-from multiprocessing.connection import Connection
-from pathlib import Path
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-SUPPORT = Path(__file__).resolve().parent
+import numpy as np
+import torch
+from support import processes
+from torch import Tensor
+
 TIMEOUT = 240.0
 """Seconds that a case may take before its group is ended; a hang of the pipeline shows as this."""
 
 
 def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
     """Run cases by name until the pipe closes. Every group that a case makes is destroyed after it."""
-    sys.path[:0] = [str(SUPPORT.parent), str(SUPPORT.parents[1])]
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    import torch
-
+    processes.prepare(rank, size, port)
     from lime_dist.distributed import start_processes
 
-    torch.set_num_threads(1)
     start_processes()
     import torch.distributed as dist
 
@@ -40,6 +35,7 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
         return group
 
     dist.new_group = remembered
+    gc.freeze()  # a collection in a case, or a count of what is left after it, has not to go through the libraries
     while True:
         try:
             module, function, arguments = pipe.recv()
@@ -49,7 +45,7 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
             result: Any = (True, getattr(importlib.import_module(module), function)(**arguments))
         except BaseException:
             result = (False, traceback.format_exc())
-        pipe.send(result)
+        pipe.send_bytes(_pickled(result))
         if not result[0]:
             return
         dist.barrier()
@@ -59,23 +55,34 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
                 dist.destroy_process_group(group)
 
 
+class _Pickler(pickle.Pickler):
+    """Tensors as their bytes. Multiprocessing's own pickler makes a shared file of each, which took longer than a case."""
+
+    def reducer_override(self, found: Any) -> Any:
+        if not isinstance(found, Tensor):
+            return NotImplemented
+        return _tensor, (found.detach().reshape(-1).view(torch.uint8).numpy(), found.dtype, found.shape)
+
+
+def _tensor(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(content).view(dtype).reshape(shape)
+
+
+def _pickled(found: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(found)
+    return file.getvalue()
+
+
 class WorkerGroup:
     """``size`` processes in one gloo group; ``run`` calls a function on all of them and returns what each returned."""
 
     def __init__(self, size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, size, port, theirs), daemon=True)
-            process.start()
+        ends = [Pipe() for _ in range(size)]
+        self._pipes: list[Connection] = [ours for ours, _ in ends]
+        self._processes = processes.start(size, _work, lambda rank: (ends[rank][1],))
+        for _, theirs in ends:
             theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
 
     def run(self, function: str, **arguments: Any) -> list[Any]:
         """Call ``module.function`` on every rank; an exception on any rank is raised here, with its traceback."""
@@ -85,7 +92,9 @@ class WorkerGroup:
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             try:
-                good, value = pipe.recv() if pipe.poll(TIMEOUT) else (False, f"did not finish in {TIMEOUT} s")
+                good, value = (
+                    pickle.loads(pipe.recv_bytes()) if pipe.poll(TIMEOUT) else (False, f"did not finish in {TIMEOUT} s")
+                )
             except EOFError:
                 good, value = False, "the process died"
             (results if good else failures).append(value if good else f"rank {rank}: {value}")
