@@ -26,19 +26,26 @@ class ExportedModel:
     tokenizer: Any
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """[B, T] -> [B, T, V]."""
-        return self.model(tokens_BT, use_cache=False).logits
+        """[B, T] -> [B, T, V]; may be called with tokens that lie elsewhere than the model."""
+        return self.model(tokens_BT.to(self.model.device), use_cache=False).logits.to(tokens_BT.device)
 
 
 def open_export(path: str | Path) -> ExportedModel:
-    """Verify an export and load it in float32 on the CPU.
+    """Verify an export and load it in float32.
 
     Raises:
         LimeError: it is none, or not as it was written, or `transformers` is not installed.
     """
     folder = Path(path)
-    certificate = verify(folder)
-    return ExportedModel(folder, certificate, load_model(folder), load_tokenizer(folder))
+    return open_verified(folder, verify(folder))
+
+
+def open_verified(folder: Path, certificate: dict[str, Any]) -> ExportedModel:
+    """Load an export that `verify` has gone through, onto the GPU where there is one."""
+    import torch
+
+    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    return ExportedModel(folder, certificate, model, load_tokenizer(folder))
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def require_transformers() -> Any:
 
 
 def load_model(folder: Path) -> Any:
-    """The model of a folder, in float32, for inference."""
+    """The model of a folder, in float32, on the CPU, for inference."""
     import torch
 
     transformers = require_transformers()

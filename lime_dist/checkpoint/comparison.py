@@ -65,7 +65,7 @@ def compare_logits(first: Logits, second: Logits, tokens_NT: Tensor) -> Comparis
     return found
 
 
-def validation_tokens(split: TokenSplit, sequence_length: int) -> Tensor:
+def first_tokens(split: TokenSplit, sequence_length: int) -> Tensor:
     """The first samples of a split, about COMPARED_TOKENS tokens, [N, T]."""
     rows = max(1, min(COMPARED_TOKENS // sequence_length, split.num_samples(sequence_length)))
     return torch.cat([tokens for tokens, _ in validation_batches(split, sequence_length, rows)])

@@ -21,7 +21,7 @@ from torch import Tensor
 import lime_dist
 from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer_training import HARD_TEXTS
-from lime_dist.checkpoint.comparison import TEXT, TOLERANCE, compare_logits, validation_tokens
+from lime_dist.checkpoint.comparison import TEXT, TOLERANCE, compare_logits, first_tokens
 from lime_dist.checkpoint.exported_tokenizer import check_ids, write_tokenizer
 from lime_dist.checkpoint.huggingface_files import write_card, write_configuration, write_weights
 from lime_dist.checkpoint.reading import Weights, load_decoder, read_weights, source_of
@@ -83,7 +83,7 @@ def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
         )
     bos, length = bool(description.get("settings", {}).get("bos")), config.data.sequence_length
     if description.get("splits", {}).get("validation", {}).get("tokens", 0) > length:
-        tokens = validation_tokens(TokenSplit(data, "validation"), length)
+        tokens = first_tokens(TokenSplit(data, "validation"), length)
         return RunText(tokenizer, bos, tokens, f"validation split of {data}")
     row = torch.from_numpy(tokenizer.encode(TEXT)).long().unsqueeze(0)
     return RunText(tokenizer, bos, row[:, :length], "a text that the program carries")
