@@ -1,0 +1,62 @@
+"""Configuration of a decoder that lime_dist trained: LIMe (arXiv 2502.09245) or Hyper-Connections (arXiv 2409.19606)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class LimeConfig(PretrainedConfig):
+    """Shape of the decoder, under LLaMA's names, and what its layers read.
+
+    Args:
+        architecture: "lime" or "hyper".
+        max_position_embeddings: the sequence length that it was trained with; nothing breaks beyond it.
+        lime: the trainer's section: routes ("kv" or "hidden"), router, top_p, start_layer, history.
+        hyper: the trainer's section: rate (residual streams), dynamic.
+        reads: by layer, what it mixes, as runs in the order of its router's columns: ["slots", 0, 3] are the slots of the
+            layers 0, 1, 2; ["summaries", 0, 2] are the first two rows of summaries, counted over all chunks.
+        chunks: (first layer, end, rows) of each chunk of layers that is summed up for later ones.
+    """
+
+    model_type = "lime"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        architecture: str = "lime",
+        vocab_size: int = 32000,
+        hidden_size: int = 2048,
+        intermediate_size: int = 8192,
+        num_hidden_layers: int = 16,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int = 2048,
+        tie_word_embeddings: bool = True,
+        lime: dict[str, Any] | None = None,
+        hyper: dict[str, Any] | None = None,
+        reads: list[list[list[Any]]] | None = None,
+        chunks: list[list[int]] | None = None,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.architecture = architecture
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.max_position_embeddings = max_position_embeddings
+        self.lime = lime if lime is not None else {}
+        self.hyper = hyper if hyper is not None else {}
+        self.reads = reads if reads is not None else []
+        self.chunks = chunks if chunks is not None else []
+        self.use_cache = use_cache
+        super().__init__(**{**kwargs, "tie_word_embeddings": tie_word_embeddings})

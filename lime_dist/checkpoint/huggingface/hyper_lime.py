@@ -1,0 +1,66 @@
+"""A decoder layer with Hyper-Connections (arXiv 2409.19606): n residual streams, [B, T, n, D]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_lime import LimeConfig
+from .layers_lime import MLP, Attention, ForwardPass
+
+LAYER_NORM_EPS = 1e-5
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension without weight and bias."""
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+
+
+class HyperConnection(nn.Module):
+    """How one sub-layer reads from and writes to the streams. Starts as a pre-norm decoder."""
+
+    def __init__(self, config: LimeConfig, layer: int) -> None:
+        super().__init__()
+        rate, self.dynamic = config.hyper["rate"], config.hyper["dynamic"]
+        self.static_alpha = nn.Parameter(torch.cat((torch.eye(rate)[:, layer % rate, None], torch.eye(rate)), 1))
+        self.static_beta = nn.Parameter(torch.ones(rate))
+        if self.dynamic:
+            self.dynamic_alpha = nn.Parameter(torch.zeros(config.hidden_size, rate + 1))
+            self.dynamic_beta = nn.Parameter(torch.zeros(config.hidden_size))
+            self.alpha_scale = nn.Parameter(torch.tensor(0.01))
+            self.beta_scale = nn.Parameter(torch.tensor(0.01))
+
+    def forward(self, streams_BTnD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """[m_0 | m_1 … m_n] = αᵀ·streams; the sub-layer's output on LN(m_0), times β, is added to m_1 … m_n."""
+        alpha: Tensor = self.static_alpha
+        beta: Tensor = self.static_beta
+        if self.dynamic:
+            weights = torch.cat((self.dynamic_alpha, self.dynamic_beta.unsqueeze(-1)), -1)
+            moved = torch.tanh(layer_norm(streams_BTnD) @ weights)
+            alpha = alpha + self.alpha_scale * moved[..., :-1]
+            beta = beta + self.beta_scale * moved[..., -1]
+        mixed = alpha.transpose(-1, -2) @ streams_BTnD
+        out_BTD = sublayer(layer_norm(mixed[..., 0, :]))
+        return mixed[..., 1:, :] + beta.unsqueeze(-1) * out_BTD.unsqueeze(-2)
+
+
+class HyperLayer(nn.Module):
+    """Attention and SwiGLU, each behind a connection of its own."""
+
+    def __init__(self, config: LimeConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attn_connection = HyperConnection(config, layer)
+        self.self_attn = Attention(config)
+        self.mlp_connection = HyperConnection(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, streams_BTnD: Tensor, history: None, run: ForwardPass) -> Tensor:
+        def attend(x_BTD: Tensor) -> Tensor:
+            attention = self.self_attn
+            return run.attend(self.layer, attention, attention.queries(x_BTD), *attention.keys_and_values(x_BTD))
+
+        return self.mlp_connection(self.attn_connection(streams_BTnD, attend), self.mlp)

@@ -1,0 +1,144 @@
+"""What every decoder layer is made of, and what all layers share in one forward pass: positions, mask, key/value cache.
+
+Shapes: B batch, T new tokens, S tokens with those in the cache, D hidden size, H query heads, G key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_lime import LimeConfig
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + ε) over the last dimension, computed in at least float32."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(exact), x.shape[-1:], None, eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_normalise(x, self.eps) * self.weight
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LimeConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    """The projections of an attention, and its layer's router, where it has one."""
+
+    router: Any
+
+    def __init__(self, config: LimeConfig, router: nn.Module | None = None) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.router = router
+
+    def split_heads(self, x_BTC: Tensor) -> Tensor:
+        """[B, T, G·d] -> [B, G, T, d]."""
+        return x_BTC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def queries(self, x_BTD: Tensor) -> Tensor:
+        return self.split_heads(self.q_proj(x_BTD))
+
+    def keys_and_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split_heads(self.k_proj(x_BTD)), self.split_heads(self.v_proj(x_BTD))
+
+
+class ForwardPass:
+    """What the layers of one forward pass share.
+
+    The cache holds, for each layer and token, what its attention reads: rotated keys and values, after the mixture over
+    layers. A mixture belongs to one token, so that past tokens need nothing else: the cache has the size of LLaMA's.
+
+    Args:
+        hidden_BTD: gives shapes, type and device.
+        attention_mask: None, [B, S] (0: padding), or ready for attention, [B, 1, T, S].
+        position_ids: [B, T]; None: counted from the first token that is no padding.
+        cache: a `transformers` cache, or None.
+    """
+
+    def __init__(
+        self,
+        config: LimeConfig,
+        hidden_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any,
+    ) -> None:
+        self.length, self.device, self.cache = hidden_BTD.shape[1], hidden_BTD.device, cache
+        self.past = int(cache.get_seq_length()) if cache is not None else 0
+        self.ready = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        self.padding: Tensor | None = None
+        if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all()):
+            self.padding = attention_mask.bool()
+        if position_ids is None and self.padding is not None:
+            position_ids = (self.padding.long().cumsum(-1) - 1).clamp(min=0)[:, -self.length :]
+        elif position_ids is None:
+            position_ids = torch.arange(self.past, self.past + self.length, device=self.device).unsqueeze(0)
+        exact = torch.promote_types(hidden_BTD.dtype, torch.float32)
+        even = torch.arange(0, config.head_dim, 2, dtype=exact, device=self.device)
+        angle = position_ids.to(exact).unsqueeze(-1) * config.rope_theta ** -(even / config.head_dim)
+        angle = torch.cat((angle, angle), dim=-1).unsqueeze(1)
+        self.cos, self.sin = angle.cos(), angle.sin()
+        self._mask: tuple[int, Tensor | None, bool] | None = None
+
+    def attend(self, layer: int, attention: Attention, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
+        """Attention with keys before rotation; returns [B, T, D]."""
+        q_BHTd, k_BGTd = self._rotate(q_BHTd), self._rotate(k_BGTd)
+        if self.cache is not None:
+            k_BGTd, v_BGTd = self.cache.update(k_BGTd, v_BGTd, layer)
+        mask, is_causal = self._mask_for(k_BGTd.shape[2])
+        out_BHTd = F.scaled_dot_product_attention(
+            q_BHTd, k_BGTd, v_BGTd, mask, is_causal=is_causal, enable_gqa=q_BHTd.shape[1] != k_BGTd.shape[1]
+        )
+        return attention.o_proj(out_BHTd.transpose(1, 2).flatten(2))
+
+    def _rotate(self, x_BHTd: Tensor) -> Tensor:
+        half = x_BHTd.shape[-1] // 2
+        x = x_BHTd.to(self.cos.dtype)
+        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return (x * self.cos + turned * self.sin).to(x_BHTd.dtype)
+
+    def _mask_for(self, keys: int) -> tuple[Tensor | None, bool]:
+        """The mask over so many keys, the same for all layers, or None and whether attention is causal by itself."""
+        if self._mask is None or self._mask[0] != keys:
+            self._mask = (keys, *self._make_mask(keys))
+        return self._mask[1:]
+
+    def _make_mask(self, keys: int) -> tuple[Tensor | None, bool]:
+        if self.ready is not None:
+            return self.ready[..., :keys], False
+        if self.padding is None and keys == self.past + self.length and (self.past == 0 or self.length == 1):
+            return None, self.length > 1
+        key = torch.arange(keys, device=self.device)
+        query = self.past + torch.arange(self.length, device=self.device).unsqueeze(-1)
+        allowed = (key <= query).unsqueeze(0)
+        if self.padding is not None:
+            present = F.pad(self.padding, (0, keys - self.padding.shape[1]), value=False)
+            # Padding reads itself, so that its softmax is over something.
+            allowed = (allowed & present.unsqueeze(1)) | (key == query)
+        return allowed.unsqueeze(1), False

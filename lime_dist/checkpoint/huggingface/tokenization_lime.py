@@ -1,0 +1,71 @@
+"""A sentencepiece model as a `transformers` tokenizer, with exactly the model's ids: nothing is stripped, added or read as a
+symbol that the text spells out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+SPACE_MARK = "\u2581"
+"""sentencepiece's stand-in for a space; in a text of its own it is spelt in bytes, so that it comes back."""
+
+
+class LimeTokenizer(PreTrainedTokenizer):
+    """Reads ``tokenizer.model``; needs the package sentencepiece."""
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab_file: str, add_bos_token: bool = False, **kwargs: Any) -> None:
+        self.vocab_file, self.add_bos_token = vocab_file, add_bos_token
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        super().__init__(**{**kwargs, "add_bos_token": add_bos_token, "split_special_tokens": True})
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        start = [self.bos_token_id] if self.add_bos_token else []
+        return start + token_ids_0 + (start + token_ids_1 if token_ids_1 else [])
+
+    @property
+    def vocab_size(self) -> int:
+        return self.pieces.vocab_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {self.pieces.id_to_piece(i): i for i in range(self.vocab_size)}
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        tokens: list[str] = []
+        for i, part in enumerate(text.split(SPACE_MARK)):
+            if i:
+                tokens += [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+            tokens += self.pieces.encode(part, out_type=str)
+        return tokens
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.pieces.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.pieces.id_to_piece(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        text, run = "", list[int]()
+        for token in tokens:
+            piece = self.pieces.piece_to_id(token)
+            if self.pieces.is_control(piece):
+                text, run = text + self.pieces.decode(run) + token, []
+            else:
+                run.append(piece)
+        return text + self.pieces.decode(run)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        target = Path(save_directory) / f"{filename_prefix + '-' if filename_prefix else ''}tokenizer.model"
+        if target.resolve() != Path(self.vocab_file).resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)

@@ -1,0 +1,161 @@
+"""Start a run from a Hugging Face LLaMA: its weights become the checkpoint of step 0 that pretrain.py resumes from.
+
+A `lime` run must start as LLaMA does (routes: kv, router_init: identity), so that its first loss is the original's. What the
+original does not have, routers and summaries, gets its initial values.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lime_dist.checkpoint.comparison import TOLERANCE, compare_logits, first_tokens
+from lime_dist.checkpoint.reading import Weights, load_decoder, parameter_shapes
+from lime_dist.checkpoint.writing import write_checkpoint
+from lime_dist.config.load import load_config
+from lime_dist.config.schema import Config, ModelConfig
+from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.files import read_json
+from lime_dist.errors import LimeError, run_command
+from lime_dist.exported import load_model, require_transformers
+from lime_dist.model.init import initialise
+
+EXAMPLE = """example:
+  python -m lime_dist.checkpoint.importing --model models/llama-1b --config lime.yaml run.directory=runs/from-llama
+  deepspeed --num_gpus 2 pretrain.py --config lime.yaml run.directory=runs/from-llama"""
+
+SHARED_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+)  # fmt: skip
+"""Keys of the model that must be those of the original."""
+
+
+def import_llama(folder: Path, config: Config) -> Path:
+    """Write ``checkpoints/global_step0`` into the run's folder and return it.
+
+    Raises:
+        LimeError: the original is no LLaMA that the trainer can express, the configuration is not of its shape, or the run has
+            checkpoints already.
+    """
+    require_transformers()
+    check_start(config.model)
+    values = read_json(folder / "config.json", "give a folder with a Hugging Face model")
+    check_shape(folder, values, config.model)
+    train = TokenSplit(config.data.path or "", "train")
+    weights = read_safetensors(folder, config)
+    tokens = first_tokens(train, config.data.sequence_length)
+    if int(tokens.max()) >= config.model.vocab_size:
+        raise LimeError(f"{config.data.path}: has tokens above model.vocab_size={config.model.vocab_size}")
+    original = load_model(folder)
+    found = compare_logits(load_decoder(config.model, weights), lambda t: original(t, use_cache=False).logits, tokens)
+    if not found.relative <= TOLERANCE:
+        raise LimeError(
+            f"{folder}: its logits differ by {found.difference:.1e} of at most {found.logit:.1e} from those of the imported "
+            "model; it does something that is not in its config.json's known keys; nothing was written"
+        )
+    directory = Path(config.run.directory) / "checkpoints"
+    path = write_checkpoint(directory, config, train.num_samples(config.data.sequence_length), weights)
+    print(
+        f"compared on {found.tokens:,} tokens of {config.data.path}: largest difference of logits {found.difference:.1e} "
+        f"of at most {found.logit:.2f}"
+    )
+    return path
+
+
+def check_start(model: ModelConfig) -> None:
+    """Refuse a run that would not start as LLaMA (LimeError)."""
+    if model.architecture == "hyper":
+        raise LimeError("model.architecture=hyper cannot start from a LLaMA; use llama or lime")
+    if model.architecture == "lime" and (model.lime.routes != "kv" or model.lime.router_init != "identity"):
+        raise LimeError(
+            f"model.lime.routes={model.lime.routes}, model.lime.router_init={model.lime.router_init} would not start as the "
+            "original does; set model.lime.routes=kv and model.lime.router_init=identity"
+        )
+
+
+def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> None:
+    """Refuse what is no plain LLaMA, and a configuration of another shape (LimeError)."""
+    if values.get("model_type") != "llama":
+        raise LimeError(f"{folder}: is a {values.get('model_type')!r}, only 'llama' can be imported")
+    from transformers import AutoConfig
+
+    try:
+        original = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever transformers says of a configuration that makes no sense
+        reason = str(error).strip().splitlines()[0]
+        raise LimeError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from None
+    rope = getattr(original, "rope_parameters", None) or {"rope_theta": getattr(original, "rope_theta", None)}
+    unknown = {
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "rope_scaling": (values.get("rope_scaling"), None),
+        "hidden_act": (original.hidden_act, "silu"),
+        "attention_bias": (original.attention_bias, False),
+        "mlp_bias": (original.mlp_bias, False),
+        "head_dim": (original.head_dim, original.hidden_size // original.num_attention_heads),
+    }
+    for key, (found, known) in unknown.items():
+        if found != known:
+            raise LimeError(f"{folder / 'config.json'}: {key}={found} is not in this trainer's models ({known} is)")
+    theirs = {key: getattr(original, key, None) for key in SHARED_KEYS} | {"rope_theta": rope["rope_theta"]}
+    ours = {**model.model_dump(), "num_key_value_heads": model.key_value_heads}
+    wrong = [key for key in SHARED_KEYS if theirs[key] != ours[key]]
+    if wrong:
+        settings = " ".join(f"model.{key}={str(theirs[key]).lower()}" for key in wrong)
+        raise LimeError(f"the configuration is not of the shape of {folder}; set {settings}")
+
+
+def read_safetensors(folder: Path, config: Config) -> Weights:
+    """The original's weights in float32, and initial values for what it lacks.
+
+    Raises:
+        LimeError: a file or a weight is missing, or has another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index, "")["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise LimeError(f"{folder / name}: no such file; weights are read from safetensors")
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                found.update({key: file.get_tensor(key).float() for key in file.keys()})
+        except SafetensorError as error:
+            raise LimeError(f"{folder / name}: is damaged ({error})") from None
+    weights: Weights = {}
+    for name, shape in parameter_shapes(config.model).items():
+        if name in found:
+            weights[name] = found[name]
+        elif ".router." in name or name.startswith("model.history."):
+            weights[name] = torch.empty(shape)
+            initialise(name, weights[name], config.model, config.train.seed)
+        if name not in weights or weights[name].shape != shape:
+            raise LimeError(f"{folder}: has no {name} of shape {list(shape)}")
+    return weights
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m lime_dist.checkpoint.importing``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lime_dist.checkpoint.importing",
+        description="Write a Hugging Face LLaMA as the checkpoint of step 0 of a run, where pretrain.py finds it.\n"
+        "The configuration must have the original's shape; logits are compared before anything is written.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("--config", required=True, help="YAML file of the run; its run.directory gets the checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
+    options = parser.parse_intermixed_args(arguments)
+    path = import_llama(options.model, load_config(options.config, options.overrides))
+    print(f"imported {options.model}: {path}; pretrain.py with the same configuration goes on from it")
+
+
+if __name__ == "__main__":
+    run_command(main)

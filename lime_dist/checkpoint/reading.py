@@ -1,0 +1,111 @@
+"""A whole checkpoint read by one process, without a process group and without DeepSpeed: verified first, then its weights.
+
+What the trainer does differently: it passes over a damaged checkpoint, while a reader was asked for this one and refuses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from lime_dist.config.schema import Config, ModelConfig
+from lime_dist.data.files import read_json, sha256_file
+from lime_dist.errors import LimeError
+from lime_dist.model.decoder import Decoder, build_decoder, decoder_layers
+from lime_dist.train.state import TrainState
+
+MANIFEST, LATEST = "manifest.json", "latest"
+Weights = dict[str, Tensor]
+"""By exported name, float32, in the order of the model's flat list."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights were read from: the folder of one checkpoint, and the SHA-256 of its manifest."""
+
+    path: Path
+    manifest_sha256: str
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder ``global_stepN`` that a run folder, its ``checkpoints`` or that folder itself stands for: the one that
+    ``latest`` names, else the one of the most steps.
+
+    Raises:
+        LimeError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    latest = folder / LATEST
+    if latest.is_file():
+        return folder / latest.read_text().strip()
+    names = [found.name.removeprefix("global_step") for found in folder.glob("global_step*")]
+    steps = [int(name) for name in names if name.isdecimal()]
+    if not steps:
+        raise LimeError(
+            f"{path}: no checkpoint there; give a run folder, its checkpoints folder, or one global_stepN of it"
+        )
+    return folder / f"global_step{max(steps)}"
+
+
+def read_weights(path: str | Path) -> tuple[Config, TrainState, Weights]:
+    """The configuration that a checkpoint was written with, how far it had come, and its weights; see `find_checkpoint`.
+
+    Raises:
+        LimeError: there is no checkpoint, or it is not whole, or not of this version.
+    """
+    folder = find_checkpoint(Path(path))
+    advice = "give another checkpoint, global_stepN, of the run"
+    manifest = read_json(folder / MANIFEST, advice)
+    try:
+        config = Config.model_validate(manifest["config"])
+        state = TrainState(**manifest["state"])
+        files = {entry["file"]: (entry["bytes"], entry["sha256"], entry["parameters"]) for entry in manifest["files"]}
+    except ValidationError:
+        raise LimeError(f"{folder} was written with settings that this version does not know; {advice}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise LimeError(f"{folder / MANIFEST} is damaged; {advice}") from None
+    for name, (size, digest, _) in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise LimeError(f"{file} is missing, though {MANIFEST} lists it; {advice}")
+        if file.stat().st_size != size or sha256_file(file) != digest:
+            raise LimeError(f"{file} is damaged: its size or SHA-256 differs from {MANIFEST}; {advice}")
+    shapes = parameter_shapes(config.model)
+    found: Weights = {}
+    for name in files:
+        values = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        found.update({parameter: states["weight"].float() for parameter, states in values.items()})
+    for parameter, shape in shapes.items():
+        if parameter not in found or found[parameter].shape != shape:
+            raise LimeError(f"{folder} has no {parameter} of shape {list(shape)}; {advice}")
+    return config, state, {parameter: found[parameter] for parameter in shapes}
+
+
+def source_of(path: str | Path) -> Source:
+    """What to note of a checkpoint that `read_weights` has read."""
+    folder = find_checkpoint(Path(path))
+    return Source(folder.resolve(), sha256_file(folder / MANIFEST))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter by exported name, in the order of the model's flat list; a tied weight stands once."""
+    shapes: dict[str, torch.Size] = {}
+    for spec in decoder_layers(config):
+        with torch.device("meta"):
+            module = spec.make()
+        names = spec.exported_names(module)
+        shapes.update({names[local]: parameter.shape for local, parameter in module.named_parameters()})
+    return shapes
+
+
+def load_decoder(config: ModelConfig, weights: Weights) -> Decoder:
+    """The trainer's single-process decoder with these weights, which it shares; for inference."""
+    decoder = build_decoder(config, device="meta")
+    decoder.load_state_dict(weights, assign=True)
+    return decoder.eval()

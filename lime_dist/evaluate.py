@@ -1,0 +1,72 @@
+"""Loss and perplexity of an exported model on shards; on a run's validation samples, the trainer's validation loss."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from lime_dist.errors import LimeError, run_command
+
+EXAMPLE = """example:
+  python -m lime_dist.evaluate --model exported/quickstart --data data/quickstart/shards"""
+
+
+def evaluate(model: Path, data: Path, split_name: str, samples: int | None, sequence_length: int | None) -> float:
+    """Mean cross-entropy in nats per token over the first samples of a split, in order, in float32.
+
+    Args:
+        samples: None: as many as the run validated on, at most all; 0: all.
+        sequence_length: None: the run's.
+
+    Raises:
+        LimeError: the model or the data cannot be read, or do not belong together.
+    """
+    for flag, value, least in (("--samples", samples, 0), ("--sequence-length", sequence_length, 1)):
+        if value is not None and value < least:
+            raise LimeError(f"{flag} {value}: must be at least {least}")
+    from lime_dist.checkpoint.comparison import mean_loss, validation_batches
+    from lime_dist.data.dataset import TokenSplit
+    from lime_dist.exported import open_verified, verify
+
+    certificate = verify(model)
+    split = TokenSplit(data, split_name)
+    training, wanted = certificate["training"], certificate["tokenizer"]["hash"]
+    if split.tokenizer_hash != wanted:
+        raise LimeError(
+            f"{data}: its tokens are of another vocabulary than {model} (tokenizer {str(split.tokenizer_hash)[:12]} there, "
+            f"{wanted[:12]} here); pretokenize the text with the run's tokenizer"
+        )
+    length = training["sequence_length"] if sequence_length is None else sequence_length
+    available = split.num_samples(length)
+    if samples is None:
+        samples = min(training["evaluation_samples"], available)
+    elif samples > available:
+        raise LimeError(f"--samples {samples}: {data} has {available} {split_name} samples of {length} tokens")
+    samples = samples or available
+    exported = open_verified(model, certificate)
+    loss = mean_loss(exported.logits, validation_batches(split, length, samples))
+    print(f"{samples:,} {split_name} samples of {length} tokens of {data}")
+    print(f"loss {loss:.6f} nats per token, perplexity {math.exp(loss):.4f}")
+    return loss
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m lime_dist.evaluate``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lime_dist.evaluate",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
+    parser.add_argument("--data", required=True, type=Path, help="folder of shards of the same tokenizer")
+    parser.add_argument("--split", default="validation", help="default: validation")
+    parser.add_argument("--samples", type=int, help="how many, from the first on (default: as the run did; 0: all)")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a sample (default: the run's)")
+    options = parser.parse_args(arguments)
+    evaluate(options.model, options.data, options.split, options.samples, options.sequence_length)
+
+
+if __name__ == "__main__":
+    run_command(main)

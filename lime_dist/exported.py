@@ -1,0 +1,104 @@
+"""An exported model on disk: verified against its certificate, then opened with `transformers`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lime_dist.data.files import read_json, sha256_file
+from lime_dist.errors import LimeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CERTIFICATE = "certificate.json"
+FORMAT = "lime_dist export 1"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model that lime_dist.checkpoint.export wrote, with its tokenizer and certificate."""
+
+    path: Path
+    certificate: dict[str, Any]
+    model: Any
+    tokenizer: Any
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T] -> [B, T, V]; may be called with tokens that lie elsewhere than the model."""
+        return self.model(tokens_BT.to(self.model.device), use_cache=False).logits.to(tokens_BT.device)
+
+
+def open_export(path: str | Path) -> ExportedModel:
+    """Verify an export and load it in float32.
+
+    Raises:
+        LimeError: it is none, or not as it was written, or `transformers` is not installed.
+    """
+    folder = Path(path)
+    return open_verified(folder, verify(folder))
+
+
+def open_verified(folder: Path, certificate: dict[str, Any]) -> ExportedModel:
+    """Load an export that `verify` has gone through, onto the GPU where there is one."""
+    import torch
+
+    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    return ExportedModel(folder, certificate, model, load_tokenizer(folder))
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file against the certificate, which is returned.
+
+    Raises:
+        LimeError: naming the first file that is missing or differs.
+    """
+    if not folder.is_dir():
+        raise LimeError(f"{folder}: no such folder; give the --output of lime_dist.checkpoint.export")
+    advice = "export the checkpoint again"
+    certificate = read_json(
+        folder / CERTIFICATE, "only the --output of lime_dist.checkpoint.export has one; give that folder"
+    )
+    files = certificate.get("files")
+    if certificate.get("format") != FORMAT or not isinstance(files, dict):
+        raise LimeError(f"{folder / CERTIFICATE}: is not one that this version wrote; {advice}")
+    for name, sha256 in files.items():
+        if not (folder / name).is_file():
+            raise LimeError(f"{folder / name}: missing, though {CERTIFICATE} lists it; {advice}")
+        if sha256_file(folder / name) != sha256:
+            raise LimeError(
+                f"{folder / name}: changed since the export, its SHA-256 differs from {CERTIFICATE}; {advice}"
+            )
+    return certificate
+
+
+def require_transformers() -> Any:
+    """The package, told to be quiet.
+
+    Raises:
+        LimeError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise LimeError(
+            "transformers is not installed; pip install -c constraints.txt -e '.[hf]' in lime_dist's folder"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def load_model(folder: Path) -> Any:
+    """The model of a folder, in float32, on the CPU, for inference."""
+    import torch
+
+    transformers = require_transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder."""
+    return require_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -1,0 +1,94 @@
+"""Continue a prompt with an exported model, printing as it goes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from lime_dist.errors import LimeError, run_command
+from lime_dist.exported import open_export, require_transformers
+
+EXAMPLE = """example:
+  python -m lime_dist.generate --model exported/quickstart --prompt "A list is" --temperature 0.8 --top-p 0.95 --seed 1"""
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Print the prompt and its continuation on stdout."""
+    sampling = sampling_settings(options)
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise LimeError("--prompt: is not UTF-8 text") from None
+    transformers = require_transformers()
+    exported = open_export(options.model)
+    import torch
+
+    tokenizer, model = exported.tokenizer, exported.model
+    prompt = tokenizer(options.prompt, return_tensors="pt").input_ids.long()
+    if not prompt.numel():
+        prompt = torch.tensor([[tokenizer.bos_token_id]])
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    sys.stdout.write(options.prompt)
+    sys.stdout.flush()
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    prompt = prompt.to(model.device)
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=options.max_new_tokens,
+        streamer=streamer,
+        **sampling,
+    )
+
+
+def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """How the next token is chosen, as keywords of ``generate``.
+
+    Raises:
+        LimeError: a number is out of range, or means nothing beside the others.
+    """
+    if options.max_new_tokens < 1:
+        raise LimeError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    if options.temperature < 0:
+        raise LimeError(f"--temperature {options.temperature}: must not be negative; 0 takes the likeliest token")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise LimeError(f"--top-p {options.top_p}: must be above 0 and at most 1")
+    if options.top_k is not None and options.top_k < 1:
+        raise LimeError(f"--top-k {options.top_k}: must be at least 1")
+    if options.temperature == 0:
+        for name in ("top_p", "top_k", "seed"):
+            if getattr(options, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise LimeError(f"{flag} {getattr(options, name)}: chooses among sampled tokens; add --temperature 1")
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": options.temperature,
+        "top_p": 1.0 if options.top_p is None else options.top_p,
+        "top_k": 0 if options.top_k is None else options.top_k,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m lime_dist.generate``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lime_dist.generate",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
+    parser.add_argument("--prompt", required=True, help="text to continue; empty: begin a new text")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
+    parser.add_argument("--top-k", type=int, help="sample from this many likeliest tokens")
+    parser.add_argument("--seed", type=int, help="of the sampling; without one every call differs")
+    generate(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,303 @@
+"""Protects the export: the same files from any layout, proven logits and ids, nothing left after a refusal, one line of error."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.exports import run_values, write_random
+from support.workers import WorkerGroup
+
+from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer import main as train_tokenizer
+from data_tools.tokenizer_training import HARD_TEXTS
+from lime_dist.checkpoint import export as exporting
+from lime_dist.checkpoint.export import main
+from lime_dist.checkpoint.exported_tokenizer import check_ids, write_tokenizer
+from lime_dist.checkpoint.reading import read_weights
+from lime_dist.errors import LimeError
+
+transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+Workers = Callable[[int], WorkerGroup]
+CHUNKED = {"lime": {"history": {"policy": "chunked", "chunk_size": 2, "rank": 1, "first": 1}}}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"architecture": "llama", "rope_theta": 500.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    "lime": CHUNKED,
+    "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
+}
+
+
+def export(checkpoint: Path, output: Path, *options: str) -> dict[str, Any]:
+    main(["--checkpoint", str(checkpoint), "--output", str(output), *options])
+    return json.loads((output / "certificate.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By kind of model: a run folder with a checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    for kind, model in KINDS.items():
+        write_random(run_values(dataset, folder / kind, **model))
+    return {kind: folder / kind for kind in KINDS}
+
+
+def test_one_training_state_from_1_2_and_3_stages_gives_identical_files(
+    workers: Workers, dataset: Path, tmp_path: Path
+) -> None:
+    """Trained on one stage; then each stage count takes a step that changes no weight, and saves."""
+    values = run_values(dataset, tmp_path / "trained", **CHUNKED)
+    assert workers(1).run("support.runs.run", values=values) == [""]
+    contents, files = [], []
+    for stages in (1, 2, 3):
+        folder = tmp_path / f"{stages}"
+        shutil.copytree(tmp_path / "trained", folder)
+        values["run"], values["parallel"] = {"directory": str(folder)}, {"pipeline_stages": stages}
+        values["train"] = {**values["train"], "steps": 4}
+        assert set(workers(stages).run("support.exports.train_without_updates", values=values)) == {""}
+        saved = folder / "checkpoints/global_step4"
+        assert len(list(saved.glob("stage*.pt"))) == stages
+        certificate = export(folder, folder / "out")
+        assert certificate["source"]["checkpoint"] == str(saved) and certificate["source"]["step"] == 4
+        files.append(certificate["files"])
+        contents.append({p.name: p.read_bytes() for p in (folder / "out").iterdir() if p.name != "certificate.json"})
+    assert contents[0] == contents[1] == contents[2] and files[0] == files[1] == files[2]
+    assert set(files[0]) == set(contents[0]), "the certificate lists every file"
+
+
+LOAD_ELSEWHERE = """
+import json, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("lime_dist", "data_tools", "deepspeed"):
+            raise ImportError(name + " is not installed here")
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+found = {}
+for folder in sys.argv[1:]:
+    trust = json.load(open(folder + "/config.json"))["model_type"] != "llama"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    ids = tokenizer("alpha beta\\n  gamma", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(ids).logits
+    more = model.generate(ids, max_new_tokens=8, do_sample=False)
+    found[folder] = (type(model).__name__, ids.tolist(), logits.tolist(), more.tolist())
+assert not any(name.startswith("lime_dist") for name in sys.modules)
+print(json.dumps(found))
+"""
+
+
+def test_exports_work_where_lime_dist_is_not_installed(runs: dict[str, Path], tmp_path: Path) -> None:
+    """One file and several, with and without code of ours; logits against the trainer's decoder."""
+    for kind, run in runs.items():
+        certificate = export(run, tmp_path / kind, "--max-shard-size", "20KB" if kind == "lime" else "5GB")
+        logits = certificate["logits"]
+        assert logits["text"].startswith("validation split of") and logits["tokens"] > 1000
+        assert logits["precision"] == "float32" and logits["largest_difference"] <= 1e-5 * logits["largest_logit"]
+        assert logits["largest_difference_with_cache"] <= 1e-5 * logits["largest_logit"]
+    assert len(list((tmp_path / "lime").glob("model-*.safetensors"))) > 1
+    assert not list((tmp_path / "llama").glob("*.py"))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-I", "-c", LOAD_ELSEWHERE, *(str(tmp_path / kind) for kind in KINDS)]
+    finished = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads(finished.stdout.splitlines()[-1])
+    for kind in KINDS:
+        name, ids, logits, more = found[str(tmp_path / kind)]
+        assert (
+            name == ("LlamaForCausalLM" if kind == "llama" else "LimeForCausalLM") and len(more[0]) == len(ids[0]) + 8
+        )
+        config, _, weights = read_weights(runs[kind])
+        decoder = exporting.load_decoder(config.model, weights)
+        with torch.no_grad():
+            wanted = decoder(torch.tensor(ids))
+        torch.testing.assert_close(torch.tensor(logits), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
+def test_exported_tokenizers_give_exactly_the_same_ids(
+    model_type: str, bos: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """On texts that break tokenizers, on runs of a few characters, and on text of the corpus."""
+    folder = tmp_path_factory.getbasetemp() / f"kinds-{model_type}"
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [f"Word {i} of many, {i * 7919} times:\n\treturn  x{i % 3}; ----- é漢\n" * 3 for i in range(300)]
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    if not folder.exists():
+        train_tokenizer(
+            [
+                "train",
+                "--input",
+                str(corpus),
+                "--output",
+                str(folder),
+                "--vocab-size",
+                "420",
+                "--model-type",
+                model_type,
+            ]
+        )
+    ours = Tokenizer(folder)
+    out = tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(ours, bos, 128, out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=model_type == "unigram")
+    generator = np.random.default_rng(0)
+    kinds = ["ab", "a ", " \n", "=-", "01 ", "-", " ", "\u2581 x", "é漢 ", "</s>", "<0xE4>", "retun x;"]
+    runs = ["".join(generator.choice(list(kinds[i % len(kinds)]), 1 + i % 60)) for i in range(600)]
+    assert check_ids(ours, theirs, [*HARD_TEXTS, *runs, *lines]) > 10000
+    start = [ours.bos_id] if bos else []
+    assert theirs("a\nb").input_ids == [*start, *ours.encode("a\nb").tolist()]
+    assert theirs.bos_token_id == (ours.bos_id if bos else ours.eos_id)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
+    ids = [*ours.encode("a b").tolist(), ours.eos_id]
+    assert theirs.decode(ids, skip_special_tokens=True) == "a b" and theirs.decode(ids) == "a b</s>"
+    batch = theirs(["a", "a b a b a b"], padding=True)
+    assert batch["attention_mask"][0][0] == 0, "batches are padded on the left"
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=model_type == "unigram")
+    assert again("a\n  b").input_ids == theirs("a\n  b").input_ids
+
+
+def test_ids_that_differ_are_refused(tmp_path: Path, dataset: Path) -> None:
+    ours = Tokenizer(dataset / "tokenizer")
+    write_tokenizer(ours, False, 128, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][1:]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma"
+    with pytest.raises(LimeError, match="reads 'alpha beta .* otherwise than"):
+        check_ids(ours, theirs, [text])
+
+
+@pytest.mark.parametrize("kind", ["llama", "lime"])
+def test_a_mismatch_is_refused_and_nothing_is_left(
+    kind: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight is off by a thousandth."""
+    write = exporting.write_weights
+
+    def wrong(folder: Path, weights: dict[str, torch.Tensor], size: str) -> None:
+        name = "model.layers.3.self_attn.v_proj.weight"
+        write(folder, {**weights, name: weights[name] * 1.01}, size)
+
+    monkeypatch.setattr(exporting, "write_weights", wrong)
+    with pytest.raises(LimeError, match="is not the trainer's: logits differ by"):
+        export(runs[kind], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_checkpoint_is_looked_for(dataset: Path, tmp_path: Path) -> None:
+    """A run folder, its checkpoints, one of them; the newest, unless `latest` names another."""
+    write_random(run_values(dataset, tmp_path))
+    folder = tmp_path / "checkpoints"
+    newest = folder / "global_step10"
+    shutil.copytree(folder / "global_step0", newest)
+    (newest / "manifest.json").write_text("{}")
+    for given in (tmp_path, folder, folder / "global_step0"):
+        assert read_weights(given)[1].step == 0
+    (folder / "latest").unlink()
+    with pytest.raises(LimeError, match="global_step10/manifest.json is damaged"):
+        read_weights(tmp_path)
+
+
+def damage(folder: Path, what: str) -> None:
+    file, manifest = folder / "stage000-replica000.pt", folder / "manifest.json"
+    values = json.loads(manifest.read_text())
+    if what == "a missing file":
+        file.unlink()
+    elif what == "a flipped bit":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif what == "no manifest":
+        manifest.unlink()
+    elif what == "settings of another version":
+        values["config"]["model"]["hidden_sizes"] = 3
+        manifest.write_text(json.dumps(values))
+    elif what == "another shape":
+        values["config"]["model"]["intermediate_size"] = 32
+        manifest.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("a missing file", "stage000-replica000.pt is missing, though manifest.json lists it"),
+        ("a flipped bit", "stage000-replica000.pt is damaged: its size or SHA-256 differs"),
+        ("no manifest", "no such file; give another checkpoint"),
+        ("settings of another version", "was written with settings that this version does not know"),
+        ("another shape", r"has no model.layers.0.mlp.gate_proj.weight of shape \[32, 16\]"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(what: str, line: str, dataset: Path, tmp_path: Path) -> None:
+    write_random(run_values(dataset, tmp_path / "run"))
+    damage(tmp_path / "run/checkpoints/global_step0", what)
+    with pytest.raises(LimeError, match=line):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_one_line(runs: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
+    def line(*options: str, checkpoint: Path = runs["llama"], output: Path = tmp_path / "out") -> str:
+        with pytest.raises(LimeError) as caught:
+            export(checkpoint, output, *options)
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    assert "no checkpoint there; give a run folder" in line(checkpoint=tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    assert "is there already; give another --output" in line(output=tmp_path / "full")
+    assert "Not a directory; nothing was exported" in line(output=tmp_path / "full/file/below")
+    assert "--max-shard-size many: is no size" in line("--max-shard-size", "many")
+    assert "tokenizer.json: no such file" in line("--tokenizer", str(dataset))
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"some words {i} and more of them"}) + "\n" for i in range(200)))
+    other = tmp_path / "tokenizer"
+    train_tokenizer(["train", "--input", str(corpus), "--output", str(other), "--vocab-size", "300"])
+    assert "is not the tokenizer that" in line("--tokenizer", str(other))
+    values = run_values(dataset, tmp_path / "small", **{**KINDS["llama"], "vocab_size": 310})
+    write_random(values)
+    assert "has 320 pieces, but model.vocab_size=310" in line(checkpoint=tmp_path / "small")
+
+
+def test_shards_that_are_gone_need_the_tokenizer_alone(dataset: Path, tmp_path: Path) -> None:
+    """The text to compare on is then one that the program carries."""
+    write_random(run_values(tmp_path / "gone", tmp_path / "run", **KINDS["llama"]))
+    with pytest.raises(LimeError, match="the run's shards cannot be read .* or give --tokenizer DIR"):
+        export(tmp_path / "run", tmp_path / "out")
+    certificate = export(tmp_path / "run", tmp_path / "out", "--tokenizer", str(dataset / "tokenizer"))
+    assert certificate["logits"]["text"] == "a text that the program carries" and certificate["logits"]["tokens"] == 16
+
+
+def test_float64_decides_where_float32_is_too_coarse(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A deep model may multiply float32's rounding beyond the tolerance; that is no reason to refuse it."""
+    compare, tried = exporting.compare_logits, []
+
+    def coarse(first: Any, second: Any, tokens: torch.Tensor) -> Any:
+        found = compare(first, second, tokens)
+        tried.append(next(first.parameters()).dtype)
+        if tried[-1] == torch.float32:
+            return type(found)(1.0, found.logit, found.tokens)
+        return found
+
+    exporting.compare_logits = coarse
+    try:
+        certificate = export(runs["lime"], tmp_path / "out")
+    finally:
+        exporting.compare_logits = compare
+    assert certificate["logits"]["precision"] == "float64" and torch.float64 in tried
+    assert certificate["logits"]["largest_difference"] < 1e-10

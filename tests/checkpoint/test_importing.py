@@ -1,0 +1,153 @@
+"""Protects the import of a LLaMA: the run starts with its loss, and nothing changes on the way in and out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support.exports import run_values
+from support.workers import WorkerGroup
+
+from lime_dist.checkpoint import export, importing
+from lime_dist.checkpoint.comparison import validation_batches
+from lime_dist.data.dataset import TokenSplit
+from lime_dist.errors import LimeError
+from lime_dist.model.layers import language_model_loss
+
+transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+Workers = Callable[[int], WorkerGroup]
+IDENTITY = {"lime": {"routes": "kv", "router_init": "identity", "history": {"policy": "chunked", "chunk_size": 2}}}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA of transformers' own, in several files."""
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("original")
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=5, num_attention_heads=4,
+            num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, initializer_range=0.2,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def values(dataset: Path, run: Path, model: dict[str, Any], steps: int) -> dict[str, Any]:
+    settings = run_values(dataset, run, **model)
+    return {**settings, "train": {**settings["train"], "steps": steps}}
+
+
+def import_it(original: Path, settings: dict[str, Any], folder: Path, *overrides: str) -> None:
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    importing.main(["--model", str(original), "--config", str(folder / "config.yaml"), *overrides])
+
+
+@pytest.mark.parametrize("model", [{"architecture": "llama"}, IDENTITY], ids=["llama", "lime"])
+def test_a_run_starts_with_the_loss_of_the_original(
+    model: dict[str, Any], workers: Workers, original: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """On two stages: the loss before any step, and in the first step."""
+    settings = values(dataset, tmp_path / "run", model, 0)
+    import_it(original, settings, tmp_path)
+    settings["parallel"] = {"pipeline_stages": 2}
+    assert set(workers(2).run("support.runs.run", values=settings)) == {""}
+    (record,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(original).eval()
+    with torch.no_grad():
+        losses = [
+            language_model_loss(theirs(tokens).logits, labels).item()
+            for tokens, labels in validation_batches(TokenSplit(dataset, "validation"), 16, 8)
+        ]
+    assert record["step"] == 0 and record["validation_loss"] == pytest.approx(sum(losses) / 8, rel=1e-6)
+    settings["train"]["steps"] = 2
+    assert set(workers(2).run("support.runs.run", values=settings)) == {""}
+    first = next(r for r in map(json.loads, (tmp_path / "run/metrics.jsonl").open()) if "loss" in r)
+    assert first["step"] == 1 and first["grad_norm"] > 0
+
+
+def test_imported_and_exported_it_has_the_same_weights(original: Path, dataset: Path, tmp_path: Path) -> None:
+    settings = values(dataset, tmp_path / "run", {"architecture": "llama"}, 0)
+    import_it(original, settings, tmp_path)
+    export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    wanted: dict[str, torch.Tensor] = {}
+    for file in original.glob("*.safetensors"):
+        wanted.update(load_file(file))
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_mistakes_are_one_line(original: Path, dataset: Path, tmp_path: Path) -> None:
+    def line(model: dict[str, Any], *overrides: str, folder: Path = original) -> str:
+        with pytest.raises(LimeError) as caught:
+            import_it(folder, values(dataset, tmp_path / "run", model, 0), tmp_path, *overrides)
+        assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+        return str(caught.value)
+
+    def changed(**entries: Any) -> Path:
+        folder = tmp_path / "changed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(original, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **entries}))
+        return folder
+
+    llama = {"architecture": "llama"}
+    assert "cannot start from a LLaMA" in line({"architecture": "hyper"})
+    assert "set model.lime.routes=kv and model.lime.router_init=identity" in line({})
+    assert "set model.intermediate_size=24 model.tie_word_embeddings=true" in line(
+        llama, "model.intermediate_size=32", "model.tie_word_embeddings=false"
+    )
+    assert "config.json: no such file" in line(llama, folder=tmp_path)
+    assert "is a 'mistral', only 'llama' can be imported" in line(llama, folder=changed(model_type="mistral"))
+    assert "attention_bias=True is not in this trainer's models" in line(llama, folder=changed(attention_bias=True))
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    assert "is not in this trainer's models" in line(llama, folder=changed(rope_parameters=scaling))
+    assert "transformers cannot read it" in line(llama, folder=changed(hidden_size="many"))
+    folder = changed()
+    next(folder.glob("model-00002*")).unlink()
+    assert "model-00002" in line(llama, folder=folder)
+    folder = changed()
+    next(folder.glob("model-00002*")).write_bytes(b"none")
+    assert "is damaged" in line(llama, folder=folder)
+    folder = changed()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    gone = index["weight_map"]["model.norm.weight"]
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != gone}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "of shape" in line(llama, folder=folder)
+    assert "no such folder" in line(llama, "data.path=nowhere")
+
+
+def test_checkpoints_are_never_overwritten(original: Path, dataset: Path, tmp_path: Path) -> None:
+    settings = values(dataset, tmp_path / "run", {"architecture": "llama"}, 0)
+    import_it(original, settings, tmp_path)
+    before = (tmp_path / "run/checkpoints/global_step0/manifest.json").read_bytes()
+    with pytest.raises(LimeError, match="holds checkpoints already; give another run.directory"):
+        import_it(original, settings, tmp_path)
+    assert (tmp_path / "run/checkpoints/global_step0/manifest.json").read_bytes() == before
+
+
+def test_a_model_that_is_more_than_its_configuration_says_is_refused(
+    original: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = importing.load_model
+
+    def other(folder: Path) -> Any:
+        model = load(folder)
+        with torch.no_grad():
+            model.model.norm.weight *= 1.001
+        return model
+
+    monkeypatch.setattr(importing, "load_model", other)
+    with pytest.raises(LimeError, match="its logits differ by"):
+        import_it(original, values(dataset, tmp_path / "run", {"architecture": "llama"}, 0), tmp_path)
+    assert not (tmp_path / "run").exists()

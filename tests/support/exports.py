@@ -1,0 +1,91 @@
+"""Checkpoints and exported models for tests, and a worker case that saves the same state from several stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.cases import perturb
+
+from lime_dist.checkpoint.huggingface.configuration_lime import LimeConfig
+from lime_dist.checkpoint.huggingface.modeling_lime import LimeForCausalLM
+from lime_dist.checkpoint.huggingface_files import model_description
+from lime_dist.checkpoint.writing import write_checkpoint
+from lime_dist.config.load import make_config
+from lime_dist.config.schema import Config, ModelConfig
+from lime_dist.model.decoder import Decoder, build_decoder
+
+PROMPT = torch.tensor([[5, 9, 2, 7, 7, 1]])
+
+
+def run_values(dataset: Path, directory: Path, **model: Any) -> dict[str, Any]:
+    """A run of a small model."""
+    return {
+        "run": {"directory": str(directory)},
+        "model": {
+            "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5,
+            "num_attention_heads": 4, "num_key_value_heads": 2, **model,
+        },
+        "data": {"path": str(dataset), "sequence_length": 16},
+        "train": {
+            "steps": 3, "global_batch_size": 4, "micro_batch_size": 1, "evaluation_samples": 8, "evaluation_interval": 0,
+        },
+        "optimizer": {"warmup_steps": 1},
+    }  # fmt: skip
+
+
+def write_random(values: dict[str, Any]) -> tuple[Config, Decoder]:
+    """A checkpoint of step 0 with random weights, none of which has the value that it starts with."""
+    config = make_config(values, "a test")
+    decoder = perturbed(config.model)
+    weights = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
+    write_checkpoint(Path(config.run.directory) / "checkpoints", config, 100, weights)
+    return config, decoder
+
+
+def perturbed(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
+    decoder = build_decoder(model, dtype=dtype)
+    for name, parameter in decoder.named_parameters():
+        perturb(name, parameter)
+    return decoder.eval()
+
+
+def exported_in_memory(model: ModelConfig, decoder: Decoder) -> LimeForCausalLM:
+    """The model that an export of this decoder loads, without files."""
+    config = make_config({"model": model.model_dump()}, "a test")
+    known = {"auto_map", "architectures", "model_type", "dtype"}
+    values = {key: value for key, value in model_description(config).items() if key not in known}
+    exported = LimeForCausalLM(LimeConfig(**values)).to(next(decoder.parameters()).dtype)
+    missing, unexpected = exported.load_state_dict(decoder.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    exported.tie_weights()
+    return exported.eval()
+
+
+def generate(model: Any, prompt: torch.Tensor, tokens: int, **options: Any) -> torch.Tensor:
+    """Greedy continuation without an end, [B, tokens]."""
+    options = {"attention_mask": torch.ones_like(prompt), **options}
+    found = model.generate(
+        prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, **options
+    )
+    return found[:, prompt.shape[1] :]
+
+
+def train_without_updates(values: dict[str, Any]) -> str:
+    """Train as pretrain.py does, but leave the weights alone: what is saved then is the same for every stage count."""
+    from support.runs import run
+
+    from lime_dist.train.optim import StageOptimizer
+
+    update = StageOptimizer.step
+
+    def nothing(self: StageOptimizer) -> bool:
+        self.flat_gradients.zero_()
+        return True
+
+    StageOptimizer.step = nothing
+    try:
+        return run(values)
+    finally:
+        StageOptimizer.step = update

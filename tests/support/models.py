@@ -1,0 +1,43 @@
+"""Every architecture, route and policy, at a size at which plain loops are fast enough."""
+
+from __future__ import annotations
+
+from support.policies import POLICIES
+
+from lime_dist.config.schema import ModelConfig
+
+
+def small(**changes: object) -> ModelConfig:
+    values = {
+        "architecture": "lime", "vocab_size": 31, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 11,
+        "num_attention_heads": 6, "num_key_value_heads": 3,
+    }  # fmt: skip
+    return ModelConfig.model_validate({**values, **changes})
+
+
+MODELS = {
+    "llama": {"architecture": "llama"},
+    "llama, G=H": {"architecture": "llama", "num_key_value_heads": 6},
+    "lime kv": {"num_key_value_heads": 1},
+    "lime kv, G=3": {},
+    "lime kv, G=H": {"num_key_value_heads": 6},
+    "lime static": {"num_key_value_heads": 6, "lime": {"routes": "hidden"}},
+    "lime static from layer 4": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "start_layer": 4}},
+    "lime top_p": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "top_p": 0.6}},
+    "lime dynamic": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "router": "dynamic"}},
+    **{
+        f"{kind}, {name}": {
+            "num_key_value_heads": 3 if kind == "lime kv" else 6,
+            "lime": {**routes, "history": history},
+        }
+        for kind, routes in {
+            "lime kv": {"routes": "kv"},
+            "lime static": {"routes": "hidden", "start_layer": 2},
+            "lime dynamic": {"routes": "hidden", "router": "dynamic"},
+        }.items()
+        for name, history in list(POLICIES.items())[1:]
+    },
+    "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
+    "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
+    "hyper, one stream": {"architecture": "hyper", "hyper": {"rate": 1}},
+}

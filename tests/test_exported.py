@@ -1,0 +1,196 @@
+"""Protects what is done with an exported model: verification, generation, and a loss that is the trainer's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.exports import run_values
+from support.workers import WorkerGroup
+
+from data_tools.tokenizer import Tokenizer
+from lime_dist import evaluate, generate
+from lime_dist.checkpoint import export
+from lime_dist.errors import LimeError
+from lime_dist.exported import open_export, verify
+
+transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    workers: Callable[[int], WorkerGroup], dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, float]:
+    """An export of a model that took three steps, in several files, and the trainer's validation loss."""
+    folder = tmp_path_factory.mktemp("exported")
+    values = run_values(dataset, folder / "run", lime={"history": {"policy": "first_last"}})
+    assert workers(1).run("support.runs.run", values=values) == [""]
+    command = ["--checkpoint", str(folder / "run"), "--output", str(folder / "out"), "--max-shard-size", "20KB"]
+    export.main(command)
+    (loss,) = (
+        r["validation_loss"]
+        for r in map(json.loads, (folder / "run/metrics.jsonl").open())
+        if "step" in r and "validation_loss" in r
+    )
+    return folder / "out", loss
+
+
+def test_the_loss_is_the_trainers(
+    trained: tuple[Path, float], dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default on the samples that the run validated on."""
+    out, loss = trained
+    evaluate.main(["--model", str(out), "--data", str(dataset)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"8 validation samples of 16 tokens of {dataset}"
+    assert float(second.split()[1]) == pytest.approx(loss, rel=1e-5)
+    assert evaluate.evaluate(out, dataset, "validation", 8, 16) == pytest.approx(loss, rel=1e-6)
+
+
+def test_other_samples(trained: tuple[Path, float], dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, loss = trained
+    evaluate.main(["--model", str(out), "--data", str(dataset), "--split", "train", "--samples", "3"])
+    evaluate.main(["--model", str(out), "--data", str(dataset), "--sequence-length", "64", "--samples", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"3 train samples of 16 tokens of {dataset}"
+    assert "validation samples of 64 tokens" in lines[2] and not lines[2].startswith("8 ")
+    assert len({lines[1], lines[3], f"{loss:.6f}"}) == 3
+
+
+def test_generate_continues_the_prompt(trained: tuple[Path, float], capsys: pytest.CaptureFixture[str]) -> None:
+    """Greedy text is what the model says by hand; sampling depends on its seed."""
+    out, _ = trained
+    exported = open_export(out)
+    ids = torch.tensor([exported.tokenizer.encode("alpha beta")])
+    for _ in range(12):
+        ids = torch.cat((ids, exported.logits(ids)[:, -1:].argmax(-1)), 1)
+    command = ["--model", str(out), "--prompt", "alpha beta", "--max-new-tokens", "12"]
+    generate.main(command)
+    assert capsys.readouterr().out == exported.tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+    texts = []
+    for seed in ("1", "1", "2"):
+        options = ["--temperature", "1.5", "--top-p", "0.9", "--top-k", "50", "--seed", seed]
+        generate.main([*command, *options])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2] and all(text.startswith("alpha beta") for text in texts)
+    generate.main(["--model", str(out), "--prompt", "", "--max-new-tokens", "3"])
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+        (["--temperature", "-1"], "--temperature -1.0: must not be negative"),
+        (["--temperature", "1", "--top-p", "0"], "--top-p 0.0: must be above 0"),
+        (["--temperature", "1", "--top-k", "0"], "--top-k 0: must be at least 1"),
+        (["--top-k", "5"], "--top-k 5: chooses among sampled tokens; add --temperature 1"),
+        (["--seed", "5"], "--seed 5: chooses among sampled tokens"),
+        (["--prompt", "\udcff"], "--prompt: is not UTF-8 text"),
+    ],
+)
+def test_options_of_generate(options: list[str], line: str) -> None:
+    with pytest.raises(LimeError, match=line):
+        generate.main(["--model", "nowhere", "--prompt", "x", *options])
+
+
+def test_a_tampered_export_is_one_line(trained: tuple[Path, float], dataset: Path, tmp_path: Path) -> None:
+    """By both commands, before anything of it is run."""
+    out = tmp_path / "out"
+
+    def line() -> str:
+        lines = set()
+        for command in (
+            lambda: generate.main(["--model", str(out), "--prompt", "x"]),
+            lambda: evaluate.main(["--model", str(out), "--data", str(dataset)]),
+        ):
+            with pytest.raises(LimeError) as caught:
+                command()
+            lines.add(str(caught.value))
+        (found,) = lines
+        assert "\n" not in found
+        return found
+
+    assert "no such folder; give the --output of lime_dist.checkpoint.export" in line()
+    shutil.copytree(trained[0], out)
+    shards = sorted(out.glob("model-*.safetensors"))
+    content = shards[1].read_bytes()
+    shards[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert f"{shards[1]}: changed since the export" in line()
+    shards[1].unlink()
+    assert f"{shards[1]}: missing, though certificate.json lists it" in line()
+    shards[1].write_bytes(content)
+    code = out / "modeling_lime.py"
+    code.write_text(code.read_text() + "\n")
+    assert f"{code}: changed since the export" in line()
+    (out / "certificate.json").write_text('{"format": "another"}')
+    assert "is not one that this version wrote" in line()
+    (out / "certificate.json").unlink()
+    assert "certificate.json: no such file; only the --output of lime_dist.checkpoint.export has one" in line()
+
+
+def test_data_that_do_not_fit_are_one_line(trained: tuple[Path, float], dataset: Path, tmp_path: Path) -> None:
+    def line(*options: str, data: Path = dataset) -> str:
+        with pytest.raises(LimeError) as caught:
+            evaluate.main(["--model", str(trained[0]), "--data", str(data), *options])
+        return str(caught.value)
+
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    description = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps({**description, "tokenizer_hash": "0" * 64}))
+    assert "its tokens are of another vocabulary than" in line(data=other)
+    assert "no such folder" in line(data=tmp_path / "none")
+    assert "no split 'tests'" in line("--split", "tests")
+    assert "--samples 1000000: " in line("--samples", "1000000")
+    assert "--samples -1: must be at least 0" in line("--samples", "-1")
+    assert "--sequence-length 0: must be at least 1" in line("--sequence-length", "0")
+    next(other.glob("validation-*.bin")).unlink()
+    (other / "dataset.json").write_text(json.dumps(description))
+    assert "missing, though dataset.json lists it" in line(data=other)
+
+
+def test_without_transformers_the_extra_is_named(trained: tuple[Path, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(LimeError, match="transformers is not installed; pip install .*hf"):
+        generate.main(["--model", str(trained[0]), "--prompt", "x"])
+
+
+def test_the_commands_have_help_and_exit_with_2(tmp_path: Path) -> None:
+    """Of each one, in one process: an example in --help, and one line on a mistake."""
+    script = (
+        "import sys, importlib\n"
+        "from lime_dist.errors import run_command\n"
+        "for name, wrong in (('lime_dist.generate', ['--model', 'no', '--prompt', 'x']),\n"
+        "                    ('lime_dist.evaluate', ['--model', 'no', '--data', 'no']),\n"
+        "                    ('lime_dist.checkpoint.export', ['--checkpoint', 'no', '--output', 'out']),\n"
+        "                    ('lime_dist.checkpoint.importing', ['--model', 'no', '--config', 'no']),\n"
+        "                    ('lime_dist.checkpoint.compress', '--checkpoint no --output out --policy chunked --chunk-size 2 --rank 1'.split())):\n"
+        "    main = importlib.import_module(name).main\n"
+        "    for arguments in (['--help'], wrong):\n"
+        "        try:\n"
+        "            run_command(lambda: main(arguments))\n"
+        "        except SystemExit as stop:\n"
+        "            print('status', stop.code, flush=True)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("status 0") == finished.stdout.count("status 2") == 5
+    assert finished.stdout.count("example:\n  python -m lime_dist.") == 5
+    errors = finished.stderr.splitlines()
+    assert len(errors) == 5 and all(error.startswith("error: ") for error in errors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_certificate_says_where_it_is_from(trained: tuple[Path, float], dataset: Path) -> None:
+    certificate = verify(trained[0])
+    assert certificate["source"]["step"] == 3 and certificate["source"]["consumed_samples"] == 12
+    assert certificate["tokenizer"]["hash"] == Tokenizer(dataset / "tokenizer").hash
+    assert certificate["tokenizer"]["compared_tokens"] > 5000
+    assert set(certificate["versions"]) == {"lime_dist", "torch", "transformers"}
