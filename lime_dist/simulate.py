@@ -16,15 +16,15 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
-
-from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
+from lime_dist.pipeline.in_flight import AHEAD
 from lime_dist.pipeline.partition import ITEM_BYTES, stage_bounds
-from lime_dist.pipeline.schedule import OverlapSchedule
-from lime_dist.pipeline.transfer import AHEAD
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.schedule import PipeSchedule
 
 SENDS = frozenset({"SendActivation", "SendGrad"})
 RECEIVES = frozenset({"RecvActivation", "RecvGrad"})
@@ -112,6 +112,17 @@ class _Direction:
 
 
 _Wait = tuple[str, int, _Direction]  # kind of instruction, micro-batch, and what is not settled yet
+
+
+def _schedule(engine: str, micro_batches: int, stages: int, stage: int, extra: int) -> PipeSchedule:
+    """The engine's own. (Imported here: DeepSpeed takes seconds to import, and not all who plan simulate.)"""
+    from deepspeed.runtime.pipe.schedule import TrainSchedule
+
+    from lime_dist.pipeline.schedule import OverlapSchedule
+
+    if engine == "stock":
+        return TrainSchedule(micro_batches, stages, stage)
+    return OverlapSchedule(micro_batches, stages, stage, extra)
 
 
 def _instructions(schedule: PipeSchedule) -> Iterator[tuple[str, int]]:
@@ -221,11 +232,7 @@ def simulate(
             directions |= {"RecvActivation": forwards[stage - 1], "SendGrad": backwards[stage - 1]}
         if stage < count - 1:
             directions |= {"SendActivation": forwards[stage], "RecvGrad": backwards[stage]}
-        schedule = (
-            TrainSchedule(micro_batches, count, stage)
-            if engine == "stock"
-            else OverlapSchedule(micro_batches, count, stage, extra)
-        )
+        schedule = _schedule(engine, micro_batches, count, stage, extra)
         stages.append(_perform(schedule, compute, directions, blocking=engine == "stock"))
     intervals = _run(stages)
     seconds = max(found[-1].end for found in intervals)

@@ -16,10 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lime_dist.model.policies import Entry, HistoryPolicy
+from lime_dist.config.schema import ModelConfig
+from lime_dist.model.policies import Entry, HistoryPolicy, make_policy
 
 BLOCK = 8
 """Layers of a block of ``routes: kv``: with fewer the products are too thin, with more too much is read layer by layer."""
+BLOCK_ROWS = 32
+"""Most rows (layer, head) of a block of ``routes: hidden``, whose mixtures are in memory."""
 
 
 def live_entries(policy: HistoryPolicy, boundary: int, num_layers: int) -> tuple[Entry, ...]:
@@ -225,6 +228,16 @@ class StageLayout:
     def readers_alone(self) -> dict[int, Places]:
         """By layer: the readers of its slot that do not read its block as a whole, itself included."""
         return {layer: self.other_readers(Entry(layer), block.readers) for layer, block in self.blocks.items()}
+
+
+def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | None:
+    """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
+    if config.architecture != "lime":
+        return None
+    block = BLOCK
+    if config.lime.routes == "hidden":
+        block = max(1, min(BLOCK, BLOCK_ROWS // config.num_attention_heads))
+    return StageLayout(make_policy(config.lime), start, stop, config.num_hidden_layers, block)
 
 
 def contiguous_runs(numbers: Sequence[int]) -> list[slice]:

@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.pipeline.schedule import micro_batches_in_flight
-from lime_dist.pipeline.transfer import AHEAD
+from lime_dist.pipeline.in_flight import AHEAD, micro_batches_in_flight
 
 TOLERANCE = 0.05
 """How much costlier than with the best cut by compute the costliest stage may be, for the sake of cuts at chunk ends."""
