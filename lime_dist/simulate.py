@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.pipeline.in_flight import AHEAD
-from lime_dist.pipeline.partition import ITEM_BYTES, stage_bounds
+from lime_dist.pipeline.memory import ITEM_BYTES
+from lime_dist.pipeline.partition import stage_bounds
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.schedule import PipeSchedule
