@@ -299,7 +299,7 @@ def _boundaries(
     return [(size / link.bandwidth, link.latency) for size, link in zip(payload_bytes, links, strict=True)]
 
 
-def stage_times(config: Config, flops_per_second: float) -> list[StageTimes]:
+def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] | None = None) -> list[StageTimes]:
     """Seconds by stage of ``config``'s cuts, at a speed that is the same for all of them.
 
     Counts what cost.py counts: matrix products, with the head on the last stage; with activation checkpointing, the
@@ -307,6 +307,7 @@ def stage_times(config: Config, flops_per_second: float) -> list[StageTimes]:
 
     Args:
         flops_per_second: what one stage reaches.
+        bounds: the cuts, where they are known.
 
     Raises:
         ValueError: a speed that is not above 0.
@@ -315,7 +316,7 @@ def stage_times(config: Config, flops_per_second: float) -> list[StageTimes]:
         raise ValueError(f"flops_per_second={flops_per_second} must be above 0")
     model, length = config.model, config.data.sequence_length
     scale = config.train.micro_batch_size * length / flops_per_second
-    bounds = stage_bounds(config)
+    bounds = stage_bounds(config) if bounds is None else bounds
     found = []
     for start, stop in pairwise(bounds):
         flops = sum(cost.layer_flops(model, length, range(start, stop)), cost.Flops(0.0, 0.0))
@@ -327,8 +328,9 @@ def stage_times(config: Config, flops_per_second: float) -> list[StageTimes]:
     return found
 
 
-def boundary_bytes(config: Config) -> list[int]:
+def boundary_bytes(config: Config, bounds: Sequence[int] | None = None) -> list[int]:
     """Bytes by boundary of one micro-batch's payload, in the type that it travels in."""
     item_size = ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
     num_tokens = config.train.micro_batch_size * config.data.sequence_length
-    return [cost.payload_bytes(config.model, bound, num_tokens, item_size) for bound in stage_bounds(config)[1:-1]]
+    bounds = stage_bounds(config) if bounds is None else bounds
+    return [cost.payload_bytes(config.model, bound, num_tokens, item_size) for bound in bounds[1:-1]]

@@ -9,8 +9,6 @@ the last bit (tests/test_wavefront.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 

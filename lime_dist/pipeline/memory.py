@@ -7,7 +7,7 @@ meant: what an allocator keeps back and what libraries and the process itself ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.layout import block_ranges, block_size
-from lime_dist.model.parameters import EMBEDDING, chunk_ends, stage_parameters
+from lime_dist.model.parameters import EMBEDDING, Sizes, chunk_ends
 from lime_dist.model.policies import make_policy
 from lime_dist.pipeline.in_flight import AHEAD, warm_up_micro_batches
 from lime_dist.train.sharing import assign_owners
@@ -110,17 +110,25 @@ class StageMemory:
 
 
 def stage_memory(
-    config: Config, kept: MicroBatchBytes, bounds: Sequence[int], stage: int, micro_batches: int, replicas: int
+    config: Config,
+    kept: MicroBatchBytes,
+    sizes: Sizes,
+    bounds: Sequence[int],
+    stage: int,
+    micro_batches: int,
+    replicas: int,
 ) -> StageMemory:
     """Memory of a stage at its peak.
 
     Args:
+        sizes: of the stage's parameters.
         bounds: as of `partition.stage_bounds`.
         micro_batches: of one replica and step.
         replicas: of the pipeline.
     """
     layers = range(bounds[stage], bounds[stage + 1])
-    weights, *optimizer = optimizer_bytes(config, layers, replicas)
+    is_tied = config.model.tie_word_embeddings and len(bounds) > 2
+    weights, *optimizer = optimizer_bytes(config, sizes, {EMBEDDING} if is_tied else set(), replicas)
     activations, history = kept.activations(layers), kept.history(layers)
     held, transfers = _held(config, kept, layers, stage, len(bounds) - 1, micro_batches)
     worst = int((held * (activations + history) + transfers).argmax())
@@ -135,18 +143,18 @@ def stage_memory(
     )
 
 
-def optimizer_bytes(config: Config, layers: range, replicas: int) -> tuple[int, int, int, int]:
+def optimizer_bytes(config: Config, sizes: Sizes, tied: Set[str], replicas: int) -> tuple[int, int, int, int]:
     """Bytes of a stage's weights, accumulated gradients, masters and moments (`train/optim.py`).
 
     Of the replica that owns most: with ZeRO-1 masters and moments are shared among the replicas, whole parameters each.
+
+    Args:
+        sizes: of the stage's parameters, of which those in ``tied`` lie on another stage as well.
     """
-    sizes = stage_parameters(config.model, layers)
     size = ITEM_BYTES[config.precision]
     total, exact = sum(sizes.values()), max(size, 4)
     own = total
     if config.parallel.zero_stage == 1 and replicas > 1:
-        is_whole = len(layers) == config.model.num_hidden_layers
-        tied = {EMBEDDING} & sizes.keys() if config.model.tie_word_embeddings and not is_whole else set()
         loads = [0] * replicas
         for name, owner in assign_owners(sizes, replicas, tied).items():
             loads[owner] += sizes[name]

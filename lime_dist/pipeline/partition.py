@@ -107,9 +107,7 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
             once += norm
             if stage > 0 or not model.tie_word_embeddings:
                 once += embedding
-        found: Costs = (
-            (activations + own) * micro_batches_in_flight(micro_batches, stages, stage, extra) + fixed + once
-        )
+        found: Costs = (activations + own) * micro_batches_in_flight(micro_batches, stages, stage, extra) + fixed + once
         if stage > 0 and overlaps:
             found = found + AHEAD * landing
         return found

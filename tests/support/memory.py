@@ -1,27 +1,35 @@
-"""Worker cases about memory: what a stage really holds while it trains."""
+"""Worker cases about what a plan predicts: what a stage really holds and sends while it trains."""
 
 from __future__ import annotations
 
 import gc
 from typing import Any
 
-from benchmarks.training_step import LiveBytes
 from support.transfers import build, losses_of
 
+from benchmarks.training_step import LiveBytes
 
-def peak_bytes(values: dict[str, Any]) -> dict[str, Any]:
-    """Of this rank in one step, after one that makes what is made once: parameters with optimizer, and the peak of live
-    tensor bytes with them."""
+
+def measure_stage(values: dict[str, Any]) -> dict[str, Any]:
+    """Of this rank: parameters, bytes of them with their optimizer, peak of live tensor bytes in a step (after one that makes
+    what is made once), and bytes sent over each boundary in that step."""
     config, engine, optimizer = build(values)
     losses_of(config, engine, range(1))
     kept = [optimizer.flat_weights, optimizer.flat_gradients, optimizer.masters]
     if optimizer.adam is not None:
         for state in optimizer.adam.state.values():
             kept += [state["exp_avg"], state["exp_avg_sq"]]
+    before = {name: traffic.bytes for name, traffic in engine.traffic().items()}
     gc.collect()
     with LiveBytes() as count:
         for tensor in kept:
             count.add(tensor)
         static = count.live
         losses_of(config, engine, range(1, 2))
-    return {"stage": engine.stage_id, "replica": engine.grid.get_data_parallel_rank(), "static": static, "peak": count.peak}
+    return {
+        "stage": engine.stage_id,
+        "parameters": sum(parameter.numel() for parameter in optimizer.parameters.values()),
+        "static": static,
+        "peak": count.peak,
+        "sent": {name: traffic.bytes - before[name] for name, traffic in engine.traffic().items()},
+    }
