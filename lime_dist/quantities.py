@@ -47,7 +47,7 @@ def show(amount: float, unit: str = "") -> str:
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if amount >= 0.9995 * scale:
             return f"{_three_digits(amount / scale)} {prefix}{unit}"
-    return f"{_three_digits(amount)} {unit}".rstrip()
+    return f"{amount:.0f} {unit}".rstrip()
 
 
 def show_seconds(seconds: float) -> str:
@@ -59,5 +59,5 @@ def show_seconds(seconds: float) -> str:
 
 
 def _three_digits(number: float) -> str:
-    digits = 0 if number >= 100 or number == int(number) else 1 if number >= 10 else 2
+    digits = 0 if number >= 99.95 or number == 0 else 1 if number >= 9.995 else 2
     return f"{number:,.{digits}f}"
