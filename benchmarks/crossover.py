@@ -19,7 +19,8 @@ from results import write
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
-from lime_dist.forecast import Machine, Parts, step_parts
+from lime_dist.forecast import Machine, Parts, machine_times, step_parts
+from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.quantities import read_bandwidth, read_flops, read_seconds, show, show_seconds
 from lime_dist.simulate import StageTimes, boundary_bytes, stage_times
 
@@ -51,8 +52,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for table.md and crossover.png")
     parser.add_argument(
-        "--flops", type=read_flops, default="320T", help="that a process reaches (default: %(default)s)"
+        "--flops", type=read_flops, default="480T", help="that a process reaches (default: %(default)s)"
     )
+    parser.add_argument("--memory-bandwidth", type=read_bandwidth, default="3TB", help="(default: %(default)s)")
     parser.add_argument("--bandwidth", type=read_bandwidth, default="400Gbit", help="(default: %(default)s)")
     parser.add_argument("--latency", type=read_seconds, default="5us", help="(default: %(default)s)")
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, help=f"multiples of {PER_STAGE}")
@@ -62,7 +64,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    machine = Machine(arguments.flops, arguments.bandwidth, arguments.latency)
+    machine = Machine(arguments.flops, arguments.memory_bandwidth, arguments.bandwidth, arguments.latency)
     for depth in arguments.depths:
         if depth < 2 * PER_STAGE or depth % PER_STAGE:
             raise LimeError(f"--depths {depth} must be a multiple of {PER_STAGE}, at least {2 * PER_STAGE}")
@@ -75,7 +77,7 @@ def main() -> None:
     for name in POLICIES:
         configs = [make_config(name, depth, arguments.overrides) for depth in sorted(arguments.depths)]
         found[name] = [simulate_step(config, machine) for config in configs]
-        crossings[name] = [crossing(configs[-1], machine.flops, bandwidth) for bandwidth in BANDWIDTHS]
+        crossings[name] = [crossing(configs[-1], machine, bandwidth) for bandwidth in BANDWIDTHS]
     table = make_table(sorted(arguments.depths), found, crossings)
     write(arguments.output / "table.md", table)
     print(table)
@@ -91,13 +93,18 @@ def make_config(name: str, depth: int, overrides: list[str]) -> Config:
 
 
 def simulate_step(config: Config, machine: Machine) -> Parts:
-    times = stage_times(config, machine.flops)
+    times = pass_times(config, machine)
     return step_parts(config, times, boundary_bytes(config), machine, MICRO_BATCHES_A_STAGE * len(times), 0.0)
 
 
-def crossing(config: Config, flops: float, bandwidth: str) -> str:
+def pass_times(config: Config, machine: Machine) -> list[StageTimes]:
+    bounds = stage_bounds(config)
+    return machine_times(config, machine, bounds, stage_times(config, 1.0, bounds))
+
+
+def crossing(config: Config, machine: Machine, bandwidth: str) -> str:
     """The first boundary whose transfers take longer than the passes of the stage behind it, as the layers before it."""
-    times: list[StageTimes] = stage_times(config, flops)
+    times = pass_times(config, machine)
     for stage, size in enumerate(boundary_bytes(config), 1):
         if size / read_bandwidth(bandwidth) > times[stage].forward + times[stage].backward:
             return str(PER_STAGE * stage)
@@ -163,7 +170,8 @@ def draw(depths: list[int], found: dict[str, list[Parts]], machine: Machine, pat
     handles, labels = all_axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
     figure.suptitle(
-        f"{show(machine.flops, 'FLOP/s')} and {show(8 * machine.bandwidth, 'bit/s')} a process, "
+        f"{show(machine.flops, 'FLOP/s')}, memory {show(machine.memory_bandwidth, 'B/s')}, "
+        f"links {show(8 * machine.bandwidth, 'bit/s')}; "
         f"{MICRO_BATCHES_A_STAGE} micro-batches a stage, one extra in flight"
     )
     figure.tight_layout(rect=(0, 0.04, 1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -32,12 +33,26 @@ def seconds_of_step(engine: LimeEngine, config: Config) -> float:
     return time.perf_counter() - begin
 
 
+def memory_speed() -> float:
+    """Bytes per second that a process moves while both copy."""
+    source = torch.ones(1 << 24)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(8):
+        dist.barrier()
+        begin = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
 def main() -> None:
     settings, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     start_processes()
     rank = dist.get_rank()
     bandwidth, latency = link_speed(rank)
+    memory_bandwidth = memory_speed()
     configs = {name: make_config(settings, name) for name in SETTINGS}
     engines: dict[str, LimeEngine] = {}
     for name, config in configs.items():
@@ -52,7 +67,8 @@ def main() -> None:
                 print(f"{settings['link']}: round {turn} of {settings['rounds']}: {name} {taken:.2f} s", flush=True)
             if turn > 0:
                 seconds[name].append(taken)
-    found = {"bandwidth": bandwidth, "latency": latency, "seconds": seconds}
+    speeds = {"bandwidth": bandwidth, "latency": latency, "memory_bandwidth": memory_bandwidth}
+    found = {**speeds, "seconds": seconds}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
 

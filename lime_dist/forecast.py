@@ -16,6 +16,7 @@ import numpy as np
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config
+from lime_dist.model import traffic
 from lime_dist.model.parameters import stage_parameters
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.partition import stage_bounds
@@ -28,13 +29,15 @@ class Machine:
     """What a process has, and what joins it to others.
 
     Attributes:
-        flops: that it reaches, per second.
+        flops: that it reaches in matrix products, per second.
+        memory_bandwidth: bytes per second between it and its memory.
         bandwidth: bytes per second to any other process, in each direction.
         latency: seconds until a transfer's last byte is there after it has left.
         memory: bytes; None: as much as it takes.
     """
 
     flops: float
+    memory_bandwidth: float
     bandwidth: float
     latency: float
     memory: float | None = None
@@ -145,7 +148,7 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
         )
         for stage in range(len(flops))
     ]
-    times = [StageTimes(each.forward / machine.flops, each.backward / machine.flops) for each in flops]
+    times = machine_times(config, machine, bounds, flops)
     reduction = reduction_seconds(config, [stage.parameters for stage in stages], machine, replicas)
     parts = step_parts(config, times, sizes, machine, micro_batches, reduction)
     seconds = sum(vars(parts).values())
@@ -160,6 +163,35 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
         parts=parts,
         bubble=max(0.0, 1 - busy / seconds),
     )
+
+
+def machine_times(
+    config: Config, machine: Machine, bounds: Sequence[int], flops: Sequence[StageTimes]
+) -> list[StageTimes]:
+    """Seconds by stage of one micro-batch's passes: matrix products, then what else moves memory.
+
+    Args:
+        flops: by stage, as of `stage_times` at one FLOP a second.
+    """
+    model, size = config.model, ITEM_BYTES[config.precision]
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    moved = [traffic.layer_traffic(model, layer, tokens, size) for layer in range(model.num_hidden_layers)]
+    found = []
+    for (start, stop), each in zip(pairwise(bounds), flops, strict=True):
+        parts = moved[start:stop]
+        forward, backward = (sum(part) for part in zip(*parts, strict=True))
+        if config.parallel.activation_checkpointing:
+            backward += forward
+        if stop == model.num_hidden_layers:
+            head = traffic.head_traffic(model, tokens, size)
+            forward, backward = forward + head[0], backward + head[1]
+        found.append(
+            StageTimes(
+                each.forward / machine.flops + forward / machine.memory_bandwidth,
+                each.backward / machine.flops + backward / machine.memory_bandwidth,
+            )
+        )
+    return found
 
 
 def step_parts(

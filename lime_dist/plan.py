@@ -32,10 +32,9 @@ EXAMPLES = """examples:
   python -m lime_dist.plan --config configs/deep/lime_128.yaml --processes 64 --gpu-memory 80GB --bandwidth 200Gbit --sweep
   python -m lime_dist.plan --config configs/quickstart.yaml --flops 40G --efficiency 1 --bandwidth 2GB --timeline timeline.png
 
-Parameters and bytes are exact. Memory is the peak of live tensor bytes; allocator, libraries and context come on top. Time
-counts matrix products at --flops × --efficiency and transfers; what only moves memory (norms, activations, the copies that
-mixing a history takes) is in --efficiency, for all models alike, so that a history costs more time than predicted. Left out:
-the optimizer's update, data, checkpoints."""
+Parameters and bytes are exact. Memory is the peak of live tensor bytes; allocator, libraries and context come on top. Time is
+that of matrix products at --flops × --efficiency, of all else that moves memory at --memory-bandwidth (by rule of thumb, and
+as if nothing were fused), of transfers and reductions. Left out: the optimizer's update, data, checkpoints."""
 
 
 def parse() -> argparse.Namespace:
@@ -47,13 +46,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, metavar="P", help="parallel.pipeline_stages")
     parser.add_argument("--processes", type=int, metavar="N", help="of the job (default: one replica's)")
     parser.add_argument("--gpu-memory", type=read_bytes, metavar="80GB", help="what a process may use (default: any)")
+    parser.add_argument("--memory-bandwidth", type=read_bandwidth, default="3TB", metavar="3TB",
+                        help="between a process and its memory, a second (default: %(default)s)")  # fmt: skip
     parser.add_argument("--bandwidth", type=read_bandwidth, default="400Gbit", metavar="400Gbit",
                         help="between processes, each way, a second (default: %(default)s)")  # fmt: skip
     parser.add_argument("--latency", type=read_seconds, default="5us", metavar="5us", help="(default: %(default)s)")
     parser.add_argument("--flops", type=read_flops, default="800T", metavar="800T",
                         help="peak of a process, a second (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--efficiency", type=read_share, default="0.4", metavar="0.4",
-                        help="the share of it that is reached (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--efficiency", type=read_share, default="0.6", metavar="0.6",
+                        help="the share of it that matrix products reach (default: %(default)s)")  # fmt: skip
     parser.add_argument("--sweep", action="store_true",
                         help=f"the {BEST} fastest of stages × micro-batch × history policy that fit the memory")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the same numbers as JSON")
@@ -75,6 +76,7 @@ def main() -> None:
         raise LimeError(f"--processes {processes} must be at least 1")
     machine = Machine(
         flops=arguments.flops * arguments.efficiency,
+        memory_bandwidth=arguments.memory_bandwidth,
         bandwidth=arguments.bandwidth,
         latency=arguments.latency,
         memory=arguments.gpu_memory,
@@ -156,7 +158,8 @@ def plan_table(config: Config, values: Values) -> str:
         f"{model.architecture}, {model.num_hidden_layers} layers, {values['parameters']:,} parameters; "
         f"{parallel.pipeline_stages} stage(s) × {values['replicas']} replica(s); {values['micro_batches']} micro-batches of "
         f"{train.micro_batch_size} × {config.data.sequence_length} tokens a step and replica; {config.precision}",
-        f"a process reaches {show(values['machine']['flops'], 'FLOP/s')}; {show(values['machine']['bandwidth'], 'B/s')} and "
+        f"a process reaches {show(values['machine']['flops'], 'FLOP/s')} and moves "
+        f"{show(values['machine']['memory_bandwidth'], 'B/s')}; {show(values['machine']['bandwidth'], 'B/s')} and "
         f"{show_seconds(values['machine']['latency'])} between processes",
         "",
         *columns([COLUMNS, *(stage_row(row) for row in values["stages"])]),

@@ -303,7 +303,7 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
     """Seconds by stage of ``config``'s cuts, at a speed that is the same for all of them.
 
     Counts what cost.py counts: matrix products, with the head on the last stage; with activation checkpointing, the
-    forward pass of the decoder layers once more in backward.
+    forward pass of the decoder layers once more in backward. (`forecast.machine_times` adds what else moves memory.)
 
     Args:
         flops_per_second: what one stage reaches.

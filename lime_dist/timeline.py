@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError
-from lime_dist.forecast import Machine
+from lime_dist.forecast import Machine, machine_times
+from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.simulate import Link, boundary_bytes, simulate, stage_times
 
 KINDS = {
@@ -34,9 +35,10 @@ def draw_timeline(config: Config, machine: Machine, micro_batches: int, path: Pa
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
+    bounds = stage_bounds(config)
     trace = simulate(
-        stage_times(config, machine.flops),
-        boundary_bytes(config),
+        machine_times(config, machine, bounds, stage_times(config, 1.0, bounds)),
+        boundary_bytes(config, bounds),
         Link(machine.bandwidth, machine.latency),
         micro_batches,
         extra=config.pipeline.extra_in_flight if config.pipeline.engine == "overlap" else 0,

@@ -18,12 +18,13 @@ from lime_dist import load_config, plan
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS
 from lime_dist.errors import LimeError
-from lime_dist.forecast import Machine, forecast
+from lime_dist.forecast import Machine, forecast, machine_times
+from lime_dist.model import cost, traffic
 from lime_dist.simulate import Link, boundary_bytes, simulate, stage_times
 from lime_dist.sweep import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST_LINKS = Machine(flops=1e12, bandwidth=1e12, latency=0.0)
+FAST_LINKS = Machine(flops=1e12, memory_bandwidth=1e18, bandwidth=1e12, latency=0.0)
 
 # -- against real engines -------------------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ def test_what_limits_a_step(limit: str, overrides: list[str], changes: dict[str,
 def test_a_step_takes_what_is_simulated(engine: str, bandwidth: float) -> None:
     """And what is not computation, on average over stages, is its bubble."""
     config = load_config(None, [*SIZE, f"pipeline.engine={engine}", "model.tie_word_embeddings=false"])
-    found = forecast(config, Machine(1e12, bandwidth, 1e-5), 4)
+    found = forecast(config, Machine(1e12, 1e18, bandwidth, 1e-5), 4)
     trace = simulate(
         stage_times(config, 1e12), boundary_bytes(config), Link(bandwidth, 1e-5), 32,
         extra=config.pipeline.extra_in_flight if engine == "overlap" else 0, engine=config.pipeline.engine,
@@ -139,10 +140,47 @@ def test_a_step_takes_what_is_simulated(engine: str, bandwidth: float) -> None:
     assert found.bubble == pytest.approx(sum(trace.bubble) / 4)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_passes_take_products_and_what_moves_memory(checkpointing: bool) -> None:
+    """Without a history: what autograd keeps moves twice in forward and four times in backward, the head's on the last stage."""
+    overrides = ["model.architecture=llama", f"parallel.activation_checkpointing={str(checkpointing).lower()}"]
+    config = load_config(None, [*SIZE, *overrides, "parallel.stage_layers=[1,2,3,10]"])
+    bounds, tokens = [0, 1, 3, 6, 16], 128
+    flops = stage_times(config, 1.0, bounds)
+    found = machine_times(config, Machine(1e9, 1e6, 1.0, 0.0), bounds, flops)
+    layer, head = (
+        cost.activation_bytes(config.model, 0, tokens, 4, False),
+        cost.head_activation_bytes(config.model, tokens, 4),
+    )
+    for stage, each in enumerate(found):
+        layers, last = bounds[stage + 1] - bounds[stage], stage == 3
+        forward, backward = 2 * (layers * layer + last * head), 4 * (layers * layer + last * head)
+        backward += 2 * layers * layer if checkpointing else 0
+        assert each.forward == pytest.approx(flops[stage].forward / 1e9 + forward / 1e6)
+        assert each.backward == pytest.approx(flops[stage].backward / 1e9 + backward / 1e6)
+
+
+def test_a_history_moves_memory() -> None:
+    """In blocks: a layer of a full history moves more than one of first_last, and less than if it read entry by entry."""
+    moved = {
+        name: traffic.layer_traffic(
+            load_config(None, [*SIZE, f"model.lime.history={{policy: {name}}}"]).model, 15, 128, 4
+        )
+        for name in ("first_last", "full")
+    }
+    llama = traffic.layer_traffic(load_config(None, [*SIZE, "model.architecture=llama"]).model, 15, 128, 4)
+    entry, mixed_keys = 2 * 64 * 128 * 4, 64 * 128 * 4  # the latter are kept, and move twice
+    extra = {name: (found[0] - llama[0] - 2 * mixed_keys) / entry for name, found in moved.items()}
+    assert extra["first_last"] == 2 + 4 + 2, "written; the first two, the last one and its own; the mixture"
+    assert extra["first_last"] < extra["full"] < 2 + 16 + 2
+    backward = moved["first_last"][1] - llama[1] - 4 * mixed_keys
+    assert backward == 2 * entry * extra["first_last"]
+
+
 def test_what_a_faster_link_cannot_save() -> None:
     """Parts say what would be gained: without the link's part a step takes as long as with links that take no time."""
     config = load_config(None, [*SIZE, "pipeline.extra_in_flight=0"])
-    slow, ideal = (forecast(config, Machine(1e12, bandwidth, 0.0), 4) for bandwidth in (5e9, 1e18))
+    slow, ideal = (forecast(config, Machine(1e12, 1e18, bandwidth, 0.0), 4) for bandwidth in (5e9, 1e18))
     assert slow.limit == "computation" and slow.parts.link > 0.05 * slow.seconds
     assert slow.seconds - slow.parts.link - slow.parts.reduction == pytest.approx(
         ideal.seconds - ideal.parts.reduction - ideal.parts.link
@@ -152,7 +190,7 @@ def test_what_a_faster_link_cannot_save() -> None:
 def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
     """By hand: around a ring of 4 each sends 3/4 of the gradients twice, with ZeRO 1 the second time weights in bf16."""
     one_stage = ["parallel.pipeline_stages=1", "precision=bf16"]
-    machine = Machine(1e12, 1e9, 0.0)
+    machine = Machine(1e12, 1e18, 1e9, 0.0)
     for zero, size in ((0, 4 + 4), (1, 4 + 2)):
         found = forecast(load_config(None, [*SIZE, *one_stage, f"parallel.zero_stage={zero}"]), machine, 4)
         assert found.parts.reduction == pytest.approx(3 / 4 * size * found.parameters / 1e9)
@@ -166,7 +204,7 @@ def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
 
 def test_a_sweep_ranks_what_fits() -> None:
     config = load_config(None, [*SIZE, "parallel.stage_layers=[1,5,5,5]"])
-    everything = sweep(config, Machine(1e12, 1e9, 1e-5), 8)
+    everything = sweep(config, Machine(1e12, 1e12, 1e9, 1e-5), 8)
     tried = {(c.stages, c.micro_batch_size, c.policy["policy"]) for c in everything.fitting}
     sizes = {1: (1, 2, 4), 2: (1, 2, 4, 8), 4: (1, 2, 4, 8, 16), 8: (1, 2, 4, 8, 16, 32)}
     assert tried == {(p, m, name) for p, fitting in sizes.items() for m in fitting for name in HISTORY_KEYS}
@@ -175,11 +213,11 @@ def test_a_sweep_ranks_what_fits() -> None:
     for candidate in everything.fitting:
         by_hand = candidate.config.parallel.stage_layers
         assert by_hand == ([1, 5, 5, 5] if candidate.stages == 4 else None)
-        again = forecast(make_config(candidate.config.model_dump(), "a test"), Machine(1e12, 1e9, 1e-5), 8)
+        again = forecast(make_config(candidate.config.model_dump(), "a test"), Machine(1e12, 1e12, 1e9, 1e-5), 8)
         assert again == candidate.forecast
 
     limit = sorted(c.forecast.peak_memory for c in everything.fitting)[20]
-    bounded = sweep(config, Machine(1e12, 1e9, 1e-5, limit), 8)
+    bounded = sweep(config, Machine(1e12, 1e12, 1e9, 1e-5, limit), 8)
     assert len(bounded.fitting) == 21 and all(c.forecast.peak_memory <= limit for c in bounded.fitting)
     assert len(bounded.fitting) + len(bounded.too_large) == len(tried)
     assert bounded.too_large[0].forecast.peak_memory == min(c.forecast.peak_memory for c in bounded.too_large) > limit
