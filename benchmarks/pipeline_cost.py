@@ -21,19 +21,14 @@ results.json of --output is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from links import LOOPBACK, Hosts, NoNamespaces, slow_link
+from pair import run_pair
 from results import read_results, write, write_results
 
 from lime_dist import load_config
@@ -118,28 +113,7 @@ def make_config(settings: dict[str, Any], engine: str, model: str, stages: int) 
 
 def measure(hosts: Hosts, settings: dict[str, Any], name: str) -> dict[str, Any]:
     """Run all variants on two processes, one a host."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    worker = Path(__file__).with_name("pipeline_worker.py")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for rank, prefix in enumerate(hosts.commands):
-            environment = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": hosts.address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": hosts.interface,
-                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            command = [*prefix, sys.executable, str(worker), json.dumps({**settings, "link": name}), folder]
-            processes.append(subprocess.Popen(command, env=environment))
-        try:
-            statuses = [process.wait() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        if any(statuses):
-            raise RuntimeError(f"the processes of {name} ended with {statuses}")
-        ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
+    ranks = run_pair(hosts, "pipeline_worker.py", {**settings, "link": name})
     return {
         "bandwidth": ranks[0]["bandwidth"],
         "latency": ranks[0]["latency"],

@@ -16,15 +16,16 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
-
-from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.pipeline.partition import ITEM_BYTES, stage_bounds
-from lime_dist.pipeline.schedule import OverlapSchedule
-from lime_dist.pipeline.transfer import AHEAD
+from lime_dist.pipeline.in_flight import AHEAD
+from lime_dist.pipeline.memory import ITEM_BYTES
+from lime_dist.pipeline.partition import stage_bounds
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.schedule import PipeSchedule
 
 SENDS = frozenset({"SendActivation", "SendGrad"})
 RECEIVES = frozenset({"RecvActivation", "RecvGrad"})
@@ -112,6 +113,17 @@ class _Direction:
 
 
 _Wait = tuple[str, int, _Direction]  # kind of instruction, micro-batch, and what is not settled yet
+
+
+def _schedule(engine: str, micro_batches: int, stages: int, stage: int, extra: int) -> PipeSchedule:
+    """The engine's own. (Imported here: DeepSpeed takes seconds to import, and not all who plan simulate.)"""
+    from deepspeed.runtime.pipe.schedule import TrainSchedule
+
+    from lime_dist.pipeline.schedule import OverlapSchedule
+
+    if engine == "stock":
+        return TrainSchedule(micro_batches, stages, stage)
+    return OverlapSchedule(micro_batches, stages, stage, extra)
 
 
 def _instructions(schedule: PipeSchedule) -> Iterator[tuple[str, int]]:
@@ -221,11 +233,7 @@ def simulate(
             directions |= {"RecvActivation": forwards[stage - 1], "SendGrad": backwards[stage - 1]}
         if stage < count - 1:
             directions |= {"SendActivation": forwards[stage], "RecvGrad": backwards[stage]}
-        schedule = (
-            TrainSchedule(micro_batches, count, stage)
-            if engine == "stock"
-            else OverlapSchedule(micro_batches, count, stage, extra)
-        )
+        schedule = _schedule(engine, micro_batches, count, stage, extra)
         stages.append(_perform(schedule, compute, directions, blocking=engine == "stock"))
     intervals = _run(stages)
     seconds = max(found[-1].end for found in intervals)
@@ -291,14 +299,15 @@ def _boundaries(
     return [(size / link.bandwidth, link.latency) for size, link in zip(payload_bytes, links, strict=True)]
 
 
-def stage_times(config: Config, flops_per_second: float) -> list[StageTimes]:
+def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] | None = None) -> list[StageTimes]:
     """Seconds by stage of ``config``'s cuts, at a speed that is the same for all of them.
 
     Counts what cost.py counts: matrix products, with the head on the last stage; with activation checkpointing, the
-    forward pass of the decoder layers once more in backward.
+    forward pass of the decoder layers once more in backward. (`forecast.machine_times` adds what else moves memory.)
 
     Args:
         flops_per_second: what one stage reaches.
+        bounds: the cuts, where they are known.
 
     Raises:
         ValueError: a speed that is not above 0.
@@ -307,7 +316,7 @@ def stage_times(config: Config, flops_per_second: float) -> list[StageTimes]:
         raise ValueError(f"flops_per_second={flops_per_second} must be above 0")
     model, length = config.model, config.data.sequence_length
     scale = config.train.micro_batch_size * length / flops_per_second
-    bounds = stage_bounds(config)
+    bounds = stage_bounds(config) if bounds is None else bounds
     found = []
     for start, stop in pairwise(bounds):
         flops = sum(cost.layer_flops(model, length, range(start, stop)), cost.Flops(0.0, 0.0))
@@ -319,8 +328,9 @@ def stage_times(config: Config, flops_per_second: float) -> list[StageTimes]:
     return found
 
 
-def boundary_bytes(config: Config) -> list[int]:
+def boundary_bytes(config: Config, bounds: Sequence[int] | None = None) -> list[int]:
     """Bytes by boundary of one micro-batch's payload, in the type that it travels in."""
     item_size = ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
     num_tokens = config.train.micro_batch_size * config.data.sequence_length
-    return [cost.payload_bytes(config.model, bound, num_tokens, item_size) for bound in stage_bounds(config)[1:-1]]
+    bounds = stage_bounds(config) if bounds is None else bounds
+    return [cost.payload_bytes(config.model, bound, num_tokens, item_size) for bound in bounds[1:-1]]

@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 from deepspeed.runtime.pipe.schedule import PipeInstruction
 
-import lime_dist.simulate as simulation
+import lime_dist.pipeline.schedule as schedules
 from lime_dist import load_config
 from lime_dist.model.cost import head_flops, layer_flops
 from lime_dist.pipeline.schedule import OverlapSchedule
@@ -206,7 +206,7 @@ def test_a_deadlock_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         def steps(self) -> Iterator[list[PipeInstruction]]:
             return reversed(list(super().steps())) if self.is_first_stage else super().steps()
 
-    monkeypatch.setattr(simulation, "OverlapSchedule", Backwards)
+    monkeypatch.setattr(schedules, "OverlapSchedule", Backwards)
     with pytest.raises(
         RuntimeError, match="no stage can advance: stage 0 in RecvGrad of micro-batch 0, stage 1 in RecvA"
     ):

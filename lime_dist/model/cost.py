@@ -5,12 +5,13 @@ FLOPs (2 a multiply-add) are those that this program performs, per token, elemen
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.decoder import stage_layout
-from lime_dist.model.layout import Chunk, StageLayout, summarised_chunks
+from lime_dist.model import parameters
+from lime_dist.model.parameters import chunk_ends, entries_weighed
 from lime_dist.model.policies import Entry, make_policy
 
 
@@ -34,55 +35,18 @@ class Flops:
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the whole model, a tied weight once."""
-    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    layers = sum(layer_parameters(config, layer) for layer in range(config.num_hidden_layers))
-    return embeddings + layers + summary_parameters(config) + config.hidden_size
+    return sum(parameters.stage_parameters(config, range(config.num_hidden_layers)).values())
 
 
 def layer_parameters(config: ModelConfig, layer: int) -> int:
     """Parameters of decoder layer ``layer``."""
-    hidden, size = config.hidden_size, config.head_size
-    projections = 2 * hidden * size * (config.num_attention_heads + config.key_value_heads)
-    total = projections + 3 * hidden * config.intermediate_size
-    if config.architecture == "hyper":
-        rate = config.hyper.rate
-        dynamic = hidden * (rate + 2) + 2 if config.hyper.dynamic else 0
-        return total + 2 * (rate * (rate + 1) + rate + dynamic)
-    return total + 2 * hidden + router_parameters(config, layer)
-
-
-def router_parameters(config: ModelConfig, layer: int) -> int:
-    """Parameters of a layer's router, with its history norm."""
-    read = _entries_weighed(config, layer)
-    if not read:
-        return 0
-    if config.lime.routes == "kv":
-        return config.key_value_heads**2 * read
-    width = config.hidden_size if config.lime.router == "dynamic" else 1
-    return config.hidden_size + config.num_attention_heads * read * width
+    return sum(parameters.layer_parameters(config, layer).values())
 
 
 def summary_parameters(config: ModelConfig, layers: range | None = None) -> int:
     """Parameters of the chunk summaries of a stage that holds ``layers`` (by default all)."""
     layers = range(config.num_hidden_layers) if layers is None else layers
-    square = config.key_value_heads**2 if config.lime.routes == "kv" else 1
-    return sum(square * c.rank * len(c.layers) for end, c in chunk_ends(config).items() if end in layers)
-
-
-def _entries_weighed(config: ModelConfig, layer: int) -> int:
-    """Entries that a layer mixes by its router; 0: it has none."""
-    if config.architecture != "lime" or layer < (config.lime.start_layer if config.lime.routes == "hidden" else 1):
-        return 0
-    return len(make_policy(config.lime).reads(layer))
-
-
-@lru_cache(maxsize=8)
-def chunk_ends(config: ModelConfig) -> dict[int, Chunk]:
-    """The chunks that are summarised, by their last layer."""
-    if config.architecture != "lime":
-        return {}
-    chunks = summarised_chunks(make_policy(config.lime), config.num_hidden_layers)
-    return {chunk.layers[-1]: chunk for chunk in chunks}
+    return sum(sum(parameters.summary_parameters(config, layer).values()) for layer in layers)
 
 
 # -- FLOPs ----------------------------------------------------------------------------------------------------------------
@@ -102,45 +66,42 @@ def layer_flops(config: ModelConfig, sequence_length: int, layers: range | None 
         rate = config.hyper.rate
         mixing = 2 * 2 * rate * hidden * (rate + 1 + (rate + 2 if config.hyper.dynamic else 0))
         fixed += Flops(mixing, 2 * mixing)
-    layout = stage_layout(config, layers.start, layers.stop)
-    if layout is None:
+    if config.architecture != "lime":
         return [fixed] * len(layers)
-    routing = _dynamic_flops if config.lime.router == "dynamic" else _blocked_flops
-    return [fixed + found for found in routing(config, layout)]
+    routing = _hidden_flops if config.lime.routes == "hidden" else _key_value_flops
+    return [fixed + found for found in routing(config, layers)]
 
 
-def _blocked_flops(config: ModelConfig, layout: StageLayout) -> list[Flops]:
-    """Routing of a stage whose weights are known before its layers run: each reads what its policy says, and nothing else."""
-    heads, lime = config.key_value_heads, config.lime
-    kv = lime.routes == "kv"
-    unit = 2 * heads * heads * 2 * config.head_size if kv else 2 * heads * config.hidden_size
+def _key_value_flops(config: ModelConfig, layers: range) -> list[Flops]:
+    """Mixing keys and values, each entry once a reader; backward: the weights' gradients, and those of the entries."""
+    heads, policy = config.key_value_heads, make_policy(config.lime)
+    unit = 2 * heads * heads * 2 * config.head_size
+    reads = [tuple(policy.reads(layer)) for layer in layers]
+    chunks = {end: chunk for end, chunk in chunk_ends(config).items() if end in layers}
+    readers: Counter[Entry] = Counter(entry for entries in reads for entry in entries)
+    for chunk in chunks.values():
+        for entry in chunk.sources:
+            readers[entry] += chunk.rank
+    received = sum(count for entry, count in readers.items() if entry.layer < layers.start)
     found = []
-    for layer, entries in layout.reads.items():
-        if not kv:  # backward: weights, entries, and the mixtures again
-            read = len(entries) if layer >= lime.start_layer else 0
-            found.append(Flops(unit * read, 3 * unit * read))
-            continue
+    for layer, entries in zip(layers, reads, strict=True):
         forward = len(entries)
-        backward = forward + len(layout.readers_of(Entry(layer)))
-        if layer == layout.start:
-            backward += sum(len(layout.readers_of(entry)) for entry in layout.received)
-        for chunk in layout.chunks:
-            if chunk.layers[-1] == layer:
-                forward += chunk.rank * len(chunk.layers)
-                backward += chunk.rank * len(chunk.layers)
-                backward += sum(len(layout.readers_of(row)) for row in chunk.rows)
+        backward = forward + readers[Entry(layer)] + (received if layer == layers.start else 0)
+        if layer in chunks:
+            weights = chunks[layer].rank * len(chunks[layer].layers)
+            forward += weights
+            backward += weights + sum(readers[row] for row in chunks[layer].rows)
         found.append(Flops(unit * forward, unit * backward))
     return found
 
 
-def _dynamic_flops(config: ModelConfig, layout: StageLayout) -> list[Flops]:
-    """Routing of layers that weigh by token: logits and mixture, which backward makes again."""
+def _hidden_flops(config: ModelConfig, layers: range) -> list[Flops]:
+    """Mixing states per head; backward: the gradients of weights and of entries, and the mixtures again. Dynamic weights
+    come from logits, which are products as well."""
     unit = 2 * config.num_attention_heads * config.hidden_size
-    found = []
-    for layer, reads in layout.reads.items():
-        read = len(reads) if layer >= config.lime.start_layer else 0
-        found.append(Flops(2 * unit * read, (2 + 3) * unit * read))
-    return found
+    forward, backward = (2, 2 + 3) if config.lime.router == "dynamic" else (1, 3)
+    counts = [len(entries_weighed(config, layer)) for layer in layers]
+    return [Flops(forward * unit * read, backward * unit * read) for read in counts]
 
 
 def head_flops(config: ModelConfig) -> Flops:
@@ -198,11 +159,10 @@ def payload_bytes(config: ModelConfig, boundary: int, num_tokens: int, itemsize:
 def history_bytes(config: ModelConfig, layers: range, num_tokens: int, itemsize: int) -> int:
     """Bytes of one micro-batch's entries on a stage that holds ``layers``, and, with ``routes: hidden``, of their gradients
     while backward runs (``routes: kv`` keeps those in the same memory)."""
-    layout = stage_layout(config, layers.start, layers.stop)
-    if layout is None:
-        return 0
-    elements = layout.num_positions * entry_width(config) * num_tokens
-    return elements * (itemsize + (max(itemsize, 4) if config.lime.routes == "hidden" else 0))
+    positions = boundary_entries(config, layers.start) + sum(entries_made(config, layer) for layer in layers)
+    elements = positions * entry_width(config) * num_tokens
+    hidden_routes = config.architecture == "lime" and config.lime.routes == "hidden"
+    return elements * (itemsize + (max(itemsize, 4) if hidden_routes else 0))
 
 
 # -- activations ----------------------------------------------------------------------------------------------------------
@@ -220,7 +180,7 @@ def activation_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize:
         checkpointing: only the input is kept, and what ``routes: hidden`` makes outside the layer.
     """
     hidden, heads, exact = config.hidden_size, config.num_attention_heads, max(itemsize, 4)
-    lime, read = config.lime, _entries_weighed(config, layer)
+    lime, read = config.lime, len(entries_weighed(config, layer))
     hidden_routes = config.architecture == "lime" and lime.routes == "hidden"
     streams = config.hyper.rate if config.architecture == "hyper" and layer > 0 else 1  # they start as one embedding
     low, high, fixed = [streams * hidden], [0], [0]  # elements: per token, per token in at least float32, of no token

@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.blocks import Attention, make_layer
-from lime_dist.model.hidden_history import BLOCK_ROWS, HiddenHistory
+from lime_dist.model.hidden_history import HiddenHistory
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.init import build
 from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layers import Embedding, RMSNorm
-from lime_dist.model.layout import BLOCK, StageLayout, summarised_chunks
+from lime_dist.model.layout import StageLayout, stage_layout, summarised_chunks
 from lime_dist.model.policies import make_policy
 from lime_dist.model.routing import ChunkSummary
 
@@ -74,16 +74,6 @@ def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
 def layer_name(layer: int) -> str:
     """Prefix of the exported parameter names of a decoder layer."""
     return f"model.layers.{layer}"
-
-
-def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | None:
-    """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
-    if config.architecture != "lime":
-        return None
-    block = BLOCK
-    if config.lime.routes == "hidden":
-        block = max(1, min(BLOCK, BLOCK_ROWS // config.num_attention_heads))
-    return StageLayout(make_policy(config.lime), start, stop, config.num_hidden_layers, block)
 
 
 def open_history(

@@ -8,7 +8,7 @@ back for it from later stages, is plain autograd. A summary is U = Σ a_i·X_i o
 What it costs, for a layer that reads E entries, in multiply-adds: mixing H·E·N·D, projecting 2·N·D². (Projecting first and
 mixing afterwards would cost 2·E·N·D².) Static weights are known before the layers run, so what a block reads from older
 entries is one product per run of positions, and so are the gradients of those entries and of the weights; a block has at
-most `BLOCK_ROWS` rows (layer, head), for its mixtures [rows, N, D] are in memory, twice in backward. Dynamic weights exist
+most `layout.BLOCK_ROWS` rows (layer, head), for its mixtures [rows, N, D] are in memory, twice in backward. Dynamic weights exist
 only once the layer's own state does: such a layer reads by itself. Backward mixes again instead of keeping mixtures.
 Memory besides: E·N·D for the entries, and E·N·D in at least float32 for their gradients while backward runs.
 """
@@ -26,7 +26,6 @@ from lime_dist.model.layers import rms_normalise
 from lime_dist.model.layout import Block, Chunk, StageLayout
 from lime_dist.model.policies import Entry
 
-BLOCK_ROWS = 32
 CHUNK_ELEMENTS = 1 << 19
 CHUNK_ELEMENTS_GPU = 1 << 26
 """Elements of a mixture [H, tokens, D] that are made at a time: a cache's worth; on a GPU enough to fill it (not measured

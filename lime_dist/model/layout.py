@@ -12,14 +12,17 @@ latest last reader first. So what is read for long lies together, and what a blo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lime_dist.model.policies import Entry, HistoryPolicy
+from lime_dist.config.schema import ModelConfig
+from lime_dist.model.policies import Entry, HistoryPolicy, make_policy
 
 BLOCK = 8
 """Layers of a block of ``routes: kv``: with fewer the products are too thin, with more too much is read layer by layer."""
+BLOCK_ROWS = 32
+"""Most rows (layer, head) of a block of ``routes: hidden``, whose mixtures are in memory."""
 
 
 def live_entries(policy: HistoryPolicy, boundary: int, num_layers: int) -> tuple[Entry, ...]:
@@ -198,14 +201,8 @@ class StageLayout:
     def blocks(self) -> dict[int, Block]:
         """By layer of the stage: its block."""
         ends = {chunk.layers[-1] for chunk in self.chunks}
-        found: dict[int, Block] = {}
-        first = self.start
-        for layer in range(self.start, self.stop):
-            if layer in ends or layer + 1 - first == self.block or layer == self.stop - 1:
-                block = self._block(range(first, layer + 1))
-                found.update(dict.fromkeys(block.layers, block))
-                first = layer + 1
-        return found
+        ranges = block_ranges(range(self.start, self.stop), ends, self.block)
+        return {layer: block for block in map(self._block, ranges) for layer in block.layers}
 
     def _block(self, layers: range) -> Block:
         own = [Entry(layer) for layer in layers]
@@ -225,6 +222,31 @@ class StageLayout:
     def readers_alone(self) -> dict[int, Places]:
         """By layer: the readers of its slot that do not read its block as a whole, itself included."""
         return {layer: self.other_readers(Entry(layer), block.readers) for layer, block in self.blocks.items()}
+
+
+def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | None:
+    """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
+    if config.architecture != "lime":
+        return None
+    return StageLayout(make_policy(config.lime), start, stop, config.num_hidden_layers, block_size(config))
+
+
+def block_size(config: ModelConfig) -> int:
+    """Most layers of a block."""
+    if config.lime.routes == "kv":
+        return BLOCK
+    return max(1, min(BLOCK, BLOCK_ROWS // config.num_attention_heads))
+
+
+def block_ranges(layers: range, ends: Container[int], size: int) -> list[range]:
+    """The layers of a stage in blocks of at most ``size``, none of which goes beyond one of ``ends``."""
+    found: list[range] = []
+    first = layers.start
+    for layer in layers:
+        if layer in ends or layer + 1 - first == size or layer == layers[-1]:
+            found.append(range(first, layer + 1))
+            first = layer + 1
+    return found
 
 
 def contiguous_runs(numbers: Sequence[int]) -> list[slice]:

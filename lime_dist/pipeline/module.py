@@ -25,11 +25,11 @@ from lime_dist.model.decoder import (
     layer_name,
     open_history,
     run_layers,
-    stage_layout,
 )
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layers import language_model_loss
+from lime_dist.model.layout import stage_layout
 from lime_dist.model.routing import ChunkSummary
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack

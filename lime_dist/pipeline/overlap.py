@@ -20,9 +20,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lime_dist.config.schema import Config
 from lime_dist.model.history import LayerHistory
 from lime_dist.pipeline.engine import LimeEngine
+from lime_dist.pipeline.in_flight import AHEAD
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule
-from lime_dist.pipeline.transfer import AHEAD, Receiver, Sender, Traffic
+from lime_dist.pipeline.transfer import Receiver, Sender, Traffic
 
 
 @dataclass

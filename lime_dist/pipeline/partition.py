@@ -14,13 +14,12 @@ import numpy.typing as npt
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.pipeline.schedule import micro_batches_in_flight
-from lime_dist.pipeline.transfer import AHEAD
+from lime_dist.pipeline.in_flight import AHEAD, micro_batches_in_flight
+from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes
 
 TOLERANCE = 0.05
 """How much costlier than with the best cut by compute the costliest stage may be, for the sake of cuts at chunk ends."""
 
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 PARAMETER_BYTES = {"fp32": 16, "bf16": 18, "fp64": 32}
 """Of a parameter: weight, gradient, both moments, and with bf16 the float32 master. ZeRO-1, which shares the latter among
 replicas, is left out: how many there will be is unknown here."""
@@ -84,23 +83,13 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     """By stage, bytes of a stage: parameters with gradients and optimizer, and activations and histories of the micro-batches
     in flight, of which a replica that is alone would have global_batch_size / micro_batch_size, and what is received ahead."""
     model, train, stages = config.model, config.train, config.parallel.pipeline_stages
-    layers, checkpointing = range(model.num_hidden_layers), config.parallel.activation_checkpointing
-    size, num_tokens = ITEM_BYTES[config.precision], train.micro_batch_size * config.data.sequence_length
-
-    own = [cost.activation_bytes(model, layer, num_tokens, size, checkpointing) for layer in layers]
-    received = [cost.received_activation_bytes(model, layer, num_tokens, size, checkpointing) for layer in layers]
-    activations = range_sums(own) + np.array([0, *received[1:], 0])[:, None]
-    fixed = range_sums([_layer_parameter_bytes(config, layer) for layer in layers])
-    landing = np.array([cost.payload_bytes(model, b, num_tokens, size) for b in (*layers, len(layers))])[:, None]
-    if model.architecture == "lime":
-        entry = cost.entry_width(model) * num_tokens
-        positions = range_sums([cost.entries_made(model, layer) for layer in layers])
-        positions += np.array([cost.boundary_entries(model, boundary) for boundary in (*layers, len(layers))])[:, None]
-        activations += positions * entry * size
-        if model.lime.routes == "kv" and config.pipeline.wire_dtype is None:  # payloads land in their histories
-            landing = positions * entry * size
-        if model.lime.routes == "hidden":  # gradients, of the micro-batch that is walked backwards
-            fixed += positions * entry * max(size, 4)
+    size, kept = ITEM_BYTES[config.precision], MicroBatchBytes.of(config)
+    history = range_sums(kept.made) + np.array(kept.crossing)[:, None]
+    activations = range_sums(kept.layers) + np.array(kept.received)[:, None] + history
+    fixed = range_sums([_layer_parameter_bytes(config, layer) for layer in range(model.num_hidden_layers)])
+    landing = history if kept.lands else np.array(kept.sent)[:, None]
+    if model.architecture == "lime" and model.lime.routes == "hidden":
+        fixed += history * max(size, 4) / size  # gradients, of the micro-batch that is walked backwards
 
     overlaps = config.pipeline.engine == "overlap"
     extra = config.pipeline.extra_in_flight if overlaps else 0
@@ -109,18 +98,16 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     embedding = norm * model.vocab_size
 
     def of_stage(stage: int) -> Costs:
-        kept, once = 0, 0
+        own, once = 0, 0
         if stage == 0:
-            kept += cost.embedding_activation_bytes(num_tokens)
+            own += kept.embedding
             once += embedding
         if stage == stages - 1:
-            kept += cost.head_activation_bytes(model, num_tokens, size)
+            own += kept.head
             once += norm
             if stage > 0 or not model.tie_word_embeddings:
                 once += embedding
-        found: Costs = (
-            (activations + kept) * micro_batches_in_flight(micro_batches, stages, stage, extra) + fixed + once
-        )
+        found: Costs = (activations + own) * micro_batches_in_flight(micro_batches, stages, stage, extra) + fixed + once
         if stage > 0 and overlaps:
             found = found + AHEAD * landing
         return found

@@ -16,8 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-AHEAD = 1
-"""Receives that are posted beyond the one that is waited for."""
+from lime_dist.pipeline.in_flight import AHEAD
 
 T = TypeVar("T")
 

@@ -26,6 +26,7 @@ from lime_dist.model.init import GROUPS, Group, parameter_group
 from lime_dist.pipeline.engine import LimeEngine, ProcessGroups
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
+from lime_dist.train.sharing import assign_owners
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -273,16 +274,8 @@ def _move_gradient(parameter: Tensor, view: Tensor) -> None:
 
 
 def _assign(parameters: Mapping[str, nn.Parameter], owners: int, tied: frozenset[str]) -> dict[str, _Place]:
-    """Whole parameters to owners, the largest first to the least loaded; then offsets by (owner, group, given order).
-
-    Tied ones belong to owner 0 on every stage: the owners of all copies must be ranks of one replica.
-    """
-    load = [0] * owners
-    owner_of: dict[str, int] = {}
-    for name in sorted(parameters, key=lambda name: (name not in tied, -parameters[name].numel(), name)):
-        owner = 0 if name in tied else load.index(min(load))
-        owner_of[name] = owner
-        load[owner] += parameters[name].numel()
+    """Where each parameter lies: offsets by (owner, group, given order)."""
+    owner_of = assign_owners({name: parameter.numel() for name, parameter in parameters.items()}, owners, tied)
     group_of = {name: parameter_group(name) for name in parameters}
     places: dict[str, _Place] = {}
     offset = 0

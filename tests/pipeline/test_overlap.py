@@ -15,7 +15,8 @@ from support.workers import WorkerGroup
 
 from lime_dist import load_config
 from lime_dist.errors import LimeError
-from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule, micro_batches_in_flight
+from lime_dist.pipeline.in_flight import micro_batches_in_flight
+from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule
 
 INSTRUCTIONS = [
     "LoadMicroBatch", "RecvActivation", "ForwardPass", "SendActivation", "RecvGrad", "BackwardPass", "SendGrad", "ReduceGrads", "OptimizerStep",

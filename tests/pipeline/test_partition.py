@@ -13,8 +13,8 @@ import pytest
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
+from lime_dist.pipeline.in_flight import micro_batches_in_flight
 from lime_dist.pipeline.partition import TOLERANCE, balance, compute_costs, memory_costs, range_sums, stage_bounds
-from lime_dist.pipeline.schedule import micro_batches_in_flight
 
 
 def every_cut(count: int, parts: int) -> Iterator[list[int]]:

@@ -1,0 +1,183 @@
+"""From which depth on do links, not computation, set the pace of a pipeline? By history policy, simulated.
+
+Depth grows from 32 to 1024 layers with a fixed number of layers a stage, so that each stage computes as much as ever, while
+what crosses the boundaries grows with the history. A step has four micro-batches a stage, so that filling and draining takes
+the same share at all depths. Steps are simulated exactly (`lime_dist/wavefront.py`), for pipelines of up to 512 stages.
+
+examples:
+  python benchmarks/crossover.py --output runs/crossover
+  python benchmarks/crossover.py --output /tmp/slow --bandwidth 100Gbit model.num_key_value_heads=16
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from results import write
+
+from lime_dist import load_config
+from lime_dist.config.schema import Config
+from lime_dist.errors import LimeError, run_command
+from lime_dist.forecast import Machine, Parts, machine_times, step_parts
+from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.quantities import read_bandwidth, read_flops, read_seconds, show, show_seconds
+from lime_dist.simulate import StageTimes, boundary_bytes, stage_times
+
+SIZE = [
+    "model.hidden_size=2048", "model.intermediate_size=8192", "model.num_attention_heads=16", "model.num_key_value_heads=4",
+    "model.vocab_size=32768", "data.sequence_length=2048", "train.micro_batch_size=1", "precision=bf16",
+]  # fmt: skip
+"""What the picture in RESULTS.md was made with; overrides on the command line come after it."""
+POLICIES: dict[str, list[str]] = {
+    "llama": ["model.architecture=llama"],
+    "first_last": ["model.lime.history={policy: first_last, first: 2, last: 1}"],
+    "chunked": ["model.lime.history={policy: chunked, chunk_size: 16, rank: 2, first: 2}"],
+    "dilated": ["model.lime.history={policy: dilated, stride: 4, first: 1, last: 1}"],
+    "full": [],
+}
+DEPTHS = [32, 64, 128, 256, 512, 1024]
+PER_STAGE, MICRO_BATCHES_A_STAGE = 2, 4
+BANDWIDTHS = ["100Gbit", "400Gbit", "1600Gbit"]
+COLOURS = {
+    "computation": "#4477aa",
+    "imbalance": "#99bbdd",
+    "link": "#ee8866",
+    "bubble": "#dddddd",
+    "latency": "#bb5566",
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="folder for table.md and crossover.png")
+    parser.add_argument(
+        "--flops", type=read_flops, default="480T", help="that a process reaches (default: %(default)s)"
+    )
+    parser.add_argument("--memory-bandwidth", type=read_bandwidth, default="3TB", help="(default: %(default)s)")
+    parser.add_argument("--bandwidth", type=read_bandwidth, default="400Gbit", help="(default: %(default)s)")
+    parser.add_argument("--latency", type=read_seconds, default="5us", help="(default: %(default)s)")
+    parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, help=f"multiples of {PER_STAGE}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parse()
+    machine = Machine(arguments.flops, arguments.memory_bandwidth, arguments.bandwidth, arguments.latency)
+    for depth in arguments.depths:
+        if depth < 2 * PER_STAGE or depth % PER_STAGE:
+            raise LimeError(f"--depths {depth} must be a multiple of {PER_STAGE}, at least {2 * PER_STAGE}")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LimeError(f"--output {arguments.output}: {error.strerror}; give another folder") from None
+    found: dict[str, list[Parts]] = {}
+    crossings: dict[str, list[str]] = {}
+    for name in POLICIES:
+        configs = [make_config(name, depth, arguments.overrides) for depth in sorted(arguments.depths)]
+        found[name] = [simulate_step(config, machine) for config in configs]
+        crossings[name] = [crossing(configs[-1], machine, bandwidth) for bandwidth in BANDWIDTHS]
+    table = make_table(sorted(arguments.depths), found, crossings)
+    write(arguments.output / "table.md", table)
+    print(table)
+    draw(sorted(arguments.depths), found, machine, arguments.output / "crossover.png")
+
+
+def make_config(name: str, depth: int, overrides: list[str]) -> Config:
+    """A pipeline of that depth, with stages of equal numbers of layers."""
+    stages = depth // PER_STAGE
+    shape = [f"model.num_hidden_layers={depth}", f"parallel.pipeline_stages={stages}",
+             f"parallel.stage_layers={[PER_STAGE] * stages}"]  # fmt: skip
+    return load_config(None, [*SIZE, *shape, *POLICIES[name], *overrides])
+
+
+def simulate_step(config: Config, machine: Machine) -> Parts:
+    times = pass_times(config, machine)
+    return step_parts(config, times, boundary_bytes(config), machine, MICRO_BATCHES_A_STAGE * len(times), 0.0)
+
+
+def pass_times(config: Config, machine: Machine) -> list[StageTimes]:
+    bounds = stage_bounds(config)
+    return machine_times(config, machine, bounds, stage_times(config, 1.0, bounds))
+
+
+def crossing(config: Config, machine: Machine, bandwidth: str) -> str:
+    """The first boundary whose transfers take longer than the passes of the stage behind it, as the layers before it."""
+    times = pass_times(config, machine)
+    for stage, size in enumerate(boundary_bytes(config), 1):
+        if size / read_bandwidth(bandwidth) > times[stage].forward + times[stage].backward:
+            return str(PER_STAGE * stage)
+    return "–"
+
+
+def share(seconds: float, parts: Parts) -> str:
+    return f"{100 * seconds / sum(vars(parts).values()):.0f} %"
+
+
+def make_table(depths: list[int], found: dict[str, list[Parts]], crossings: dict[str, list[str]]) -> str:
+    """By policy and depth: seconds of a step, and which shares of it are computation (imbalance included) and link."""
+    lines = [
+        f"| layers × stages | {' | '.join(f'{depth} × {depth // PER_STAGE}' for depth in depths)} |",
+        f"|---|{'---|' * len(depths)}",
+    ]
+    for name, steps in found.items():
+        cells = [
+            f"{show_seconds(sum(vars(parts).values()))}: {share(parts.computation + parts.imbalance, parts)}, "
+            f"{share(parts.link, parts)}"
+            for parts in steps
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "", "Cells: a step's time; shares of computation (with imbalance) and of link. The rest is filling and draining.", "",
+        f"| links set the pace behind so many layers | {' | '.join(BANDWIDTHS)} |", f"|---|{'---|' * len(BANDWIDTHS)}",
+        *(f"| {name} | {' | '.join(cells)} |" for name, cells in crossings.items()),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def draw(depths: list[int], found: dict[str, list[Parts]], machine: Machine, path: Path) -> None:
+    """A panel a policy: shares of the step against depth; and one with times over LLaMA's."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: pip install -c constraints.txt -e '.[analysis]'")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, all_axes = pyplot.subplots(2, 3, figsize=(13, 7.2))
+    for axes, (name, steps) in zip(all_axes.flat, found.items(), strict=False):
+        whole = [sum(vars(parts).values()) for parts in steps]
+        rows = [[100 * getattr(p, part) / t for p, t in zip(steps, whole, strict=True)] for part in COLOURS]
+        axes.stackplot(depths, rows, colors=COLOURS.values(), labels=COLOURS)
+        axes.set_title(name)
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("% of the step")
+    last = all_axes.flat[-1]
+    for name, steps in found.items():
+        ratios = [sum(vars(a).values()) / sum(vars(b).values()) for a, b in zip(steps, found["llama"], strict=True)]
+        last.plot(depths, ratios, "o-", label=name, markersize=4)
+    last.set_title("step time over LLaMA's")
+    last.set_yscale("log")
+    last.legend(fontsize=8)
+    last.grid(alpha=0.3, which="both")
+    for axes in all_axes.flat:
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(depths[0], depths[-1])
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.set_xlabel(f"layers, {PER_STAGE} a stage")
+    handles, labels = all_axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(
+        f"{show(machine.flops, 'FLOP/s')}, memory {show(machine.memory_bandwidth, 'B/s')}, "
+        f"links {show(8 * machine.bandwidth, 'bit/s')}; "
+        f"{MICRO_BATCHES_A_STAGE} micro-batches a stage, one extra in flight"
+    )
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(path, dpi=110)
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,41 @@
+"""Two processes of one job, one a host, that measure something and hand over what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from links import Hosts
+
+
+def run_pair(hosts: Hosts, worker: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run ``worker`` (a script beside this one) twice, with ``settings`` as JSON and a folder as its arguments; returns what
+    each rank wrote into ``<rank>.json`` there."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank, prefix in enumerate(hosts.commands):
+            environment = {
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": hosts.address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": hosts.interface,
+                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            script = Path(__file__).with_name(worker)
+            command = [*prefix, sys.executable, str(script), json.dumps(settings), folder]
+            processes.append(subprocess.Popen(command, env=environment))
+        try:
+            statuses = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(statuses):
+            raise RuntimeError(f"the processes of {worker} ended with {statuses}")
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]

@@ -1,0 +1,178 @@
+"""Does the plan rank step times as they are measured? Settings of two processes, over loopback and over a slow link.
+
+Two processes build every setting once; rounds alternate: each runs one step of every setting, the first round warms up and is
+dropped. What counts is a setting's fastest round: what else runs on the machine only makes rounds slower. The plan is told the measured speed of links and of memory (a copy in both processes at a time), and one more number:
+the FLOPs a second with which it predicts LLaMA's step over loopback right. Settings that differ by less than 5 % are not told apart.
+
+examples:
+  python benchmarks/planning.py --output runs/planning
+  python benchmarks/planning.py --output runs/planning --links loopback --rounds 5
+  python benchmarks/planning.py --output /tmp/toy --hidden 32 --layers 8 --length 32 --rounds 1 --links loopback
+
+The slow link needs root (two network namespaces); it is left out with a message where that is missing. A link that is in
+results.json of --output is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from links import LOOPBACK, NoNamespaces, slow_link
+from pair import run_pair
+from results import read_results, write, write_results
+
+from lime_dist import load_config
+from lime_dist.config.schema import Config
+from lime_dist.errors import LimeError, run_command
+from lime_dist.forecast import Forecast, Machine, forecast
+
+FIRST_LAST = "model.lime.history={policy: first_last, first: 2, last: 1}"
+CHUNKED = "model.lime.history={policy: chunked, chunk_size: 4, rank: 2, first: 2}"
+ONE_STAGE, CHECKPOINTING = "parallel.pipeline_stages=1", "parallel.activation_checkpointing=true"
+LLAMA = "model.architecture=llama"
+SETTINGS: dict[str, list[str]] = {
+    "llama": [LLAMA],
+    "full": [],
+    "first_last": [FIRST_LAST],
+    "chunked": [CHUNKED],
+    "full, bf16 on the wire": ["pipeline.wire_dtype=bf16"],
+    "full, none extra in flight": ["pipeline.extra_in_flight=0"],
+    "full, stock engine": ["pipeline.engine=stock"],
+    "llama, checkpointed": [LLAMA, CHECKPOINTING],
+    "first_last, checkpointed": [FIRST_LAST, CHECKPOINTING],
+    "llama, half the layers": [LLAMA, "model.num_hidden_layers={half}"],
+    "llama, a quarter of the layers on stage 0": [LLAMA, "parallel.stage_layers=[{quarter},{rest}]"],
+    "llama, large vocabulary": [LLAMA, "model.vocab_size=16384"],
+    "full, large micro-batches": ["train.micro_batch_size=4"],
+    "llama, one micro-batch": [LLAMA, "train.micro_batch_size=16"],
+    "llama, two replicas": [LLAMA, ONE_STAGE],
+    "full, two replicas": [ONE_STAGE],
+    "hidden, first_last": ["model.lime.routes=hidden", FIRST_LAST],
+    "hyper": ["model.architecture=hyper"],
+}
+LINKS = ("loopback", "slow")
+NOISE = 0.05
+
+Result = dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="folder for table.md and results.json")
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
+    parser.add_argument("--rate", default="200mbit", help="of the slow link, each way")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds that count")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=128, help="hidden size; the SwiGLU has four times as much")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "links")}
+    for name in ("layers", "rounds", "hidden", "length"):
+        if settings[name] < 1:
+            raise LimeError(f"--{name} {settings[name]} must be at least 1")
+    for name in SETTINGS:
+        make_config(settings, name)  # a mistake shows before anything runs
+    found = read_results(arguments.output, settings)
+    for link in arguments.links:
+        if link in found:
+            print(f"{link}: there already", flush=True)
+            continue
+        try:
+            with ExitStack() as stack:
+                hosts = stack.enter_context(slow_link(arguments.rate, "0ms")) if link == "slow" else LOOPBACK
+                found[link] = run_pair(hosts, "planning_worker.py", {**settings, "link": link})[0]
+        except NoNamespaces as error:
+            print(f"slow link left out: {error}", flush=True)
+            continue
+        write_results(arguments.output, settings, found)
+    table = make_tables(settings, found)
+    write(arguments.output / "table.md", table)
+    print(table)
+
+
+def make_config(settings: dict[str, Any], name: str) -> Config:
+    """The run of a setting."""
+    hidden, layers = settings["hidden"], settings["layers"]
+    shape = [
+        "model.vocab_size=4096", f"model.hidden_size={hidden}", f"model.intermediate_size={4 * hidden}",
+        f"model.num_hidden_layers={layers}", "model.num_attention_heads=8", f"data.sequence_length={settings['length']}",
+        "train.micro_batch_size=2", "train.global_batch_size=16", "parallel.pipeline_stages=2",
+    ]  # fmt: skip
+    numbers = {"half": layers // 2, "quarter": layers // 4, "rest": layers - layers // 4}
+    own = [item if ": " in item else item.format(**numbers) for item in SETTINGS[name]]
+    return load_config(None, [*shape, *own])
+
+
+def calibrated(settings: dict[str, Any], found: dict[str, Result]) -> float:
+    """FLOPs a second with which LLaMA's step is predicted right."""
+    link = "loopback" if "loopback" in found else next(iter(found))
+    measured = min(found[link]["seconds"]["llama"])
+    flops = 1e10
+    for _ in range(20):
+        flops *= predict(settings, found[link], "llama", flops).seconds / measured
+    return flops
+
+
+def predict(settings: dict[str, Any], link: Result, name: str, flops: float) -> Forecast:
+    return forecast(
+        make_config(settings, name), Machine(flops, link["memory_bandwidth"], link["bandwidth"], link["latency"]), 2
+    )
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def make_tables(settings: dict[str, Any], found: dict[str, Result]) -> str:
+    flops = calibrated(settings, found)
+    return "\n".join(link_table(settings, link, found[link], flops) for link in LINKS if link in found)
+
+
+def link_table(settings: dict[str, Any], link: str, found: Result, flops: float) -> str:
+    """By setting, as predicted: seconds measured and predicted; then what is ranked otherwise than measured."""
+    forecasts = {name: predict(settings, found, name, flops) for name in found["seconds"]}
+    names = sorted(forecasts, key=lambda name: forecasts[name].seconds)
+    fastest = {name: min(found["seconds"][name]) for name in names}
+    places = {name: place for place, name in enumerate(sorted(names, key=lambda name: fastest[name]), 1)}
+    speed = f"{found['bandwidth'] / 1e6:.0f} MB/s, {found['latency'] * 1e3:.2f} ms"
+    memory = f"memory {found['memory_bandwidth'] / 1e9:.1f} GB/s"
+    lines = [
+        f"{link} (measured: {speed}, {memory}; from LLaMA's step: {flops / 1e9:.1f} GFLOP/s)", "",
+        "| setting | predicted, s | limit | measured, s | slowest round | measured / predicted | place, predicted | measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for place, name in enumerate(names, 1):
+        seconds, expected = found["seconds"][name], forecasts[name]
+        lines.append(
+            f"| {name} | {expected.seconds:.2f} | {expected.limit} | {fastest[name]:.2f} | {max(seconds):.2f} | "
+            f"{fastest[name] / expected.seconds:.2f} | {place} | {places[name]} |"
+        )
+    lines += ["", compare(names, found["seconds"])]
+    return "\n".join(lines) + "\n"
+
+
+def compare(names: list[str], seconds: dict[str, list[float]]) -> str:
+    """How far the order in which names are given, the faster first, is that of their fastest rounds."""
+    fastest = {name: min(found) for name, found in seconds.items()}
+    pairs = list(combinations(names, 2))
+    wrong = [pair for pair in pairs if fastest[pair[0]] > fastest[pair[1]]]
+    apart = [
+        pair for pair in pairs if max(fastest[name] for name in pair) > (1 + NOISE) * min(fastest[n] for n in pair)
+    ]
+    bad = [f"{a} before {b} ({fastest[a]:.2f}, {fastest[b]:.2f} s)" for a, b in wrong if (a, b) in apart]
+    return (
+        f"Kendall's tau over all {len(pairs)} pairs: {1 - 2 * len(wrong) / len(pairs):.2f}. Of the {len(apart)} pairs that "
+        f"differ by more than {100 * NOISE:.0f} %, {len(bad)} are ranked the wrong way round{': ' if bad else ''}"
+        f"{'; '.join(bad)}."
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,265 @@
+"""What a configuration will cost, before it runs: per stage parameters, FLOPs, memory and bytes, and the time of a step.
+
+Nothing of the model's size is allocated, and neither torch nor DeepSpeed is imported (but for ``pipeline.engine: stock``, whose
+schedule is DeepSpeed's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+
+import numpy as np
+
+from lime_dist.config.deepspeed import batch_split
+from lime_dist.config.load import make_config
+from lime_dist.config.schema import Config
+from lime_dist.model import traffic
+from lime_dist.model.parameters import stage_parameters
+from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
+from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.simulate import Link, StageTimes, boundary_bytes, simulate, stage_times
+from lime_dist.wavefront import step_seconds
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a process has, and what joins it to others.
+
+    Attributes:
+        flops: that it reaches in matrix products, per second.
+        memory_bandwidth: bytes per second between it and its memory.
+        bandwidth: bytes per second to any other process, in each direction.
+        latency: seconds until a transfer's last byte is there after it has left.
+        memory: bytes; None: as much as it takes.
+    """
+
+    flops: float
+    memory_bandwidth: float
+    bandwidth: float
+    latency: float
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """One stage.
+
+    Attributes:
+        layers: the decoder layers that it holds.
+        parameters: elements, with embedding and output projection where they are.
+        forward_flops, backward_flops: of one micro-batch.
+        boundary_bytes: of one micro-batch's payload to the next stage; its gradient, which comes back, has as many.
+    """
+
+    layers: range
+    parameters: int
+    forward_flops: float
+    backward_flops: float
+    memory: StageMemory
+    boundary_bytes: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the seconds of a step go; they add up to it.
+
+    The slower of the two sets the pace: the busiest stage's passes, or the busiest boundary's transfers, micro-batch after
+    micro-batch. What is left is filling and draining, and what the other one and the latency add.
+
+    Attributes:
+        computation: of a stage, on average; where links set the pace, what passes add to the step.
+        imbalance: what the busiest stage computes beyond the average.
+        link: what transfers add; where they set the pace, those of the busiest boundary.
+        bubble: filling and draining the pipeline.
+        latency: what it adds.
+        reduction: gradients over the replicas and tied weights, ZeRO-1's weights back.
+    """
+
+    computation: float
+    imbalance: float
+    link: float
+    bubble: float
+    latency: float
+    reduction: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One step of a configuration on a machine.
+
+    Attributes:
+        parameters: of the whole model, a tied weight once.
+        micro_batches: of one replica and step.
+        tokens: of a step, over all replicas.
+        seconds: of a step.
+        bubble: the share of the step in which stages do not compute, on average.
+    """
+
+    stages: list[StageForecast]
+    parameters: int
+    replicas: int
+    micro_batches: int
+    tokens: int
+    seconds: float
+    parts: Parts
+    bubble: float
+
+    @property
+    def flops(self) -> float:
+        """Of a step, over all replicas."""
+        passes = self.micro_batches * self.replicas
+        return passes * sum(stage.forward_flops + stage.backward_flops for stage in self.stages)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of the stage that needs most."""
+        return max(stage.memory.peak for stage in self.stages)
+
+    @property
+    def limit(self) -> str:
+        """The part that takes most of the step."""
+        parts = vars(self.parts)
+        return max(parts, key=lambda name: parts[name])
+
+
+def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
+    """Forecast one training step.
+
+    Raises:
+        LimeError: the processes do not divide into stages, or the batch does not factor.
+    """
+    replicas, micro_batches = batch_split(config, processes)
+    bounds = stage_bounds(config)
+    flops = stage_times(config, 1.0, bounds)
+    sizes = boundary_bytes(config, bounds)
+    parameters = [stage_parameters(config.model, range(start, stop)) for start, stop in pairwise(bounds)]
+    kept = MicroBatchBytes.of(config)
+    stages = [
+        StageForecast(
+            layers=range(bounds[stage], bounds[stage + 1]),
+            parameters=sum(parameters[stage].values()),
+            forward_flops=flops[stage].forward,
+            backward_flops=flops[stage].backward,
+            memory=stage_memory(config, kept, parameters[stage], bounds, stage, micro_batches, replicas),
+            boundary_bytes=[*sizes, 0][stage],
+        )
+        for stage in range(len(flops))
+    ]
+    times = machine_times(config, machine, bounds, flops)
+    reduction = reduction_seconds(config, [stage.parameters for stage in stages], machine, replicas)
+    parts = step_parts(config, times, sizes, machine, micro_batches, reduction)
+    seconds = sum(vars(parts).values())
+    busy = micro_batches * fmean(each.forward + each.backward for each in times)
+    return Forecast(
+        stages=stages,
+        parameters=sum({name: size for found in parameters for name, size in found.items()}.values()),
+        replicas=replicas,
+        micro_batches=micro_batches,
+        tokens=config.train.global_batch_size * config.data.sequence_length,
+        seconds=seconds,
+        parts=parts,
+        bubble=max(0.0, 1 - busy / seconds),
+    )
+
+
+def machine_times(
+    config: Config, machine: Machine, bounds: Sequence[int], flops: Sequence[StageTimes]
+) -> list[StageTimes]:
+    """Seconds by stage of one micro-batch's passes: matrix products, then what else moves memory.
+
+    Args:
+        flops: by stage, as of `stage_times` at one FLOP a second.
+    """
+    model, size = config.model, ITEM_BYTES[config.precision]
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    moved = [traffic.layer_traffic(model, layer, tokens, size) for layer in range(model.num_hidden_layers)]
+    found = []
+    for (start, stop), each in zip(pairwise(bounds), flops, strict=True):
+        parts = moved[start:stop]
+        forward, backward = (sum(part) for part in zip(*parts, strict=True))
+        if config.parallel.activation_checkpointing:
+            backward += forward
+        if stop == model.num_hidden_layers:
+            head = traffic.head_traffic(model, tokens, size)
+            forward, backward = forward + head[0], backward + head[1]
+        found.append(
+            StageTimes(
+                each.forward / machine.flops + forward / machine.memory_bandwidth,
+                each.backward / machine.flops + backward / machine.memory_bandwidth,
+            )
+        )
+    return found
+
+
+def step_parts(
+    config: Config,
+    times: Sequence[StageTimes],
+    sizes: Sequence[int],
+    machine: Machine,
+    micro_batches: int,
+    reduction: float,
+) -> Parts:
+    """Where a step's seconds go: the same step simulated as it is, without latency, without transfers, and without passes."""
+    transfers = [size / machine.bandwidth for size in sizes]
+    as_it_is, without_latency, without_transfers, without_passes = _scenarios(
+        config, times, transfers, machine.latency, micro_batches
+    )
+    each_stage = [micro_batches * (each.forward + each.backward) for each in times]
+    links = micro_batches * max(transfers, default=0.0)
+    if max(each_stage) >= links:
+        computation, imbalance = fmean(each_stage), max(each_stage) - fmean(each_stage)
+        link, bubble = without_latency - without_transfers, without_transfers - max(each_stage)
+    else:
+        computation, imbalance = without_latency - without_passes, 0.0
+        link, bubble = links, without_passes - links
+    latency = as_it_is - without_latency
+    return Parts(*(max(0.0, found) for found in (computation, imbalance, link, bubble, latency, reduction)))
+
+
+def _scenarios(
+    config: Config, times: Sequence[StageTimes], transfers: Sequence[float], latency: float, micro_batches: int
+) -> list[float]:
+    """Seconds of the step: as it is, without latency, without transfers, and without latency and passes."""
+    if config.pipeline.engine == "stock":
+        payloads, nothing = [round(found * 1e12) for found in transfers], [StageTimes(0.0, 0.0)] * len(times)
+        settings = [(times, 1e12, latency), (times, 1e12, 0.0), (times, float("inf"), 0.0), (nothing, 1e12, 0.0)]
+        return [
+            simulate(each, payloads, Link(bandwidth, delay), micro_batches, engine="stock").seconds
+            for each, bandwidth, delay in settings
+        ]
+    forward, backward = (
+        np.outer([getattr(each, name) for each in times], [1.0, 1.0, 1.0, 0.0]) for name in ("forward", "backward")
+    )
+    durations = np.outer(transfers, [1.0, 1.0, 0.0, 1.0])
+    latencies = np.outer(np.full(len(transfers), latency), [1.0, 0.0, 0.0, 0.0])
+    found = step_seconds(forward, backward, durations, latencies, micro_batches, config.pipeline.extra_in_flight)
+    return [float(seconds) for seconds in found]
+
+
+def reduction_seconds(config: Config, parameters: Sequence[int], machine: Machine, replicas: int) -> float:
+    """Seconds in which gradients are reduced after the last pass, on the stage that takes longest.
+
+    Over replicas as around a ring, in which each sends (replicas − 1) / replicas of the bytes for the sum, and as much to hand
+    it out (with ZeRO-1 weights are handed out); then the tied weight between first and last stage.
+
+    Args:
+        parameters: by stage.
+    """
+    model, size = config.model, ITEM_BYTES[config.precision]
+    exact = max(4, size)
+    handed_out = size if config.parallel.zero_stage == 1 else exact
+    ring = (replicas - 1) / replicas * max(parameters) * (exact + handed_out)
+    seconds = ring / machine.bandwidth + 2 * (replicas - 1) * machine.latency
+    if model.tie_word_embeddings and len(parameters) > 1:
+        seconds += model.vocab_size * model.hidden_size * exact / machine.bandwidth + 2 * machine.latency
+    return seconds
+
+
+def as_llama(config: Config) -> Config:
+    """The same run without a layer history."""
+    values = config.model_dump(mode="json")
+    values["model"]["architecture"] = "llama"
+    return make_config(values, "the plan")

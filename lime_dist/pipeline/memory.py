@@ -1,0 +1,241 @@
+"""What a stage holds at the peak of a training step, by formula: parameters with optimizer, micro-batches in flight, payloads
+on their way, and what a backward pass makes for itself.
+
+The peak is in one of the backward passes: forward passes hold no more micro-batches, and need less. Live tensor bytes are
+meant: what an allocator keeps back and what libraries and the process itself need come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from lime_dist.config.schema import Config
+from lime_dist.model import cost
+from lime_dist.model.layout import block_ranges, block_size
+from lime_dist.model.parameters import EMBEDDING, Sizes, chunk_ends
+from lime_dist.model.policies import make_policy
+from lime_dist.pipeline.in_flight import AHEAD, warm_up_micro_batches
+from lime_dist.train.sharing import assign_owners
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+
+
+@dataclass(frozen=True)
+class MicroBatchBytes:
+    """What stages keep of one micro-batch from its forward to its backward pass.
+
+    Attributes:
+        layers: by decoder layer, what autograd keeps.
+        received: by boundary 0 … L, what it keeps of the payload received there.
+        made: by decoder layer, entries of the history that its stage makes because of it.
+        crossing: by boundary, entries of the history that cross it.
+        payload: by boundary, hidden state and entries, in the type of the run.
+        sent: by boundary, the same in the type in which it travels.
+        embedding, head: kept by the first and by the last stage.
+        lands: whether a payload is received into the memory of the history that it belongs to.
+    """
+
+    layers: list[int]
+    received: list[int]
+    made: list[int]
+    crossing: list[int]
+    payload: list[int]
+    sent: list[int]
+    embedding: int
+    head: int
+    lands: bool
+
+    @classmethod
+    def of(cls, config: Config) -> MicroBatchBytes:
+        model, checkpointing = config.model, config.parallel.activation_checkpointing
+        layers, inner = range(model.num_hidden_layers), range(1, model.num_hidden_layers)
+        size, wire = ITEM_BYTES[config.precision], ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
+        tokens = config.train.micro_batch_size * config.data.sequence_length
+        entry = cost.entry_width(model) * tokens * size
+        payload = [cost.payload_bytes(model, boundary, tokens, size) for boundary in inner]
+        # A payload in another type is converted, and itself kept until its gradient is sent.
+        converted = [0 if wire == size else found * wire // size for found in payload]
+        received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
+        return cls(
+            layers=[cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers],
+            received=[0, *(a + b for a, b in zip(received, converted, strict=True)), 0],
+            made=[cost.entries_made(model, layer) * entry for layer in layers],
+            crossing=[0, *(cost.boundary_entries(model, boundary) * entry for boundary in inner), 0],
+            payload=[0, *payload, 0],
+            sent=[0, *(found * wire // size for found in payload), 0],
+            embedding=cost.embedding_activation_bytes(tokens),
+            head=cost.head_activation_bytes(model, tokens, size),
+            lands=model.architecture == "lime" and model.lime.routes == "kv" and wire == size,
+        )
+
+    def activations(self, layers: range) -> int:
+        """What autograd keeps on a stage that holds ``layers``."""
+        kept = sum(self.layers[layers.start : layers.stop]) + self.received[layers.start]
+        kept += self.embedding if layers.start == 0 else 0
+        return kept + (self.head if layers.stop == len(self.layers) else 0)
+
+    def history(self, layers: range) -> int:
+        """The stage's entries."""
+        return self.crossing[layers.start] + sum(self.made[layers.start : layers.stop])
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one stage at its peak.
+
+    Attributes:
+        weights: in the precision of the run.
+        optimizer: accumulated gradients, and the replica's share of masters and moments: of the replica that has most.
+        activations: what autograd keeps of the micro-batches in flight.
+        history: entries of the micro-batches in flight.
+        transfers: payloads and gradients of payloads that are on their way.
+        working: what the backward pass makes beside them.
+        in_flight: micro-batches whose activations are held.
+    """
+
+    weights: int
+    optimizer: int
+    activations: int
+    history: int
+    transfers: int
+    working: int
+    in_flight: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.optimizer + self.activations + self.history + self.transfers + self.working
+
+
+def stage_memory(
+    config: Config,
+    kept: MicroBatchBytes,
+    sizes: Sizes,
+    bounds: Sequence[int],
+    stage: int,
+    micro_batches: int,
+    replicas: int,
+) -> StageMemory:
+    """Memory of a stage at its peak.
+
+    Args:
+        sizes: of the stage's parameters.
+        bounds: as of `partition.stage_bounds`.
+        micro_batches: of one replica and step.
+        replicas: of the pipeline.
+    """
+    layers = range(bounds[stage], bounds[stage + 1])
+    is_tied = config.model.tie_word_embeddings and len(bounds) > 2
+    weights, *optimizer = optimizer_bytes(config, sizes, {EMBEDDING} if is_tied else set(), replicas)
+    activations, history = kept.activations(layers), kept.history(layers)
+    held, transfers = _held(config, kept, layers, stage, len(bounds) - 1, micro_batches)
+    worst = int((held * (activations + history) + transfers).argmax())
+    return StageMemory(
+        weights=weights,
+        optimizer=sum(optimizer),
+        activations=int(held[worst]) * activations,
+        history=int(held[worst]) * history,
+        transfers=int(transfers[worst]),
+        working=working_bytes(config, kept, layers),
+        in_flight=int(held[worst]),
+    )
+
+
+def optimizer_bytes(config: Config, sizes: Sizes, tied: Set[str], replicas: int) -> tuple[int, int, int, int]:
+    """Bytes of a stage's weights, accumulated gradients, masters and moments (`train/optim.py`).
+
+    Of the replica that owns most: with ZeRO-1 masters and moments are shared among the replicas, whole parameters each.
+
+    Args:
+        sizes: of the stage's parameters, of which those in ``tied`` lie on another stage as well.
+    """
+    size = ITEM_BYTES[config.precision]
+    total, exact = sum(sizes.values()), max(size, 4)
+    own = total
+    if config.parallel.zero_stage == 1 and replicas > 1:
+        loads = [0] * replicas
+        for name, owner in assign_owners(sizes, replicas, tied).items():
+            loads[owner] += sizes[name]
+        own = max(loads)
+    return total * size, total * exact, own * exact if size < exact else 0, 2 * own * exact
+
+
+def _held(
+    config: Config, kept: MicroBatchBytes, layers: range, stage: int, stages: int, micro_batches: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """By backward pass: micro-batches whose activations are held in it, and bytes of payloads and their gradients.
+
+    Before backward pass k a stage has made w + 1 + k forward passes, or all. What is sent is held until so many more have
+    been sent that it has arrived for certain (`transfer.Sender.window`); receives are posted ``AHEAD``.
+    """
+    overlaps, extra = config.pipeline.engine == "overlap", config.pipeline.extra_in_flight
+    warm_up = warm_up_micro_batches(micro_batches, stages, stage, extra if overlaps else 0)
+    done = np.arange(micro_batches)
+    forward = np.minimum(micro_batches, warm_up + 1 + done)
+    held = forward - done
+    sent_in, sent_out = kept.sent[layers.start], kept.sent[layers.stop]
+    if not overlaps:  # each micro-batch keeps what it received and sends; one of each kind is on its way
+        return held, held * (sent_in + sent_out) + sent_in + sent_out
+    on_their_way = np.minimum(forward, warm_up + 1 + AHEAD) * sent_out
+    on_their_way += (1 + np.minimum(AHEAD, micro_batches - 1 - done)) * sent_out
+    on_their_way += np.minimum(done, extra + 2 + AHEAD) * sent_in
+    landing = sent_in + (kept.history(layers) - kept.crossing[layers.start] if kept.lands else 0)
+    on_their_way += np.minimum(AHEAD, micro_batches - forward) * (landing if stage else 0)
+    return held, on_their_way
+
+
+def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
+    """What one backward pass makes beyond what is kept: the most of what its moments need, less what has been given back.
+
+    A formula for the large tensors, not an exact count: tests/test_plan.py holds the sum of all to 10 %.
+    """
+    model, checkpointing = config.model, config.parallel.activation_checkpointing
+    size, tokens = ITEM_BYTES[config.precision], config.train.micro_batch_size * config.data.sequence_length
+    exact = max(size, 4)
+    stream = tokens * model.hidden_size * size
+    feed_forward = tokens * model.intermediate_size * size
+    embedding = model.vocab_size * model.hidden_size * size
+    last, everything = layers.stop == model.num_hidden_layers, kept.activations(layers)
+    given_back = kept.head if last else 0
+
+    top = layers.stop - 1
+    again = 0
+    if checkpointing:
+        again = cost.activation_bytes(model, top, tokens, size, False) - kept.layers[top]
+    block = _block_bytes(config, kept, layers)
+    moments = [
+        again + 2 * feed_forward + (stream if last else 0) - given_back,  # SwiGLU of the last layer
+        again + block + 6 * stream - 4 * feed_forward - 2 * stream - given_back,  # its attention
+    ]
+    if checkpointing and len(layers) > 1:
+        moments.append(again + block + 2 * feed_forward - given_back)  # SwiGLU of the layer before, same block
+    if last:
+        logits = tokens * model.vocab_size
+        moments += [2 * logits * exact, logits * (size - exact) + embedding]  # loss; output projection
+    if layers.start == 0:
+        moments.append(embedding - everything)
+    else:  # the gradient that is sent back, summed up in at least float32, then packed
+        moments.append(kept.crossing[layers.start] * exact // size + kept.payload[layers.start] - everything)
+    return max(0, *moments)
+
+
+def _block_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
+    """What a history keeps in backward while it goes through the stage's last block, beside its entries."""
+    model, tokens = config.model, config.train.micro_batch_size * config.data.sequence_length
+    size = ITEM_BYTES[config.precision]
+    exact = max(size, 4)
+    if model.architecture != "lime":
+        return 0
+    block = block_ranges(layers, chunk_ends(model), block_size(model))[-1]
+    reads = [set(make_policy(model.lime).reads(layer)) for layer in block]
+    has_older = any(entry.layer < block.start for entry in set.intersection(*reads))
+    if model.lime.routes == "kv":  # gradients of its slots; when layers run again, also their mixtures
+        again = size if config.parallel.activation_checkpointing and has_older else 0
+        return len(block) * cost.entry_width(model) * tokens * (exact + again)
+    gradients = kept.history(layers) * exact // size  # of all entries; with routes: kv they take the entries' place
+    heads = model.num_attention_heads
+    if model.lime.router == "dynamic":
+        return gradients + 2 * heads * len(reads[-1]) * tokens * exact
+    return gradients + (2 * len(block) * heads * model.hidden_size * tokens * size if has_older else 0)

@@ -1,0 +1,101 @@
+"""Which stages × micro-batch × history policy makes a step shortest within the memory that there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lime_dist.config.load import make_config
+from lime_dist.config.schema import HISTORY_KEYS, Config
+from lime_dist.errors import LimeError
+from lime_dist.forecast import Forecast, Machine, forecast
+
+LARGEST_MICRO_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting; ``policy`` is None for a model without a history."""
+
+    stages: int
+    micro_batch_size: int
+    policy: dict[str, Any] | None
+    config: Config
+    forecast: Forecast
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All settings that were tried.
+
+    Attributes:
+        fitting: those within the memory, the shortest step first.
+        too_large: the others, the one that needs least first.
+    """
+
+    fitting: list[Candidate]
+    too_large: list[Candidate]
+
+
+def sweep(config: Config, machine: Machine, processes: int) -> Sweep:
+    """Try all stage counts that divide the processes, micro-batches of 1, 2, 4, … samples that divide the batch, and all
+    policies with their default keys (the configured one as it is). Everything else stays; stages are cut anew.
+
+    Raises:
+        LimeError: no setting divides processes and batch.
+    """
+    found = []
+    for candidate in settings(config, processes):
+        stages, micro_batch_size = candidate.parallel.pipeline_stages, candidate.train.micro_batch_size
+        policy = None
+        if candidate.model.architecture == "lime":
+            policy = candidate.model.lime.history.model_dump(exclude_none=True)
+        found.append(Candidate(stages, micro_batch_size, policy, candidate, forecast(candidate, machine, processes)))
+    if not found:
+        raise LimeError(
+            f"--processes {processes}: no number of stages and replicas divides train.global_batch_size="
+            f"{config.train.global_batch_size}; change one of them"
+        )
+    limit = machine.memory if machine.memory is not None else float("inf")
+    return Sweep(
+        fitting=sorted((c for c in found if c.forecast.peak_memory <= limit), key=lambda c: c.forecast.seconds),
+        too_large=sorted((c for c in found if c.forecast.peak_memory > limit), key=lambda c: c.forecast.peak_memory),
+    )
+
+
+def settings(config: Config, processes: int) -> Iterator[Config]:
+    """The configurations that are tried."""
+    batch = config.train.global_batch_size
+    models = [with_policy(config, policy).model for policy in policies(config)]
+    for stages in range(1, min(processes, config.model.num_hidden_layers) + 1):
+        if processes % stages:
+            continue
+        parallel = config.parallel
+        if stages != parallel.pipeline_stages:
+            parallel = parallel.model_copy(update={"pipeline_stages": stages, "stage_layers": None})
+        size = 1
+        while size <= LARGEST_MICRO_BATCH:
+            if batch % (size * processes // stages) == 0:
+                train = config.train.model_copy(update={"micro_batch_size": size})
+                for model in models:
+                    yield config.model_copy(update={"model": model, "train": train, "parallel": parallel})
+            size *= 2
+
+
+def policies(config: Config) -> list[dict[str, Any] | None]:
+    """The configured policy, then the others with their defaults; None for a model without a history."""
+    if config.model.architecture != "lime":
+        return [None]
+    own = config.model.lime.history.model_dump(exclude_none=True)
+    others: list[dict[str, Any] | None] = [{"policy": name, **keys} for name, keys in HISTORY_KEYS.items()]
+    return [own, *(other for other in others if other != own)]
+
+
+def with_policy(config: Config, policy: dict[str, Any] | None) -> Config:
+    """The configuration with another history policy."""
+    if policy is None:
+        return config
+    values = config.model_dump(mode="json")
+    values["model"]["lime"]["history"] = policy
+    return make_config(values, "the sweep")

@@ -1,0 +1,35 @@
+"""Worker cases about what a plan predicts: what a stage really holds and sends while it trains."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from support.transfers import build, losses_of
+
+from benchmarks.training_step import LiveBytes
+
+
+def measure_stage(values: dict[str, Any]) -> dict[str, Any]:
+    """Of this rank: parameters, bytes of them with their optimizer, peak of live tensor bytes in a step (after one that makes
+    what is made once), and bytes sent over each boundary in that step."""
+    config, engine, optimizer = build(values)
+    losses_of(config, engine, range(1))
+    kept = [optimizer.flat_weights, optimizer.flat_gradients, optimizer.masters]
+    if optimizer.adam is not None:
+        for state in optimizer.adam.state.values():
+            kept += [state["exp_avg"], state["exp_avg_sq"]]
+    before = {name: traffic.bytes for name, traffic in engine.traffic().items()}
+    gc.collect()
+    with LiveBytes() as count:
+        for tensor in kept:
+            count.add(tensor)
+        static = count.live
+        losses_of(config, engine, range(1, 2))
+    return {
+        "stage": engine.stage_id,
+        "parameters": sum(parameter.numel() for parameter in optimizer.parameters.values()),
+        "static": static,
+        "peak": count.peak,
+        "sent": {name: traffic.bytes - before[name] for name, traffic in engine.traffic().items()},
+    }

@@ -1,0 +1,343 @@
+"""Protects the plan: parameters, bytes and memory are those of real engines, its parts add up, its ranking is what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.policies import POLICIES
+from support.workers import WorkerGroup
+
+from lime_dist import load_config, plan
+from lime_dist.config.load import make_config
+from lime_dist.config.schema import HISTORY_KEYS
+from lime_dist.errors import LimeError
+from lime_dist.forecast import Machine, forecast, machine_times
+from lime_dist.model import cost, traffic
+from lime_dist.simulate import Link, boundary_bytes, simulate, stage_times
+from lime_dist.sweep import sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST_LINKS = Machine(flops=1e12, memory_bandwidth=1e18, bandwidth=1e12, latency=0.0)
+
+# -- against real engines -------------------------------------------------------------------------------------------------
+
+Setting = tuple[int, int, dict[str, Any]]
+"""Stages, replicas, what differs from `shape`."""
+HIDDEN = {"routes": "hidden"}
+CHECKPOINTING = {"activation_checkpointing": True}
+
+SETTINGS: dict[str, Setting] = {
+    "llama, 2 stages": (2, 1, {"model": {"architecture": "llama"}}),
+    "full, 1 stage": (1, 1, {}),
+    "full, 3 stages": (3, 1, {}),
+    "full, grouped keys, bf16": (2, 1, {"model": {"num_key_value_heads": 2}, "precision": "bf16"}),
+    "first_last, bf16 on the wire": (
+        2, 1, {"model": {"lime": {"history": POLICIES["first_last"]}}, "pipeline": {"wire_dtype": "bf16"}},
+    ),
+    "chunked, checkpointed, bf16": (
+        3, 1,
+        {"model": {"lime": {"history": POLICIES["chunked, two rows"]}}, "parallel": CHECKPOINTING, "precision": "bf16"},
+    ),
+    "dilated, none extra": (
+        3, 1, {"model": {"lime": {"history": POLICIES["dilated"]}}, "pipeline": {"extra_in_flight": 0}},
+    ),
+    "many micro-batches": (2, 1, {"train": {"global_batch_size": 12, "micro_batch_size": 1}}),
+    "hidden, full": (2, 1, {"model": {"lime": HIDDEN}}),
+    "hidden, chunked, checkpointed": (
+        2, 1, {"model": {"lime": {**HIDDEN, "history": POLICIES["chunked"]}}, "parallel": CHECKPOINTING},
+    ),
+    "hidden, dynamic": (2, 1, {"model": {"lime": {**HIDDEN, "router": "dynamic"}, "tie_word_embeddings": False}}),
+    "hyper": (2, 1, {"model": {"architecture": "hyper"}}),
+    "ZeRO 1, 3 replicas": (1, 3, {"parallel": {"zero_stage": 1}}),
+    "ZeRO 1, 2 stages × 2 replicas, bf16": (2, 2, {"parallel": {"zero_stage": 1}, "precision": "bf16"}),
+    "stock": (2, 1, {"pipeline": {"engine": "stock"}}),
+}  # fmt: skip
+
+
+def shape(stages: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """A run whose micro-batches weigh more than its parameters."""
+    values: dict[str, Any] = {
+        "model": {
+            "vocab_size": 400, "hidden_size": 48, "intermediate_size": 120, "num_hidden_layers": 6, "num_attention_heads": 4,
+        },
+        "data": {"sequence_length": 64},
+        "train": {"global_batch_size": 12, "micro_batch_size": 2},
+        "parallel": {"pipeline_stages": stages},
+    }  # fmt: skip
+    return values | {
+        key: {**values.get(key, {}), **change} if isinstance(change, dict) else change
+        for key, change in changes.items()
+    }
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_plan_is_what_engines_do(workers: Callable[[int], WorkerGroup], name: str) -> None:
+    """By stage: parameters, their memory and bytes over boundaries exactly, the peak of live tensor bytes to 10 %."""
+    stages, replicas, changes = SETTINGS[name]
+    values = shape(stages, changes)
+    planned = forecast(make_config(values, "a test"), FAST_LINKS, stages * replicas)
+    measured = workers(stages * replicas).run("support.memory.measure_stage", values=values)
+    assert planned.replicas == replicas
+    for stage, expected in enumerate(planned.stages):
+        found = [result for result in measured if result["stage"] == stage]
+        assert {result["parameters"] for result in found} == {expected.parameters}
+        assert max(result["static"] for result in found) == expected.memory.weights + expected.memory.optimizer
+        assert max(result["peak"] for result in found) == pytest.approx(expected.memory.peak, rel=0.1)
+        if values.get("pipeline", {}).get("engine") == "stock":  # which does not count
+            continue
+        before = planned.stages[stage - 1].boundary_bytes if stage else 0
+        sent = {"sent to next": expected.boundary_bytes, "received from next": expected.boundary_bytes}
+        sent |= {"sent to previous": before, "received from previous": before}
+        for result in found:
+            assert result["sent"] == {key: planned.micro_batches * size for key, size in sent.items() if size}
+
+
+# -- the numbers ----------------------------------------------------------------------------------------------------------
+
+SIZE = [
+    "model.hidden_size=64", "model.intermediate_size=256", "model.num_hidden_layers=16", "model.vocab_size=64",
+    "model.num_attention_heads=4", "data.sequence_length=128", "train.micro_batch_size=1", "train.global_batch_size=32",
+    "parallel.pipeline_stages=4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limit", "overrides", "changes", "processes"),
+    [
+        ("computation", [], {}, 4),
+        ("link", [], {"bandwidth": 1e8}, 4),
+        ("latency", [], {"latency": 0.01}, 4),
+        ("bubble", ["train.global_batch_size=2"], {}, 4),
+        ("imbalance", ["model.vocab_size=20000"], {}, 4),
+        ("reduction", ["parallel.pipeline_stages=1"], {"bandwidth": 1e9}, 32),
+    ],
+)
+def test_what_limits_a_step(limit: str, overrides: list[str], changes: dict[str, float], processes: int) -> None:
+    machine = Machine(**{**vars(FAST_LINKS), **changes})
+    found = forecast(load_config(None, [*SIZE, *overrides]), machine, processes)
+    assert found.limit == limit
+    assert sum(vars(found.parts).values()) == found.seconds and min(vars(found.parts).values()) >= 0
+
+
+@pytest.mark.parametrize("engine", ["overlap", "stock"])
+@pytest.mark.parametrize("bandwidth", [1e7, 1e9, 1e12])
+def test_a_step_takes_what_is_simulated(engine: str, bandwidth: float) -> None:
+    """And what is not computation, on average over stages, is its bubble."""
+    config = load_config(None, [*SIZE, f"pipeline.engine={engine}", "model.tie_word_embeddings=false"])
+    found = forecast(config, Machine(1e12, 1e18, bandwidth, 1e-5), 4)
+    trace = simulate(
+        stage_times(config, 1e12), boundary_bytes(config), Link(bandwidth, 1e-5), 32,
+        extra=config.pipeline.extra_in_flight if engine == "overlap" else 0, engine=config.pipeline.engine,
+    )  # fmt: skip
+    assert found.seconds == pytest.approx(trace.seconds)
+    assert found.bubble == pytest.approx(sum(trace.bubble) / 4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_passes_take_products_and_what_moves_memory(checkpointing: bool) -> None:
+    """Without a history: what autograd keeps moves twice in forward and four times in backward, the head's on the last stage."""
+    overrides = ["model.architecture=llama", f"parallel.activation_checkpointing={str(checkpointing).lower()}"]
+    config = load_config(None, [*SIZE, *overrides, "parallel.stage_layers=[1,2,3,10]"])
+    bounds, tokens = [0, 1, 3, 6, 16], 128
+    flops = stage_times(config, 1.0, bounds)
+    found = machine_times(config, Machine(1e9, 1e6, 1.0, 0.0), bounds, flops)
+    layer, head = (
+        cost.activation_bytes(config.model, 0, tokens, 4, False),
+        cost.head_activation_bytes(config.model, tokens, 4),
+    )
+    for stage, each in enumerate(found):
+        layers, last = bounds[stage + 1] - bounds[stage], stage == 3
+        forward, backward = 2 * (layers * layer + last * head), 4 * (layers * layer + last * head)
+        backward += 2 * layers * layer if checkpointing else 0
+        assert each.forward == pytest.approx(flops[stage].forward / 1e9 + forward / 1e6)
+        assert each.backward == pytest.approx(flops[stage].backward / 1e9 + backward / 1e6)
+
+
+def test_a_history_moves_memory() -> None:
+    """In blocks: a layer of a full history moves more than one of first_last, and less than if it read entry by entry."""
+    moved = {
+        name: traffic.layer_traffic(
+            load_config(None, [*SIZE, f"model.lime.history={{policy: {name}}}"]).model, 15, 128, 4
+        )
+        for name in ("first_last", "full")
+    }
+    llama = traffic.layer_traffic(load_config(None, [*SIZE, "model.architecture=llama"]).model, 15, 128, 4)
+    entry, mixed_keys = 2 * 64 * 128 * 4, 64 * 128 * 4  # the latter are kept, and move twice
+    extra = {name: (found[0] - llama[0] - 2 * mixed_keys) / entry for name, found in moved.items()}
+    assert extra["first_last"] == 2 + 4 + 2, "written; the first two, the last one and its own; the mixture"
+    assert extra["first_last"] < extra["full"] < 2 + 16 + 2
+    backward = moved["first_last"][1] - llama[1] - 4 * mixed_keys
+    assert backward == 2 * entry * extra["first_last"]
+
+
+def test_what_a_faster_link_cannot_save() -> None:
+    """Parts say what would be gained: without the link's part a step takes as long as with links that take no time."""
+    config = load_config(None, [*SIZE, "pipeline.extra_in_flight=0"])
+    slow, ideal = (forecast(config, Machine(1e12, 1e18, bandwidth, 0.0), 4) for bandwidth in (5e9, 1e18))
+    assert slow.limit == "computation" and slow.parts.link > 0.05 * slow.seconds
+    assert slow.seconds - slow.parts.link - slow.parts.reduction == pytest.approx(
+        ideal.seconds - ideal.parts.reduction - ideal.parts.link
+    )
+
+
+def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
+    """By hand: around a ring of 4 each sends 3/4 of the gradients twice, with ZeRO 1 the second time weights in bf16."""
+    one_stage = ["parallel.pipeline_stages=1", "precision=bf16"]
+    machine = Machine(1e12, 1e18, 1e9, 0.0)
+    for zero, size in ((0, 4 + 4), (1, 4 + 2)):
+        found = forecast(load_config(None, [*SIZE, *one_stage, f"parallel.zero_stage={zero}"]), machine, 4)
+        assert found.parts.reduction == pytest.approx(3 / 4 * size * found.parameters / 1e9)
+    tied = forecast(load_config(None, SIZE), machine, 4)
+    assert tied.parts.reduction == pytest.approx(64 * 64 * 4 / 1e9)
+    assert forecast(load_config(None, [*SIZE, "model.tie_word_embeddings=false"]), machine, 4).parts.reduction == 0
+
+
+# -- the sweep ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_ranks_what_fits() -> None:
+    config = load_config(None, [*SIZE, "parallel.stage_layers=[1,5,5,5]"])
+    everything = sweep(config, Machine(1e12, 1e12, 1e9, 1e-5), 8)
+    tried = {(c.stages, c.micro_batch_size, c.policy["policy"]) for c in everything.fitting}
+    sizes = {1: (1, 2, 4), 2: (1, 2, 4, 8), 4: (1, 2, 4, 8, 16), 8: (1, 2, 4, 8, 16, 32)}
+    assert tried == {(p, m, name) for p, fitting in sizes.items() for m in fitting for name in HISTORY_KEYS}
+    seconds = [c.forecast.seconds for c in everything.fitting]
+    assert seconds == sorted(seconds) and not everything.too_large
+    for candidate in everything.fitting:
+        by_hand = candidate.config.parallel.stage_layers
+        assert by_hand == ([1, 5, 5, 5] if candidate.stages == 4 else None)
+        again = forecast(make_config(candidate.config.model_dump(), "a test"), Machine(1e12, 1e12, 1e9, 1e-5), 8)
+        assert again == candidate.forecast
+
+    limit = sorted(c.forecast.peak_memory for c in everything.fitting)[20]
+    bounded = sweep(config, Machine(1e12, 1e12, 1e9, 1e-5, limit), 8)
+    assert len(bounded.fitting) == 21 and all(c.forecast.peak_memory <= limit for c in bounded.fitting)
+    assert len(bounded.fitting) + len(bounded.too_large) == len(tried)
+    assert bounded.too_large[0].forecast.peak_memory == min(c.forecast.peak_memory for c in bounded.too_large) > limit
+
+
+def test_a_sweep_keeps_the_configured_policy_and_models_without_one() -> None:
+    own = {"policy": "chunked", "first": 0, "chunk_size": 4, "rank": 2}
+    lime = sweep(load_config(None, [*SIZE, f"model.lime.history={json.dumps(own)}"]), FAST_LINKS, 1)
+    assert [c.policy for c in lime.fitting].count(own) == 6 and len(lime.fitting) == 6 * 5
+    llama = sweep(load_config(None, [*SIZE, "model.architecture=llama"]), FAST_LINKS, 1)
+    assert {c.policy for c in llama.fitting} == {None}
+
+
+def test_processes_that_nothing_divides() -> None:
+    with pytest.raises(LimeError, match=r"--processes 17: .*global_batch_size=32"):
+        sweep(load_config(None, SIZE), FAST_LINKS, 17)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------------
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command prints."""
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    plan.main()
+    return capsys.readouterr().out
+
+
+QUICKSTART = ("--config", str(ROOT / "configs/quickstart.yaml"))
+
+
+def test_json_and_table_have_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (*QUICKSTART, "--stages", "4", "--processes", "8", "--gpu-memory", "50MB", "parallel.zero_stage=1")
+    values = json.loads(call(monkeypatch, capsys, *arguments, "--json"))
+    table = call(monkeypatch, capsys, *arguments)
+    config = load_config(QUICKSTART[1], ["parallel.pipeline_stages=4", "parallel.zero_stage=1"])
+    assert plan.plan_table(config, values) == table.rstrip("\n")
+    assert f"{values['parameters']:,} parameters; 4 stage(s) × 2 replica(s); 4 micro-batches" in table
+    rows = [line.split("  ") for line in table.splitlines() if re.match(r" +\d", line)]
+    assert len(rows) == len(values["stages"]) == 4
+    for row, stage in zip(rows, values["stages"], strict=True):
+        cells = [cell.strip() for cell in row if cell.strip()]
+        assert cells == [cell for cell in plan.stage_row(stage) if cell]
+        assert cells[2] == f"{stage['parameters']:,}"
+        memory = stage["memory"]
+        assert memory["peak"] == sum(memory[name] for name in memory if name not in ("peak", "in_flight"))
+    assert values["peak_memory"] == max(stage["memory"]["peak"] for stage in values["stages"])
+    assert values["fits"] is (values["peak_memory"] <= 50e6) and "DOES NOT FIT" in table
+    assert values["over_llama"]["flops"] > 1 and values["over_llama"]["memory"] > 1
+
+
+def test_the_command_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (*QUICKSTART, "--processes", "4", "--sweep", "--gpu-memory", "120MB")
+    values = json.loads(call(monkeypatch, capsys, *arguments, "--json"))
+    table = call(monkeypatch, capsys, *arguments)
+    assert f"{values['tried']} settings tried, {values['fitting']} fit into 120 MB" in table
+    assert len(values["best"]) == 5 and all(row["peak_memory"] <= 120e6 for row in values["best"])
+    for row in values["best"]:
+        assert plan.reason(row) in table and plan.history(row["history"]) in table
+    table = call(monkeypatch, capsys, *QUICKSTART, "--sweep", "--gpu-memory", "1MB")
+    assert ", 0 fit into 1.00 MB" in table and "needs least" in table
+
+
+def test_it_is_quick_and_light() -> None:
+    """128 layers on 64 stages in about a second (0.4 s measured), python's own start included; no torch, no DeepSpeed."""
+    code = (
+        "import resource, sys; from lime_dist import plan; plan.main(); used = resource.getrusage(resource.RUSAGE_SELF); "
+        "peak = open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]; "
+        "print(used.ru_utime + used.ru_stime, peak, 'torch' in sys.modules, 'deepspeed' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "--config", "configs/deep/lime_128.yaml", "--stages", "64"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    seconds, kilobytes, *imported = finished.stdout.splitlines()[-1].split()
+    assert imported == ["False", "False"]
+    assert float(seconds) < 2 and int(kilobytes) < 200_000
+
+
+def test_a_timeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib.image")
+    picture = tmp_path / "timeline.png"
+    assert str(picture) in call(monkeypatch, capsys, *QUICKSTART, "--timeline", str(picture))
+    pixels = matplotlib.imread(picture)
+    forward, backward = (0x44, 0x77, 0xAA), (0x66, 0xAA, 0x77)
+    for colour in (forward, backward):
+        assert ((pixels[..., :3] * 255).round() == colour).all(-1).mean() > 0.01
+
+
+def test_a_timeline_needs_matplotlib_and_a_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(LimeError, match="cannot be written"):
+        call(monkeypatch, capsys, *QUICKSTART, "--timeline", "/nowhere/at/all.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(LimeError, match=r"--timeline needs matplotlib: pip install .*\[analysis\]"):
+        call(monkeypatch, capsys, *QUICKSTART, "--timeline", "timeline.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "99"], r"parallel.pipeline_stages=99 is more than model.num_hidden_layers=16"),
+        (["--processes", "3"], r"parallel.pipeline_stages=2 does not divide the 3 processes"),
+        (["--processes", "0"], r"--processes 0 must be at least 1"),
+        (["--processes", "64"], r"train.global_batch_size=8 is not micro-batch"),
+        (["--sweep", "--timeline", "x.png"], r"leave --sweep out"),
+        (["model.layers=3"], r"unknown key model.layers=3"),
+    ],
+)
+def test_mistakes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(LimeError, match=message):
+        call(monkeypatch, capsys, *QUICKSTART, *arguments)
+
+
+def test_a_mistake_is_one_line() -> None:
+    command = [sys.executable, "-m", "lime_dist.plan", "--config", "nowhere.yaml"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    (line,) = finished.stderr.splitlines()
+    assert finished.returncode == 2 and line.startswith("error: cannot read the configuration nowhere.yaml")
