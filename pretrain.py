@@ -74,6 +74,7 @@ def train(config: Config, verbose: bool) -> None:
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.metrics import MetricsFile
     from lime_dist.monitor.tensorboard import TensorBoardLog
+    from lime_dist.pipeline.placement import describe_placement
     from lime_dist.train import loop
     from lime_dist.train.optim import build_engine
     from lime_dist.train.state import TrainState
@@ -135,6 +136,9 @@ def train(config: Config, verbose: bool) -> None:
         f"{width} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
         f"{settings.global_batch_size * length:,} tokens a step; {order.num_samples:,} training samples"
     )
+
+    if engine.placement.several:
+        console.say(describe_placement(engine.grid.topology(), engine.placement.hosts))
 
     batches = None
     if at_an_end:

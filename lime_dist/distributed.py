@@ -10,6 +10,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,6 +74,9 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
+        # On CPUs it would compile, for half a minute and where there is a compiler, an operation that nothing here uses.
+        backend: Any = import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None
         if on_gpu:
             if int(environment["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise LimeError(
