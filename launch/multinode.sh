@@ -17,7 +17,7 @@
 # The repository, the virtual environment, CONFIG, the shards and the run folder have the same path on all hosts. ssh and
 # pdsh work without a password.
 #
-# Variables. Those that are set travel to all hosts if their names begin with NCCL, GLOO, TORCH, UCX, OMP, HF or PYTHON, or
+# Variables. Those that are set travel to all hosts if their names begin with NCCL, GLOO, TORCH, UCX, OMP or PYTHON, or
 # are listed in LIME_EXPORT; so does what ~/.deepspeed_env and ./.deepspeed_env say.
 #
 #   NCCL_SOCKET_IFNAME the network interface between the hosts, on GPUs (default: NCCL guesses)
@@ -63,7 +63,7 @@ travelling() {
     sed -nE 's/^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*=.*)$/\2/p' "${files[@]}"
   fi
   for name in $(compgen -e); do
-    if [[ "$name" =~ ^(NCCL|GLOO|TORCH|UCX|OMP|HF)_ || "$name" == DS_ACCELERATOR || " ${LIME_EXPORT:-} " == *" $name "* ]]; then
+    if [[ "$name" =~ ^(NCCL|GLOO|TORCH|UCX|OMP)_ || "$name" == DS_ACCELERATOR || " ${LIME_EXPORT:-} " == *" $name "* ]]; then
       line="$name=${!name}"
       [[ "$line" != *[\"\$\`\\]* && "$line" != *$'\n'* ]] ||
         fail "$name cannot travel to the hosts: its value has a quote, \$, \`, \\ or a line end"

@@ -62,7 +62,7 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
     environment = os.environ
     if "RANK" not in environment:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     environment.setdefault("LOCAL_RANK", "0")
     on_gpu = torch.cuda.is_available() and environment.get("DS_ACCELERATOR", "cuda") == "cuda"
     if not on_gpu:
@@ -119,7 +119,8 @@ def agree(error: str | None) -> None:
             raise LimeError(line)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on, on this machine, now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

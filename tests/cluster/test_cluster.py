@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -181,3 +182,73 @@ def test_a_lost_host_ends_the_job_and_the_run_goes_on(
         said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and re.search(r"resumed from step (3\d|4\d) ", said), said
     assert numbers(directory) == on_one_host(workers, 2, settings, tmp_path / "undisturbed")
+
+
+def examine(cluster: Bed, config: Path, *overrides: str, **more: str) -> tuple[int, list[str]]:
+    """The doctor's exit status and lines, asked on the first host."""
+    command = ["python", "-m", "lime_dist.doctor", "--config", str(config), "--hostfile", str(cluster.hostfile)]
+    with cluster.start(*command, *overrides, directory=str(ROOT), DS_ACCELERATOR="cpu", **more) as process:
+        said = process.communicate(timeout=120)[0]
+    return process.returncode, said.splitlines()
+
+
+def test_the_doctor_measures_links_and_finds_nothing(slow_cluster: Bed, dataset: Path, tmp_path: Path) -> None:
+    config = write(values(dataset, tmp_path / "run", 10), tmp_path / "run.yaml")
+    (slow_cluster.folder / ".deepspeed_env").write_text(
+        "DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n"
+    )
+    begin = time.monotonic()
+    try:
+        status, lines = examine(slow_cluster, config)
+    finally:
+        (slow_cluster.folder / ".deepspeed_env").unlink()
+    assert time.monotonic() - begin < 60
+    assert status == 0 and all(line.startswith("ok: ") for line in lines), lines
+    assert any("stages 0 on host-a, 1 on host-b; 1 of 1 boundaries between hosts" in line for line in lines)
+    measured = [re.search(r"ok: host-. to host-.: ([\d.]+) MB/s, latency ([\d.]+) ms", line) for line in lines]
+    bandwidths = [(float(found[1]), float(found[2])) for found in measured if found]
+    assert len(bandwidths) == 2
+    for megabytes, milliseconds in bandwidths:
+        assert 10 < megabytes < 25.5 and 20 < milliseconds < 40, "200 Mbit/s, 20 ms"
+
+
+def test_the_doctor_finds_what_is_wrong_with_a_host(cluster: Bed, dataset: Path, tmp_path: Path) -> None:
+    """On one of two hosts: another configuration file, a shard less, a DeepSpeed that trains wrongly, a disk that is full
+    and its own; on both an interface that does not exist."""
+    config = write(values(dataset, tmp_path / "run", 10), tmp_path / "run.yaml")
+    host_b = tmp_path / "host-b"
+    shutil.copytree(dataset, host_b / "shards")
+    (missing,) = (host_b / "shards").glob("train-*.bin")
+    missing.unlink()
+    write(values(dataset, tmp_path / "run", 11), host_b / "run.yaml")
+    package = host_b / "packages/deepspeed-0.19.1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.19.1\n")
+    for folder in ("packages", "run"):
+        (tmp_path / folder).mkdir()
+    b = cluster.hosts[1]
+    for here, there in (("shards", dataset), ("run.yaml", config), ("packages", tmp_path / "packages")):
+        b.run("mount", "--bind", str(host_b / here), str(there))
+    b.run("mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path / "run"))
+    try:
+        path = f"{tmp_path / 'packages'}:{ROOT}"
+        status, lines = examine(cluster, config, GLOO_SOCKET_IFNAME="ib0", PYTHONPATH=path)
+    finally:
+        for mounted in (tmp_path / "run", tmp_path / "packages", config, dataset):
+            b.run("umount", str(mounted))
+    assert status == 2
+    for expected in (
+        r"warning: DS_ACCELERATOR, GLOO_SOCKET_IFNAME.*: set here, but `deepspeed` takes them nowhere",
+        r"error: deepspeed differs: .* on host-a; 0\.19\.1 on host-b",
+        r"error: DeepSpeed 0\.19\.1 on host-b: 0\.18\.3 to 0\.19\.2 scale gradients wrongly",
+        r"ok: the same source files",
+        r"error: the configuration differs: \w+ on host-a; \w+ on host-b",
+        r"error: host-b: .*/train-.*\.bin: missing, though dataset\.json lists it",
+        r"error: host-b: [\d.]+ MB free for run\.directory, two checkpoints need",
+        r"error: host-b does not see the folder of run\.directory=",
+        r"error: host-a: GLOO_SOCKET_IFNAME=ib0 names none of its interfaces that are up \(eth0, lo\); set .*=eth0",
+        r"error: host-b: GLOO_SOCKET_IFNAME=ib0 names none of its interfaces",
+        r"warning: links between hosts were not measured",
+    ):
+        assert any(re.match(expected, line) for line in lines), (expected, lines)
+    assert not any(line.startswith("error: host-a: ") and "GLOO" not in line for line in lines), lines

@@ -52,4 +52,8 @@ def test_hosts_are_named_where_there_are_several() -> None:
         "not [10.0.0.9]:1"
     )
     alone = Placement(["a", "a"], {"10.0.0.2": "a"})
-    assert alone.name(1) == "rank 1" and alone.company([0, 1], own=0) == "" and alone.explain("[10.0.0.2]:1") == "[10.0.0.2]:1"
+    assert (
+        alone.name(1) == "rank 1"
+        and alone.company([0, 1], own=0) == ""
+        and alone.explain("[10.0.0.2]:1") == "[10.0.0.2]:1"
+    )
