@@ -87,6 +87,7 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
     from lime_dist.monitor.metrics import MetricsFile
     from lime_dist.monitor.records import Records
     from lime_dist.monitor.tensorboard import TensorBoardLog
+    from lime_dist.pipeline.placement import describe_placement
     from lime_dist.train import loop
     from lime_dist.train.control import Control
     from lime_dist.train.optim import build_engine
@@ -154,6 +155,9 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
             config.data.blend or [], order.shares(batch_sizes.consumed_after(settings.steps)), strict=True
         ):
             console.say(f"{entry.path}: {share}")
+
+    if engine.placement.several:
+        console.say(describe_placement(engine.grid.topology(), engine.placement.hosts))
 
     batches = None
     if at_an_end:

@@ -1,19 +1,149 @@
-"""Two hosts on one machine: network namespaces joined by a link of a given rate and delay. Needs root, `ip` and `tc`."""
+"""Several hosts on one machine: namespaces joined by links of a given rate and delay. Needs root, util-linux and iproute2.
+
+A host has a network, a host name, process numbers and mounts of its own. All of it hangs on one process, the host's init,
+which the kernel ends when the process that made the host ends, however that happens: nothing is ever left over.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
 
 from lime_dist.errors import LimeError
 
+NETWORK = "10.99.0"
+INTERFACE = "eth0"
+PROGRAMS = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+    "unshare": "util-linux",
+}
+"""What is called, and the Debian package that has it."""
+LIFELINE = ["setpriv", "--pdeathsig", "KILL"]
+"""Before a command: the kernel ends it with the process that started it."""
+
+INIT = """
+hostname "$1" && ip link set lo up && mount -t tmpfs none /run && mkdir /run/sshd || exit 1
+printf '127.0.0.1 localhost\n%s\n' "$2" >/run/hosts && mount --bind /run/hosts /etc/hosts || exit 1
+printf '%s: files\n' passwd group shadow hosts services protocols >/run/nsswitch.conf
+if [ -e /etc/nsswitch.conf ]; then mount --bind /run/nsswitch.conf /etc/nsswitch.conf || exit 1; fi
+echo ready
+exec >/dev/null 2>&1
+while :; do sleep infinity & wait; done
+"""
+"""A host's first process: makes room for a host file and an sshd of its own, then adopts orphans. (Names come from files alone:
+a question to a name server that cannot be reached takes a quarter of a minute to fail.)"""
+
 
 class NoNamespaces(LimeError):
-    """This machine, or this user, cannot make two hosts."""
+    """This machine, or this user, cannot make hosts."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of several machines.
+
+    Attributes:
+        init: number of its first process, as its maker sees it.
+    """
+
+    name: str
+    address: str
+    init: int
+
+    def command(self, *words: str, directory: str | None = None) -> list[str]:
+        """A command line that runs ``words`` on this host, in a directory as it is there (default: the present one)."""
+        namespaces = ["--net", "--uts", "--mount", "--pid", f"--wdns={directory or os.getcwd()}"]
+        return ["nsenter", "--target", str(self.init), *namespaces, *words]
+
+    def network_command(self, *words: str) -> list[str]:
+        """The same in its network alone: files and process numbers are the maker's."""
+        return ["nsenter", "--target", str(self.init), "--net", *words]
+
+    def run(self, *words: str) -> str:
+        """Run a command of a few moments on this host; its output, or a LimeError with the end of what it said."""
+        return _run(self.command(*words))
+
+
+@contextmanager
+def hosts(names: Sequence[str], rate: str | None = None, delay: float = 0.0) -> Iterator[list[Host]]:
+    """Hosts on one network, which know each other by name; gone, with all that runs on them, when the block ends.
+
+    Args:
+        rate: of what leaves a host, as `tc` takes it (200mbit); None: as fast as it can.
+        delay: seconds from a host to any other.
+
+    Raises:
+        NoNamespaces: the rights or the tools are missing.
+        LimeError: a rate that `tc` does not take.
+    """
+    for program, package in PROGRAMS.items():
+        if shutil.which(program) is None:
+            raise NoNamespaces(f"hosts on one machine need the command {program} (Debian: apt-get install {package})")
+    addresses = [f"{NETWORK}.{number + 1}" for number in range(len(names))]
+    table = "\n".join(f"{address} {name}" for address, name in zip(addresses, names, strict=True))
+    with ExitStack() as stack:
+        switch = stack.enter_context(_host("switch", "", table))
+        switch.run("ip", "link", "add", "switch", "up", "type", "bridge")
+        made = []
+        for name, address in zip(names, addresses, strict=True):
+            host = stack.enter_context(_host(name, address, table))
+            made.append(host)
+            stack.enter_context(_cable(host, switch, delay))
+            switch.run("ip", "link", "set", name, "up", "master", "switch")
+            host.run("ip", "addr", "add", f"{address}/24", "dev", INTERFACE)
+            host.run("ip", "link", "set", INTERFACE, "up")
+            if rate is not None:
+                shape = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
+                host.run("tc", "qdisc", "add", "dev", INTERFACE, *shape)
+        yield made
+
+
+@contextmanager
+def _host(name: str, address: str, table: str) -> Iterator[Host]:
+    separate = ["unshare", "--net", "--uts", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child"]
+    with _helper([*separate, "sh", "-c", INIT, "init", name, table]) as number:
+        (init,) = psutil.Process(number).children()
+        yield Host(name, address, init.pid)
+
+
+@contextmanager
+def _cable(host: Host, switch: Host, delay: float) -> Iterator[None]:
+    """A link whose ends are ``INTERFACE`` on the host and a device of the host's name on the switch."""
+    if not delay:
+        end = ["peer", "name", INTERFACE, "netns", str(host.init)]
+        _run(switch.network_command("ip", "link", "add", host.name, "type", "veth", *end))
+        yield
+        return
+    line = [sys.executable, str(Path(__file__).with_name("delay_line.py")), str(delay), INTERFACE, host.name]
+    with _helper(switch.network_command(*line)):
+        _run(switch.network_command("ip", "link", "set", INTERFACE, "netns", str(host.init)))
+        yield
+
+
+@contextmanager
+def _helper(command: list[str]) -> Iterator[int]:
+    """A process that says when it is ready, by its number; ended after the block."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*LIFELINE, *command], text=True, **pipes) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            if process.stdout.readline() != "ready\n":
+                process.wait()
+                raise NoNamespaces(f"hosts on one machine need root and namespaces: {_last(process.stderr.read())}")
+            yield process.pid
+        finally:
+            process.kill()
 
 
 @dataclass(frozen=True)
@@ -35,41 +165,21 @@ LOOPBACK = Hosts(([], []), "127.0.0.1", "lo")
 
 
 @contextmanager
-def slow_link(rate: str, delay: str) -> Iterator[Hosts]:
-    """Two namespaces, removed again whatever happens; ``rate`` and ``delay`` as `tc` takes them (200mbit, 0ms), each way.
-
-    Raises:
-        NoNamespaces: the rights or the tools are missing.
-        LimeError: a rate or a delay that `tc` does not take.
-    """
-    if shutil.which("ip") is None or shutil.which("tc") is None:
-        raise NoNamespaces("a slow link needs the commands ip and tc (Debian: apt-get install iproute2)")
-    names = [f"lime-{os.getpid()}-{host}" for host in "ab"]
-    inside = [["ip", "netns", "exec", name] for name in names]
-    try:
-        for name in names:
-            _run(["ip", "netns", "add", name])
-        peer = ["peer", "name", "eth0", "netns", names[1]]
-        _run(["ip", "link", "add", "eth0", "netns", names[0], "type", "veth", *peer])
-        for index, prefix in enumerate(inside):
-            _run([*prefix, "ip", "addr", "add", f"10.99.0.{index + 1}/24", "dev", "eth0"])
-            for device in ("lo", "eth0"):
-                _run([*prefix, "ip", "link", "set", device, "up"])
-            shape = [*prefix, "tc", "qdisc", "add", "dev", "eth0"]
-            _run([*shape, "root", "handle", "1:", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"])
-            if delay.strip("0.mus"):
-                _run([*shape, "parent", "1:", "netem", "delay", delay])
-        yield Hosts((inside[0], inside[1]), "10.99.0.1", "eth0")
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+def slow_link(rate: str, delay: float) -> Iterator[Hosts]:
+    """Two hosts; arguments and errors as of `hosts`."""
+    with hosts(["a", "b"], rate, delay) as (one, other):
+        yield Hosts((one.command(), other.command()), one.address, INTERFACE)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
-        reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        line = f"{' '.join(command)}: {reason}"
+        line = f"{' '.join(command)}: {_last(finished.stderr)}"
         if "tc" in command:
-            raise LimeError(f"the slow link cannot be shaped so: {line}")
-        raise NoNamespaces(f"a slow link needs root and network namespaces: {line}")
+            raise LimeError(f"the link cannot be shaped so: {line}")
+        raise NoNamespaces(f"hosts on one machine need root and namespaces: {line}")
+    return finished.stdout
+
+
+def _last(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]

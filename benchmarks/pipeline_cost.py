@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder for table.md and results.json")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--rate", default="200mbit", help="of the slow link, each way")
-    parser.add_argument("--delay", default="0ms", help="of the slow link, each way")
+    parser.add_argument("--delay", type=float, default=0.0, help="of the slow link, each way, in seconds")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count")

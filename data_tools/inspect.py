@@ -10,9 +10,8 @@ import numpy as np
 
 from data_tools.common import command_parser, progress_bar
 from data_tools.tokenizer import Tokenizer
-from lime_dist.data.dataset import DATASET_FILE, check_shard_sizes, read_dataset_json
-from lime_dist.data.files import sha256_file
-from lime_dist.data.indexed import IndexedDataset, pair_paths
+from lime_dist.data.dataset import DATASET_FILE, check_shard_hashes, check_shard_sizes, read_dataset_json
+from lime_dist.data.indexed import IndexedDataset
 from lime_dist.errors import LimeError, run_command
 
 BAR_WIDTH = 40
@@ -30,13 +29,8 @@ def verify(folder: Path, description: dict[str, Any]) -> int:
     with progress_bar(sum(shard["bin_bytes"] + shard["idx_bytes"] for shard in shards), "verify") as bar:
         for shard in shards:
             check_shard_sizes(folder, shard)
-            for path, kind in zip(pair_paths(folder / shard["name"]), ("bin", "idx"), strict=True):
-                if sha256_file(path) != shard[f"{kind}_sha256"]:
-                    raise LimeError(
-                        f"{path}: its SHA-256 differs from the one in {DATASET_FILE}; delete it and run "
-                        "data_tools.pretokenize again"
-                    )
-                bar.update(shard[f"{kind}_bytes"])
+            check_shard_hashes(folder, shard)
+            bar.update(shard["bin_bytes"] + shard["idx_bytes"])
     return 2 * len(shards)
 
 

@@ -3,8 +3,11 @@
 #
 #   show_help SCRIPT          print the comment page at the top of SCRIPT
 #   fail MESSAGE              one line on stderr, exit status 2
+#   take_config SCRIPT CONFIG ARGUMENT ...     sets $arguments for pretrain.py, and $dry_run
 #   prepare [EXTRA ...]       make the virtual environment and install the project with these extras; sets $bin
 #   launch N ARGUMENT ...     run pretrain.py under `deepspeed` in N processes on this machine
+#   run_stoppable STOP COMMAND ...             run COMMAND; on a signal to this script call STOP with its process number
+#   show_hosts HOSTS COUNTS COMMAND            print what runs where: names and processes of hosts, a word each
 #
 # Variables that a user may set:
 #
@@ -22,6 +25,33 @@ show_help() {
 fail() {
   echo "error: $*" >&2
   exit 2
+}
+
+# What all scripts take after their own arguments; whatever else stands there is a mistake.
+take_config() {
+  local script="$1" config="${2:-}" argument
+  dry_run=false
+  [[ -n "$config" ]] || fail "no config given; see bash launch/$script --help"
+  [[ -f "$config" ]] || fail "no such config file: $config"
+  arguments=(--config "$config")
+  for argument in "${@:3}"; do
+    case "$argument" in
+      --dry-run) dry_run=true ;;
+      --verbose | ?*=*) arguments+=("$argument") ;;
+      *) fail "unknown argument '$argument'; see bash launch/$script --help" ;;
+    esac
+  done
+}
+
+show_hosts() {
+  local hosts counts rank=0 index last
+  read -ra hosts <<<"$1"
+  read -ra counts <<<"$2"
+  for index in "${!hosts[@]}"; do
+    last=$((rank + counts[index] - 1))
+    echo "${hosts[index]}: ranks $rank-$last: $3"
+    rank=$((last + 1))
+  done
 }
 
 # Absolute, so that the environment is found from every directory.
@@ -118,12 +148,34 @@ prepare() {
 }
 
 # `deepspeed` dies of a signal without telling its child, and training would go on; the child does tell the workers.
-stop_training() { # stop_training PID
+stop_child() { # stop_child PID
   pkill -TERM -P "$1" || kill -TERM "$1" || true
 }
 
+run_stoppable() {
+  local stop="$1" status=0 stopped=false child
+  "${@:2}" &
+  child=$!
+  trap 'stopped=true; "$stop" "$child"' INT TERM HUP
+  while kill -0 "$child" 2>/dev/null; do
+    wait "$child" && status=0 || status=$?
+  done
+  trap - INT TERM HUP
+  # Not `deepspeed`'s own status: it takes a child that a signal ended for a success.
+  if $stopped; then return 143; fi
+  # A signal -s reaches us as 256 - s, and nobody has said so yet (9 is often the kernel, out of memory).
+  if ((status > 192)); then echo "error: a process of pretrain.py was ended by signal $((256 - status))" >&2; fi
+  return "$status"
+}
+
+# Sets $quiet: what keeps `deepspeed`'s own messages back unless --verbose is among the arguments.
+take_quiet() { # take_quiet ARGUMENT ...
+  quiet=(--log_level critical)
+  if [[ " $* " == *" --verbose "* ]]; then quiet=(); fi
+}
+
 launch() {
-  local processes="$1" probe cuda_devices port launcher status=0 stopped=false quiet=(--log_level critical)
+  local processes="$1" probe cuda_devices port quiet
   shift
   probe="$("$bin/python" -c '
 import socket, torch
@@ -137,21 +189,10 @@ with socket.socket() as probe:
   if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
     export OMP_NUM_THREADS=$(($(nproc) > processes ? $(nproc) / processes : 1))
   fi
-  if [[ " $* " == *" --verbose "* ]]; then quiet=(); fi
+  take_quiet "$@"
   echo "      $processes processes, ${DS_ACCELERATOR:-cuda}, $OMP_NUM_THREADS thread(s) each"
   # A hostfile that is no file: this machine alone, even where DeepSpeed's default hostfile exists.
   # A free port: a second run on this machine does not collide with the first.
-  "$bin/deepspeed" "${quiet[@]}" --hostfile /dev/null --num_gpus "$processes" --master_port "$port" \
-    "$root/pretrain.py" "$@" &
-  launcher=$!
-  trap 'stopped=true; stop_training "$launcher"' INT TERM HUP
-  while kill -0 "$launcher" 2>/dev/null; do
-    wait "$launcher" && status=0 || status=$?
-  done
-  trap - INT TERM HUP
-  # Not `deepspeed`'s own status: it takes a child that a signal ended for a success.
-  if $stopped; then return 143; fi
-  # A signal -s reaches us as 256 - s, and nobody has said so yet (9 is often the kernel, out of memory).
-  if ((status > 192)); then echo "error: a process of pretrain.py was ended by signal $((256 - status))" >&2; fi
-  return "$status"
+  run_stoppable stop_child "$bin/deepspeed" "${quiet[@]}" --hostfile /dev/null --num_gpus "$processes" \
+    --master_port "$port" "$root/pretrain.py" "$@"
 }

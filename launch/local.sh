@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains with any config on this machine: installs if need be, then runs pretrain.py under `deepspeed`.
 #
-#   bash launch/local.sh CONFIG [PROCESSES] [--verbose] [section.key=value ...]
+#   bash launch/local.sh CONFIG [PROCESSES] [--dry-run] [--verbose] [section.key=value ...]
 #
 #   CONFIG             a YAML file
 #   PROCESSES          how many to start (default: 2): parallel.pipeline_stages times the data-parallel width
+#   --dry-run          print what would run, and do nothing
 #   --verbose          show DeepSpeed's messages as well
 #   section.key=value  handed to pretrain.py, over CONFIG
 #
@@ -27,22 +28,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case "${1:-}" in
   -h | --help) show_help "${BASH_SOURCE[0]}" && exit 0 ;;
-  "") fail "no config given; see bash launch/local.sh --help" ;;
 esac
-[[ -f "$1" ]] || fail "no such config file: $1"
-config="$1"
-shift
 
 processes=2
-if [[ "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
-  processes="$1"
-  shift
+if [[ "${2:-}" =~ ^[1-9][0-9]*$ ]]; then
+  processes="$2"
+  set -- "$1" "${@:3}"
 fi
-for argument in "$@"; do
-  [[ "$argument" == ?*=* || "$argument" == --verbose ]] ||
-    fail "unknown argument '$argument'; see bash launch/local.sh --help"
-done
+take_config local.sh "$@"
 
+if $dry_run; then
+  show_hosts "$(uname -n)" "$processes" "$bin/python -u $root/pretrain.py ${arguments[*]}"
+  exit 0
+fi
 # shellcheck disable=SC2119 # no extras
 prepare
-launch "$processes" --config "$config" "$@"
+launch "$processes" "${arguments[@]}"

@@ -10,6 +10,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +62,7 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
     environment = os.environ
     if "RANK" not in environment:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     environment.setdefault("LOCAL_RANK", "0")
     on_gpu = torch.cuda.is_available() and environment.get("DS_ACCELERATOR", "cuda") == "cuda"
     if not on_gpu:
@@ -72,6 +74,9 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
+        # On CPUs it would compile, for half a minute and where there is a compiler, an operation that nothing here uses.
+        backend: Any = import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None
         if on_gpu:
             if int(environment["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise LimeError(
@@ -117,7 +122,8 @@ def agree(error: str | None) -> None:
             raise LimeError(line)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on, on this machine, now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -274,6 +274,9 @@ class OptimizerConfig(Section):
 
 class ParallelConfig(Section):
     pipeline_stages: int = Field(1, ge=1)
+    topology: Literal["stages_together", "replicas_together"] = Field(
+        "stages_together", description="what shares a host: a replica's neighbouring stages, or a stage's replicas"
+    )
     zero_stage: Literal[0, 1] = 0
     stage_layers: list[int] | None = Field(None, description="decoder layers per stage, by hand")
     balance: Literal["compute", "memory"] = Field(

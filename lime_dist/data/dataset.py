@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lime_dist.data.files import read_json
+from lime_dist.data.files import read_json, sha256_file
 from lime_dist.data.indexed import IndexedDataset, pair_paths
 from lime_dist.errors import LimeError
 
@@ -41,6 +41,15 @@ def check_shard_sizes(folder: Path, shard: dict[str, Any]) -> None:
             raise LimeError(
                 f"{path}: has {path.stat().st_size} bytes, but {DATASET_FILE} says {size}: truncated or changed; "
                 + REWRITE
+            )
+
+
+def check_shard_hashes(folder: Path, shard: dict[str, Any]) -> None:
+    """A LimeError unless both files of a listed shard have the listed SHA-256; reads every byte."""
+    for path, kind in zip(pair_paths(folder / shard["name"]), ("bin", "idx"), strict=True):
+        if sha256_file(path) != shard[f"{kind}_sha256"]:
+            raise LimeError(
+                f"{path}: its SHA-256 differs from the one in {DATASET_FILE}; delete it and run data_tools.pretokenize again"
             )
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -24,6 +24,7 @@ from lime_dist.config.schema import Config
 from lime_dist.errors import PeerLost
 from lime_dist.model.decoder import EMBEDDING
 from lime_dist.pipeline.module import LimePipelineModule
+from lime_dist.pipeline.placement import gather_placement
 from lime_dist.pipeline.transfer import Traffic
 from lime_dist.pipeline.watchdog import Watchdog
 
@@ -73,6 +74,7 @@ class LimeEngine(PipelineEngine):
         super().__init__(args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu)
         self.lime_config = config
         self.timers = NoopTimer()  # the stock one keeps two CUDA events a step for ever
+        self.placement = gather_placement()
         self.watchdog = Watchdog(config.pipeline.timeout)
         self._shape: tuple[int, int] | None = None
 
@@ -138,19 +140,24 @@ class LimeEngine(PipelineEngine):
     # -- where it is, should it not get on ----------------------------------------------------------------------------
 
     @contextmanager
-    def watching(self, work: str) -> Iterator[None]:
+    def watching(self, work: str, ranks: Sequence[int] | None = None) -> Iterator[None]:
         """Watch a piece of work on this stage. Too long: the watchdog ends the process. A connection that breaks: PeerLost.
 
         On a GPU most work is queued, not waited for: what is named is where the host waited.
+
+        Args:
+            ranks: whom the work is done with, unless ``work`` says so; None: all.
         """
-        place = f"stage {self.stage_id} (rank {self.global_rank}), {work}"
+        company = self.placement.company(range(len(self.placement.hosts)) if ranks is None else ranks, self.global_rank)
+        place = f"stage {self.stage_id} ({self.placement.name(self.global_rank)}), {work}{company}"
         try:
             with self.watchdog.watching(place):
                 yield
         except RuntimeError as error:
             if not is_lost_connection(error):
                 raise
-            raise PeerLost(f"{place}: {str(error).splitlines()[0]}; ending the job") from error
+            reason = self.placement.explain(str(error).splitlines()[0])
+            raise PeerLost(f"{place}: {reason}; ending the job") from error
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """The stock loop, with every instruction watched."""
@@ -161,7 +168,7 @@ class LimeEngine(PipelineEngine):
             for instruction in instructions:
                 name = type(instruction).__name__
                 counts[name] = counts.get(name, -1) + 1
-                with self.watching(self._describe(instruction, counts[name])):
+                with self.watching(self._describe(instruction, counts[name]), self._partners(instruction)):
                     MethodType(self._INSTRUCTION_MAP[type(instruction)], self)(**instruction.kwargs)
 
     def _describe(self, instruction: schedule.PipeInstruction, count: int) -> str:
@@ -174,7 +181,14 @@ class LimeEngine(PipelineEngine):
             return f"{name} of micro-batch {count}, {step}"
         stage = self.stage_id + peer
         direction = "from" if name.startswith("Recv") else "to"
-        return f"{name} of micro-batch {count} {direction} stage {stage} (rank {self._rank_of(stage)}), {step}"
+        rank = self.placement.name(self._rank_of(stage))
+        return f"{name} of micro-batch {count} {direction} stage {stage} ({rank}), {step}"
+
+    def _partners(self, instruction: schedule.PipeInstruction) -> Sequence[int] | None:
+        """Whom an instruction is performed with, beside the peer that `_describe` names; None: all ranks."""
+        if isinstance(instruction, schedule.BufferOpInstruction):
+            return ()
+        return self.grid.dp_group if isinstance(instruction, schedule.ReduceGrads) else None
 
     def _rank_of(self, stage: int) -> int:
         """Global rank of a stage of this replica."""

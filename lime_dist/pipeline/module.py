@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import LayerSpec as DeepSpeedLayer
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.module import TiedLayerSpec as DeepSpeedTiedLayer
 from torch import Tensor, nn
 
+from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.model.blocks import compile_layers
 from lime_dist.model.cost import payload_bytes
@@ -33,6 +35,7 @@ from lime_dist.model.layout import stage_layout
 from lime_dist.model.routing import ChunkSummary
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack
+from lime_dist.pipeline.placement import process_grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -55,8 +58,10 @@ class LimePipelineModule(PipelineModule):
         layers: list[DeepSpeedLayer] = [_Layer(spec, arguments) for spec in specs]
         if specs[-1] is specs[0]:
             layers[0] = layers[-1] = _TiedEmbedding(specs[0], arguments)
+        width, _ = batch_split(config, dist.get_world_size())
+        grid = process_grid(config.parallel.pipeline_stages, width, config.parallel.topology)
         with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
-            super().__init__(layers, num_stages=config.parallel.pipeline_stages, loss_fn=language_model_loss)
+            super().__init__(layers, topology=grid, loss_fn=language_model_loss)
         self.dtype = DTYPES[config.precision]
         self.wire_dtype = DTYPES[config.pipeline.wire_dtype or config.precision]
         self.layout = stage_layout(config.model, self.bounds[self.stage_id], self.bounds[self.stage_id + 1])

@@ -113,7 +113,9 @@ class OverlapEngine(LimeEngine):
         super()._exec_schedule(pipe_schedule)
         for sender, direction in ((self._to_next, 1), (self._to_previous, -1)):
             if sender is not None:
-                with self.watching(f"the last transfers to stage {self.stage_id + direction}, step {step}"):
+                stage = self.stage_id + direction
+                peer = f"stage {stage} ({self.placement.name(self._rank_of(stage))})"
+                with self.watching(f"the last transfers to {peer}, step {step}", ranks=()):
                     sender.drain()
         self._failed = False
 

@@ -157,6 +157,36 @@ def test_two_replicas_of_two_stages(
     check_equal(values, workers(4))
 
 
+@pytest.mark.parametrize(
+    ("topology", "order"), [("stages_together", [0, 1, 0, 1]), ("replicas_together", [0, 0, 1, 1])]
+)
+@pytest.mark.parametrize("engine", ["overlap", "stock"])
+def test_either_order_of_ranks(
+    workers: Callable[[int], WorkerGroup], topology: str, order: list[int], engine: str
+) -> None:
+    """Which ranks are neighbours, a replica's stages or a stage's replicas, changes nothing but where they are."""
+    values = settings("lime", 2, True, "fp64", pipeline_stages=2, zero_stage=1, topology=topology)
+    values["pipeline"] = {"engine": engine}
+    results = check_equal(values, workers(4))
+    assert [result["stage"] for result in results] == order
+    assert [(result["stage"], result["replica"]) for result in results] == sorted(
+        ((stage, replica) for stage in range(2) for replica in range(2)),
+        key=lambda place: place[::-1] if topology == "stages_together" else place,
+    )
+
+
+@pytest.mark.parametrize("topology", ["stages_together", "replicas_together"])
+@pytest.mark.parametrize("policy", ["full", "first_last", "chunked"])
+def test_everything_together(workers: Callable[[int], WorkerGroup], policy: str, topology: str) -> None:
+    """2 stages × 2 replicas × ZeRO-1 × bf16 with float32 accumulation over micro-batches × activation checkpointing, as the
+    configurations for clusters have it; two steps, since what a rounding changes grows from step to step."""
+    values = policy_settings(
+        "kv", policy, "bf16", pipeline_stages=2, zero_stage=1, activation_checkpointing=True, topology=topology
+    )
+    values["model"]["num_hidden_layers"] = 5
+    check_equal(values, workers(4), steps=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

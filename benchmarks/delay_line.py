@@ -1,0 +1,64 @@
+"""A slow cable: carries frames between two TAP devices, and what enters at the first leaves at the second some time later.
+
+Started by `links.py`, in the network namespace where the devices are to be made; they may be moved to others afterwards.
+(The kernel's own way, `tc … netem delay`, is a module that many machines' kernels lack, containers' among them.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import struct
+import sys
+import time
+from collections import deque
+
+TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000  # linux/if_tun.h
+LARGEST_FRAME = 1 << 16
+MOST_FRAMES = 10_000
+"""Under way at a time; more are dropped, as a switch would drop them."""
+
+
+def open_tap(name: str) -> int:
+    """Make a TAP device; its file reads what the kernel sends by it, and what is written there arrives by it."""
+    file = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(file, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
+    return file
+
+
+def carry(slow: int, prompt: int, delay: float) -> None:
+    """Carry for ever: from ``slow`` to ``prompt`` after ``delay`` seconds, the other way at once."""
+    under_way: deque[tuple[float, bytes]] = deque()
+    while True:
+        patience = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
+        readable, _, _ = select.select([slow, prompt], [], [], patience)
+        for end in readable:
+            frame = _read(end)
+            if end == prompt:
+                _write(slow, frame)
+            elif len(under_way) < MOST_FRAMES:
+                under_way.append((time.monotonic() + delay, frame))
+        while under_way and under_way[0][0] <= time.monotonic():
+            _write(prompt, under_way.popleft()[1])
+
+
+def _read(end: int) -> bytes:
+    try:
+        return os.read(end, LARGEST_FRAME)
+    except OSError:  # the device is down
+        return b""
+
+
+def _write(end: int, frame: bytes) -> None:
+    try:
+        os.write(end, frame)
+    except OSError:  # the device is down, or the frame is none
+        pass
+
+
+if __name__ == "__main__":
+    seconds, *names = sys.argv[1:]
+    ends = [open_tap(name) for name in names]
+    print("ready", flush=True)
+    carry(ends[0], ends[1], float(seconds))

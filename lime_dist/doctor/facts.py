@@ -1,0 +1,228 @@
+"""What one host tells about itself: versions, code, configuration, data, networks, disk, memory. Gathered, not judged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from lime_dist.config.load import dump_config, load_config
+from lime_dist.config.schema import Config
+from lime_dist.data.dataset import DATASET_FILE, check_shard_hashes, check_shard_sizes, read_dataset_json
+from lime_dist.data.files import sha256_file
+from lime_dist.errors import LimeError
+
+PACKAGES = ("torch", "deepspeed", "numpy")
+ROOT = Path(__file__).resolve().parents[2]
+NETWORK_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One host's answers.
+
+    Attributes:
+        host: its name in the hostfile.
+        clock: seconds since the epoch when it answered; `skew` is how far that was ahead of the asking machine's clock.
+        versions: of Python and of packages.
+        code: hash of the program's source files.
+        config: hash of the resolved configuration; empty where `config_problem` says why there is none.
+        data: hash of dataset.json; empty where `data_problems` say why.
+        shards: how many were looked at.
+        interfaces: by name, the addresses of each network interface that is up.
+        routes: by other host, the local address from which it is reached; empty where it is not.
+        addresses: by other host, the address that its name stands for here.
+        own_address: what its own name stands for, which gloo listens on by default; empty if it is unknown.
+        first_address: of `hostname -I`, which the launcher takes for the master's.
+        port_is_free: whether a process could listen on the master port.
+        variables: those that choose networks and accelerators, as processes started here would have them.
+        sees_probe: whether it sees the file that the asking machine made beside the run folder; None if none was made.
+        free_disk: bytes, where the run folder is or will be.
+        free_memory: bytes.
+        gpus: bytes of each GPU's memory.
+    """
+
+    host: str
+    clock: float
+    versions: dict[str, str]
+    code: str
+    config: str
+    config_problem: str
+    data: str
+    data_problems: list[str]
+    shards: int
+    interfaces: dict[str, list[str]]
+    routes: dict[str, str]
+    addresses: dict[str, str]
+    own_address: str
+    first_address: str
+    port_is_free: bool
+    variables: dict[str, str]
+    sees_probe: bool | None
+    free_disk: int
+    free_memory: int
+    gpus: list[int] = field(default_factory=list)
+    skew: float = 0.0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether processes here would train on GPUs."""
+        return bool(self.gpus) and self.variables.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def gather(
+    host: str, peers: Sequence[str], config_path: str, overrides: Sequence[str], probe: str, port: int, verify: bool
+) -> Facts:
+    """Look at this machine.
+
+    Args:
+        host: its name in the hostfile.
+        peers: names of the other hosts.
+        probe: a file that the asking machine has made where all hosts should see it; empty: none.
+        port: the master port.
+        verify: hash the shards, instead of looking at their sizes.
+    """
+    config, problem = None, ""
+    try:
+        config = load_config(config_path, overrides)
+    except LimeError as error:
+        problem = str(error)
+    data, data_problems, shards = ("", [], 0) if config is None else look_at_data(config.data.path, verify)
+    addresses = {peer: _resolve(peer) for peer in peers}
+    return Facts(
+        host=host,
+        versions={"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        code=hash_code(ROOT),
+        config="" if config is None else hash_config(config),
+        config_problem=problem,
+        data=data,
+        data_problems=data_problems,
+        shards=shards,
+        interfaces=_interfaces(),
+        routes={peer: _local_address(address) for peer, address in addresses.items()},
+        addresses=addresses,
+        own_address=_resolve(socket.gethostname()),
+        first_address=_first_address(),
+        port_is_free=_is_free(port),
+        variables={name: os.environ[name] for name in (*NETWORK_VARIABLES, "DS_ACCELERATOR") if name in os.environ},
+        sees_probe=Path(probe).exists() if probe else None,
+        free_disk=0 if config is None else shutil.disk_usage(existing_parent(Path(config.run.directory))).free,
+        free_memory=psutil.virtual_memory().available,
+        gpus=[torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())],
+        clock=time.time(),
+    )
+
+
+def to_json(facts: Facts) -> str:
+    return json.dumps(asdict(facts))
+
+
+def from_json(line: str) -> Facts:
+    """Raises ValueError or TypeError if the line is not what `to_json` makes."""
+    return Facts(**json.loads(line))
+
+
+def hash_code(root: Path) -> str:
+    """Of the program's source files, by path and content."""
+    digest = hashlib.sha256()
+    for path in (root / "pretrain.py", *sorted((root / "lime_dist").rglob("*.py"))):
+        if path.is_file():
+            digest.update(f"{path.relative_to(root)}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_config(config: Config) -> str:
+    """Of the resolved configuration: equal for equal settings, however they were given."""
+    return hashlib.sha256(dump_config(config).encode()).hexdigest()
+
+
+def look_at_data(path: str, verify: bool) -> tuple[str, list[str], int]:
+    """(hash of dataset.json, what is wrong with the shards, how many there are)."""
+    folder, problems, shards = Path(path), [], 0
+    try:
+        description = read_dataset_json(folder)
+    except LimeError as error:
+        return "", [str(error)], 0
+    for split in description.get("splits", {}).values():
+        for shard in split.get("shards", ()):
+            shards += 1
+            try:
+                check_shard_sizes(folder, shard)
+                if verify:
+                    check_shard_hashes(folder, shard)
+            except LimeError as error:
+                problems.append(str(error))
+    return sha256_file(folder / DATASET_FILE), problems, shards
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _interfaces() -> dict[str, list[str]]:
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    return {
+        name: [a.address.partition("%")[0] for a in found if a.family in (socket.AF_INET, socket.AF_INET6)]
+        for name, found in psutil.net_if_addrs().items()
+        if name in up
+    }
+
+
+def _resolve(name: str) -> str:
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return ""
+
+
+def _local_address(address: str) -> str:
+    """From where this machine would reach an address; asks the routing table, sends nothing."""
+    if not address:
+        return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return ""
+
+
+def _first_address() -> str:
+    try:
+        said = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+    return next(iter(said.split()), "")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            return True
+        except OSError:
+            return False

@@ -1,0 +1,236 @@
+"""From the facts of all hosts to findings about software, the job's size, data and disks: pure functions, one a check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+from packaging.version import InvalidVersion, Version
+
+from lime_dist.config.deepspeed import batch_split
+from lime_dist.distributed import KNOWN_BAD_DEEPSPEED
+from lime_dist.doctor.facts import Facts
+from lime_dist.doctor.findings import Finding, Findings, Job, differing, everywhere, groups_of, listed, size
+from lime_dist.doctor.traffic import crossing_bytes
+from lime_dist.errors import LimeError
+from lime_dist.model.cost import count_parameters
+from lime_dist.pipeline.partition import memory_costs, stage_bounds
+from lime_dist.pipeline.placement import AXES, describe_placement, process_grid
+
+CHECKPOINT_BYTES = 12
+"""Of a parameter: float32 weight and both moments."""
+
+
+def judge(job: Job, facts: Sequence[Facts]) -> list[Finding]:
+    """All findings that need no measurement, of the hosts that answered; ``facts`` in the order of the hostfile."""
+    checks: list[Callable[[Job, Sequence[Facts]], Findings]] = [
+        versions, same_code, same_config, split, placement, data, disk, memory, accelerators,
+    ]  # fmt: skip
+    if len(facts) > 1:
+        checks += [run_folder]
+    return [finding for check in checks for finding in check(job, facts)]
+
+
+# -- software ---------------------------------------------------------------------------------------------------------
+
+
+def versions(job: Job, facts: Sequence[Facts]) -> Findings:
+    """Equal everywhere, and none that is known to train wrongly."""
+    equal = []
+    for name in facts[0].versions:
+        groups = groups_of(facts, partial(_version_of, name))
+        if len(groups) > 1:
+            yield Finding("error", f"{name} differs: {differing(groups)}; install the same environment on all hosts")
+        else:
+            equal.append(f"{name} {next(iter(groups))}")
+        for found, hosts in groups.items():
+            if name == "deepspeed" and _is_bad(found):
+                first, last = KNOWN_BAD_DEEPSPEED
+                yield Finding(
+                    "error",
+                    f"DeepSpeed {found} on {listed(hosts)}: {first} to {last} scale gradients wrongly or hang under "
+                    "pipelines; pip install -c constraints.txt deepspeed",
+                )
+    if equal:
+        yield Finding("ok", f"{', '.join(equal)} {everywhere(facts)}")
+
+
+def _version_of(name: str, fact: Facts) -> str:
+    return fact.versions[name]
+
+
+def _is_bad(found: str) -> bool:
+    first, last = KNOWN_BAD_DEEPSPEED
+    try:
+        return Version(first) <= Version(found) <= Version(last)
+    except InvalidVersion:
+        return False
+
+
+def same_code(job: Job, facts: Sequence[Facts]) -> Findings:
+    groups = groups_of(facts, lambda fact: fact.code[:12])
+    if len(groups) > 1:
+        yield Finding(
+            "error",
+            f"the program's source files differ: {differing(groups)}; put the repository on a shared file system, or "
+            "copy it again",
+        )
+    else:
+        yield Finding("ok", f"the same source files ({next(iter(groups))}) {everywhere(facts)}")
+
+
+def same_config(job: Job, facts: Sequence[Facts]) -> Findings:
+    for fact in facts:
+        if fact.config_problem:
+            yield Finding("error", f"{fact.host}: {fact.config_problem}")
+    groups = groups_of([fact for fact in facts if fact.config], lambda fact: fact.config[:12])
+    if len(groups) > 1:
+        yield Finding(
+            "error", f"the configuration differs: {differing(groups)}; give all hosts the same file under --config"
+        )
+    elif groups and all(fact.config for fact in facts):
+        yield Finding("ok", f"the same configuration ({next(iter(groups))}) {everywhere(facts)}")
+
+
+# -- the job on these hosts -------------------------------------------------------------------------------------------
+
+
+def split(job: Job, facts: Sequence[Facts]) -> Findings:
+    """Processes divide into stages, the batch into micro-batches."""
+    try:
+        width, micro_batches = batch_split(job.config, job.world_size)
+    except LimeError as error:
+        yield Finding("error", str(error))
+        return
+    stages = job.config.parallel.pipeline_stages
+    yield Finding("ok", f"{stages} stage(s) × {width} replica(s), {micro_batches} micro-batches a step and replica")
+    if stages > 1 and micro_batches < stages:
+        yield Finding(
+            "warning",
+            f"{micro_batches} micro-batches for {stages} stages: most stages wait most of the time; raise "
+            "train.global_batch_size or lower train.micro_batch_size",
+        )
+
+
+def placement(job: Job, facts: Sequence[Facts]) -> Findings:
+    """Which stage is where, and whether the other order of ranks would send less between hosts."""
+    parallel = job.config.parallel
+    if job.world_size % parallel.pipeline_stages or len(job.slots) == 1:
+        return
+    width = job.world_size // parallel.pipeline_stages
+    sent = {topology: crossing_bytes(job.config, job.hosts, topology) for topology in AXES}
+    own = sent[parallel.topology]
+    grid = process_grid(parallel.pipeline_stages, width, parallel.topology)
+    yield Finding("ok", f"{describe_placement(grid, job.hosts)}; {size(own)} between hosts a step")
+    other = next(topology for topology in AXES if topology != parallel.topology)
+    if sent[other] < own / 2:
+        yield Finding(
+            "warning",
+            f"parallel.topology={parallel.topology} sends {size(own)} between hosts a step, {other} would send "
+            f"{size(sent[other])}: set parallel.topology={other}",
+        )
+
+
+def memory(job: Job, facts: Sequence[Facts]) -> Findings:
+    """What the stages of a host need at most, against what it has: of each GPU, or of the host on CPUs."""
+    config = job.config
+    stages = config.parallel.pipeline_stages
+    if job.world_size % stages:
+        return
+    bounds, cost = stage_bounds(config), memory_costs(config)
+    need = [float(cost(stage)[begin, end]) for stage, (begin, end) in enumerate(pairwise(bounds))]
+    grid = process_grid(stages, job.world_size // stages, config.parallel.topology)
+    by_host: dict[str, list[float]] = {}
+    for rank, host in enumerate(job.hosts):
+        by_host.setdefault(host, []).append(need[grid.get_coord(rank).pipe])
+    short = False
+    for fact in facts:
+        on_gpu = fact.on_gpu
+        wanted = max(by_host[fact.host]) if on_gpu else sum(by_host[fact.host])
+        there = min(fact.gpus) if on_gpu else fact.free_memory
+        if wanted > there:
+            short = True
+            yield Finding(
+                "error",
+                f"{fact.host}: needs up to {size(wanted)} of memory{' on a GPU' if on_gpu else ''}, of which {size(there)} "
+                "are there; use more stages, parallel.activation_checkpointing=true, or a smaller train.micro_batch_size",
+            )
+    if not short:
+        yield Finding("ok", f"memory: stages need up to {size(max(need))} each, which is there {everywhere(facts)}")
+
+
+def accelerators(job: Job, facts: Sequence[Facts]) -> Findings:
+    """As many GPUs as processes, or none anywhere."""
+    users = [fact for fact in facts if fact.on_gpu]
+    if users and len(users) < len(facts):
+        without = [fact.host for fact in facts if fact not in users]
+        yield Finding(
+            "error", f"{listed(without)} would train on CPUs, the others on GPUs; repair the driver, or leave them out"
+        )
+    for fact in users:
+        if len(fact.gpus) < job.slots[fact.host]:
+            yield Finding(
+                "error",
+                f"{fact.host}: {len(fact.gpus)} GPUs for {job.slots[fact.host]} processes; lower its slots in the hostfile",
+            )
+
+
+# -- data and disks ---------------------------------------------------------------------------------------------------
+
+
+def data(job: Job, facts: Sequence[Facts]) -> Findings:
+    for fact in facts:
+        for problem in fact.data_problems[:3]:
+            yield Finding("error", f"{fact.host}: {problem}")
+        if len(fact.data_problems) > 3:
+            yield Finding("error", f"{fact.host}: {len(fact.data_problems) - 3} more shards like that")
+    groups = groups_of([fact for fact in facts if fact.data], lambda fact: fact.data[:12])
+    if len(groups) > 1:
+        yield Finding("error", f"dataset.json differs: {differing(groups)}; copy the shards again, or share them")
+    elif groups and not any(fact.data_problems for fact in facts):
+        yield Finding("ok", f"{facts[0].shards} shards as dataset.json lists them, {everywhere(facts)}")
+
+
+def disk(job: Job, facts: Sequence[Facts]) -> Findings:
+    """Room for checkpoints: for one beside the one that is being written, and for all that the run will leave."""
+    train = job.config.train
+    one = CHECKPOINT_BYTES * count_parameters(job.config.model)
+    kept = max(1, train.steps // train.checkpoint_interval if train.checkpoint_interval else 1)
+    short = False
+    for fact in facts:
+        if not fact.config:
+            continue
+        if fact.free_disk < 2 * one:
+            short = True
+            yield Finding(
+                "error",
+                f"{fact.host}: {size(fact.free_disk)} free for run.directory, two checkpoints need {size(2 * one)}; "
+                "make room, or give another run.directory",
+            )
+        elif fact.free_disk < (kept + 1) * one:
+            short = True
+            yield Finding(
+                "warning",
+                f"{fact.host}: {size(fact.free_disk)} free for run.directory, {kept} checkpoints of {size(one)} will be "
+                "written; raise train.checkpoint_interval, or remove old ones in time",
+            )
+    if not short:
+        yield Finding("ok", f"disk: room for {kept} checkpoints of {size(one)} {everywhere(facts)}")
+
+
+def run_folder(job: Job, facts: Sequence[Facts]) -> Findings:
+    blind = [fact.host for fact in facts if fact.sees_probe is False]
+    if blind:
+        yield Finding(
+            "error",
+            f"{listed(blind)} does not see the folder of run.directory={job.config.run.directory}; all hosts write "
+            "checkpoints there: put it on a shared file system",
+        )
+    elif facts[0].sees_probe is None:
+        yield Finding(
+            "warning",
+            f"run.directory={job.config.run.directory} cannot be written here; whether all hosts share it was not seen",
+        )
+    else:
+        yield Finding("ok", f"run.directory is one folder {everywhere(facts)}")

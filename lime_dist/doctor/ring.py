@@ -1,0 +1,108 @@
+"""A ring of transfers between hosts, one process a host: bandwidth and latency of each link, measured by its sender."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 28
+LINK_SECONDS, RING_SECONDS = 1.0, 20.0
+"""What a link, and all links together, may take: transfers grow until then, and the best one counts, for the first ones of a
+connection are slow."""
+ECHOES = 5
+
+
+@dataclass(frozen=True)
+class Link:
+    """From one host to the next of the ring.
+
+    Attributes:
+        bandwidth: bytes per second.
+        latency: seconds, half of the way there and back.
+    """
+
+    bandwidth: float
+    latency: float
+
+
+def measure(rank: int, size: int, address: str, port: int, device: str, patience: float) -> Link:
+    """The link from ``rank`` to the next one, one link after the other; called by all processes of the ring together.
+
+    Args:
+        address, port: where the first process listens.
+        device: whose memory is sent; NCCL carries a GPU's, gloo a CPU's.
+        patience: seconds that any of it may take.
+    """
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=patience),
+    )
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    found = None
+    for sender in range(size):
+        receiver = (sender + 1) % size
+        if rank == sender:
+            found = _send(receiver, where, min(LINK_SECONDS, RING_SECONDS / size))
+        elif rank == receiver:
+            _receive(sender, where)
+        dist.barrier()
+    dist.destroy_process_group()
+    assert found is not None
+    return found
+
+
+def _send(peer: int, device: torch.device, patience: float) -> Link:
+    """Larger and larger transfers, each answered by the peer when it has arrived, until ``patience`` seconds have passed."""
+    latency = min(_timed(torch.zeros(1, device=device), peer) for _ in range(ECHOES)) / 2
+    count, best, begin = FIRST_BYTES, 0.0, time.perf_counter()
+    while time.perf_counter() - begin < patience:
+        seconds = _timed(torch.zeros(count, dtype=torch.uint8, device=device), peer, announced=True)
+        best = max(best, count / max(seconds - 2 * latency, 1e-9))
+        count = min(MOST_BYTES, 2 * count)
+    dist.send(torch.zeros(1, dtype=torch.int64, device=device), peer)
+    return Link(best, latency)
+
+
+def _timed(tensor: Tensor, peer: int, announced: bool = False) -> float:
+    """Seconds from a tensor's start to the peer's answer."""
+    if announced:
+        dist.send(torch.tensor([tensor.nbytes], device=tensor.device), peer)
+    answer = torch.zeros(1, device=tensor.device)
+    begin = time.perf_counter()
+    dist.send(tensor, peer)
+    dist.recv(answer, peer)
+    answer.item()  # on a GPU: when it is there
+    return time.perf_counter() - begin
+
+
+def _receive(peer: int, device: torch.device) -> None:
+    answer, count = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    for _ in range(ECHOES):
+        dist.recv(answer, peer)
+        dist.send(answer, peer)
+    while True:
+        dist.recv(count, peer)
+        if not count.item():
+            return
+        dist.recv(torch.empty(int(count.item()), dtype=torch.uint8, device=device), peer)
+        dist.send(answer, peer)
+
+
+def to_json(link: Link) -> str:
+    return json.dumps(asdict(link))
+
+
+def from_json(line: str) -> Link:
+    """Raises ValueError or TypeError if the line is not what `to_json` makes."""
+    return Link(**json.loads(line))

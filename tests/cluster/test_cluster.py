@@ -1,0 +1,254 @@
+"""Protects runs over several hosts: the real launcher over ssh, one network namespace a host (`bed.py`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster.bed import ROOT, Bed
+from support.workers import WorkerGroup
+
+from lime_dist.config.load import make_config
+from lime_dist.simulate import boundary_bytes
+
+pytestmark = pytest.mark.slow
+Workers = Callable[[int], WorkerGroup]
+TIMEOUT = 6.0
+
+
+def values(dataset: Path, directory: Path, steps: int, **train: int) -> dict[str, Any]:
+    batch = {"global_batch_size": 8, "micro_batch_size": 1, "checkpoint_interval": 5, "evaluation_samples": 4}
+    return {
+        "run": {"directory": str(directory)},
+        "model": {
+            "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+        "data": {"path": str(dataset), "sequence_length": 16},
+        "train": {"steps": steps, "evaluation_interval": 0, **batch, **train},
+        "optimizer": {"warmup_steps": 3},
+        "parallel": {"pipeline_stages": 2},
+        "pipeline": {"timeout": TIMEOUT},
+    }  # fmt: skip
+
+
+def numbers(directory: Path) -> list[dict[str, float]]:
+    """Records of a run without what the clock decides."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    clock = ("step_seconds", "tokens_per_second")
+    return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
+
+
+def on_one_host(workers: Workers, processes: int, settings: dict[str, Any], directory: Path) -> list[dict[str, float]]:
+    changed = {**settings, "run": {"directory": str(directory)}}
+    assert set(workers(processes).run("support.runs.run", values=changed)) == {""}
+    return numbers(directory)
+
+
+def write(settings: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@contextmanager
+def running(cluster: Bed, virtual_environment: Path, config: Path) -> Iterator[Any]:
+    """`launch/multinode.sh` on the first host."""
+    script = ["bash", str(ROOT / "launch/multinode.sh"), str(cluster.hostfile), str(config)]
+    more = {
+        "LIME_VENV": str(virtual_environment), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "eth0", "PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=1",
+    }  # fmt: skip
+    process = cluster.start(*script, directory=str(ROOT), **more)
+    try:
+        yield process
+    finally:
+        for host in range(len(cluster.hosts)):
+            cluster.kill_everything(host)
+        process.kill()
+        process.communicate()
+
+
+def wait_for_lines(process: Any, metrics: Path, count: int) -> None:
+    begin = time.monotonic()
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() - begin < 90
+        time.sleep(0.02)
+
+
+def test_a_slow_link_between_two_stages_changes_no_bit_and_no_byte(
+    slow_cluster: Bed, workers: Workers, dataset: Path, tmp_path: Path
+) -> None:
+    """Two hosts under `deepspeed --hostfile`, 200 Mbit/s and 20 ms between them: every record of one host's run, bit for bit;
+    and what crosses the boundary is what is predicted, as the run counts it and as the network interface does."""
+    settings = values(dataset, tmp_path / "run", 8, global_batch_size=64, micro_batch_size=4)
+    settings["data"]["sequence_length"] = 64
+    config = write(settings, tmp_path / "run.yaml")
+    (tmp_path / "variables").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
+    launcher = ["deepspeed", "--hostfile", str(slow_cluster.hostfile), "pretrain.py", "--config", str(config)]
+    with slow_cluster.start(*launcher, directory=str(ROOT), DS_ENV_FILE=str(tmp_path / "variables")) as process:
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "stages 0 on host-a, 1 on host-b; 1 of 1 boundaries between hosts" in said
+    assert numbers(tmp_path / "run") == on_one_host(workers, 2, settings, tmp_path / "one-host")
+
+    (payload,) = boundary_bytes(make_config(settings, "a test"))
+    back = 8 * 16 * payload
+    there = back + payload  # and one micro-batch of evaluation
+    assert f"stage 0 to 1: {there / 1e6:,.1f} MB there, {back / 1e6:,.1f} MB back" in said
+    (link,) = json.loads(slow_cluster.hosts[0].run("ip", "-json", "-statistics", "link", "show", "eth0"))
+    for counted, predicted in ((link["stats64"]["tx"], there), (link["stats64"]["rx"], back)):
+        assert predicted < counted["bytes"] < 1.2 * predicted  # headers; the launcher's and ssh's own talk
+    seconds = [json.loads(line).get("step_seconds", 9) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert min(seconds) > 16 * payload * 8 / 200e6, "no step is faster than its payloads fit through the link"
+
+
+def test_two_replicas_of_two_stages_with_zero(
+    cluster: Bed, virtual_environment: Path, workers: Workers, dataset: Path, tmp_path: Path
+) -> None:
+    """Two hosts, four ranks, one replica a host, equal to one process on the joined batch."""
+    settings = values(dataset, tmp_path / "run", 12)
+    settings["parallel"] = {"pipeline_stages": 2, "zero_stage": 1}
+    hostfile = cluster.hostfile.read_text()
+    cluster.hostfile.write_text(hostfile.replace("slots=1", "slots=2"))
+    try:
+        with running(cluster, virtual_environment, write(settings, tmp_path / "run.yaml")) as process:
+            said = process.communicate(timeout=120)[0]
+    finally:
+        cluster.hostfile.write_text(hostfile)
+    assert process.returncode == 0, said
+    assert "replica 0: stages 0-1 on host-a; replica 1: stages 0-1 on host-b; 0 of 2 boundaries between hosts" in said
+    settings["parallel"] = {}
+    for found, wanted in zip(
+        numbers(tmp_path / "run"), on_one_host(workers, 1, settings, tmp_path / "one"), strict=True
+    ):
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_lost_host_ends_the_job_and_the_run_goes_on(
+    cluster: Bed, virtual_environment: Path, workers: Workers, dataset: Path, tmp_path: Path
+) -> None:
+    """A host's processes are killed; in the next start its link is taken down; the next is stopped by a signal to the script.
+    Each time all processes end on both hosts in time, with the host named; and the run ends as if nothing had been."""
+    directory = tmp_path / "run"
+    settings = values(dataset, directory, 100)
+    config, metrics = write(settings, tmp_path / "run.yaml"), directory / "metrics.jsonl"
+
+    def ended(process: Any) -> str:
+        """What the script said, after all of the job has ended on both hosts."""
+        begin = time.monotonic()
+        while any(left := [cluster.processes(0), cluster.processes(1)]):
+            assert time.monotonic() - begin < TIMEOUT + 10, left
+            time.sleep(0.1)
+        said: str = process.communicate(timeout=5)[0]
+        assert process.returncode not in (0, None), said
+        return said
+
+    with running(cluster, virtual_environment, config) as process:
+        wait_for_lines(process, metrics, 12)
+        cluster.kill_everything(1)
+        said = ended(process)
+    assert re.search(r"host-a: error: stage 0 \(rank 0 on host-a\), .*\b(rank 1 on|with) host-b", said), said
+
+    with running(cluster, virtual_environment, config) as process:
+        wait_for_lines(process, metrics, 26)
+        cluster.set_link(1, "down")
+        try:
+            said = ended(process)
+        finally:
+            cluster.set_link(1, "up")
+    assert re.search(r"resumed from step (10|15) ", said), said
+    named = r"host-a: error: stage 0 \(rank 0 on host-a\), .*\b(rank 1 on|with) host-b.*: nothing for 6 s"
+    assert re.search(named, said), said
+
+    with running(cluster, virtual_environment, config) as process:
+        wait_for_lines(process, metrics, 40)
+        (script,) = (n for n, line in cluster.processes(0).items() if line.startswith("bash ") and "multinode" in line)
+        os.kill(script, signal.SIGTERM)
+        said = ended(process)
+    assert process.returncode == 143, said
+
+    with running(cluster, virtual_environment, config) as process:
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and re.search(r"resumed from step (3\d|4\d) ", said), said
+    assert numbers(directory) == on_one_host(workers, 2, settings, tmp_path / "undisturbed")
+
+
+def examine(cluster: Bed, config: Path, *overrides: str, **more: str) -> tuple[int, list[str]]:
+    """The doctor's exit status and lines, asked on the first host."""
+    command = ["python", "-m", "lime_dist.doctor", "--config", str(config), "--hostfile", str(cluster.hostfile)]
+    with cluster.start(*command, *overrides, directory=str(ROOT), DS_ACCELERATOR="cpu", **more) as process:
+        said = process.communicate(timeout=120)[0]
+    return process.returncode, said.splitlines()
+
+
+def test_the_doctor_measures_links_and_finds_nothing(slow_cluster: Bed, dataset: Path, tmp_path: Path) -> None:
+    config = write(values(dataset, tmp_path / "run", 10), tmp_path / "run.yaml")
+    (slow_cluster.folder / ".deepspeed_env").write_text(
+        "DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n"
+    )
+    begin = time.monotonic()
+    try:
+        status, lines = examine(slow_cluster, config)
+    finally:
+        (slow_cluster.folder / ".deepspeed_env").unlink()
+    assert time.monotonic() - begin < 60
+    assert status == 0 and all(line.startswith("ok: ") for line in lines), lines
+    assert any("stages 0 on host-a, 1 on host-b; 1 of 1 boundaries between hosts" in line for line in lines)
+    measured = [re.search(r"ok: host-. to host-.: ([\d.]+) MB/s, latency ([\d.]+) ms", line) for line in lines]
+    bandwidths = [(float(found[1]), float(found[2])) for found in measured if found]
+    assert len(bandwidths) == 2
+    for megabytes, milliseconds in bandwidths:
+        assert 10 < megabytes < 25.5 and 20 < milliseconds < 40, "200 Mbit/s, 20 ms"
+
+
+def test_the_doctor_finds_what_is_wrong_with_a_host(cluster: Bed, dataset: Path, tmp_path: Path) -> None:
+    """On one of two hosts: another configuration file, a shard less, a DeepSpeed that trains wrongly, a disk that is full
+    and its own; on both an interface that does not exist."""
+    config = write(values(dataset, tmp_path / "run", 10), tmp_path / "run.yaml")
+    host_b = tmp_path / "host-b"
+    shutil.copytree(dataset, host_b / "shards")
+    (missing,) = (host_b / "shards").glob("train-*.bin")
+    missing.unlink()
+    write(values(dataset, tmp_path / "run", 11), host_b / "run.yaml")
+    package = host_b / "packages/deepspeed-0.19.1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.19.1\n")
+    for folder in ("packages", "run"):
+        (tmp_path / folder).mkdir()
+    b = cluster.hosts[1]
+    for here, there in (("shards", dataset), ("run.yaml", config), ("packages", tmp_path / "packages")):
+        b.run("mount", "--bind", str(host_b / here), str(there))
+    b.run("mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path / "run"))
+    try:
+        path = f"{tmp_path / 'packages'}:{ROOT}"
+        status, lines = examine(cluster, config, GLOO_SOCKET_IFNAME="ib0", PYTHONPATH=path)
+    finally:
+        for mounted in (tmp_path / "run", tmp_path / "packages", config, dataset):
+            b.run("umount", str(mounted))
+    assert status == 2
+    for expected in (
+        r"warning: DS_ACCELERATOR, GLOO_SOCKET_IFNAME.*: set here, but `deepspeed` takes them nowhere",
+        r"error: deepspeed differs: .* on host-a; 0\.19\.1 on host-b",
+        r"error: DeepSpeed 0\.19\.1 on host-b: 0\.18\.3 to 0\.19\.2 scale gradients wrongly",
+        r"ok: the same source files",
+        r"error: the configuration differs: \w+ on host-a; \w+ on host-b",
+        r"error: host-b: .*/train-.*\.bin: missing, though dataset\.json lists it",
+        r"error: host-b: [\d.]+ MB free for run\.directory, two checkpoints need",
+        r"error: host-b does not see the folder of run\.directory=",
+        r"error: host-a: GLOO_SOCKET_IFNAME=ib0 names none of its interfaces that are up \(eth0, lo\); set .*=eth0",
+        r"error: host-b: GLOO_SOCKET_IFNAME=ib0 names none of its interfaces",
+        r"warning: links between hosts were not measured",
+    ):
+        assert any(re.match(expected, line) for line in lines), (expected, lines)
+    assert not any(line.startswith("error: host-a: ") and "GLOO" not in line for line in lines), lines

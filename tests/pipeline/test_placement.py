@@ -1,0 +1,59 @@
+"""Protects where stages go: which ranks are neighbours, what is said of it, and that a lost peer's host is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from lime_dist.pipeline.placement import Placement, crossings, describe_placement, process_grid
+
+TWO_BY_FOUR = ["node1"] * 4 + ["node2"] * 4
+
+
+def stages_of(stages: int, width: int, topology: str) -> list[int]:
+    """By rank, its stage."""
+    grid = process_grid(stages, width, topology)
+    return [grid.get_coord(rank).pipe for rank in range(stages * width)]
+
+
+def test_ranks_that_are_neighbours() -> None:
+    assert stages_of(4, 2, "stages_together") == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert stages_of(4, 2, "replicas_together") == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("stages", "width", "topology", "crossed", "line"),
+    [
+        (4, 2, "stages_together", 0, "replica 0: stages 0-3 on node1; replica 1: stages 0-3 on node2; 0 of 6"),
+        (4, 2, "replicas_together", 2, "replica 0: stages 0-1 on node1, 2-3 on node2; replica 1: stages 0-1 on node1"),
+        (8, 1, "stages_together", 1, "stages 0-3 on node1, 4-7 on node2; 1 of 7 boundaries between hosts"),
+        (8, 1, "replicas_together", 1, "stages 0-3 on node1, 4-7 on node2; 1 of 7 boundaries between hosts"),
+    ],
+)
+def test_what_lies_on_which_host(stages: int, width: int, topology: str, crossed: int, line: str) -> None:
+    grid = process_grid(stages, width, topology)
+    assert crossings(grid, TWO_BY_FOUR) == crossed
+    assert describe_placement(grid, TWO_BY_FOUR).startswith(line)
+
+
+def test_many_replicas_stay_one_line() -> None:
+    hosts = [f"node{rank // 8}" for rank in range(512)]
+    line = describe_placement(process_grid(8, 64, "stages_together"), hosts)
+    assert line.endswith("replica 7: stages 0-7 on node7 and 56 more replicas; 0 of 448 boundaries between hosts")
+
+
+def test_hosts_are_named_where_there_are_several() -> None:
+    several = Placement(["a", "a", "b", "c"], {"10.0.0.2": "b", "fe80::1": "c"})
+    assert several.name(2) == "rank 2 on b" and several.company([0, 1, 2, 3], own=1) == ", with b, c"
+    assert several.company([0, 1], own=0) == several.company((), own=0) == ""
+    said = "Connection closed by peer [10.0.0.2]:4242, read from [::ffff:10.0.0.2] and [fe80::1]:1, not [10.0.0.9]:1"
+    explained = several.explain(f"[pair.cc:547] {said}")
+    assert explained == (
+        "[pair.cc:547] Connection closed by peer [10.0.0.2]:4242 (b), read from [::ffff:10.0.0.2] (b) and [fe80::1]:1 (c), "
+        "not [10.0.0.9]:1"
+    )
+    alone = Placement(["a", "a"], {"10.0.0.2": "a"})
+    assert (
+        alone.name(1) == "rank 1"
+        and alone.company([0, 1], own=0) == ""
+        and alone.explain("[10.0.0.2]:1") == "[10.0.0.2]:1"
+    )

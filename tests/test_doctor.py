@@ -1,0 +1,391 @@
+"""Protects what is said before a long job: each finding from facts alone, and the command on this machine.
+
+`tests/cluster/test_cluster.py` has it on several hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
+
+from lime_dist import load_config
+from lime_dist.doctor import environment, facts, judge, network
+from lime_dist.doctor.facts import Facts
+from lime_dist.doctor.findings import Finding, Job, size
+from lime_dist.doctor.hosts import read_hostfile, travelling_variables
+from lime_dist.doctor.ring import Link
+from lime_dist.doctor.traffic import crossing_bytes, stage_parameters
+from lime_dist.errors import LimeError
+from lime_dist.model.cost import count_parameters, payload_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "model.vocab_size=320", "model.hidden_size=16", "model.intermediate_size=24", "model.num_hidden_layers=4",
+    "train.steps=40", "train.checkpoint_interval=10", "parallel.pipeline_stages=2", "data.sequence_length=16",
+]  # fmt: skip
+GOOD = Facts(
+    host="node1",
+    clock=0.0,
+    versions={"Python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"},
+    code="c0de" * 16,
+    config="c0f1" * 16,
+    config_problem="",
+    data="da7a" * 16,
+    data_problems=[],
+    shards=3,
+    interfaces={"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"], "ib0": ["10.1.0.1"]},
+    routes={"node2": "10.0.0.1"},
+    addresses={"node2": "10.0.0.2"},
+    own_address="10.0.0.1",
+    first_address="10.0.0.1",
+    port_is_free=True,
+    variables={},
+    sees_probe=True,
+    free_disk=10**12,
+    free_memory=10**11,
+)
+OTHER = replace(
+    GOOD,
+    host="node2",
+    interfaces={"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"]},
+    routes={"node1": "10.0.0.2"},
+    addresses={"node1": "10.0.0.1"},
+    own_address="10.0.0.2",
+    first_address="10.0.0.2",
+)
+
+
+def job(*overrides: str, slots: int = 1) -> Job:
+    return Job(load_config(None, [*SMALL, *overrides]), {"node1": slots, "node2": slots})
+
+
+def found(first: Facts = GOOD, second: Facts = OTHER, on: Job | None = None) -> list[Finding]:
+    known = [first, second]
+    return [*judge.judge(on or job(), known), *network.judge(known)]
+
+
+def said(findings: Sequence[Finding]) -> list[str]:
+    """The lines that are not ok."""
+    return [str(finding) for finding in findings if finding.level != "ok"]
+
+
+def test_nothing_to_say_of_good_hosts() -> None:
+    assert said(found()) == [] and len(found()) >= 9
+
+
+ONE_CHECKPOINT = 12 * count_parameters(load_config(None, SMALL).model)
+
+
+@pytest.mark.parametrize(
+    ("second", "lines"),
+    [
+        ({"versions": {**GOOD.versions, "torch": "2.6.0"}}, ["error: torch differs: 2.13.0 on node1; 2.6.0 on node2; install"]),
+        ({"versions": {**GOOD.versions, "deepspeed": "0.19.0"}}, ["error: deepspeed differs", "error: DeepSpeed 0.19.0 on node2: 0.18.3 to 0.19.2 scale gradients wrongly"]),
+        ({"versions": {**GOOD.versions, "deepspeed": "not installed"}}, ["error: deepspeed differs: 0.19.8 on node1; not installed on node2"]),
+        ({"code": "0ld0" * 16}, ["error: the program's source files differ: c0dec0dec0de on node1; 0ld00ld00ld0 on node2"]),
+        ({"config": "0ther" * 12}, ["error: the configuration differs"]),
+        ({"config": "", "config_problem": "unknown key x"}, ["error: node2: unknown key x"]),
+        ({"data_problems": ["train-0.bin: missing"] * 5, "data": "da7a" * 16}, ["error: node2: train-0.bin: missing"] * 3 + ["error: node2: 2 more shards"]),
+        ({"data": "0ld0" * 16}, ["error: dataset.json differs"]),
+        ({"free_disk": 2 * ONE_CHECKPOINT - 1}, [f"error: node2: {size(2 * ONE_CHECKPOINT)} free for run.directory, two checkpoints need {size(2 * ONE_CHECKPOINT)}"]),
+        ({"free_disk": 5 * ONE_CHECKPOINT - 1}, [f"warning: node2: {size(5 * ONE_CHECKPOINT)} free for run.directory, 4 checkpoints of {size(ONE_CHECKPOINT)}"]),
+        ({"free_disk": 5 * ONE_CHECKPOINT}, []),
+        ({"free_memory": 1000}, ["error: node2: needs up to 0."]),
+        ({"sees_probe": False}, ["error: node2 does not see the folder of run.directory=runs/default"]),
+        ({"skew": 30.0}, ["warning: node2: its clock is 30 s ahead of node1's"]),
+        ({"skew": -3.0}, ["warning: node2: its clock is 3 s behind node1's"]),
+        ({"skew": 1.9}, []),
+        ({"routes": {"node1": ""}}, ["error: node2 knows no way to node1"]),
+        ({"own_address": "127.0.1.1"}, ["error: node2: its own name stands for 127.0.1.1, where gloo would listen, but eth0 leads"]),
+        ({"own_address": "127.0.1.1", "variables": {"GLOO_SOCKET_IFNAME": "eth0"}}, []),
+        ({"variables": {"GLOO_SOCKET_IFNAME": "ib0"}}, ["error: node2: GLOO_SOCKET_IFNAME=ib0 names none of its interfaces that are up (eth0, lo); set GLOO_SOCKET_IFNAME=eth0"]),
+        ({"variables": {"GLOO_SOCKET_IFNAME": "lo"}}, ["error: node2: GLOO_SOCKET_IFNAME=lo is lo, but the way to the other hosts is eth0"]),
+        ({"gpus": [10**11]}, ["error: node1 would train on CPUs, the others on GPUs"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_one_host(second: dict[str, Any], lines: list[str]) -> None:
+    got = said(found(second=replace(OTHER, **second)))
+    assert len(got) == len(lines), got
+    for line, beginning in zip(got, lines, strict=True):
+        assert line.startswith(beginning), line
+
+
+def test_what_is_wrong_with_the_first_host() -> None:
+    (line,) = said(found(replace(GOOD, first_address="192.168.7.1")))
+    assert line.startswith("warning: `hostname -I` on node1 begins with 192.168.7.1") and "know it as 10.0.0.1" in line
+    (line,) = said(found(replace(GOOD, port_is_free=False)))
+    assert line.startswith("error: the master port is in use on node1")
+    (line,) = said(found(replace(GOOD, variables={"GLOO_SOCKET_IFNAME": "ib0"})))
+    assert line == (
+        "warning: node1: GLOO_SOCKET_IFNAME=ib0 is ib0, but the way to the other hosts is eth0; set GLOO_SOCKET_IFNAME=eth0"
+    )
+    (line,) = said(found(replace(GOOD, sees_probe=None)))
+    assert line.startswith("warning: run.directory=runs/default cannot be written here")
+
+
+def test_gpus() -> None:
+    """Nothing but GPUs' memory and number counts there; DS_ACCELERATOR=cpu takes them out."""
+    good, other = (replace(fact, gpus=[10**11] * 2, free_memory=1000) for fact in (GOOD, OTHER))
+    assert said(found(good, other, job(slots=2))) == []
+    (line,) = said(found(good, other, job(slots=4)))[:1]
+    assert line == "error: node1: 2 GPUs for 4 processes; lower its slots in the hostfile"
+    (line,) = said(found(good, replace(other, gpus=[1000, 1000])))
+    assert line.startswith("error: node2: needs up to 0.") and "on a GPU, of which 0.0 MB are there" in line
+    assert network.ring_devices([good, other], 2) == ["cuda:0", "cuda:0"]
+    assert network.ring_devices([good], 2) == ["cuda:0", "cuda:1"]
+    on_cpu = replace(good, variables={"DS_ACCELERATOR": "cpu"})
+    assert network.ring_devices([on_cpu], 2) == network.ring_devices([replace(good, gpus=[1])], 2) == ["cpu", "cpu"]
+    assert (
+        "error: node1: needs up to" in said(found(on_cpu, other))[-1]
+        or "would train on CPUs" in said(found(on_cpu, other))[-1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "chosen"),
+    [
+        ("eth0", {"eth0"}),
+        ("eth", {"eth0", "eth1"}),
+        ("=eth0,ib0", {"eth0", "ib0"}),
+        ("^eth,lo", {"ib0"}),
+        ("en", set()),
+    ],
+)
+def test_how_nccl_reads_its_variable(told: str, chosen: set[str]) -> None:
+    assert network.chosen_interfaces(told, ["lo", "eth0", "eth1", "ib0"], prefixes=True) == chosen
+
+
+def test_what_does_not_divide_or_leaves_stages_waiting() -> None:
+    (line,) = said(found(on=job("parallel.pipeline_stages=3")))
+    assert line.startswith("error: parallel.pipeline_stages=3 does not divide the 2 processes")
+    (line,) = said(found(on=job("train.global_batch_size=1", "train.micro_batch_size=1")))
+    assert line.startswith("warning: 1 micro-batches for 2 stages")
+
+
+def test_bytes_between_hosts() -> None:
+    """Counted by hand for two hosts of two processes; and the better order of ranks is named."""
+    overrides = [
+        "train.global_batch_size=8",
+        "train.micro_batch_size=1",
+        "model.tie_word_embeddings=false",
+        "parallel.stage_layers=[2, 2]",
+        "data.sequence_length=4",
+    ]
+    config = job(*overrides).config
+    hosts = ["node1", "node1", "node2", "node2"]
+    sizes = [stage_parameters(config.model, range(2)), stage_parameters(config.model, range(2, 4))]
+    assert sum(sizes) == count_parameters(config.model)
+    # Rings of two: each process sends its whole gradient once, over one of the two ways between the hosts.
+    assert crossing_bytes(config, hosts, "stages_together") == 2 * 4 * sum(sizes)
+    payload = payload_bytes(config.model, 2, 4, 4)
+    assert crossing_bytes(config, hosts, "replicas_together") == 2 * 2 * 4 * payload
+    (line,) = said(found(on=job(*overrides, slots=2)))
+    assert (
+        line.startswith("warning: parallel.topology=stages_together sends 0.1 MB") and "replicas_together would" in line
+    )
+    assert said(found(on=job(*overrides, "parallel.topology=replicas_together", slots=2))) == []
+
+
+def test_a_tied_weight_is_on_both_ends() -> None:
+    model = load_config(None, SMALL).model
+    both = stage_parameters(model, range(2)) + stage_parameters(model, range(2, 4))
+    assert both - count_parameters(model) == 320 * 16
+    assert stage_parameters(model, range(4)) == count_parameters(model)
+
+
+def test_a_slow_link_stands_out() -> None:
+    fast, slow = Link(1e9, 1e-4), Link(3e8, 1e-4)
+    lines = [str(finding) for finding in network.links({("a", "b"): fast, ("b", "c"): fast, ("c", "a"): slow})]
+    assert lines[:2] == [f"ok: {way}: 1,000.0 MB/s, latency 0.10 ms" for way in ("a to b", "b to c")]
+    assert lines[2].startswith("warning: c to a: 300.0 MB/s, latency 0.10 ms; others reach 1,000.0 MB/s")
+
+
+LINES = {
+    "NAME=value": ("ok", "value"),
+    "NAME = value": ("ok", "value"),
+    "NAME=/a/b:c,d=e": ("ok", "/a/b:c,d=e"),
+    "NAME=two words": ("ok", "two words"),
+    "": ("error", "traceback"),
+    "   ": ("error", "traceback"),
+    "# comment": ("error", "traceback"),
+    "#NAME=value": ("error", "nothing runs"),
+    "NAME": ("error", "traceback"),
+    "two names=value": ("error", "None"),
+    "export NAME=value": ("warning", "value"),
+    'NAME="two words"': ("error", "two"),
+    "NAME='value'": ("warning", "'value'"),
+    "NAME=$HOME/x": ("warning", "/home/me/x"),
+}
+"""A line of `.deepspeed_env`, what is said of it, and what becomes of NAME."""
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_of_the_launchers_file(line: str, tmp_path: Path) -> None:
+    """The verdict, and what really happens: DeepSpeed's own code makes the command, a shell runs it."""
+    level, outcome = LINES[line]
+    levels = [finding.level for finding in environment.environment_file("file", f"A=b\n{line}\n")]
+    assert levels == [level]
+    runner = PDSHRunner.__new__(PDSHRunner)
+    runner.exports = {}
+    try:
+        key, value = f"{line}\n".split("=", maxsplit=1)  # as deepspeed/launcher/runner.py reads a line
+    except ValueError:
+        assert outcome == "traceback"
+        return
+    runner.add_export(key, value)
+    exports = "".join(f"export {key}={value}; " for key, value in runner.exports.items())
+    command = f"{exports} {sys.executable} -c 'import os; print(os.environ.get(\"NAME\"))'"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={"HOME": "/home/me"}, check=False
+    )
+    assert ("nothing runs" if "declare -x" in done.stdout else done.stdout.strip()) == outcome
+
+
+def test_the_end_of_the_launchers_file() -> None:
+    """A last line without an end, and an empty file, are no blank lines; a blank last line is one."""
+    for text, levels in (("A=b", ["ok"]), ("A=b\n", ["ok"]), ("", ["ok"]), ("A=b\n\n", ["error"])):
+        assert [finding.level for finding in environment.environment_file("file", text)] == levels
+
+
+def test_variables_that_stay_behind(tmp_path: Path) -> None:
+    here = {"NCCL_DEBUG": "INFO", "PYTHONPATH": "/x", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "LANG": "C"}
+    travelling = travelling_variables(here, [])
+    assert set(travelling) == set(here) - {"LANG"}
+    file = tmp_path / "file"
+    file.write_text("OMP_NUM_THREADS=2\n\n# x\nexport LD_LIBRARY_PATH='/y'\n")
+    files = travelling_variables({}, [file])
+    assert files == {"OMP_NUM_THREADS": "2", "LD_LIBRARY_PATH": "/y"}
+    (line,) = map(str, environment.left_behind(travelling, files))
+    assert line.startswith("warning: GLOO_SOCKET_IFNAME: set here, but `deepspeed` takes them nowhere")
+    assert not list(environment.left_behind({}, files))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("node1 8\n", "line 1: 'node1 8' is not"),
+        ("a slots=1\na slots=2\n", "a stands twice"),
+        ("# none\n", "lists no host"),
+    ],
+)
+def test_mistakes_in_a_hostfile(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(LimeError, match=words):
+        read_hostfile(tmp_path / "hosts")
+    with pytest.raises(LimeError, match="cannot read the hostfile"):
+        read_hostfile(tmp_path / "none")
+
+
+def test_a_hostfile() -> None:
+    assert read_hostfile(ROOT / "launch/hostfile.example") == {"node1": 8, "node2": 8}
+
+
+def test_facts_of_this_machine(dataset: Path, tmp_path: Path) -> None:
+    """What is gathered is what is there; it survives the way through JSON."""
+    shards = tmp_path / "shards"
+    shutil.copytree(dataset, shards)
+    overrides = [*SMALL, f"data.path={shards}", f"run.directory={tmp_path / 'a/b'}"]
+
+    def gather(verify: bool = False, **changes: Any) -> Facts:
+        arguments = {"host": "here", "peers": ["localhost", "no.such.host.invalid"], "probe": str(tmp_path), "port": 0}
+        config = str(ROOT / "configs/quickstart.yaml")
+        return facts.gather(**{**arguments, "config_path": config, "overrides": overrides, "verify": verify, **changes})  # type: ignore[arg-type]
+
+    fact = gather()
+    assert facts.from_json(facts.to_json(fact)) == fact
+    assert (
+        fact.sees_probe and fact.free_disk > 0 and fact.free_memory > 0 and fact.shards == 2 and not fact.data_problems
+    )
+    assert fact.routes == {"localhost": "127.0.0.1", "no.such.host.invalid": ""}
+    assert fact.versions["torch"].startswith("2.") and fact.interfaces["lo"][0] == "127.0.0.1"
+    assert gather(probe=str(tmp_path / "none")).sees_probe is False and gather(probe="").sees_probe is None
+    assert gather(overrides=[*overrides, "train.seed=7"]).config != fact.config
+    assert gather(overrides=["train.seeed=7"]).config_problem.startswith("unknown key train.seeed=7")
+
+    (shard,) = shards.glob("validation-*.bin")
+    content = bytearray(shard.read_bytes())
+    content[0] ^= 1
+    shard.write_bytes(content)
+    assert not gather().data_problems and "SHA-256 differs" in gather(verify=True).data_problems[0]
+    shard.write_bytes(content[:-2])
+    assert "bytes, but dataset.json says" in gather().data_problems[0]
+    shard.unlink()
+    assert "missing, though dataset.json lists it" in gather().data_problems[0]
+    (shards / "dataset.json").unlink()
+    assert "dataset.json: no such file" in gather().data_problems[0]
+
+
+def test_the_hash_of_the_code(tmp_path: Path) -> None:
+    (tmp_path / "lime_dist").mkdir()
+    before = facts.hash_code(tmp_path)
+    (tmp_path / "lime_dist/a.py").write_text("x = 1\n")
+    (tmp_path / "lime_dist/notes.txt").write_text("not code")
+    after = facts.hash_code(tmp_path)
+    (tmp_path / "lime_dist/a.py").rename(tmp_path / "lime_dist/b.py")
+    assert len({before, after, facts.hash_code(tmp_path)}) == 3
+
+
+def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lime_dist.doctor", *arguments]
+    kept = {key: value for key, value in os.environ.items() if key != "DS_ENV_FILE"}
+    return subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.slow
+def test_the_command_on_this_machine(dataset: Path, tmp_path: Path) -> None:
+    """Its lines, a ring over two processes, and the exit status with and without an error."""
+    arguments = ["--config", "configs/quickstart.yaml", *SMALL, f"run.directory={tmp_path}"]
+    good = doctor(*arguments, f"data.path={dataset}")
+    lines = good.stdout.splitlines()
+    assert good.returncode == 0 and not good.stderr, good.stdout + good.stderr
+    assert all(line.startswith("ok: ") for line in lines), lines
+    assert sum("MB/s, latency" in line for line in lines) == 2
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+    bad = doctor(*arguments, f"data.path={tmp_path / 'none'}")
+    assert bad.returncode == 2 and "error: " in bad.stdout and "no such folder" in bad.stdout and not bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "no configuration given; see python -m lime_dist.doctor --help"),
+        (["--config", "none.yaml"], "cannot read the configuration none.yaml"),
+        (["--config", str(ROOT / "configs/quickstart.yaml"), "--hostfile", "none"], "cannot read the hostfile none"),
+    ],
+)
+def test_mistakes_in_the_call(arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lime_dist.doctor.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
+    with pytest.raises(LimeError, match=re.escape(line)):
+        main()
+
+
+def test_help_has_an_example() -> None:
+    finished = doctor("--help")
+    assert finished.returncode == 0 and "python -m lime_dist.doctor --config configs/quickstart.yaml" in finished.stdout
+
+
+def test_the_answers_are_read_with_care() -> None:
+    from lime_dist.doctor.__main__ import understood
+    from lime_dist.doctor.hosts import Answer
+
+    answers = {
+        "a": Answer(facts.to_json(GOOD), "", 0.0),
+        "b": Answer("", "Permission denied", 0.0),
+        "c": Answer("Welcome to node c", "", 0.0),
+        "d": Answer(json.dumps({"host": "d"}), "", 0.0),
+    }
+    good, bad = understood(answers, facts.from_json)
+    assert good == {"a": GOOD} and bad["b"] == "Permission denied" and "Welcome to node c" in bad["c"] and "d" in bad
