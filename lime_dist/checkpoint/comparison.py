@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.dataset import Samples
 from lime_dist.data.loader import Batch, ValidationBatches
 from lime_dist.errors import LimeError
 from lime_dist.model.layers import language_model_loss
@@ -65,13 +65,13 @@ def compare_logits(first: Logits, second: Logits, tokens_NT: Tensor) -> Comparis
     return found
 
 
-def first_tokens(split: TokenSplit, sequence_length: int) -> Tensor:
+def first_tokens(split: Samples, sequence_length: int) -> Tensor:
     """The first samples of a split, about COMPARED_TOKENS tokens, [N, T]."""
     rows = max(1, min(COMPARED_TOKENS // sequence_length, split.num_samples(sequence_length)))
     return torch.cat([tokens for tokens, _ in validation_batches(split, sequence_length, rows)])
 
 
-def validation_batches(split: TokenSplit, sequence_length: int, samples: int) -> Iterator[Batch]:
+def validation_batches(split: Samples, sequence_length: int, samples: int) -> Iterator[Batch]:
     """The first samples of a split one by one, (tokens, labels) [1, T] each: what a run validates on."""
     return iter(ValidationBatches(split, sequence_length, samples, 1, 0, 1))
 

@@ -21,7 +21,7 @@ from lime_dist.checkpoint.reading import Weights, load_decoder, read_weights
 from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.load import dump_config, make_config
 from lime_dist.config.schema import Config
-from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.blend import open_training, open_validation
 from lime_dist.data.files import write_atomic
 from lime_dist.errors import LimeError, run_command
 from lime_dist.model.init import CHUNKS
@@ -127,14 +127,15 @@ def compress(
     config, state, weights = read_weights(checkpoint)
     compressed = chunked_config(config, chunk_size, rank, first, output)
     length = config.data.sequence_length
-    train, validation = (TokenSplit(config.data.path or "", split) for split in ("train", "validation"))
+    _, order = open_training(config.data, config.model.vocab_size)
+    validation = open_validation(config.data, config.model.vocab_size)
     samples = samples or min(config.train.evaluation_samples, validation.num_samples(length)) or 1
     found, fits = compress_weights(compressed, weights)
     before, after = (
         mean_loss(load_decoder(one.model, values), validation_batches(validation, length, samples))
         for one, values in ((config, weights), (compressed, found))
     )
-    write_checkpoint(output / "checkpoints", compressed, train.num_samples(length), found, state.consumed_samples)
+    write_checkpoint(output / "checkpoints", compressed, order.num_samples, found, state.consumed_samples)
     write_atomic(output / "config.yaml", dump_config(compressed).encode())
     for fit in fits:
         print(

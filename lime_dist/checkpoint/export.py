@@ -64,7 +64,7 @@ def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
     Raises:
         LimeError: neither can be read, they differ, or the model has too small a vocabulary.
     """
-    data = Path(config.data.path or "")
+    data = Path(next((path for path in config.data.paths if Path(path).is_dir()), config.data.paths[0]))
     description: dict[str, Any] = {}
     try:
         description = read_dataset_json(data)

@@ -18,7 +18,7 @@ from lime_dist.checkpoint.reading import Weights, load_decoder, parameter_shapes
 from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.load import load_config
 from lime_dist.config.schema import Config, ModelConfig
-from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.blend import open_training
 from lime_dist.data.files import read_json
 from lime_dist.errors import LimeError, run_command
 from lime_dist.exported import load_model, require_transformers
@@ -46,11 +46,11 @@ def import_llama(folder: Path, config: Config) -> Path:
     check_start(config.model)
     values = read_json(folder / "config.json", "give a folder with a Hugging Face model")
     check_shape(folder, values, config.model)
-    train = TokenSplit(config.data.path or "", "train")
+    train, order = open_training(config.data, config.model.vocab_size)
     weights = read_safetensors(folder, config)
     tokens = first_tokens(train, config.data.sequence_length)
     if int(tokens.max()) >= config.model.vocab_size:
-        raise LimeError(f"{config.data.path}: has tokens above model.vocab_size={config.model.vocab_size}")
+        raise LimeError(f"{train.path}: has tokens above model.vocab_size={config.model.vocab_size}")
     original = load_model(folder)
     found = compare_logits(load_decoder(config.model, weights), lambda t: original(t, use_cache=False).logits, tokens)
     if not found.relative <= TOLERANCE:
@@ -59,9 +59,9 @@ def import_llama(folder: Path, config: Config) -> Path:
             "model; it does something that is not in its config.json's known keys; nothing was written"
         )
     directory = Path(config.run.directory) / "checkpoints"
-    path = write_checkpoint(directory, config, train.num_samples(config.data.sequence_length), weights)
+    path = write_checkpoint(directory, config, order.num_samples, weights)
     print(
-        f"compared on {found.tokens:,} tokens of {config.data.path}: largest difference of logits {found.difference:.1e} "
+        f"compared on {found.tokens:,} tokens of {train.path}: largest difference of logits {found.difference:.1e} "
         f"of at most {found.logit:.2f}"
     )
     return path

@@ -193,6 +193,11 @@ class DataConfig(Section):
             raise ValueError("set either data.path or data.blend: data.path=null goes with data.blend")
         return self
 
+    @property
+    def paths(self) -> list[str]:
+        """Of all datasets."""
+        return [entry.path for entry in self.blend or []] if self.path is None else [self.path]
+
 
 class BatchRampConfig(Section):
     """A global batch that grows from ``start`` by ``increment`` at a time while the first ``samples`` are consumed."""

@@ -159,5 +159,4 @@ def open_validation(config: DataConfig, vocab_size: int) -> TokenSplit | Blended
 
 
 def _splits(config: DataConfig, split: str, vocab_size: int) -> list[TokenSplit]:
-    paths = [config.path or ""] if config.blend is None else [entry.path for entry in config.blend]
-    return [TokenSplit(path, split, config.validation_fraction, vocab_size) for path in paths]
+    return [TokenSplit(path, split, config.validation_fraction, vocab_size) for path in config.paths]

@@ -10,10 +10,12 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -22,6 +24,7 @@ from lime_dist.config.load import dump_config, load_config
 from lime_dist.config.schema import Config
 from lime_dist.data.dataset import DATASET_FILE, check_shard_hashes, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import sha256_file
+from lime_dist.data.indexed import IndexedDataset, pair_paths
 from lime_dist.errors import LimeError
 
 PACKAGES = ("torch", "deepspeed", "numpy")
@@ -99,7 +102,7 @@ def gather(
         config = load_config(config_path, overrides)
     except LimeError as error:
         problem = str(error)
-    data, data_problems, shards = ("", [], 0) if config is None else look_at_data(config.data.path, verify)
+    data, data_problems, shards = ("", [], 0) if config is None else look_at_data(config.data.paths, verify)
     addresses = {peer: _resolve(peer) for peer in peers}
     return Facts(
         host=host,
@@ -148,23 +151,40 @@ def hash_config(config: Config) -> str:
     return hashlib.sha256(dump_config(config).encode()).hexdigest()
 
 
-def look_at_data(path: str, verify: bool) -> tuple[str, list[str], int]:
-    """(hash of dataset.json, what is wrong with the shards, how many there are)."""
-    folder, problems, shards = Path(path), [], 0
-    try:
-        description = read_dataset_json(folder)
-    except LimeError as error:
-        return "", [str(error)], 0
-    for split in description.get("splits", {}).values():
-        for shard in split.get("shards", ()):
+def look_at_data(paths: Sequence[str], verify: bool) -> tuple[str, list[str], int]:
+    """(hash of what describes the datasets, what is wrong with their shards, how many there are)."""
+    described, problems, shards = hashlib.sha256(), list[str](), 0
+    for path in paths:
+        folder = Path(path)
+        if not folder.is_dir() and pair_paths(path)[1].is_file():
+            described.update(sha256_file(pair_paths(path)[1]).encode())
+            problems += _problem(partial(IndexedDataset, path))
             shards += 1
-            try:
-                check_shard_sizes(folder, shard)
-                if verify:
-                    check_shard_hashes(folder, shard)
-            except LimeError as error:
-                problems.append(str(error))
-    return sha256_file(folder / DATASET_FILE), problems, shards
+            continue
+        problems += _problem(partial(read_dataset_json, folder))
+        if problems:
+            return "", problems, 0
+        described.update(sha256_file(folder / DATASET_FILE).encode())
+        for split in read_dataset_json(folder).get("splits", {}).values():
+            for shard in split.get("shards", ()):
+                shards += 1
+                problems += _problem(partial(_check_shard, folder, shard, verify))
+    return described.hexdigest(), problems, shards
+
+
+def _check_shard(folder: Path, shard: dict[str, Any], verify: bool) -> None:
+    check_shard_sizes(folder, shard)
+    if verify:
+        check_shard_hashes(folder, shard)
+
+
+def _problem(look: Callable[[], object]) -> list[str]:
+    """What is wrong, if anything is."""
+    try:
+        look()
+    except LimeError as error:
+        return [str(error)]
+    return []
 
 
 def existing_parent(path: Path) -> Path:

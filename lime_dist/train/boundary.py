@@ -139,7 +139,7 @@ class Boundary:
         consumed = self._before
         own = None
         if run.replica == replica and run.train_batches is not None:
-            own = (run.engine.stage_id, run.config.data.path or "data.blend", run.train_batches.checksums)
+            own = (run.engine.stage_id, " + ".join(run.config.data.paths), run.train_batches.checksums)
         with self._watching("who read other tokens at", state):
             found = describe_difference(run.config, run.order, consumed, run.replicas, replica, own)
         return (
