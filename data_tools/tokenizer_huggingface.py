@@ -29,7 +29,8 @@ def canonical(source: dict[str, Any], special: dict[str, int]) -> bytes:
     """
     model = {key: value for key, value in source["model"].items() if value is not None and value is not False}
     model.pop("dropout", None)
-    if "merges" in model:  # written as "a b" by older versions, as ["a", "b"] by newer ones
+    if "merges" in model:  # older versions write no type, and "a b" for ["a", "b"]
+        model.setdefault("type", "BPE")
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     added = {token["id"]: token for token in source.get("added_tokens") or []}
     for text, number in special.items():
