@@ -85,7 +85,7 @@ class HuggingFaceEncoder:
     """One of the two encoders behind ``Tokenizer``, from the bytes of ``canonical``; ValueError if it cannot be loaded.
 
     Attributes: ``vocab_size`` (highest id + 1, added tokens included), ``model_type`` (bpe, unigram, …), ``hash``,
-    ``holes`` (ids without a token), ``special_ids`` (all -1: the file does not say which token is bos, eos or pad).
+    ``holes`` (ids without a token), ``unknown_token`` (what a lossy model makes of what it does not know), ``special_ids`` (all -1: the file does not say which token is bos, eos or pad).
     """
 
     cut_rule = BETWEEN_WORDS
@@ -103,6 +103,7 @@ class HuggingFaceEncoder:
         self.model_type = type(self._tokenizer.model).__name__.lower()
         self.hash = hashlib.sha256(data).hexdigest()
         self.special_ids = {"bos": -1, "eos": -1, "pad": -1}
+        self.unknown_token: str | None = getattr(self._tokenizer.model, "unk_token", None)
         # Some pipelines put a space before a text that begins with none, and take one away in decoding: there a text
         # that begins with one is given a second, as sentencepiece's own prefix would.
         self._doubles_space = (self._back(" a"), self._back("  a")) == ("a", " a")
@@ -147,11 +148,9 @@ class HuggingFaceEncoder:
         return self._tokenizer.token_to_id(token)
 
     def special_tokens(self) -> dict[str, int]:
-        """The tokens that no text must become, with their ids. Not the one for what a lossy model does not know."""
+        """The tokens that no text must become, with their ids."""
         added = self._tokenizer.get_added_tokens_decoder()
-        special = {token.content: number for number, token in added.items() if token.special}
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
-        return {token: special[token] for token in sorted(special, key=special.__getitem__) if token != unknown}
+        return {added[number].content: number for number in sorted(added) if added[number].special}
 
     def whole_tokens(self) -> list[str]:
         """Special tokens, and tokens that are taken out of a text before it is encoded."""

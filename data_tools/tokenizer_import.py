@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,23 +69,18 @@ def configured_names(folder: Path) -> dict[str, str]:
     return names
 
 
-def choose_special_ids(encoder: Encoder, options: argparse.Namespace, folder: Path) -> dict[str, tuple[str, int]]:
+def choose_special_tokens(encoder: Encoder, options: argparse.Namespace, folder: Path) -> dict[str, tuple[str, int]]:
     """(token, id) of bos, eos and pad, ("", -1) for none: as named by hand, beside the model, in it, or as usual."""
     configured, special, chosen = configured_names(folder), encoder.special_tokens(), {}
     by_id = {number: token for token, number in special.items()}
     for name in USUAL_NAMES:
         by_hand = getattr(options, name)
+        if by_hand is not None and encoder.token_id(by_hand) is None:
+            raise LimeError(f"--{name} {by_hand}: not in the vocabulary; its special tokens are {_list(special)}")
         usual = [token for token in USUAL_NAMES[name] if token in special]
-        known = by_id.get(encoder.special_ids[name]) or (usual[0] if len(usual) == 1 else "")
-        for token in (by_hand, configured.get(name), known):
-            number = encoder.token_id(token) if token else None
-            if token == by_hand and token is not None and number is None:
-                raise LimeError(f"--{name} {token}: not in the vocabulary; its special tokens are {_list(special)}")
-            if token and number is not None:
-                chosen[name] = (token, number)
-                break
-        else:
-            chosen[name] = ("", -1)
+        known = by_id.get(encoder.special_ids[name]) or (usual[0] if len(usual) == 1 else None)
+        found = ((token, encoder.token_id(token)) for token in (by_hand, configured.get(name), known) if token)
+        chosen[name] = next(((token, number) for token, number in found if number is not None), ("", -1))
     if chosen["eos"][1] < 0:
         raise LimeError(
             f"--model {options.model}: which token ends a document is not said; name it with --eos (its special tokens "
@@ -97,30 +93,40 @@ def _list(tokens: dict[str, int]) -> str:
     return (", ".join(islice(tokens, 10)) + (", …" if len(tokens) > 10 else "")) or "none"
 
 
-def read_model(options: argparse.Namespace) -> tuple[str, bytes, Encoder, dict[str, tuple[str, int]], Path]:
-    """(kind, the model file's content as it will be kept, its encoder, bos/eos/pad, the file) of ``--model``.
+@dataclass(frozen=True)
+class Source:
+    """A model to import: its file, its content as it will be kept, and (token, id) of bos, eos and pad."""
+
+    path: Path
+    kind: str
+    model: bytes
+    encoder: Encoder
+    chosen: dict[str, tuple[str, int]]
+
+
+def read_source(options: argparse.Namespace) -> Source:
+    """What ``--model`` means; LimeError if that is no model.
 
     bos, eos and pad are made special in the copy where they are not, so that their text in a document is only text.
     """
     path = find_model(options.model)
     kind = "huggingface" if path.suffix == ".json" else "sentencepiece"
-    source = read_json(path, "give a whole tokenizer.json") if kind == "huggingface" else {}
-    if source.get("format") == FORMAT:
+    content = read_json(path, "give a whole tokenizer.json") if kind == "huggingface" else {}
+    if content.get("format") == FORMAT:
         raise LimeError(f"{path}: is a tokenizer of this program; give its folder to data_tools.pretokenize as it is")
-    if kind == "huggingface" and not isinstance(source.get("model"), dict):
+    if kind == "huggingface" and not isinstance(content.get("model"), dict):
         raise LimeError(f"{path}: no Hugging Face tokenizer, it has no model; give a tokenizer.json or a .model file")
     try:
-        plain = canonical(source, {}) if kind == "huggingface" else path.read_bytes()
+        plain = canonical(content, {}) if kind == "huggingface" else path.read_bytes()
         encoder = make_encoder(kind, plain)
-        chosen = choose_special_ids(encoder, options, path.parent)
+        chosen = choose_special_tokens(encoder, options, path.parent)
         ids = {token: number for token, number in chosen.values() if number >= 0}
-        model = canonical(source, ids) if kind == "huggingface" else with_control_symbols(plain, set(ids.values()))
-        return kind, model, encoder if model == plain else make_encoder(kind, model), chosen, path
+        model = canonical(content, ids) if kind == "huggingface" else with_control_symbols(plain, set(ids.values()))
+        return Source(path, kind, model, encoder if model == plain else make_encoder(kind, model), chosen)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = "Hugging Face tokenizer" if kind == "huggingface" else "sentencepiece model"
-        raise LimeError(
-            f"{path}: no {what} ({error!s:.200}); give a tokenizer.json or a sentencepiece .model"
-        ) from None
+        reason = f"{error!s:.200}".strip() or type(error).__name__
+        raise LimeError(f"{path}: no {what} ({reason}); give a tokenizer.json or a sentencepiece .model") from None
 
 
 def cuts_are_exact(tokenizer: Tokenizer, encoder: Encoder) -> bool:
@@ -131,10 +137,16 @@ def cuts_are_exact(tokenizer: Tokenizer, encoder: Encoder) -> bool:
     return all(np.array_equal(tokenizer.encode_in_pieces(CUT_TEXT, limit), whole) for limit in CUT_LIMITS)
 
 
-def special_out_of_text(tokenizer: Tokenizer, special: dict[str, int]) -> str | None:
-    """A special token that comes out of a document with special tokens' text in it, or None."""
+def special_out_of_text(tokenizer: Tokenizer, source: Source) -> str | None:
+    """A special token that comes out of documents with special tokens' text or strange characters in them, or None.
+
+    That for unknown characters may come out of a lossy tokenizer, unless it is bos, eos or pad.
+    """
+    special = source.encoder.special_tokens()
     texts = [text for token in special for text in (token, f"a{token}b", f" {token} ")]
-    found = set(np.concatenate([np.empty(0, dtype=np.int32), *tokenizer.encode_batch(texts)]).tolist())
+    found = set(np.concatenate(tokenizer.encode_batch([*texts, *HARD_TEXTS])).tolist())
+    special.pop(source.encoder.unknown_token or "", None)
+    special |= {token: number for token, number in source.chosen.values() if token}
     return next((token for token, number in special.items() if number in found), None)
 
 
@@ -145,28 +157,28 @@ def show_loss(text: str, back: str) -> str:
     return f"{text[shown]!a} came back as {back[shown]!a}"  # escaped: some differences cannot be seen
 
 
-def take_over(options: argparse.Namespace, output: Path) -> None:
-    """Read, write beside, check, and move into ``output``; nothing there changes unless all of it went well."""
-    kind, model, encoder, chosen, path = read_model(options)
+def take_over(source: Source, output: Path, allow_loss: bool, fresh: bool) -> None:
+    """Write beside, check, and move into ``output``; nothing there changes unless all of it went well."""
     standing = existing_facts(output)  # before anything is written
-    ids = {name: number for name, (_, number) in chosen.items()}
+    encoder, path = source.encoder, source.path
     imported = {"file": path.name, "sha256": sha256_file(path)}
-    facts = tokenizer_facts(encoder, kind, model, ids, imported=imported)
-    scratch = write_beside(output, model, facts)
+    ids = {name: number for name, (_, number) in source.chosen.items()}
+    facts = tokenizer_facts(encoder, source.kind, source.model, ids, imported=imported)
+    scratch = write_beside(output, source.model, facts)
     try:
-        tokenizer, special = Tokenizer(scratch), encoder.special_tokens()
-        token = special_out_of_text(tokenizer, special)
+        tokenizer = Tokenizer(scratch)
+        token = special_out_of_text(tokenizer, source)
         if token is not None:
             raise LimeError(
                 f"{path}: the text {token!r} in a document would become the special token; give another token or model"
             )
         texts = [*HARD_TEXTS, *(f"a{token}b {token} c" for token in encoder.whole_tokens())]
         lost = [show_loss(text, back) for text, back in failures(tokenizer, texts)]
-        if lost and not options.allow_loss:
+        if lost and not allow_loss:
             raise LimeError(f"{path}: does not give every text back: {lost[0]}; accept that with --allow-loss")
         facts |= {"exact": not lost, "cuttable": cuts_are_exact(tokenizer, encoder)}
         write_atomic(scratch / FACTS_FILE, json_bytes(facts))
-        reused = standing is not None and not options.fresh
+        reused = standing is not None and not fresh
         if standing and reused and any(standing.get(key) != facts[key] for key in facts if key != "imported"):
             raise LimeError(f"{output}: holds another tokenizer; give another --output, or --fresh to replace it")
         if reused:
@@ -177,7 +189,9 @@ def take_over(options: argparse.Namespace, output: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"tokenizer {'complete, reused' if reused else 'imported'}: {encoder.vocab_size} ids in {output}")
     print(
-        ", ".join(f"{name} {token!r} ({number})" if token else f"no {name}" for name, (token, number) in chosen.items())
+        ", ".join(
+            f"{name} {token!r} ({number})" if token else f"no {name}" for name, (token, number) in source.chosen.items()
+        )
     )
     if encoder.holes:
         print(f"{encoder.holes} ids below {encoder.vocab_size} name no token; they cost rows of the embedding")
@@ -212,6 +226,7 @@ def add_arguments(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """``python -m data_tools.tokenizer import``."""
-    output = Path(options.output)
-    with disk_errors("put this right and run the same command again"), lock_folder(output):
-        take_over(options, output)
+    with disk_errors("put this right and run the same command again"):
+        source, output = read_source(options), Path(options.output)
+        with lock_folder(output):
+            take_over(source, output, options.allow_loss, options.fresh)

@@ -49,7 +49,7 @@ class SentencePieceEncoder:
     """One of the two encoders behind ``Tokenizer``, from a model file's content; RuntimeError if it is no model.
 
     Attributes: ``vocab_size``, ``model_type`` (bpe, unigram, …), ``hash`` (of the pieces and of what is done to a text
-    before), ``special_ids`` (what each bos, eos and pad is in the model itself, -1 for none).
+    before), ``unknown_token``, ``special_ids`` (what each bos, eos and pad is in the model itself, -1 for none).
     """
 
     cut_rule = AT_BLANKS
@@ -63,6 +63,7 @@ class SentencePieceEncoder:
         self.vocab_size: int = self._model.vocab_size()
         types = self._content.trainer_spec.ModelType.Name(self._content.trainer_spec.model_type)
         self.model_type = types.lower()
+        self.unknown_token: str | None = self._model.id_to_piece(self._model.unk_id())
         self.special_ids = {"bos": self._model.bos_id(), "eos": self._model.eos_id(), "pad": self._model.pad_id()}
 
     @cached_property
