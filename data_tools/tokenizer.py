@@ -111,8 +111,12 @@ class Tokenizer:
         the ids of the whole as long as each piece has a place to cut (``tokenizer_pieces``); they come back either way.
         """
         plain = [text for text in texts if self._is_plain(text)]
-        ids = iter(self._encoder.encode_batch(plain) if plain else [])
-        return [next(ids) if self._is_plain(text) else self.encode_in_pieces(text) for text in texts]
+        try:
+            ids = iter(self._encoder.encode_batch(plain) if plain else [])
+            return [next(ids) if self._is_plain(text) else self.encode_in_pieces(text) for text in texts]
+        except TypeError:  # all that the libraries say of a lone surrogate
+            "".join(texts).encode()
+            raise
 
     def _is_plain(self, text: str) -> bool:
         return len(text) <= PIECE_CHARACTERS and (SPACE_MARK not in text or self._mark_ids is None)

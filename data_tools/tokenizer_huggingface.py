@@ -57,9 +57,8 @@ def without_prefix(component: dict[str, Any] | None) -> dict[str, Any] | None:
         parts = "normalizers" if "normalizers" in component else "pretokenizers"
         return {**component, parts: [part for part in map(without_prefix, component[parts]) if part]}
     if component["type"] == "Metaspace":
-        return {key: value for key, value in component.items() if key != "add_prefix_space"} | {
-            "prepend_scheme": "never"
-        }
+        kept = {key: value for key, value in component.items() if key != "add_prefix_space"}  # what it was called once
+        return kept | {"prepend_scheme": "never"}
     return component | {"add_prefix_space": False} if component["type"] == "ByteLevel" else component
 
 
@@ -76,7 +75,7 @@ def load(data: bytes) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError(str(error).partition("\n")[0]) from None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -85,7 +84,8 @@ class HuggingFaceEncoder:
     """One of the two encoders behind ``Tokenizer``, from the bytes of ``canonical``; ValueError if it cannot be loaded.
 
     Attributes: ``vocab_size`` (highest id + 1, added tokens included), ``model_type`` (bpe, unigram, …), ``hash``,
-    ``holes`` (ids without a token), ``unknown_token`` (what a lossy model makes of what it does not know), ``special_ids`` (all -1: the file does not say which token is bos, eos or pad).
+    ``holes`` (ids without a token), ``unknown_token`` (what a lossy model makes of a word that it does not know),
+    ``special_ids`` (all -1: the file does not say which token is bos, eos or pad).
     """
 
     cut_rule = BETWEEN_WORDS
@@ -123,12 +123,7 @@ class HuggingFaceEncoder:
 
     @staticmethod
     def _ids(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
-        try:
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError:
-            for text in texts:
-                text.encode()  # a lone surrogate raises UnicodeEncodeError
-            raise
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     @cached_property

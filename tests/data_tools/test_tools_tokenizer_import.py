@@ -74,11 +74,9 @@ def test_a_trained_model_imports_as_itself(trained: Tokenizer, tmp_path: Path) -
     assert take_over(trained.folder / "tokenizer.model", tmp_path / "t").hash == trained.hash
 
 
-def test_shards_of_an_imported_tokenizer(
-    corpus: Path, byte_level: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The whole way: the pretokenizer takes the folder, documents end with its eos, inspect decodes them."""
-    take_over(write(tmp_path / "tokenizer.json", byte_level), tmp_path / "t")
+def test_shards_of_an_imported_tokenizer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way: the pretokenizer takes the folder, documents begin and end with its ids, inspect decodes them."""
+    take_over(write(tmp_path / "tokenizer.json", llama_3()), tmp_path / "t")
     given = [
         "--input",
         str(corpus / "c.jsonl"),
@@ -87,9 +85,9 @@ def test_shards_of_an_imported_tokenizer(
         "--output",
         str(tmp_path / "shards"),
     ]
-    pretokenize.main([*given, "--workers", "1"])
+    pretokenize.main([*given, "--workers", "1", "--bos"])
     facts = read_json(tmp_path / "shards" / "dataset.json", "")
-    assert (facts["eos_id"], facts["bos_id"], facts["pad_id"], facts["vocab_size"]) == (0, -1, -1, 700)
+    assert (facts["bos_id"], facts["eos_id"], facts["pad_id"], facts["vocab_size"]) == (800, 801, -1, 803)
     inspect.main([str(tmp_path / "shards"), "--verify"])
     assert "Document 3-" in capsys.readouterr().out
 
