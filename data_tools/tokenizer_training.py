@@ -16,17 +16,11 @@ import sentencepiece
 from data_tools.common import disk_errors, progress_bar
 from data_tools.inputs import INPUT_HELP, InputFile, fingerprint, list_inputs, row_group_bytes
 from data_tools.sources import Tally, read_file
-from data_tools.tokenizer import (
-    FACTS_FILE,
-    MODEL_FILE,
-    SPACE_MARK,
-    Tokenizer,
-    cut,
-    first_failure,
-    replace_folder,
-    tokenizer_facts,
-)
-from lime_dist.data.files import lock_folder, read_json, write_atomic
+from data_tools.tokenizer import Tokenizer, first_failure
+from data_tools.tokenizer_folder import HARD_TEXTS, existing_facts, replace_folder, tokenizer_facts, write_beside
+from data_tools.tokenizer_pieces import cut
+from data_tools.tokenizer_sentencepiece import SPACE_MARK, SentencePieceEncoder
+from lime_dist.data.files import lock_folder
 from lime_dist.errors import LimeError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
@@ -34,17 +28,6 @@ TRAINING_CHARACTERS = (
     1000  # sentencepiece skips training sentences over 4192 bytes without a word; a character has at most 4
 )
 CHECKED_DOCUMENTS = 1000
-HARD_TEXTS = [
-    "",
-    " ",
-    "  two  spaces, trailing  ",
-    "\n\n\ttab\r\nline feed\n",
-    "\0\x01\x1f\x7f\u0085\u00a0\u200b\u2028\ufeff",
-    "emoji 😀👩‍👩‍👧‍👦🏳️‍🌈, 漢字かな한글, العربية, e\u0301, \U0010ffff",
-    f"<s></s><pad><unk><0x41> {SPACE_MARK}lower{SPACE_MARK * 3} \u2047\ufffd",
-    "x" * 5000,
-    "1234567890 3.14 " * 300,
-]
 
 
 def file_budgets(sizes: list[int], budget: int) -> list[int]:
@@ -84,8 +67,11 @@ def sample_documents(
                 break
 
 
-def train_model(texts: Iterator[str], vocab_size: int, model_type: str) -> sentencepiece.SentencePieceProcessor:
-    """Train on texts, cut so that none is skipped; LimeError with sentencepiece's own words if it cannot be done."""
+def train_model(texts: Iterator[str], vocab_size: int, model_type: str) -> bytes:
+    """Train on texts, cut so that none is skipped, and give a model file's content.
+
+    LimeError with sentencepiece's own words if it cannot be done.
+    """
     pieces = (
         piece for text in texts for piece in cut(text.replace("\0", "").replace(SPACE_MARK, ""), TRAINING_CHARACTERS)
     )
@@ -116,7 +102,7 @@ def train_model(texts: Iterator[str], vocab_size: int, model_type: str) -> sente
         raise LimeError(
             f"sentencepiece cannot train {vocab_size} pieces on this input: {reason}; lower --vocab-size or give more text"
         ) from None
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return model.getvalue()
 
 
 def write_tokenizer(
@@ -139,11 +125,9 @@ def write_tokenizer(
         f"training {options.vocab_size} {options.model_type} pieces on {size / 1e6:.1f} MB, {len(texts):,} documents …"
     )
     model = train_model(iter(texts), options.vocab_size, options.model_type)
-    scratch = output / ".new"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    write_atomic(scratch / MODEL_FILE, model.serialized_model_proto())
-    write_atomic(scratch / FACTS_FILE, tokenizer_facts(model, options.model_type, training))
+    encoder = SentencePieceEncoder(model)
+    facts = tokenizer_facts(encoder, "sentencepiece", model, encoder.special_ids, training=training)
+    scratch = write_beside(output, model, facts)
     checked = texts[:: max(1, len(texts) // CHECKED_DOCUMENTS)]
     failure = first_failure(Tokenizer(scratch), [*HARD_TEXTS, *checked])
     if failure is not None:
@@ -154,17 +138,16 @@ def write_tokenizer(
     print(f"tokenizer written to {output} in {seconds:.1f} s; {len(checked):,} documents came back exactly")
 
 
-def reusable(output: Path, training: dict[str, Any]) -> bool:
+def reusable(output: Path, training: dict[str, Any], fresh: bool) -> bool:
     """Whether the folder holds the tokenizer of this very call, whole; a LimeError if it holds another one."""
-    if not (output / FACTS_FILE).exists():
+    facts = existing_facts(output)
+    if facts is None or fresh:
         return False
-    facts = read_json(output / FACTS_FILE, "add --fresh to train again")
-    different = [key for key in training if facts.get("training", {}).get(key) != training[key]]
+    trained = facts.get("training") or {}
+    different = [key for key in training if trained.get(key) != training[key]]
     if different:
-        raise LimeError(
-            f"{output}: holds a tokenizer trained with other {' and '.join(different)}; give another --output, or "
-            "--fresh to replace it"
-        )
+        kind = f"trained with other {' and '.join(different)}" if trained else "that was imported"
+        raise LimeError(f"{output}: holds a tokenizer {kind}; give another --output, or --fresh to replace it")
     Tokenizer(output)
     return True
 
@@ -174,7 +157,15 @@ def add_arguments(commands: Any) -> None:
     about = (
         "Train on an even sample of the input; identity normalisation, byte fallback, digits split, white space kept."
     )
-    parser = commands.add_parser("train", help=about, description=about)
+    example = "python -m data_tools.tokenizer train --input data/embedded --output data/tokenizer --vocab-size 4096"
+    parser = commands.add_parser(
+        "train",
+        help=about,
+        description=about,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
     parser.add_argument("--input", required=True, help=INPUT_HELP)
     parser.add_argument("--output", required=True, help="folder for the tokenizer")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, the 256 bytes and 5 symbols included")
@@ -195,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
     }
     training["inputs"] = [fingerprint(file) for file in files]
     with disk_errors("put this right and run the same command again"), lock_folder(output):
-        if not options.fresh and reusable(output, training):
+        if reusable(output, training, options.fresh):
             print(f"tokenizer complete, reused: {options.vocab_size} pieces in {output}")
             return
         write_tokenizer(files, output, options, training)

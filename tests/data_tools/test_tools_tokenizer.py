@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+from hypothesis import given
+from support.vocabularies import any_text, quick
 
 from data_tools import tokenizer_training
 from data_tools.sources import Tally, documents, list_inputs
-from data_tools.tokenizer import PIECE_CHARACTERS, Tokenizer, cut, main
-from data_tools.tokenizer_training import HARD_TEXTS, file_budgets, sample_documents
+from data_tools.tokenizer import PIECE_CHARACTERS, Tokenizer, main
+from data_tools.tokenizer_folder import EVERY_BYTE, HARD_TEXTS
+from data_tools.tokenizer_pieces import BETWEEN_WORDS, cut
+from data_tools.tokenizer_training import file_budgets, sample_documents
 from lime_dist.errors import LimeError
 
 
@@ -32,6 +40,62 @@ def test_every_text_comes_back_exactly(either: Tokenizer, corpus: Path) -> None:
         assert either.decode(ids) == text
         assert ids.size == 0 or (0 <= ids.min() and ids.max() < either.vocab_size)
         np.testing.assert_array_equal(ids, either.encode(text))
+
+
+@given(text=any_text)
+@quick
+def test_any_text_comes_back_exactly(either: Tokenizer, text: str) -> None:
+    ids = either.encode(text)
+    assert either.decode(ids) == text and not np.isin(ids, [0, 1, 2, 3]).any()
+    assert either.decode(either.encode_in_pieces(text, 5)) == text
+
+
+def test_the_hard_texts_have_every_byte_of_utf_8() -> None:
+    """A byte that UTF-8 never has (C0, C1, F5 to FF) need not be in a vocabulary; all others must."""
+    assert sorted(set(EVERY_BYTE.encode())) == [*range(0xC0), *range(0xC2, 0xF5)]
+
+
+def test_pieces_are_as_asked(either: Tokenizer) -> None:
+    """256 bytes to fall back on, no two digits in a piece, and the ids that the facts state."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(either.folder / "tokenizer.model"))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    bytes_known = [piece for i, piece in enumerate(pieces) if model.is_byte(i)]
+    assert bytes_known == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert not [piece for i, piece in enumerate(pieces) if not model.is_byte(i) and sum(map(str.isdigit, piece)) > 1]
+    assert pieces[:4] == ["<unk>", "<s>", "</s>", "<pad>"]
+    assert {name: either.facts[name] for name in ("bos_id", "eos_id", "pad_id", "vocab_size", "exact", "kind")} == {
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": 3,
+        "vocab_size": 500,
+        "exact": True,
+        "kind": "sentencepiece",
+    }
+    assert either.exact and either.encode("1234").size >= 4
+
+
+def test_another_process_learns_the_same_pieces(either: Tokenizer, corpus: Path, tmp_path: Path) -> None:
+    """BPE and unigram, with other hashes of strings and more threads allowed."""
+    given = ["--input", str(corpus), "--output", str(tmp_path), "--vocab-size", "500"]
+    subprocess.run(
+        [sys.executable, "-m", "data_tools.tokenizer", "train", *given, "--model-type", either.facts["model_type"]],
+        env=os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"},
+        check=True,
+        capture_output=True,
+    )
+    assert Tokenizer(tmp_path).facts == either.facts
+
+
+def test_a_folder_from_before_there_was_an_import(trained: Tokenizer, tmp_path: Path) -> None:
+    facts = {key: value for key, value in trained.facts.items() if key not in ("kind", "exact", "cuttable")}
+    shutil.copytree(trained.folder, tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(facts))
+    one = Tokenizer(tmp_path / "t")
+    assert (
+        one.exact
+        and one.hash == trained.hash
+        and one.encode("some text").tolist() == trained.encode("some text").tolist()
+    )
 
 
 def test_encoding_in_pieces_gives_the_same_ids(
@@ -57,6 +121,8 @@ def test_cuts_concatenate_to_the_text_and_respect_the_limit() -> None:
         pieces = cut(text, 7)
         assert "".join(pieces) == text and all(len(piece) <= 7 for piece in pieces)
     assert cut("one two\nthree four", 10) == ["one two\n", "three four"]
+    assert cut("one.\ntwo  \nthree four", 12, BETWEEN_WORDS) == ["one.\n", "two  \nthree", " four"]
+    assert cut("one\n\ntwo\n !", 9, BETWEEN_WORDS) == ["one\n\ntwo\n", " !"]  # nowhere to cut, so at the limit
     assert cut("one   three", 6) == ["one", "   three"[:6], "ee"] and cut("x" * 9, 4) == ["xxxx", "xxxx", "x"]
 
 
@@ -85,12 +151,14 @@ def test_the_same_input_and_seed_give_the_same_pieces(
 
 
 def test_long_documents_are_trained_on(tmp_path: Path) -> None:
-    """A word that occurs only inside one document of 300 KB becomes a piece (sentencepiece alone skips the document)."""
+    """A word that occurs only inside one document of 300 KB becomes a piece (sentencepiece alone skips the document),
+    and so does one of a document without a single blank, of characters of three bytes."""
     lines = [json.dumps({"text": f"short text {i}"}) for i in range(50)]
-    lines.append(json.dumps({"text": "the zyzzyva sings " * 15000}))
+    lines += [json.dumps({"text": "the zyzzyva sings " * 15000}), json.dumps({"text": "漢字" * 15000})]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    main(["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size", "300"])
+    main(["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size", "310"])
     assert Tokenizer(tmp_path / "t").encode(" zyzzyva").size == 1
+    assert Tokenizer(tmp_path / "t").encode("a漢字漢字").size <= 3
 
 
 def test_the_sample_is_even_over_files(corpus: Path) -> None:
