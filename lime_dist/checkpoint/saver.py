@@ -102,9 +102,9 @@ class Saver:
         self._under_way: _Write | None = None
 
     @property
-    def pending(self) -> bool:
-        """Whether a checkpoint is begun and not finished; the same on all ranks."""
-        return self._under_way is not None
+    def pending(self) -> TrainState | None:
+        """The state of which a checkpoint is begun and not finished; the same on all ranks."""
+        return None if self._under_way is None else self._under_way.state
 
     @property
     def writing(self) -> bool:

@@ -171,10 +171,11 @@ class Boundary:
 
     def _settle(self, state: TrainState, last: bool = False) -> None:
         """Finish the checkpoint under way, if there is one."""
-        if not self._run.saver.pending:
+        pending = self._run.saver.pending
+        if pending is None:
             return
         try:
-            with self._watching("the end of the checkpoint before", state):
+            with self._watching("the checkpoint of", pending):
                 saved = self._run.saver.finish()
         except LimeError as error:
             self._not_saved(state, error, last)

@@ -1,0 +1,321 @@
+"""Kill runs at random moments, start them again by the same command, and compare with a run that nobody disturbed.
+
+    python benchmarks/chaos.py --data data/quickstart/shards --output runs/chaos --runs 40
+    python benchmarks/chaos.py --data … --output … --runs 3 --steps 30 model.hidden_size=32
+
+A run is two stages under `deepspeed` on this machine. Half of them lose a rank to `kill -9`, half their launcher: in turn the
+`deepspeed` that a user starts and the `deepspeed.launcher.launch` under it. Every third is killed while a checkpoint is being
+written (its hidden folder is there), the others at a random moment of a random step. Half save in the background. A run passes
+if the same command, called at once, ends with the undisturbed run's losses, gradient norms and validation losses bit for bit,
+if no more steps were repeated than lie between checkpoints (in the background: and are taken while one is written), and if all
+killed processes' companions were gone within 30 s.
+
+Resumable: a run that is in results.json of --output is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from results import read_results, write, write_results
+
+from lime_dist import load_config
+from lime_dist.errors import LimeError, run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = [
+    "model.vocab_size=4096", "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=6",
+    "model.num_attention_heads=4", "data.sequence_length=32", "train.global_batch_size=8", "train.micro_batch_size=2",
+    "train.evaluation_samples=16", "train.log_interval=1000", "parallel.pipeline_stages=2", "pipeline.timeout=60",
+]  # fmt: skip
+"""What all runs share, over configs/quickstart.yaml; overrides on the command line come after it."""
+
+PATIENCE = 300.0
+"""Seconds that anything here may take before the harness gives up."""
+GONE_WITHIN = 30.0
+"""Seconds that the other processes may take to end: as long as the launcher waits before it kills them."""
+CLOCK = ("step_seconds", "tokens_per_second")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to a run.
+
+    Attributes:
+        victim: rank, deepspeed (what a user starts) or launch (the process that it starts, the ranks' parent).
+        step: in which it is killed.
+        inside: while the checkpoint of that step is written.
+        delay: seconds from that moment to the kill.
+    """
+
+    victim: str
+    step: int
+    inside: bool
+    delay: float
+    rank: int
+    asynchronous: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it. ``seconds_until_gone``: from the kill to the end of the last process of the job."""
+
+    victim: str
+    inside: bool
+    asynchronous: bool
+    killed_at: int
+    resumed_from: int
+    equal: bool
+    repeated: int
+    seconds_until_gone: float
+    seconds: float
+
+
+def make_plan(seed: int, index: int, steps: int, interval: int) -> Plan:
+    generator = random.Random(f"{seed} {index}")
+    inside = index % 3 == 0
+    latest = max(2, steps - interval)  # so that it does not end before its moment
+    checkpoints = range(interval, max(interval + 1, latest), interval)
+    return Plan(
+        victim="rank" if index % 2 == 0 else ("deepspeed", "launch")[index // 2 % 2],
+        step=generator.choice(checkpoints) if inside else generator.randrange(1, latest),
+        inside=inside,
+        delay=generator.uniform(0, 0.01 if inside else 0.1),
+        rank=generator.randrange(2),
+        asynchronous=index % 4 >= 2,
+    )
+
+
+class Job:
+    """One call of the command, its output in ``log``."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        environment = {
+            key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        self._log = log
+        with log.open("a") as file:
+            self._begin = file.tell()
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+
+    def said(self) -> str:
+        return self._log.read_bytes()[self._begin :].decode(errors="replace")
+
+    def family(self) -> list[psutil.Process]:
+        """The process and all below it."""
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+    def finish(self) -> None:
+        """LimeError unless it ends well."""
+        status = self.process.wait(PATIENCE)
+        if status:
+            raise LimeError(f"{self._log}: the command ended with status {status}: {self.said().strip()[-500:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder with dataset.json")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the runs, table.md and results.json")
+    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--interval", type=int, default=6, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    if arguments.runs < 1 or not 1 <= arguments.interval < arguments.steps:
+        raise LimeError(
+            f"--runs {arguments.runs}, --interval {arguments.interval}, --steps {arguments.steps}: give at least one run "
+            "and one checkpoint before the last step"
+        )
+    overrides = [
+        *SIZE, *arguments.overrides, f"data.path={arguments.data.resolve()}", f"train.steps={arguments.steps}",
+        f"train.checkpoint_interval={arguments.interval}", f"train.evaluation_interval={2 * arguments.interval}",
+    ]  # fmt: skip
+    load_config(ROOT / "configs/quickstart.yaml", overrides)  # a mistake shows before anything runs
+    settings = {
+        "overrides": overrides,
+        "steps": arguments.steps,
+        "interval": arguments.interval,
+        "seed": arguments.seed,
+    }
+    output = arguments.output.resolve()
+    found = read_results(output, settings)
+    wanted = undisturbed(output, overrides)
+    for index in range(arguments.runs):
+        if str(index) not in found:
+            plan = make_plan(arguments.seed, index, arguments.steps, arguments.interval)
+            result = disturb(output / f"run{index:03d}", overrides, plan, wanted)
+            found[str(index)] = asdict(result)
+            write_results(output, settings, found)
+            print(f"run {index}: {result}", flush=True)
+    results = [Result(**found[str(index)]) for index in range(arguments.runs)]
+    table = make_table(results, arguments.interval)
+    write(output / "table.md", table)
+    print(table)
+    for index, result in enumerate(results):
+        if not passes(result, arguments.interval):
+            raise LimeError(f"run {index} of {output} is not what an undisturbed run gives: {result}")
+
+
+def undisturbed(output: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """The records of a run that nothing happens to; run once."""
+    directory = output / "undisturbed"
+    Job(make_command(directory, overrides), output / "undisturbed.log").finish()  # a finished one ends at once
+    return numbers(directory)
+
+
+def disturb(directory: Path, overrides: list[str], plan: Plan, wanted: list[dict[str, Any]]) -> Result:
+    """Run, kill, run again by the same command, compare."""
+    begin = time.monotonic()
+    overrides = [*overrides, f"checkpoint.asynchronous={str(plan.asynchronous).lower()}"]
+    log = directory.with_suffix(".log")
+    command = make_command(directory, overrides)
+    subprocess.run(["rm", "-rf", str(directory)], check=True)
+    job = Job(command, log)
+    try:
+        wait_for_moment(job, directory, plan)
+        family = job.family()
+        victim = choose_victim(family, plan)
+        inside = bool(partial_folders(directory))
+        victim.kill()
+        killed = time.monotonic()
+    except psutil.NoSuchProcess:
+        raise LimeError(f"{directory.name} ended before its moment came; give more --steps") from None
+    killed_at = last_step(directory)
+    if plan.victim == "rank":  # its launcher ends with it; a launcher's death nobody waits for
+        job.process.wait(PATIENCE)
+    again = Job(command, log)
+    gone, alive = psutil.wait_procs(family, timeout=PATIENCE)
+    seconds_until_gone = time.monotonic() - killed
+    if alive:
+        raise LimeError(f"{directory.name}: still there {PATIENCE:.0f} s after the kill: {alive}")
+    reached = last_step(directory)  # before the new processes cut off what they repeat: they take seconds to start
+    again.finish()
+    resumed = re.search(r"^resumed from step (\d+) ", again.said(), re.MULTILINE)
+    resumed_from = int(resumed[1]) if resumed else 0
+    return Result(
+        victim=plan.victim,
+        inside=inside,
+        asynchronous=plan.asynchronous,
+        killed_at=killed_at,
+        resumed_from=resumed_from,
+        equal=numbers(directory) == wanted,
+        repeated=max(0, reached - resumed_from),
+        seconds_until_gone=seconds_until_gone,
+        seconds=time.monotonic() - begin,
+    )
+
+
+def make_command(directory: Path, overrides: list[str]) -> list[str]:
+    """The command of a run, the same whenever it is called: the port too, which the run's name decides."""
+    port = 20000 + zlib.crc32(str(directory).encode()) % 10000
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull]
+    entry = [str(ROOT / "pretrain.py"), "--config", str(ROOT / "configs/quickstart.yaml")]
+    return [*launcher, "--num_gpus", "2", "--master_port", str(port), *entry, *overrides, f"run.directory={directory}"]
+
+
+def wait_for_moment(job: Job, directory: Path, plan: Plan) -> None:
+    """Return when the victim is to be killed; ``psutil.NoSuchProcess`` if the run ends before."""
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            if job.process.poll() is not None:
+                raise psutil.NoSuchProcess(job.process.pid)
+            if time.monotonic() > deadline:
+                raise LimeError(f"{directory.name}: nothing happened for {PATIENCE:.0f} s")
+            time.sleep(0.0005)
+
+    metrics = directory / "metrics.jsonl"
+    until(metrics.exists)
+    if not plan.inside:
+        until(lambda: last_step(directory) >= plan.step)
+        time.sleep(plan.delay)
+        return
+    until(lambda: last_step(directory) >= plan.step - 1)
+    while True:  # a save may be over before the delay is: then the next one
+        until(lambda: bool(partial_folders(directory)))
+        time.sleep(plan.delay)
+        if partial_folders(directory):
+            return
+
+
+def partial_folders(directory: Path) -> list[str]:
+    """The checkpoints that are being written."""
+    try:
+        return [name for name in os.listdir(directory / "checkpoints") if name.endswith(".partial")]
+    except FileNotFoundError:
+        return []
+
+
+def choose_victim(family: list[psutil.Process], plan: Plan) -> psutil.Process:
+    if plan.victim == "deepspeed":
+        return family[0]
+    for process in family:
+        words = process.cmdline()
+        if plan.victim == "launch" and "deepspeed.launcher.launch" in words:
+            return process
+        if plan.victim == "rank" and f"--local_rank={plan.rank}" in words:
+            return process
+    raise psutil.NoSuchProcess(family[0].pid)
+
+
+def last_step(directory: Path) -> int:
+    """The newest step whose line is whole."""
+    try:
+        text = (directory / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return 0
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def numbers(directory: Path) -> list[dict[str, Any]]:
+    """The records of a run without what the clock decides. Every figure is a float's shortest text: equal means bit for bit."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
+
+
+def passes(result: Result, interval: int) -> bool:
+    most = interval if not result.asynchronous else 2 * interval
+    return result.equal and result.repeated <= most and result.seconds_until_gone <= GONE_WITHIN
+
+
+def make_table(results: list[Result], interval: int) -> str:
+    lines = [
+        f"Checkpoints every {interval} steps.\n",
+        "| killed | when | saving | runs | same to the last bit | most steps repeated | all gone after, at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    kinds = sorted({(r.victim, r.inside, r.asynchronous) for r in results}, key=lambda kind: (kind[0] != "rank", *kind))
+    for victim, inside, asynchronous in kinds:
+        group = [r for r in results if (r.victim, r.inside, r.asynchronous) == (victim, inside, asynchronous)]
+        lines.append(
+            f"| {'a rank' if victim == 'rank' else f'`{victim}`'} | {'in a save' if inside else 'at any moment'} | "
+            f"{'in the background' if asynchronous else 'at once'} | {len(group)} | {sum(r.equal for r in group)} | "
+            f"{max(r.repeated for r in group)} | {max(r.seconds_until_gone for r in group):.1f} s |"
+        )
+    passed = sum(passes(result, interval) for result in results)
+    lines.append(
+        f"\n{passed} of {len(results)} runs passed; they took {sum(r.seconds for r in results) / 60:.0f} minutes."
+    )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_command(main)
