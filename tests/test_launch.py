@@ -28,7 +28,8 @@ done
 trap 'kill -USR1 "${tasks[@]}"' USR1
 largest=0
 for task in "${tasks[@]}"; do
-  while kill -0 "$task" 2>/dev/null; do wait "$task" && status=0 || status=$?; done
+  wait "$task" && status=0 || status=$?
+  ((status > 128)) && { wait "$task" && status=0 || status=$?; } # a signal had come
   ((status > largest)) && largest=$status
 done
 exit "$largest"
