@@ -6,6 +6,7 @@
 #   take_config SCRIPT CONFIG ARGUMENT ...     sets $arguments for pretrain.py, and $dry_run
 #   prepare [EXTRA ...]       make the virtual environment and install the project with these extras; sets $bin
 #   launch N ARGUMENT ...     run pretrain.py under `deepspeed` in N processes on this machine
+#   await PID                 wait for a child through signals; sets $status
 #   run_stoppable STOP COMMAND ...             run COMMAND; on a signal to this script call STOP with its process number
 #   show_hosts HOSTS COUNTS COMMAND            print what runs where: names and processes of hosts, a word each
 #
@@ -152,14 +153,24 @@ stop_child() { # stop_child PID
   pkill -TERM -P "$1" || kill -TERM "$1" || true
 }
 
+# Sets $status to a child's exit status, however often signals interrupt the waiting.
+await() { # await PID
+  local again
+  while :; do
+    wait "$1" && status=0 || status=$?
+    kill -0 "$1" 2>/dev/null || break
+  done
+  # It may have ended between an interrupted wait and the question whether it is still there.
+  wait "$1" 2>/dev/null && again=0 || again=$?
+  if ((again != 127)); then status=$again; fi
+}
+
 run_stoppable() {
   local stop="$1" status=0 stopped=false child
   "${@:2}" &
   child=$!
   trap 'stopped=true; "$stop" "$child"' INT TERM HUP
-  while kill -0 "$child" 2>/dev/null; do
-    wait "$child" && status=0 || status=$?
-  done
+  await "$child"
   trap - INT TERM HUP
   # Not `deepspeed`'s own status: it takes a child that a signal ended for a success.
   if $stopped; then return 143; fi

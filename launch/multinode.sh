@@ -47,7 +47,7 @@ hosts="" counts=""
 while read -r host slots rest; do
   [[ -z "$host" || "$host" == "#"* ]] && continue
   [[ "$slots" =~ ^slots=[1-9][0-9]*$ && (-z "$rest" || "$rest" == "#"*) ]] ||
-    fail "$hostfile: '$host $slots${rest:+ $rest}' is not 'HOST slots=N'"
+    fail "$hostfile: '$host${slots:+ $slots}${rest:+ $rest}' is not 'HOST slots=N'"
   [[ " $hosts " != *" $host "* ]] || fail "$hostfile: $host stands twice"
   hosts+="$host " counts+="${slots#slots=} "
 done < <(cat "$hostfile" && echo)

@@ -192,7 +192,7 @@ def test_bytes_between_hosts() -> None:
     assert crossing_bytes(config, hosts, "replicas_together") == 2 * 2 * 4 * payload
     (line,) = said(found(on=job(*overrides, slots=2)))
     assert (
-        line.startswith("warning: parallel.topology=stages_together sends 0.1 MB") and "replicas_together would" in line
+        line.startswith("warning: parallel.topology=stages_together sends 0.2 MB") and "replicas_together would" in line
     )
     assert said(found(on=job(*overrides, "parallel.topology=replicas_together", slots=2))) == []
 

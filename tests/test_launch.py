@@ -1,0 +1,242 @@
+"""Protects the scripts of launch/: what they would run where, what travels, and the rank and requeue logic under Slurm.
+
+`tests/cluster/` runs them over several hosts, and under a real Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "configs/quickstart.yaml"
+
+SRUN = """#!/usr/bin/env bash
+# Starts the command once a task and passes signals on, as srun does; the largest status is its own.
+while [[ "$1" == --* ]]; do shift; done
+tasks=()
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+  SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
+  tasks+=($!)
+done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+largest=0
+for task in "${tasks[@]}"; do
+  wait "$task" && status=0 || status=$?
+  ((status > 128)) && { wait "$task" && status=0 || status=$?; } # a signal had come
+  ((status > largest)) && largest=$status
+done
+exit "$largest"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$1 $2" in
+  "show hostnames") echo localhost && echo elsewhere ;;
+  "requeue "*) echo "$2" >>"$REQUEUED" ;;
+esac
+"""
+PYTHON = """#!/usr/bin/env bash
+# Stands in for pretrain.py: says its ranks, then ends by itself, or when it is told to, as pretrain.py does.
+trap 'echo "rank $RANK saves"; exit 0' USR1
+echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK here, at $MASTER_ADDR:$MASTER_PORT, $OMP_NUM_THREADS threads: $*"
+if [[ -n "${WAITS:-}" ]]; then for ((tick = 0; tick < 300; tick++)); do sleep 0.1; done; fi
+exit "$((RANK == 1 ? ${STATUS:-0} : 0))"
+"""
+DEEPSPEED = """#!/usr/bin/env bash
+echo "deepspeed $*"
+echo "pdsh: $PDSH_SSH_ARGS_APPEND"
+cat "$DS_ENV_FILE"
+"""
+
+
+def write(folder: Path, **programs: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """With a finished virtual environment and a Slurm that are stand-ins, and an empty home."""
+    write(tmp_path / "venv/bin", python=PYTHON, deepspeed=DEEPSPEED)
+    programs = write(tmp_path / "bin", srun=SRUN, scontrol=SCONTROL, pdsh="#!/bin/sh\n")
+    key = subprocess.check_output(
+        ["bash", "-c", "source launch/common.sh && requirements_key && echo"], cwd=ROOT, text=True
+    )
+    (tmp_path / "venv/lime_dist.installed").write_text(key)
+    (tmp_path / "home").mkdir()
+    return {
+        "PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(tmp_path / "home"), "LIME_VENV": str(tmp_path / "venv"),
+        "REQUEUED": str(tmp_path / "requeued"),
+    }  # fmt: skip
+
+
+def run(environment: dict[str, str], script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", f"launch/{script}", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env={**environment, **more}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_dry_runs(environment: dict[str, str], tmp_path: Path) -> None:
+    """Nothing runs, and every host's line says ranks and command."""
+    (tmp_path / "hosts").write_text("# two\nnode1 slots=2\n\nnode2 slots=4 # more\n")
+    python = f"{tmp_path}/venv/bin/python -u {ROOT}/pretrain.py --config {CONFIG} train.steps=3"
+    local = run(environment, "local.sh", CONFIG, "3", "--dry-run", "train.steps=3")
+    assert local.stdout == f"{os.uname().nodename}: ranks 0-2: {python}\n"
+    several = run(
+        environment, "multinode.sh", str(tmp_path / "hosts"), CONFIG, "--dry-run", "train.steps=3", OMP_NUM_THREADS="2"
+    )
+    lines = several.stdout.splitlines()
+    assert lines[:2] == [f"node1: ranks 0-1: cd {ROOT}; OMP_NUM_THREADS=2 {python}", f"node2: ranks 2-5: cd {ROOT}; OMP_NUM_THREADS=2 {python}"]  # fmt: skip
+    assert lines[2].startswith("started from here by: ") and f"--hostfile {tmp_path / 'hosts'}" in lines[2]
+    for arguments in (("--dry-run", CONFIG, "train.steps=3"), (CONFIG, "train.steps=3", "--dry-run")):
+        slurm = run(environment, "slurm.sbatch", *arguments)
+        assert slurm.stdout.splitlines() == [
+            f"node1: ranks 0-7: cd {ROOT}; {python}",
+            f"node2: ranks 8-15: cd {ROOT}; {python}",
+        ]
+    inside = run(
+        environment, "slurm.sbatch", "--dry-run", CONFIG, SLURM_JOB_NODELIST="x[1-2]", SLURM_NTASKS_PER_NODE="4"
+    )
+    assert [line.partition(":")[0] for line in inside.stdout.splitlines()] == ["localhost", "elsewhere"]
+    assert "elsewhere: ranks 4-7: " in inside.stdout
+    assert all(done.returncode == 0 and not done.stderr for done in (local, several, slurm, inside))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "line"),
+    [
+        ("local.sh", [], "no config given; see bash launch/local.sh --help"),
+        ("local.sh", ["none.yaml"], "no such config file: none.yaml"),
+        ("local.sh", [CONFIG, "2", "--steps"], "unknown argument '--steps'; see bash launch/local.sh --help"),
+        ("multinode.sh", [], "no hostfile given; see bash launch/multinode.sh --help"),
+        ("multinode.sh", ["none", CONFIG], "no such hostfile: none"),
+        ("multinode.sh", ["launch/hostfile.example"], "no config given; see bash launch/multinode.sh --help"),
+        ("multinode.sh", [CONFIG, CONFIG], "configs/quickstart.yaml: 'run:' is not 'HOST slots=N'"),
+        ("multinode.sh", ["/dev/stdin", CONFIG], "/dev/stdin lists no host"),
+        ("slurm.sbatch", [], "no config given; see bash launch/slurm.sbatch --help"),
+        ("slurm.sbatch", [CONFIG], "not in a Slurm job; call sbatch launch/slurm.sbatch CONFIG, or add --dry-run"),
+    ],
+)
+def test_mistakes(environment: dict[str, str], script: str, arguments: list[str], line: str) -> None:
+    arguments = [argument.replace("/dev/stdin", environment["HOME"] + "/hosts") for argument in arguments]
+    Path(environment["HOME"], "hosts").write_text("# none\n")
+    done = run(environment, script, *arguments)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {line.replace('/dev/stdin', environment['HOME'] + '/hosts')}\n"
+
+
+@pytest.mark.parametrize("script", ["local.sh", "multinode.sh", "slurm.sbatch"])
+def test_help_is_the_page_at_the_top(environment: dict[str, str], script: str) -> None:
+    done = run(environment, script, "--help")
+    assert (
+        done.returncode == 0 and "Variables" in done.stdout and "Example" in done.stdout and "--dry-run" in done.stdout
+    )
+
+
+def test_what_travels_to_the_hosts(environment: dict[str, str]) -> None:
+    """The launcher's files without what it stumbles over, and the variables that matter; nothing else."""
+    Path(environment["HOME"], ".deepspeed_env").write_text("A=1\n\n# comment\nexport B=two words\nOMP_NUM_THREADS=1\n")
+    more = {
+        "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "LD_LIBRARY_PATH": "/x",
+        "LIME_EXPORT": "LD_LIBRARY_PATH", "DS_ACCELERATOR": "cpu", "SECRET": "s", "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "4242", "PDSH_SSH_ARGS_APPEND": "-p 2222",
+    }  # fmt: skip
+    done = run(environment, "multinode.sh", "launch/hostfile.example", CONFIG, "--verbose", "train.steps=3", **more)
+    assert done.returncode == 0, done.stderr
+    _, command, pdsh, *variables = done.stdout.splitlines()
+    arguments = f"{ROOT}/pretrain.py --config {CONFIG} --verbose train.steps=3"
+    assert (
+        command == f"deepspeed --hostfile launch/hostfile.example --master_port 4242 --master_addr 10.0.0.1 {arguments}"
+    )
+    assert pdsh.startswith("pdsh: -p 2222 -oServerAliveInterval=15")
+    assert variables[:3] == ["A=1", "B=two words", "OMP_NUM_THREADS=1"]
+    assert sorted(variables[3:]) == [
+        "DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "LD_LIBRARY_PATH=/x", "NCCL_DEBUG=INFO", "OMP_NUM_THREADS=2",
+    ]  # fmt: skip
+    refused = run(environment, "multinode.sh", "launch/hostfile.example", CONFIG, NCCL_DEBUG_FILE="a$b")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: NCCL_DEBUG_FILE cannot travel to the hosts")
+    without = {
+        **environment,
+        "PATH": environment["PATH"].replace(str(Path(environment["REQUEUED"]).parent / "bin"), "/none"),
+    }
+    if subprocess.run(["bash", "-c", "command -v pdsh"], env=without, capture_output=True, check=False).returncode:
+        done = run(without, "multinode.sh", "launch/hostfile.example", CONFIG)
+        assert done.returncode == 2 and done.stderr.startswith("error: pdsh is not installed here")
+
+
+# -- Slurm ------------------------------------------------------------------------------------------------------------
+
+JOB = {"SLURM_JOB_ID": "20007", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "x[1-2]", "SLURM_CPUS_PER_TASK": "3"}
+
+
+def requeued(environment: dict[str, str]) -> list[str]:
+    path = Path(environment["REQUEUED"])
+    return path.read_text().split() if path.exists() else []
+
+
+def test_ranks_under_slurm(environment: dict[str, str]) -> None:
+    """Each task becomes a rank; the first node is the master. A job that has ended, well or not, is not queued again."""
+    done = run(environment, "slurm.sbatch", CONFIG, "train.steps=3", **JOB)
+    assert done.returncode == 0 and not done.stderr
+    first, *ranks = done.stdout.splitlines()
+    assert first == "job 20007, start 1: 2 processes, master localhost:10007"
+    command = f"-u {ROOT}/pretrain.py --config {CONFIG} train.steps=3"
+    assert sorted(ranks) == [f"rank {n} of 2, {n} here, at localhost:10007, 3 threads: {command}" for n in range(2)]
+    told = run(
+        environment, "slurm.sbatch", CONFIG, **JOB, MASTER_ADDR="10.0.0.1", MASTER_PORT="4242", OMP_NUM_THREADS="1"
+    )
+    assert "rank 1 of 2, 1 here, at 10.0.0.1:4242, 1 threads" in told.stdout
+    failed = run(environment, "slurm.sbatch", CONFIG, **JOB, STATUS="2")
+    assert failed.returncode == 2
+    assert requeued(environment) == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "expected"),
+    [(signal.SIGUSR1, "0", ["20007"]), (signal.SIGUSR1, "1", []), (signal.SIGTERM, "0", [])],
+    ids=["time limit", "failed at the time limit", "ended by Slurm"],
+)
+def test_a_signal_from_slurm(environment: dict[str, str], sent: int, status: str, expected: list[str]) -> None:
+    """Before the time limit the run saves and the job is queued again, unless saving failed or it is to end."""
+    trap = PYTHON.replace("exit 0' USR1", f"exit {status}' USR1")
+    write(Path(environment["LIME_VENV"], "bin"), python=trap)
+    job = {**environment, **JOB, "WAITS": "1", "SLURM_RESTART_COUNT": "4"}
+    command = ["bash", "launch/slurm.sbatch", CONFIG]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines[0].startswith("job 20007, start 5: ") and all(line.startswith("rank ") for line in lines[1:])
+        process.send_signal(sent)
+        said = process.stdout.read()
+    assert process.returncode == int(status) and said.count(" saves") == 2, said
+    assert requeued(environment) == expected
+    assert ("goes back into the queue" in said) == bool(expected)
+
+
+@pytest.mark.slow
+def test_pretrain_under_the_slurm_script(environment: dict[str, str], dataset: Path, tmp_path: Path) -> None:
+    """The real pretrain.py as two tasks of the stand-in srun: a two-stage run from its first line to its last."""
+    write(Path(environment["LIME_VENV"], "bin"), python=f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    overrides = [
+        f"data.path={dataset}", f"run.directory={tmp_path / 'run'}", "data.sequence_length=16", "model.vocab_size=320",
+        "model.hidden_size=16", "model.intermediate_size=24", "model.num_hidden_layers=4", "train.steps=4",
+        "train.global_batch_size=4", "train.micro_batch_size=1", "train.evaluation_samples=4",
+    ]  # fmt: skip
+    more = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    if "PYTHONPATH" in os.environ:
+        more["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    done = run(environment, "slurm.sbatch", CONFIG, *overrides, **JOB, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 layers in 2 stage(s) × 1 replica(s)" in done.stdout and re.search("validation loss: ", done.stdout)
+    assert requeued(environment) == []
