@@ -1,8 +1,9 @@
 """Does the plan rank step times as they are measured? Settings of two processes, over loopback and over a slow link.
 
 Two processes build every setting once; rounds alternate: each runs one step of every setting, the first round warms up and is
-dropped. What counts is a setting's fastest round: what else runs on the machine only makes rounds slower. The plan is told the measured speed of links and of memory (a copy in both processes at a time), and one more number:
-the FLOPs a second with which it predicts LLaMA's step over loopback right. Settings that differ by less than 5 % are not told apart.
+dropped. What counts is a setting's fastest round: what else runs on the machine only makes rounds slower. The plan is told the
+measured speed of links and of memory (a copy in both processes at a time), and one more number: the FLOPs a second with which
+it predicts LLaMA's step over loopback right. Settings that differ by less than 5 % are not told apart.
 
 examples:
   python benchmarks/planning.py --output runs/planning
