@@ -1,8 +1,9 @@
 """Does the plan rank step times as they are measured? Settings of two processes, over loopback and over a slow link.
 
 Two processes build every setting once; rounds alternate: each runs one step of every setting, the first round warms up and is
-dropped. What counts is a setting's fastest round: what else runs on the machine only makes rounds slower. The plan is told the measured speed of links and of memory (a copy in both processes at a time), and one more number:
-the FLOPs a second with which it predicts LLaMA's step over loopback right. Settings that differ by less than 5 % are not told apart.
+dropped. What counts is a setting's fastest round: what else runs on the machine only makes rounds slower. The plan is told the
+measured speed of links and of memory (a copy in both processes at a time), and one more number: the FLOPs a second with which
+it predicts LLaMA's step over loopback right. Settings that differ by less than 5 % are not told apart.
 
 examples:
   python benchmarks/planning.py --output runs/planning
@@ -111,40 +112,40 @@ def make_config(settings: dict[str, Any], name: str) -> Config:
     return load_config(None, [*shape, *own])
 
 
-def calibrated(settings: dict[str, Any], found: dict[str, Result]) -> float:
-    """FLOPs a second with which LLaMA's step is predicted right."""
-    link = "loopback" if "loopback" in found else next(iter(found))
-    measured = min(found[link]["seconds"]["llama"])
-    flops = 1e10
+def calibrated(settings: dict[str, Any], found: dict[str, Result]) -> Result:
+    """What the plan is told of the processes: memory as it was measured beside loopback, where it was, and the FLOPs a second
+    with which LLaMA's step there is predicted right."""
+    base = found["loopback" if "loopback" in found else next(iter(found))]
+    process = {"memory_bandwidth": base["memory_bandwidth"], "flops": 1e10}
     for _ in range(20):
-        flops *= predict(settings, found[link], "llama", flops).seconds / measured
-    return flops
+        process["flops"] *= predict(settings, base, "llama", process).seconds / min(base["seconds"]["llama"])
+    return process
 
 
-def predict(settings: dict[str, Any], link: Result, name: str, flops: float) -> Forecast:
-    return forecast(
-        make_config(settings, name), Machine(flops, link["memory_bandwidth"], link["bandwidth"], link["latency"]), 2
-    )
+def predict(settings: dict[str, Any], link: Result, name: str, process: Result) -> Forecast:
+    machine = Machine(bandwidth=link["bandwidth"], latency=link["latency"], **process)
+    return forecast(make_config(settings, name), machine, 2)
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------------
 
 
 def make_tables(settings: dict[str, Any], found: dict[str, Result]) -> str:
-    flops = calibrated(settings, found)
-    return "\n".join(link_table(settings, link, found[link], flops) for link in LINKS if link in found)
+    process = calibrated(settings, found)
+    tables = [link_table(settings, link, found[link], process) for link in LINKS if link in found]
+    speeds = f"memory {process['memory_bandwidth'] / 1e9:.1f} GB/s, measured; {process['flops'] / 1e9:.1f} GFLOP/s, from LLaMA's step"
+    return "\n".join([f"a process: {speeds}\n", *tables])
 
 
-def link_table(settings: dict[str, Any], link: str, found: Result, flops: float) -> str:
+def link_table(settings: dict[str, Any], link: str, found: Result, process: Result) -> str:
     """By setting, as predicted: seconds measured and predicted; then what is ranked otherwise than measured."""
-    forecasts = {name: predict(settings, found, name, flops) for name in found["seconds"]}
+    forecasts = {name: predict(settings, found, name, process) for name in found["seconds"]}
     names = sorted(forecasts, key=lambda name: forecasts[name].seconds)
     fastest = {name: min(found["seconds"][name]) for name in names}
     places = {name: place for place, name in enumerate(sorted(names, key=lambda name: fastest[name]), 1)}
-    speed = f"{found['bandwidth'] / 1e6:.0f} MB/s, {found['latency'] * 1e3:.2f} ms"
-    memory = f"memory {found['memory_bandwidth'] / 1e9:.1f} GB/s"
+    speed = f"{found['bandwidth'] / 1e6:.0f} MB/s, {found['latency'] * 1e3:.2f} ms, measured"
     lines = [
-        f"{link} (measured: {speed}, {memory}; from LLaMA's step: {flops / 1e9:.1f} GFLOP/s)", "",
+        f"{link} ({speed})", "",
         "| setting | predicted, s | limit | measured, s | slowest round | measured / predicted | place, predicted | measured |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -66,14 +66,13 @@ class StageForecast:
 class Parts:
     """Where the seconds of a step go; they add up to it.
 
-    The slower of the two sets the pace: the busiest stage's passes, or the busiest boundary's transfers, micro-batch after
-    micro-batch. What is left is filling and draining, and what the other one and the latency add.
+    Passes set the pace where they would take longer without transfers than transfers without passes, else links do.
 
     Attributes:
         computation: of a stage, on average; where links set the pace, what passes add to the step.
-        imbalance: what the busiest stage computes beyond the average.
-        link: what transfers add; where they set the pace, those of the busiest boundary.
-        bubble: filling and draining the pipeline.
+        imbalance: what the busiest stage computes beyond the average; 0 where links set the pace.
+        link: what transfers add to the step; where they set the pace, the step without passes.
+        bubble: filling and draining the pipeline with passes; 0 where links set the pace.
         latency: what it adds.
         reduction: gradients over the replicas and tied weights, ZeRO-1's weights back.
     """
@@ -208,13 +207,12 @@ def step_parts(
         config, times, transfers, machine.latency, micro_batches
     )
     each_stage = [micro_batches * (each.forward + each.backward) for each in times]
-    links = micro_batches * max(transfers, default=0.0)
-    if max(each_stage) >= links:
+    if without_transfers >= without_passes:
         computation, imbalance = fmean(each_stage), max(each_stage) - fmean(each_stage)
         link, bubble = without_latency - without_transfers, without_transfers - max(each_stage)
     else:
         computation, imbalance = without_latency - without_passes, 0.0
-        link, bubble = links, without_passes - links
+        link, bubble = without_passes, 0.0
     latency = as_it_is - without_latency
     return Parts(*(max(0.0, found) for found in (computation, imbalance, link, bubble, latency, reduction)))
 

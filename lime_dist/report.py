@@ -1,0 +1,221 @@
+"""``python -m lime_dist.report``: runs side by side in one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lime_dist.errors import LimeError, run_command
+from lime_dist.monitor.charts import COLOURS, Line, bar_chart, heat_map, legend, line_chart
+from lime_dist.monitor.run_folder import RunFolder, read_router_weights, read_run
+
+EXAMPLES = """examples:
+  python -m lime_dist.report runs/quickstart
+  python -m lime_dist.report runs/quickstart runs/quickstart-llama --output comparison.html"""
+
+SPLIT = {
+    "seconds_computation": "computation",
+    "seconds_transfer": "transfer",
+    "seconds_waiting": "waiting",
+    "seconds_data": "data",
+    "seconds_checkpoint": "checkpoint",
+}
+"""Keys of metrics.jsonl that say where the time went; a run whose records have none of them has no bar."""
+
+STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 24px auto; padding: 0 16px; }
+h1 { font-size: 22px; } h2 { font-size: 17px; margin: 32px 0 8px; } h3 { font-size: 14px; margin: 16px 0 4px; }
+table { border-collapse: collapse; } th, td { padding: 3px 10px; border-bottom: 1px solid #ddd; text-align: left; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; } code, td.value { font-family: ui-monospace, monospace; }
+svg { max-width: 100%; height: auto; } svg text { font-size: 11px; fill: #444; } .grid { stroke: #e5e5e5; }
+.legend span { margin-right: 16px; } .legend i { display: inline-block; width: 12px; height: 12px; margin-right: 5px; }
+.maps { display: flex; flex-wrap: wrap; gap: 24px; } .note { color: #777; }
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lime_dist.report", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    runs = [read_run(path) for path in arguments.runs]
+    page = make_page(runs)
+    partial = arguments.output.with_name(f".{arguments.output.name}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(arguments.output)
+    except OSError as error:
+        raise LimeError(f"--output {arguments.output} cannot be written: {error.strerror}") from None
+    print(f"report: {arguments.output} ({len(runs)} run{'s' if len(runs) > 1 else ''}, {len(page) / 1e3:,.0f} kB)")
+
+
+def make_page(runs: Sequence[RunFolder]) -> str:
+    """The whole page."""
+    names = labels(runs)
+    title = ", ".join(names)
+    parts = [
+        "<h1>" + escape(title) + "</h1>",
+        section("Final figures", figures(runs, names)),
+        section("Loss", loss_curves(runs, names)),
+        section("Where the time went", time_split(runs, names)),
+        section("What layers read", '<div class="maps">' + "\n".join(map(router_picture, runs, names)) + "</div>"),
+        section("Settings that differ" if len(runs) > 1 else "Settings", settings_table(runs, names)),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def section(title: str, content: str) -> str:
+    """Nothing where there is no content."""
+    return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
+
+
+def labels(runs: Sequence[RunFolder]) -> list[str]:
+    """Folder names, or paths where two of them are the same."""
+    names = [run.path.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+
+def colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
+    """Cells after the first have the class ``kind``."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "\n".join(
+        "<tr><td>" + f'</td><td class="{kind}">'.join(escape(cell) for cell in row) + "</td></tr>" for row in rows
+    )
+    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
+
+
+def figures(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    """By run: how far it came, its last losses, its speed."""
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        last = (run.steps or run.validations)[-1]
+        losses = [(record["validation_loss"], record["step"]) for record in run.validations]
+        best = min(losses, default=None)
+        seconds = [record["step_seconds"] for record in run.steps if "step_seconds" in record]
+        rate = [record["tokens_per_second"] for record in run.steps if "tokens_per_second" in record]
+        rows.append(
+            [
+                name,
+                str(run.settings.get("model.architecture", "")),
+                str(run.settings.get("model.num_hidden_layers", "")),
+                f"{last['step']:,}",
+                f"{last['tokens']:,}" if "tokens" in last else "",
+                f"{run.steps[-1]['loss']:.4f}" if run.steps else "",
+                f"{losses[-1][0]:.4f}" if losses else "",
+                f"{best[0]:.4f} (step {best[1]:,})" if best else "",
+                f"{math.exp(best[0]):,.1f}" if best and best[0] < 50 else "",
+                f"{median(rate):,.0f}" if rate else "",
+                f"{sum(seconds):,.0f}" if seconds else "",
+            ]
+        )
+    header = [
+        "run", "model", "layers", "steps", "tokens", "loss", "validation loss", "best", "its perplexity", "tokens/s, median",
+        "seconds of steps",
+    ]  # fmt: skip
+    return table(header, rows, "number")
+
+
+def loss_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    """Training and validation loss against tokens."""
+    charts = []
+    for key, title, dots in (("loss", "Training", False), ("validation_loss", "Validation", True)):
+        lines = [
+            Line(name, colour(index), points(run.validations if dots else run.steps, key), dots)
+            for index, (run, name) in enumerate(zip(runs, names, strict=True))
+        ]
+        chart = line_chart(lines, "tokens", f"{title.lower()} loss, nats per token")
+        charts += [f"<h3>{title}</h3>\n{chart}"] if chart else []
+    return "\n".join([*charts, legend([(name, colour(index)) for index, name in enumerate(names)])])
+
+
+def points(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(float(record.get("tokens", record["step"])), float(record[key])) for record in records]
+
+
+def time_split(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    """Seconds of all steps by what they went into, of the runs that recorded it."""
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        totals = {
+            label: sum(record.get(key, 0.0) for record in run.steps + run.validations) for key, label in SPLIT.items()
+        }
+        if any(totals.values()):
+            rows.append((name, [(label, seconds) for label, seconds in totals.items() if seconds > 0]))
+    return bar_chart(rows)
+
+
+def router_picture(run: RunFolder, name: str) -> str:
+    """The map of a run's newest checkpoint, or why there is none."""
+    try:
+        step, config, weights = read_router_weights(run.path)
+    except LimeError as error:
+        return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: {error}.')}</div>"
+    if not weights:
+        reason = "its weights depend on the token" if config.architecture == "lime" else "it has no layer history"
+        return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: {reason}.')}</div>"
+
+    from lime_dist.monitor.routers import entropy, router_map, self_retrieval
+
+    try:
+        found = router_map(config, weights)
+    except (KeyError, RuntimeError) as error:
+        return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: the checkpoint of step {step} is damaged ({error}).')}</div>"
+    own, wide = self_retrieval(found), entropy(found)
+    titles = []
+    for layer, row in enumerate(found):
+        values, sources = row.sort(descending=True)
+        most = ", ".join(
+            f"{source} ({value:.3g})"
+            for value, source in zip(values[:3].tolist(), sources[:3].tolist(), strict=True)
+            if value
+        )
+        titles.append(f"layer {layer}: itself {100 * own[layer]:.0f} %, entropy {wide[layer]:.2f} nats; most: {most}")
+    picture, top = heat_map(found.tolist(), titles, "layer that is read", "layer that reads")
+    lines = [
+        line_chart([Line("share of its own", colour(0), list(enumerate(own)), True)], "layer", "self-retrieval"),
+        line_chart([Line("entropy", colour(1), list(enumerate(wide)), True)], "layer", "entropy, nats"),
+    ]
+    caption = f"Step {step:,}. Mean |weight| over heads; darkest from {top:.3g} on."
+    return f"<div><h3>{escape(name)}</h3>\n{picture}\n{note(caption)}</div>\n<div>{lines[0]}\n{lines[1]}</div>"
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def settings_table(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    """The keys in which the runs differ; of a single run all of them."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    rows = [[key, *(shown(run, key) for run in runs)] for key in keys]
+    if len(runs) > 1:
+        rows = [row for row in rows if len(set(row[1:])) > 1]
+    return table(["key", *names], rows, "value") if rows else note("None.")
+
+
+def shown(run: RunFolder, key: str) -> str:
+    return str(run.settings[key]) if key in run.settings else "–"
+
+
+if __name__ == "__main__":
+    run_command(main)
