@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from data_tools.tokenizer import MODEL_FILE, SPACE_MARK, Tokenizer
+from data_tools.tokenizer import MODEL_FILES, Tokenizer
+from data_tools.tokenizer_sentencepiece import SPACE_MARK
 from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
 
 CODE = Path(__file__).parent / "huggingface"
+MODEL_FILE = MODEL_FILES["sentencepiece"]
 
 
 def write_tokenizer(tokenizer: Tokenizer, bos: bool, sequence_length: int, folder: Path) -> list[str]:
