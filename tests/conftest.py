@@ -14,13 +14,18 @@ import pytest
 from support.workers import WorkerGroup
 
 ROOT = Path(__file__).resolve().parents[1]
+_modules = 0
+"""How many were imported when the collector was last told to leave everything alone."""
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def young_garbage_alone() -> None:
-    """Collections in a module's tests need not go through all that was imported before."""
-    gc.collect()
-    gc.freeze()
+    """Collections in a test need not go through all that was imported before it, which takes half a second."""
+    global _modules
+    if len(sys.modules) > _modules + 50:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from functools import cache
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -250,14 +251,31 @@ CUTS = {1: [9], 2: [5, 4], 3: [2, 5, 2], 4: [1, 3, 3, 2]}
 """Layers of the stages: ends inside chunks of 3 and of 4, a stage with a whole chunk, one without a router."""
 
 
-@pytest.mark.parametrize("stages", CUTS)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("routes", ROUTES)
-@pytest.mark.parametrize("policy", list(POLICIES)[1:])
+POLICY_CASES = [
+    (policy, routes, stages, turn % 2 == 1, turn % 3)
+    for p, policy in enumerate(list(POLICIES)[1:])
+    for r, routes in enumerate(ROUTES)
+    for stages in CUTS
+    for turn in [p + r + stages]
+]
+"""Policy, routes, stages, activation checkpointing, extra micro-batches in flight. The last two go round."""
+
+
+def test_the_policy_cases_cover_every_triple() -> None:
+    """Of policy, routes, stages and checkpointing every three values meet; the extra micro-batches meet each of their values."""
+    for count, factors in ((3, range(4)), (2, range(5))):
+        for chosen in combinations(factors, count):
+            found = {tuple(case[i] for i in chosen) for case in POLICY_CASES}
+            assert found == set(product(*({case[i] for case in POLICY_CASES} for i in chosen))), chosen
+    values = [len({case[i] for case in POLICY_CASES}) for i in range(5)]
+    assert values == [len(POLICIES) - 1, len(ROUTES), len(CUTS), 2, 3]
+
+
+@pytest.mark.parametrize(("policy", "routes", "stages", "checkpointing", "extra"), POLICY_CASES)
 def test_every_policy(
-    workers: Callable[[int], WorkerGroup], policy: str, routes: str, checkpointing: bool, stages: int
+    workers: Callable[[int], WorkerGroup], policy: str, routes: str, stages: int, checkpointing: bool, extra: int
 ) -> None:
-    """8 micro-batches; the extra ones in flight go round, so that each number meets every policy, route and stage count."""
+    """8 micro-batches. Every policy with every route and stage count; the test above says what else meets."""
     values = policy_settings(
         routes,
         policy,
@@ -266,8 +284,7 @@ def test_every_policy(
         activation_checkpointing=checkpointing,
         stage_layers=CUTS[stages],
     )
-    turn = list(POLICIES).index(policy) + list(ROUTES).index(routes) + checkpointing + stages
-    values["pipeline"] = {"extra_in_flight": turn % 3}
+    values["pipeline"] = {"extra_in_flight": extra}
     check_equal(values, workers(stages), steps=3)
 
 
