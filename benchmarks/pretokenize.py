@@ -165,9 +165,9 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for results, input and tokenizers; a second call goes on"
     )
-    parser.add_argument("--megabytes", type=int, default=80, help="of text (default 80)")
+    parser.add_argument("--megabytes", type=int, default=240, help="of text (default 240)")
     parser.add_argument("--vocab-size", type=int, default=32000, help="default 32000")
-    parser.add_argument("--repeats", type=int, default=5, help="of each side (default 5)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each side (default 3)")
     parser.add_argument(
         "--memory-gigabytes", type=float, help="measure memory at this much text instead, with 2 workers"
     )
