@@ -108,7 +108,8 @@ class Tokenizer:
         """Ids of several texts, one array each; about twice as fast as one by one. 64 texts a call are enough.
 
         The text of a special token becomes ordinary ids. Texts over ``PIECE_CHARACTERS`` are encoded in pieces, with
-        the ids of the whole as long as each piece has a place to cut (``tokenizer_pieces``); they come back either way.
+        the ids of the whole as long as each piece has a place to cut (``tokenizer_pieces``; unigram models: up to the
+        order inside runs like spaces, which rounding decides). They come back either way.
         """
         plain = [text for text in texts if self._is_plain(text)]
         try:

@@ -15,7 +15,7 @@ from data_tools.common import disk_errors
 from data_tools.tokenizer import FACTS_FILE, FORMAT, Encoder, Tokenizer, failures, make_encoder
 from data_tools.tokenizer_folder import HARD_TEXTS, existing_facts, replace_folder, tokenizer_facts, write_beside
 from data_tools.tokenizer_huggingface import canonical
-from data_tools.tokenizer_sentencepiece import with_control_symbols
+from data_tools.tokenizer_model_file import with_control_symbols
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sha256_file, write_atomic
 from lime_dist.errors import LimeError
 

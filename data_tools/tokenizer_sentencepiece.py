@@ -6,17 +6,22 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
+from data_tools.tokenizer_model_file import (
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    read_pieces,
+    read_settings,
+    without_dummy_prefix,
+)
 from data_tools.tokenizer_pieces import AT_BLANKS
 
 SPACE_MARK = "\u2581"  # sentencepiece's stand-in for a space; in a text of its own it would come back as a space
-MODEL: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when it is imported
-PIECE_TYPE = MODEL.SentencePiece
 
 
 def piece_hash(model: sentencepiece.SentencePieceProcessor) -> str:
@@ -26,23 +31,6 @@ def piece_hash(model: sentencepiece.SentencePieceProcessor) -> str:
         kinds = (model.is_unknown(i), model.is_control(i), model.is_byte(i), model.is_unused(i))
         digest.update(json.dumps([model.id_to_piece(i), model.get_score(i), *kinds]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def parse_model(data: bytes) -> Any:
-    """The content of a model file, to be changed or looked at."""
-    content = MODEL()
-    content.ParseFromString(data)
-    return content
-
-
-def with_control_symbols(data: bytes, ids: set[int]) -> bytes:
-    """The model with these pieces as control symbols, which no text becomes; its own bytes if they are so already."""
-    content, changed = parse_model(data), False
-    for number in ids:
-        piece = content.pieces[number]
-        if piece.type not in (PIECE_TYPE.CONTROL, PIECE_TYPE.UNKNOWN):
-            piece.type, changed = PIECE_TYPE.CONTROL, True
-    return content.SerializeToString() if changed else data
 
 
 class SentencePieceEncoder:
@@ -59,23 +47,22 @@ class SentencePieceEncoder:
         if not data:
             raise RuntimeError("the file is empty")
         self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        self._content = parse_model(data)
+        self._data, self._settings = data, read_settings(data)
         self.vocab_size: int = self._model.vocab_size()
-        types = self._content.trainer_spec.ModelType.Name(self._content.trainer_spec.model_type)
-        self.model_type = types.lower()
+        self.model_type = self._settings.model_type
         self.unknown_token: str | None = self._model.id_to_piece(self._model.unk_id())
         self.special_ids = {"bos": self._model.bos_id(), "eos": self._model.eos_id(), "pad": self._model.pad_id()}
 
     @cached_property
     def hash(self) -> str:
         """Equal for models that encode alike. That of the pieces alone for those that change nothing in a text."""
-        changes, trainer = self._content.normalizer_spec, self._content.trainer_spec
+        settings = self._settings
         what = [
-            hashlib.sha256(changes.precompiled_charsmap).hexdigest(),
-            changes.add_dummy_prefix,
-            changes.remove_extra_whitespaces,
-            changes.escape_whitespaces,
-            trainer.treat_whitespace_as_suffix,
+            hashlib.sha256(settings.character_map).hexdigest(),
+            settings.add_dummy_prefix,
+            settings.remove_extra_whitespaces,
+            settings.escape_whitespaces,
+            settings.treat_whitespace_as_suffix,
         ]
         pieces = piece_hash(self._model)
         if what == [hashlib.sha256(b"").hexdigest(), False, False, True, False]:
@@ -92,12 +79,9 @@ class SentencePieceEncoder:
 
     @cached_property
     def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
-        if not self._content.normalizer_spec.add_dummy_prefix:
+        if not self._settings.add_dummy_prefix:
             return self._model
-        changed = MODEL()
-        changed.CopyFrom(self._content)
-        changed.normalizer_spec.add_dummy_prefix = False
-        return sentencepiece.SentencePieceProcessor(model_proto=changed.SerializeToString())
+        return sentencepiece.SentencePieceProcessor(model_proto=without_dummy_prefix(self._data))
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; control symbols give nothing."""
@@ -114,11 +98,10 @@ class SentencePieceEncoder:
 
     def whole_tokens(self) -> list[str]:
         """Control symbols, and symbols that are taken out of a text before it is encoded."""
-        apart = (PIECE_TYPE.CONTROL, PIECE_TYPE.USER_DEFINED)
-        return [piece.piece for piece in self._content.pieces if piece.type in apart]
+        return [piece for piece, kind in read_pieces(self._data) if kind in (CONTROL, USER_DEFINED)]
 
     def token_texts(self) -> Iterator[str]:
         """What each piece that a text can be encoded with stands for, those for bytes left out."""
-        for piece in self._content.pieces:
-            if piece.type not in (PIECE_TYPE.CONTROL, PIECE_TYPE.UNKNOWN, PIECE_TYPE.BYTE):
-                yield piece.piece.replace(SPACE_MARK, " ")
+        for piece, kind in read_pieces(self._data):
+            if kind not in (CONTROL, UNKNOWN, BYTE):
+                yield piece.replace(SPACE_MARK, " ")

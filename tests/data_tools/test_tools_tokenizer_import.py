@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from data_tools import inspect, pretokenize
 from data_tools.tokenizer import Tokenizer, main
+from data_tools.tokenizer_model_file import read_pieces, read_settings, with_control_symbols, without_dummy_prefix
 from lime_dist.data.files import read_json
 from lime_dist.errors import LimeError, run_command
 
@@ -380,6 +381,29 @@ def test_the_spelt_out_mark_is_that_of_the_pieces(pieces: bytes, tmp_path: Path)
         one = take_over(file, tmp_path / file.stem)
         assert one.encode("\u2581").tolist() == spelt
         np.testing.assert_array_equal(one.encode("a\u2581")[-3:], spelt)
+
+
+def test_model_files_are_read_and_changed_as_protobuf_would(pieces: bytes) -> None:
+    """Against the classes that sentencepiece ships, which need a protobuf no older than theirs (the pinned one is)."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    suffix = train_sentencepiece(treat_whitespace_as_suffix=True, model_type="unigram", vocab_size=450)
+    for model in (pieces, suffix, train_sentencepiece(normalization_rule_name="nfkc", user_defined_symbols=["|"])):
+        read, changed = ModelProto.FromString(model), ModelProto.FromString(model)
+        settings, normalizer = read_settings(model), read.normalizer_spec
+        assert settings.character_map == normalizer.precompiled_charsmap
+        assert settings.add_dummy_prefix is normalizer.add_dummy_prefix is True
+        assert settings.remove_extra_whitespaces is normalizer.remove_extra_whitespaces is False
+        assert settings.escape_whitespaces is normalizer.escape_whitespaces is True
+        assert settings.treat_whitespace_as_suffix is read.trainer_spec.treat_whitespace_as_suffix
+        assert settings.model_type == ("unigram" if model == suffix else "bpe")
+        assert read_pieces(model) == [(piece.piece, piece.type) for piece in read.pieces]
+        changed.normalizer_spec.add_dummy_prefix = False
+        assert ModelProto.FromString(without_dummy_prefix(model)) == changed
+        for number in (3, 300, 400):
+            read.pieces[number].type = 3
+        assert ModelProto.FromString(with_control_symbols(model, {0, 1, 3, 300, 400})) == read
+        assert with_control_symbols(model, {0, 1, 2}) == model
 
 
 @pytest.mark.parametrize("command", ["train", "import"])

@@ -196,8 +196,8 @@ def test_encoding_stays_in_one_thread(imported: dict[str, Tokenizer]) -> None:
     """In a process of its own, since a pool of threads that exists stays; with the variable set against it."""
     script = (
         "import os, sys; from data_tools.tokenizer import Tokenizer\n"
-        "one = Tokenizer(sys.argv[1]); before = len(os.listdir('/proc/self/task'))\n"
-        "one.encode_batch(['some words of text ' * 50] * 200)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "Tokenizer(sys.argv[1]).encode_batch(['some words of text ' * 50] * 200)\n"
         "print(before, len(os.listdir('/proc/self/task')))"
     )
     for kind in ("gpt-2", "sentencepiece"):

@@ -1,0 +1,137 @@
+"""Read and change what sentencepiece itself neither shows nor changes in its model file: protobuf's wire format.
+
+The classes that sentencepiece ships for it load only with the very protobuf that they were made with, or a newer one.
+A message is a sequence of fields: a number and a wire type, then an integer, four or eight bytes, or a counted string.
+Numbers and defaults below are those of sentencepiece_model.proto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+INTEGER, EIGHT_BYTES, STRING, FOUR_BYTES = 0, 1, 2, 5  # wire types
+PIECE, TRAINER, NORMALIZER = 1, 2, 3  # fields of a model
+PIECE_TEXT, PIECE_TYPE = 1, 3  # fields of a piece
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of a piece
+MODEL_TYPE, SPACE_AS_SUFFIX = 3, 24  # fields of the trainer's settings
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+CHARACTER_MAP, DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5  # fields of the normalizer's settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model does to a text before it looks for pieces, and how it was trained."""
+
+    model_type: str
+    character_map: bytes  # empty: every character stays
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+    escape_whitespaces: bool
+    treat_whitespace_as_suffix: bool
+
+
+def _integer(data: bytes, place: int) -> tuple[int, int]:
+    """(value, the place after it): seven bits a byte, lowest first, the eighth bit says that more follow."""
+    value = shift = 0
+    while True:
+        value |= (data[place] & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if data[place - 1] < 0x80:
+            return value, place
+
+
+def _written(value: int) -> bytes:
+    low = bytearray()
+    while value > 0x7F:
+        low.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*low, value])
+
+
+class Field(NamedTuple):
+    """One field of a message: its value is ``integer`` or ``content``, by its wire type; ``whole`` is how it stands."""
+
+    number: int
+    integer: int
+    content: bytes
+    whole: bytes
+
+
+def read_fields(message: bytes) -> Iterator[Field]:
+    """The fields of a message, in order."""
+    place = 0
+    while place < len(message):
+        start, (key, place) = place, _integer(message, place)
+        if key & 7 == INTEGER:
+            value, place = _integer(message, place)
+            yield Field(key >> 3, value, b"", message[start:place])
+            continue
+        size = {EIGHT_BYTES: 8, FOUR_BYTES: 4}.get(key & 7)
+        if size is None:
+            size, place = _integer(message, place)
+        place += size
+        yield Field(key >> 3, 0, message[place - size : place], message[start:place])
+
+
+def _integer_of(message: bytes, number: int, default: int) -> int:
+    """An integer field's value: the last one counts."""
+    return ([default] + [field.integer for field in read_fields(message) if field.number == number])[-1]
+
+
+def _content_of(message: bytes, number: int) -> bytes:
+    """A string field's value, or that of a message inside: the last one counts."""
+    return ([b""] + [field.content for field in read_fields(message) if field.number == number])[-1]
+
+
+def _with_integer(message: bytes, number: int, value: int) -> bytes:
+    """The message with an integer field set."""
+    kept = b"".join(field.whole for field in read_fields(message) if field.number != number)
+    return kept + _written(number << 3 | INTEGER) + _written(value)
+
+
+def _string_field(number: int, content: bytes) -> bytes:
+    return _written(number << 3 | STRING) + _written(len(content)) + content
+
+
+def read_settings(model: bytes) -> Settings:
+    """The settings in a model file's content."""
+    trainer, normalizer = _content_of(model, TRAINER), _content_of(model, NORMALIZER)
+    return Settings(
+        model_type=MODEL_TYPES.get(_integer_of(trainer, MODEL_TYPE, 1), "unknown"),
+        character_map=_content_of(normalizer, CHARACTER_MAP),
+        add_dummy_prefix=bool(_integer_of(normalizer, DUMMY_PREFIX, 1)),
+        remove_extra_whitespaces=bool(_integer_of(normalizer, REMOVE_SPACES, 1)),
+        escape_whitespaces=bool(_integer_of(normalizer, ESCAPE_SPACES, 1)),
+        treat_whitespace_as_suffix=bool(_integer_of(trainer, SPACE_AS_SUFFIX, 0)),
+    )
+
+
+def read_pieces(model: bytes) -> list[tuple[str, int]]:
+    """(text, type) of each piece, by id."""
+    pieces = (field.content for field in read_fields(model) if field.number == PIECE)
+    return [(_content_of(piece, PIECE_TEXT).decode(), _integer_of(piece, PIECE_TYPE, NORMAL)) for piece in pieces]
+
+
+def without_dummy_prefix(model: bytes) -> bytes:
+    """The model that puts nothing before a text."""
+    return b"".join(
+        _string_field(NORMALIZER, _with_integer(field.content, DUMMY_PREFIX, 0))
+        if field.number == NORMALIZER
+        else field.whole
+        for field in read_fields(model)
+    )
+
+
+def with_control_symbols(model: bytes, ids: set[int]) -> bytes:
+    """The model with these pieces as control symbols, which no text becomes; its own bytes if they are so already."""
+    fields, piece_id = [], 0
+    for field in read_fields(model):
+        whole = field.whole
+        if field.number == PIECE:
+            if piece_id in ids and _integer_of(field.content, PIECE_TYPE, NORMAL) not in (CONTROL, UNKNOWN):
+                whole = _string_field(PIECE, _with_integer(field.content, PIECE_TYPE, CONTROL))
+            piece_id += 1
+        fields.append(whole)
+    return b"".join(fields)
