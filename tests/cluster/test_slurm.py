@@ -1,0 +1,64 @@
+"""Protects the Slurm script under a real Slurm: ranks over two nodes, the time limit, the queue, and where it goes on."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from cluster import slurm
+from cluster.bed import ROOT, Bed, NoNamespaces
+from cluster.test_cluster import numbers, values, write
+
+
+@pytest.mark.slow
+def test_a_run_that_meets_its_time_limit_is_queued_again_and_goes_on(
+    cluster: Bed, virtual_environment: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Two nodes, a stage each, and a minute, of which Slurm tells the script when fifty seconds are left."""
+    pytest.importorskip("lime_dist.train.signals", reason="pretrain.py does not save on SIGUSR1 yet")
+    try:
+        queue = slurm.start(cluster, tmp_path)
+    except NoNamespaces as reason:
+        pytest.skip(str(reason))
+    settings = values(dataset, tmp_path / "run", 100_000, checkpoint_interval=0, evaluation_samples=0)
+    config, log = write(settings, tmp_path / "run.yaml"), tmp_path / "log"
+    # Nodes without GPUs, of one process each; everything else as the script has it.
+    options = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=1", "--signal=B:USR1@50"]
+    command = [
+        "sbatch",
+        "--parsable",
+        *options,
+        f"--chdir={ROOT}",
+        f"--output={log}",
+        str(ROOT / "launch/slurm.sbatch"),
+    ]
+    environment = {"LIME_ROOT": str(ROOT), "LIME_VENV": str(virtual_environment), "DS_ACCELERATOR": "cpu"}
+    number = queue.run(*command, str(config), **environment).strip()
+
+    def await_state(states: tuple[str, ...], restarts: str) -> None:
+        begin = time.monotonic()
+        while (job := queue.job(number))["JobState"] not in states or job["Restarts"] != restarts:
+            assert job["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), (job, log.read_text())
+            assert time.monotonic() - begin < 100, log.read_text()
+            time.sleep(0.2)
+
+    await_state(("PENDING", "REQUEUED", "COMPLETING"), "1")
+    (saved,) = (
+        int(path.name.removeprefix("global_step")) for path in (tmp_path / "run/checkpoints").glob("global_step*")
+    )
+    write({**settings, "train": {**settings["train"], "steps": saved + 3}}, config)
+    await_state(("COMPLETED",), "1")
+    said = log.read_text()
+    assert re.search(rf"^job {number}, start 1: 2 processes, master host-a:\d+$", said, re.MULTILINE), said
+    for line in (
+        "stages 0 on host-a, 1 on host-b; 1 of 1 boundaries between hosts",
+        "time is running out: stopping after this step",
+        f"saved; job {number} goes back into the queue",
+        f"job {number}, start 2: 2 processes, master host-a:",
+        f"resumed from step {saved} ",
+    ):
+        assert line in said, said
+    assert said.count("goes back into the queue") == 1
+    assert [record["step"] for record in numbers(tmp_path / "run")] == list(range(1, saved + 4))
