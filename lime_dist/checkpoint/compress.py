@@ -137,7 +137,9 @@ def compress(
     write_checkpoint(output / "checkpoints", compressed, train.num_samples(length), found, state.consumed_samples)
     write_atomic(output / "config.yaml", dump_config(compressed).encode())
     for fit in fits:
-        print(f"chunk {fit.chunk}: {fit.left / fit.size if fit.size else 0:.2%} of the squared weights that its summary stands for are lost")
+        print(
+            f"chunk {fit.chunk}: {fit.left / fit.size if fit.size else 0:.2%} of the squared weights that its summary stands for are lost"
+        )
     size, left = sum(fit.size for fit in fits), sum(fit.left for fit in fits)
     print(f"routers: {left / size if size else 0:.2%} of the squared weights that summaries stand for are lost")
     print(f"loss {before:.4f} before, {after:.4f} after ({samples} validation samples of {length} tokens)")
