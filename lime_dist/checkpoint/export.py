@@ -174,7 +174,7 @@ def prove_tokenizer(folder: Path, text: RunText) -> dict[str, Any]:
     """Compare the exported tokenizer's ids with those of the trainer's, on hard and on real text."""
     real = [text.tokenizer.decode(row.tolist()) for row in text.tokens_NT]
     compared = check_ids(text.tokenizer, load_tokenizer(folder), [*HARD_TEXTS, TEXT, *real])
-    return {"hash": text.tokenizer.hash, "vocab_size": text.tokenizer.vocab_size, "compared_tokens": compared}
+    return {"hash": text.tokenizer.hash, "vocab_size": text.tokenizer.vocab_size, **compared}
 
 
 def main(arguments: list[str] | None = None) -> None:

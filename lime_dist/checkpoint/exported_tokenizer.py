@@ -143,20 +143,31 @@ def byte_pair_tokenizer(model: SentencePieceProcessor) -> Fast:
     return fast
 
 
-def check_ids(tokenizer: Tokenizer, exported: Any, texts: Iterable[str]) -> int:
-    """Compare ids, and the text that comes back, for every text; returns the number of tokens compared.
+def check_ids(tokenizer: Tokenizer, exported: Any, texts: Iterable[str]) -> dict[str, Any]:
+    """Compare ids, and the text that comes back, for every text; returns what to note of it.
+
+    One difference is accepted, and noted: an imported Hugging Face pipeline that writes spaces as U+2581 reads that character
+    in a text as a space, where the trainer spells it in bytes. Nothing in the pipeline's own terms can tell the two apart.
 
     Raises:
         LimeError: they differ.
     """
-    compared = 0
+    marks = [f"a{SPACE_MARK}b"]
+    exact_marks = tokenizer.facts.get("kind") != "huggingface" or _first_difference(tokenizer, exported, marks) is None
+    compared = [text for text in texts if exact_marks or SPACE_MARK not in text]
+    different = _first_difference(tokenizer, exported, compared)
+    if different is not None:
+        raise LimeError(
+            f"the exported tokenizer reads {different[:60]!r} otherwise than {tokenizer.folder}; nothing was exported"
+        )
+    return {"compared_tokens": sum(map(len, tokenizer.encode_batch(compared))), "exact_for_space_marks": exact_marks}
+
+
+def _first_difference(tokenizer: Tokenizer, exported: Any, texts: Iterable[str]) -> str | None:
     for text in texts:
         wanted = tokenizer.encode(text)
         found = np.asarray(exported.encode(text, add_special_tokens=False), dtype=np.int64)
         back = exported.decode(found.tolist(), clean_up_tokenization_spaces=False)
         if not np.array_equal(wanted, found) or back != tokenizer.decode(wanted):
-            raise LimeError(
-                f"the exported tokenizer reads {text[:60]!r} otherwise than {tokenizer.folder}; nothing was written"
-            )
-        compared += len(wanted)
-    return compared
+            return text
+    return None
