@@ -194,3 +194,25 @@ def test_the_certificate_says_where_it_is_from(trained: tuple[Path, float], data
     assert certificate["tokenizer"]["hash"] == Tokenizer(dataset / "tokenizer").hash
     assert certificate["tokenizer"]["compared_tokens"] > 5000
     assert set(certificate["versions"]) == {"lime_dist", "torch", "transformers"}
+
+
+def test_what_else_transformers_does_with_it(trained: tuple[Path, float], tmp_path: Path) -> None:
+    """Without a head, with a cache of fixed size, with beams, in bfloat16, saved again after changes."""
+    exported = open_export(trained[0]).model
+    prompt = torch.tensor([[5, 9, 2, 7]])
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    wanted = exported.generate(prompt, **greedy)
+    assert torch.equal(exported.generate(prompt, cache_implementation="static", **greedy), wanted)
+    assert exported.generate(prompt, num_beams=3, **greedy).shape[0] == 1
+    with torch.no_grad():
+        logits = exported(prompt).logits
+        load = {"pretrained_model_name_or_path": trained[0], "trust_remote_code": True}
+        body = transformers.AutoModel.from_pretrained(**load)
+        torch.testing.assert_close(exported.lm_head(body(prompt).last_hidden_state), logits)
+        half = transformers.AutoModelForCausalLM.from_pretrained(**load, dtype=torch.bfloat16)
+        assert half(prompt).logits.dtype == torch.bfloat16
+        assert (half(prompt).logits - logits).abs().max() < 0.05 * logits.abs().max()
+        exported.model.norm.weight *= 2
+        exported.save_pretrained(tmp_path)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+        torch.testing.assert_close(again(prompt).logits, 2 * logits)

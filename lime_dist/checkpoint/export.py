@@ -22,7 +22,7 @@ import lime_dist
 from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer_training import HARD_TEXTS
 from lime_dist.checkpoint.comparison import TEXT, TOLERANCE, compare_logits, first_tokens
-from lime_dist.checkpoint.exported_tokenizer import check_ids, write_tokenizer
+from lime_dist.checkpoint.exported_tokenizer import check_ids, special_ids, write_tokenizer
 from lime_dist.checkpoint.huggingface_files import write_card, write_configuration, write_weights
 from lime_dist.checkpoint.reading import Weights, load_decoder, read_weights, source_of
 from lime_dist.config.schema import Config
@@ -49,13 +49,6 @@ class RunText:
     bos: bool
     tokens_NT: Tensor
     source: str
-
-    @property
-    def special_ids(self) -> dict[str, int]:
-        """Without bos, a text begins where the one before has ended: after an eos."""
-        tokenizer = self.tokenizer
-        bos = tokenizer.bos_id if self.bos else tokenizer.eos_id
-        return {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
 def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
@@ -85,7 +78,7 @@ def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
     if description.get("splits", {}).get("validation", {}).get("tokens", 0) > length:
         tokens = first_tokens(TokenSplit(data, "validation"), length)
         return RunText(tokenizer, bos, tokens, f"validation split of {data}")
-    row = torch.from_numpy(tokenizer.encode(TEXT)).long().unsqueeze(0)
+    row = torch.tensor(tokenizer.encode(TEXT), dtype=torch.long).unsqueeze(0)
     return RunText(tokenizer, bos, row[:, :length], "a text that the program carries")
 
 
@@ -108,7 +101,7 @@ def export(checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_sh
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_weights(partial, weights, max_shard_size)
-        write_configuration(partial, config, text.special_ids)
+        write_configuration(partial, config, special_ids(text.tokenizer, text.bos))
         write_tokenizer(text.tokenizer, text.bos, config.data.sequence_length, partial)
         write_card(partial, final.name, config, state.step, state.consumed_samples)
         certificate = {
@@ -181,7 +174,7 @@ def prove_tokenizer(folder: Path, text: RunText) -> dict[str, Any]:
     """Compare the exported tokenizer's ids with those of the trainer's, on hard and on real text."""
     real = [text.tokenizer.decode(row.tolist()) for row in text.tokens_NT]
     compared = check_ids(text.tokenizer, load_tokenizer(folder), [*HARD_TEXTS, TEXT, *real])
-    return {"hash": text.tokenizer.hash, "vocab_size": text.tokenizer.vocab_size, "compared_tokens": compared}
+    return {"hash": text.tokenizer.hash, "vocab_size": text.tokenizer.vocab_size, **compared}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -124,39 +124,44 @@ def test_exports_work_where_lime_dist_is_not_installed(runs: dict[str, Path], tm
         torch.testing.assert_close(torch.tensor(logits), wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Made-up words with what sets tokenizers apart: digits, tabs, runs, rare characters."""
+    generator = np.random.default_rng(1)
+    letters = list("abcdefghijklmnoprstuvw")
+    words = ["".join(generator.choice(letters, size)) for size in generator.integers(1, 9, size=300)]
+    return [
+        f"Text {i}, {i * 7919} times:\n\treturn  x{i % 3}; {'-' * (i % 40)} é漢\n"
+        + " ".join(generator.choice(words, 60))
+        for i in range(300)
+    ]
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def ours(request: pytest.FixtureRequest, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = ["train", "--input", str(folder / "texts.jsonl"), "--output", str(folder / "tokenizer")]
+    train_tokenizer([*command, "--vocab-size", "600", "--model-type", request.param])
+    return Tokenizer(folder / "tokenizer")
+
+
 @pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
 def test_exported_tokenizers_give_exactly_the_same_ids(
-    model_type: str, bos: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    ours: Tokenizer, bos: bool, texts: list[str], tmp_path: Path
 ) -> None:
     """On texts that break tokenizers, on runs of a few characters, and on text of the corpus."""
-    folder = tmp_path_factory.getbasetemp() / f"kinds-{model_type}"
-    corpus = tmp_path / "corpus.jsonl"
-    lines = [f"Word {i} of many, {i * 7919} times:\n\treturn  x{i % 3}; ----- é漢\n" * 3 for i in range(300)]
-    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    if not folder.exists():
-        train_tokenizer(
-            [
-                "train",
-                "--input",
-                str(corpus),
-                "--output",
-                str(folder),
-                "--vocab-size",
-                "420",
-                "--model-type",
-                model_type,
-            ]
-        )
-    ours = Tokenizer(folder)
+    is_code = ours.facts["model_type"] == "unigram"
     out = tmp_path / "out"
     out.mkdir()
     write_tokenizer(ours, bos, 128, out)
-    theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=model_type == "unigram")
+    theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=is_code)
     generator = np.random.default_rng(0)
     kinds = ["ab", "a ", " \n", "=-", "01 ", "-", " ", "\u2581 x", "é漢 ", "</s>", "<0xE4>", "retun x;"]
     runs = ["".join(generator.choice(list(kinds[i % len(kinds)]), 1 + i % 60)) for i in range(600)]
-    assert check_ids(ours, theirs, [*HARD_TEXTS, *runs, *lines]) > 10000
+    found = check_ids(ours, theirs, [*HARD_TEXTS, *runs, *texts])
+    assert found["compared_tokens"] > 10000 and found["exact_for_space_marks"]
+    assert is_code == bool(list(out.glob("*.py")))
     start = [ours.bos_id] if bos else []
     assert theirs("a\nb").input_ids == [*start, *ours.encode("a\nb").tolist()]
     assert theirs.bos_token_id == (ours.bos_id if bos else ours.eos_id)
@@ -166,7 +171,7 @@ def test_exported_tokenizers_give_exactly_the_same_ids(
     batch = theirs(["a", "a b a b a b"], padding=True)
     assert batch["attention_mask"][0][0] == 0, "batches are padded on the left"
     theirs.save_pretrained(tmp_path / "again")
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=model_type == "unigram")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=is_code)
     assert again("a\n  b").input_ids == theirs("a\n  b").input_ids
 
 

@@ -66,7 +66,7 @@ class LimePreTrainedModel(PreTrainedModel):
     config: LimeConfig
     config_class = LimeConfig
     base_model_prefix = "model"
-    _no_split_modules = ["KeyValueLayer", "HiddenLayer", "HyperLayer"]
+    _no_split_modules = ["LimeModel"]  # layers read what other layers left: they stay on one device
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 

@@ -4,6 +4,7 @@ symbol that the text spells out."""
 from __future__ import annotations
 
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ class LimeTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, vocab_file: str, add_bos_token: bool = False, **kwargs: Any) -> None:
-        self.vocab_file, self.add_bos_token = vocab_file, add_bos_token
+    def __init__(self, vocab_file: str, begins_with_bos: bool = False, **kwargs: Any) -> None:
+        self.vocab_file, self.begins_with_bos = vocab_file, begins_with_bos
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
-        super().__init__(**{**kwargs, "add_bos_token": add_bos_token, "split_special_tokens": True})
+        super().__init__(**{**kwargs, "begins_with_bos": begins_with_bos, "split_special_tokens": True})
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        start = [self.bos_token_id] if self.add_bos_token else []
+        start = [self.bos_token_id] if self.begins_with_bos else []
         return start + token_ids_0 + (start + token_ids_1 if token_ids_1 else [])
 
     @property
@@ -42,11 +43,24 @@ class LimeTokenizer(PreTrainedTokenizer):
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
         tokens: list[str] = []
-        for i, part in enumerate(text.split(SPACE_MARK)):
-            if i:
-                tokens += [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
-            tokens += self.pieces.encode(part, out_type=str)
-        return tokens
+        spelt = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+        if SPACE_MARK in text and all(piece in self.get_vocab() for piece in spelt):
+            for i, part in enumerate(text.split(SPACE_MARK)):
+                tokens += spelt if i else []
+                if part:
+                    tokens += (self.middle if tokens else self.pieces).encode(part, out_type=str)
+            return tokens
+        return self.pieces.encode(text, out_type=str)
+
+    @cached_property
+    def middle(self) -> sentencepiece.SentencePieceProcessor:
+        """The model without what it puts before a text: for what follows a mark."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
+        model.ParseFromString(self.pieces.serialized_model_proto())
+        model.normalizer_spec.add_dummy_prefix = False
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.pieces.piece_to_id(token)

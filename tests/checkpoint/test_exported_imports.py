@@ -1,0 +1,44 @@
+"""Protects exports of runs on imported tokenizers: the ids of their shards, from files that others open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_tools import tokenizer as tokenizers_of_ours
+from data_tools.tokenizer_training import HARD_TEXTS
+from lime_dist.checkpoint.exported_tokenizer import check_ids, write_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+pytest.importorskip("data_tools.tokenizer_import", reason="tokenizers cannot be imported yet")
+vocabularies = pytest.importorskip("support.vocabularies", reason="tokenizers cannot be imported yet")
+END = {"gpt_2": "<|endoftext|>", "llama_3": "<|end_of_text|>"}
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
+@pytest.mark.parametrize("kind", ["gpt_2", "llama_3", "llama_2 normalizer", "llama_2 metaspace", "sentencepiece"])
+def test_imported_tokenizers_give_exactly_the_same_ids(kind: str, bos: bool, tmp_path: Path) -> None:
+    """Byte-level ones, LLaMA-2's in three forms: they put a space before a text, and get one back for a text with one."""
+    source = tmp_path / ("source.model" if kind == "sentencepiece" else "tokenizer.json")
+    name, _, components = kind.partition(" ")
+    if name == "sentencepiece":
+        source.write_bytes(vocabularies.train_sentencepiece())
+    elif name == "llama_2":
+        vocabularies.llama_2(vocabularies.train_sentencepiece(), components).save(str(source))
+    else:
+        getattr(vocabularies, name)().save(str(source))
+    command = ["import", "--model", str(source), "--output", str(tmp_path / "ours")]
+    tokenizers_of_ours.main([*command, *(["--eos", END[name]] if name in END else [])])
+    ours = tokenizers_of_ours.Tokenizer(tmp_path / "ours")
+    bos = bos and ours.bos_id >= 0
+    out = tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(ours, bos, 128, out)
+    assert bool(list(out.glob("*.py"))) == (kind == "sentencepiece")
+    theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=kind == "sentencepiece")
+    found = check_ids(ours, theirs, [*HARD_TEXTS, *vocabularies.TEXTS])
+    assert found["compared_tokens"] > 3000 and found["exact_for_space_marks"] == (name != "llama_2")
+    start = [ours.bos_id] if bos else []
+    assert theirs(" x\n y").input_ids == [*start, *ours.encode(" x\n y").tolist()]
+    assert theirs.eos_token_id == ours.eos_id and theirs.pad_token_id >= 0
