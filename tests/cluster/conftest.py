@@ -6,17 +6,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from cluster import slurm
 from cluster.bed import ROOT, Bed, NoNamespaces, bed
 
 
-def start(stack: ExitStack, folder: Path, rate: str | None = None, delay: float = 0.0) -> Bed:
-    """Two hosts; a skip that says why where this machine cannot have them, and a failure where it must (`.ci/run`)."""
+@contextmanager
+def needed() -> Iterator[None]:
+    """A skip that says why where this machine cannot have hosts, and a failure where it must (`.ci/run`)."""
     try:
-        return stack.enter_context(bed(folder, 2, 1, rate, delay))
+        yield
     except NoNamespaces as reason:
         if os.environ.get("LIME_TEST_BED") == "required":
             raise
@@ -25,15 +27,27 @@ def start(stack: ExitStack, folder: Path, rate: str | None = None, delay: float 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
+    """Two hosts."""
     with ExitStack() as stack:
-        yield start(stack, tmp_path_factory.mktemp("bed"))
+        with needed():
+            found = stack.enter_context(bed(tmp_path_factory.mktemp("bed")))
+        yield found
 
 
 @pytest.fixture(scope="module")
 def slow_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
-    """200 Mbit/s and 20 ms, each way."""
+    """Two hosts, 200 Mbit/s and 20 ms each way between them."""
     with ExitStack() as stack:
-        yield start(stack, tmp_path_factory.mktemp("slow-bed"), "200mbit", 0.02)
+        with needed():
+            found = stack.enter_context(bed(tmp_path_factory.mktemp("slow-bed"), rate="200mbit", delay=0.02))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def queue(cluster: Bed, tmp_path_factory: pytest.TempPathFactory) -> slurm.Slurm:
+    """Slurm on the two hosts."""
+    with needed():
+        return slurm.start(cluster, tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,15 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from cluster.bed import ROOT, Bed
@@ -84,6 +87,29 @@ def wait_for_lines(process: Any, metrics: Path, count: int) -> None:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() - begin < 90
         time.sleep(0.02)
+
+
+def test_nothing_is_left_of_a_bed_whose_maker_is_killed(cluster: Bed) -> None:
+    """``kill -9`` of the process that made the hosts ends them and all that runs on them."""
+    del cluster  # for its skip
+    mark = "86399"  # a duration, to know the process by
+    command = [sys.executable, str(ROOT / "tests/cluster/bed.py"), "--delay", "0.001", "sleep", mark]
+
+    def sleepers() -> list[str]:
+        return subprocess.run(
+            ["pgrep", "-f", f"^sleep {mark}$"], capture_output=True, text=True, check=False
+        ).stdout.split()
+
+    with subprocess.Popen(command) as process:
+        begin = time.monotonic()
+        while not sleepers():
+            assert process.poll() is None and time.monotonic() - begin < 60
+            time.sleep(0.1)
+        made = psutil.Process(process.pid).children(recursive=True)
+        assert len(made) > 6
+        process.kill()
+    _, left = psutil.wait_procs(made, timeout=10)
+    assert not left and not sleepers()
 
 
 def test_a_slow_link_between_two_stages_changes_no_bit_and_no_byte(

@@ -94,3 +94,10 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
     result["leaked histories"] = sum(count for kind, count in kinds.items() if LayerHistory in kind.__mro__)
     result["routers"] = sum(".router." in name for name in optimizer.parameters)
     return result
+
+
+def compiled_operation() -> object:
+    """What DeepSpeed's backend compiled when the processes started."""
+    from deepspeed.comm import comm
+
+    return comm.cdb.shm_comm_op
