@@ -27,11 +27,14 @@ SPLIT = {
 }
 """Keys of metrics.jsonl that say where the time went; a run whose records have none of them has no bar."""
 
+SMALL = (520, 185)
+"""Width and height of the charts beside a map."""
+
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 24px auto; padding: 0 16px; }
 h1 { font-size: 22px; } h2 { font-size: 17px; margin: 32px 0 8px; } h3 { font-size: 14px; margin: 16px 0 4px; }
 table { border-collapse: collapse; } th, td { padding: 3px 10px; border-bottom: 1px solid #ddd; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } code, td.value { font-family: ui-monospace, monospace; }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } code, td.value { font-family: ui-monospace, monospace; }
 svg { max-width: 100%; height: auto; } svg text { font-size: 11px; fill: #444; } .grid { stroke: #e5e5e5; }
 .legend span { margin-right: 16px; } .legend i { display: inline-block; width: 12px; height: 12px; margin-right: 5px; }
 .maps { display: flex; flex-wrap: wrap; gap: 24px; } .note { color: #777; }
@@ -193,8 +196,8 @@ def router_picture(run: RunFolder, name: str) -> str:
         titles.append(f"layer {layer}: itself {100 * own[layer]:.0f} %, entropy {wide[layer]:.2f} nats; most: {most}")
     picture, top = heat_map(found.tolist(), titles, "layer that is read", "layer that reads")
     lines = [
-        line_chart([Line("share of its own", colour(0), list(enumerate(own)), True)], "layer", "self-retrieval"),
-        line_chart([Line("entropy", colour(1), list(enumerate(wide)), True)], "layer", "entropy, nats"),
+        line_chart([Line("share of its own", colour(0), list(enumerate(own)), True)], "layer", "self-retrieval", SMALL),
+        line_chart([Line("entropy", colour(1), list(enumerate(wide)), True)], "layer", "entropy, nats", SMALL),
     ]
     caption = f"Step {step:,}. Mean |weight| over heads; darkest from {top:.3g} on."
     return f"<div><h3>{escape(name)}</h3>\n{picture}\n{note(caption)}</div>\n<div>{lines[0]}\n{lines[1]}</div>"

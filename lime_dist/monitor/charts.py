@@ -27,29 +27,31 @@ class Line:
     dots: bool = False
 
 
-def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
+def line_chart(lines: Sequence[Line], x_label: str, y_label: str, size: tuple[int, int] = (WIDTH, HEIGHT)) -> str:
     """Curves over common axes; empty without a point."""
     kept = [(line, thinned([p for p in line.points if all(map(math.isfinite, p))])) for line in lines]
     xs, ys = ([p[axis] for _, points in kept for p in points] for axis in (0, 1))
     if not xs:
         return ""
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    x_low, x_high = min(x_ticks[0], min(xs)), max(x_ticks[-1], max(xs))
+    width, height = size
+    x_low, x_high = min(xs), max(xs)
+    x_low = 0.0 if 0 < x_low < 0.1 * x_high else x_low
+    x_ticks, y_ticks = [tick for tick in ticks(x_low, x_high) if x_low <= tick <= x_high], ticks(min(ys), max(ys))
     y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / ((x_high - x_low) or 1.0)
         up = (y - y_low) / ((y_high - y_low) or 1.0)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across * (width - LEFT - RIGHT), height - BOTTOM - up * (height - TOP - BOTTOM)
 
     parts = []
     for tick in y_ticks:
         _, y = place(x_low, tick)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick in x_ticks:
         x, _ = place(tick, y_low)
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>')
     for line, points in kept:
         places = [place(*point) for point in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -63,10 +65,10 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
             f"<title>{escape(line.label)}: {value:.4f} at {short(at)} {escape(x_label)}</title></circle>"
             for (at, value), (x, y) in marked
         ]
-    middle = (HEIGHT - BOTTOM + TOP) / 2
-    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
+    middle = (height - BOTTOM + TOP) / 2
+    parts.append(f'<text x="{(width + LEFT) / 2}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
-    return svg(WIDTH, HEIGHT, parts)
+    return svg(width, height, parts)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
