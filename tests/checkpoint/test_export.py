@@ -50,6 +50,7 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return {kind: folder / kind for kind in KINDS}
 
 
+@pytest.mark.slow
 def test_one_training_state_from_1_2_and_3_stages_gives_identical_files(
     workers: Workers, dataset: Path, tmp_path: Path
 ) -> None:
