@@ -190,11 +190,11 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
             batches.close()
     if records.problem is not None:
         console.say(records.problem)
-    console.time_split(outcome.split)
     if outcome.stopped is not None:
         return
     state, validation_loss = outcome.state, outcome.validation_loss
 
+    console.time_split(outcome.split)
     if validation_loss is not None:
         console.say(
             f"validation loss: {validation_loss:.4f} nats per token "

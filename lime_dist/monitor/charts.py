@@ -104,7 +104,7 @@ def heat_map(cells: Sequence[Sequence[float]], titles: Sequence[str], x_label: s
     """A square map, row 0 on top, with a title for each row; and the value that the darkest colour begins at."""
     size, side = len(cells), 320
     pixels, top = coloured(cells)
-    picture = base64.b64encode(png(pixels)).decode()
+    picture = base64.b64encode(png([b"".join(row) for row in pixels])).decode()
     height = side / size
     parts = [
         f'<image x="{LEFT}" y="{TOP}" width="{side}" height="{side}" preserveAspectRatio="none" '
@@ -127,8 +127,8 @@ def heat_map(cells: Sequence[Sequence[float]], titles: Sequence[str], x_label: s
     return svg(LEFT + side + RIGHT, TOP + side + BOTTOM, parts), top
 
 
-def coloured(cells: Sequence[Sequence[float]]) -> tuple[list[list[tuple[int, int, int]]], float]:
-    """A pixel for each cell, dark where |value| is great; and the value that the darkest colour begins at.
+def coloured(cells: Sequence[Sequence[float]]) -> tuple[list[list[bytes]], float]:
+    """A pixel (red, green, blue) for each cell, dark where |value| is great; and the value that the darkest colour begins at.
 
     The scale ends where all but one in fifty of the cells that are not 0 lie: a few large ones do not drown the others.
     """
@@ -168,18 +168,17 @@ def short(number: float) -> str:
     return f"{number:.4g}"
 
 
-def png(rows: Sequence[Sequence[tuple[int, int, int]]]) -> bytes:
+def png(rows: Sequence[bytes]) -> bytes:
     """Pixels as a PNG file: three bytes each, no filter."""
-    raw = b"".join(b"\0" + bytes(byte for pixel in row for byte in pixel) for row in rows)
-    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 2, 0, 0, 0)
+    raw = b"".join(b"\0" + row for row in rows)
+    header = struct.pack(">IIBBBBB", len(rows[0]) // 3, len(rows), 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
 
 
-def _blue(shade: float) -> tuple[int, int, int]:
+def _blue(shade: float) -> bytes:
     """White for 0, dark blue for 1."""
     dark = (8, 48, 107)
-    red, green, blue = (round(255 + (end - 255) * shade) for end in dark)
-    return red, green, blue
+    return bytes(round(255 + (end - 255) * shade) for end in dark)

@@ -43,7 +43,6 @@ def picture(tag: str, cells: Sequence[Sequence[float]]) -> Summary:
     """A map as an image, dark where much is read: row: who reads, column: what is read. A cell is a square of pixels."""
     pixels, _ = coloured(cells)
     size = max(LEAST, SIDE // max(len(pixels), len(pixels[0])))
-    wide = [[pixel for pixel in row for _ in range(size)] for row in pixels]
-    large = [row for row in wide for _ in range(size)]
-    image = Summary.Image(height=len(large), width=len(large[0]), colorspace=3, encoded_image_string=png(large))
+    rows = [b"".join(pixel * size for pixel in row) for row in pixels for _ in range(size)]
+    image = Summary.Image(height=len(rows), width=len(rows[0]) // 3, colorspace=3, encoded_image_string=png(rows))
     return Summary(value=[Summary.Value(tag=tag, image=image)])
