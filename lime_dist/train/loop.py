@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
+import torch
 import torch.distributed as dist
 
 from lime_dist.config.schema import Config
@@ -100,7 +101,11 @@ def _draw_routers(run: Run, state: TrainState) -> None:
     """Pictures of what layers read, from the weights of all stages of the first replica."""
     model = run.config.model
     wanted = set(weight_names(model)) if run.replica == 0 else set()
-    own = {name: weight.detach().float().cpu() for name, weight in run.optimizer.parameters.items() if name in wanted}
+    own = {
+        name: weight.detach().to("cpu", torch.float32, copy=True)  # a view would be sent with the whole stage's memory
+        for name, weight in run.optimizer.parameters.items()
+        if name in wanted
+    }
     with run.engine.watching(f"the routers' weights after step {state.step}"):
         parts = run.control.gather(own)
     if parts:
