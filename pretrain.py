@@ -144,7 +144,8 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
             raise LimeError(f"run.directory={directory} cannot be written: {error.strerror}") from None
 
     batch_sizes = BatchSizes(settings.global_batch_size, settings.batch_ramp)
-    records = Records(together(open_records))
+    sinks = together(open_records)
+    records = Records(sinks)
     console.say(
         f"{config.model.architecture}: {config.model.num_hidden_layers} layers in {engine.num_stages} stage(s) × "
         f"{width} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
@@ -193,11 +194,14 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
         return
     state, validation_loss = outcome.state, outcome.validation_loss
 
+    console.time_split(outcome.split)
     if validation_loss is not None:
         console.say(
             f"validation loss: {validation_loss:.4f} nats per token "
             f"({math.log(config.model.vocab_size) - validation_loss:.2f} below ln({config.model.vocab_size}))"
         )
+    if sinks and (best := sinks[0].best_validation()) is not None:
+        console.say(f"best validation loss: {best[0]:.4f} at step {best[1]}")
     for line in loop.describe_traffic(engine):
         console.say(line)
     console.say(f"tokens seen: {state.consumed_samples * length:,}")

@@ -34,6 +34,7 @@ from results import read_results, write, write_results
 
 from lime_dist import load_config
 from lime_dist.errors import LimeError, run_command
+from lime_dist.monitor.metrics import without_clock
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = [
@@ -47,7 +48,6 @@ PATIENCE = 300.0
 """Seconds that anything here may take before the harness gives up."""
 GONE_WITHIN = 30.0
 """Seconds that the other processes may take to end: as long as the launcher waits before it kills them."""
-CLOCK = ("step_seconds", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def last_step(directory: Path) -> int:
 def numbers(directory: Path) -> list[dict[str, Any]]:
     """The records of a run without what the clock decides. Every figure is a float's shortest text: equal means bit for bit."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
+    return [without_clock(json.loads(line)) for line in lines]
 
 
 def passes(result: Result, interval: int) -> bool:

@@ -24,6 +24,7 @@ SPLIT = {
     "seconds_waiting": "waiting",
     "seconds_data": "data",
     "seconds_checkpoint": "checkpoint",
+    "seconds_validation": "validation",
 }
 """Keys of metrics.jsonl that say where the time went; a run whose records have none of them has no bar."""
 

@@ -305,6 +305,16 @@ class PipelineConfig(Section):
     )
 
 
+class MonitorConfig(Section):
+    """What is watched while a run goes on; numbers of all stages come with every ``train.log_interval``."""
+
+    router_interval: int = Field(100, ge=0, description="steps between pictures of what layers read; 0: none")
+    router_layer: int | None = Field(None, ge=0, description="whose heads are drawn apart; None: the last layer")
+    peak_flops: float | None = Field(
+        None, gt=0, description="of one device, a second, for its share (mfu); None: measured at the start"
+    )
+
+
 class Config(Section):
     """One run. ``precision``: of weights and activations; accumulation, moments and masters are never below float32.
 
@@ -319,6 +329,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
+    monitor: MonitorConfig = MonitorConfig()
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
 
     @model_validator(mode="after")
@@ -328,6 +339,11 @@ class Config(Section):
             raise ValueError(
                 f"parallel.pipeline_stages={stages} is more than model.num_hidden_layers={layers}; "
                 "every stage needs a layer"
+            )
+        watched = self.monitor.router_layer
+        if watched is not None and watched >= layers:
+            raise ValueError(
+                f"monitor.router_layer={watched} is past the last layer, {layers - 1} (model.num_hidden_layers={layers})"
             )
         by_hand = self.parallel.stage_layers
         if by_hand is not None and (len(by_hand) != stages or sum(by_hand) != layers or min(by_hand) < 1):

@@ -103,15 +103,10 @@ def bar_chart(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
 
 
 def heat_map(cells: Sequence[Sequence[float]], titles: Sequence[str], x_label: str, y_label: str) -> tuple[str, float]:
-    """A square map, row 0 on top, with a title for each row; and the value that the darkest colour begins at.
-
-    The scale ends where all but one in fifty of the cells that are not 0 lie: a few large ones do not drown the others.
-    """
+    """A square map, row 0 on top, with a title for each row; and the value that the darkest colour begins at."""
     size, side = len(cells), 320
-    values = sorted(abs(value) for row in cells for value in row if value and math.isfinite(value))
-    top = values[int(0.98 * (len(values) - 1))] if values else 1.0
-    shades = [[min(1.0, abs(value) / top) if math.isfinite(value) else 0.0 for value in row] for row in cells]
-    picture = base64.b64encode(png([[_blue(shade) for shade in row] for row in shades])).decode()
+    pixels, top = coloured(cells)
+    picture = base64.b64encode(png([b"".join(row) for row in pixels])).decode()
     height = side / size
     parts = [
         f'<image x="{LEFT}" y="{TOP}" width="{side}" height="{side}" preserveAspectRatio="none" '
@@ -132,6 +127,17 @@ def heat_map(cells: Sequence[Sequence[float]], titles: Sequence[str], x_label: s
         f'<text transform="translate(14 {TOP + side / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     return svg(LEFT + side + RIGHT, TOP + side + BOTTOM, parts), top
+
+
+def coloured(cells: Sequence[Sequence[float]]) -> tuple[list[list[bytes]], float]:
+    """A pixel (red, green, blue) for each cell, dark where |value| is great; and the value that the darkest colour begins at.
+
+    The scale ends where all but one in fifty of the cells that are not 0 lie: a few large ones do not drown the others.
+    """
+    values = sorted(abs(value) for row in cells for value in row if value and math.isfinite(value))
+    top = values[int(0.98 * (len(values) - 1))] if values else 1.0
+    shades = [[min(1.0, abs(value) / top) if math.isfinite(value) else 0.0 for value in row] for row in cells]
+    return [[_blue(shade) for shade in row] for row in shades], top
 
 
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
@@ -164,18 +170,17 @@ def short(number: float) -> str:
     return f"{number:.4g}"
 
 
-def png(rows: Sequence[Sequence[tuple[int, int, int]]]) -> bytes:
+def png(rows: Sequence[bytes]) -> bytes:
     """Pixels as a PNG file: three bytes each, no filter."""
-    raw = b"".join(b"\0" + bytes(byte for pixel in row for byte in pixel) for row in rows)
-    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 2, 0, 0, 0)
+    raw = b"".join(b"\0" + row for row in rows)
+    header = struct.pack(">IIBBBBB", len(rows[0]) // 3, len(rows), 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
 
 
-def _blue(shade: float) -> tuple[int, int, int]:
+def _blue(shade: float) -> bytes:
     """White for 0, dark blue for 1."""
     dark = (8, 48, 107)
-    red, green, blue = (round(255 + (end - 255) * shade) for end in dark)
-    return red, green, blue
+    return bytes(round(255 + (end - 255) * shade) for end in dark)

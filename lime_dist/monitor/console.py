@@ -46,6 +46,13 @@ class Console:
             f"{record['tokens_per_second']:,.0f} tokens/s | {record['step_seconds']:.2f} s/step | {duration(left)} left"
         )
 
+    def time_split(self, split: dict[str, float]) -> None:
+        """Where the time of a start went, in percent."""
+        whole = sum(split.values())
+        if whole > 0:
+            parts = ", ".join(f"{kind} {100 * seconds / whole:.1f} %" for kind, seconds in split.items())
+            self.say(f"{duration(whole)} of training: {parts} (mean over ranks)")
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 Record = dict[str, float | int]
 
@@ -21,6 +23,10 @@ class RecordSink(Protocol):
         ...
 
     def write(self, record: Record) -> None: ...
+
+    def draw(self, step: int, scalars: Mapping[str, float], pictures: Sequence[Summary]) -> None:
+        """What only something with charts has a place for: more scalars, by tag, and pictures."""
+        ...
 
     def flush(self) -> None: ...
 
@@ -43,6 +49,9 @@ class Records:
 
     def write(self, record: Record) -> None:
         self._all(lambda sink: sink.write(record))
+
+    def draw(self, step: int, scalars: Mapping[str, float], pictures: Sequence[Summary] = ()) -> None:
+        self._all(lambda sink: sink.draw(step, scalars, pictures))
 
     def flush(self) -> None:
         self._all(lambda sink: sink.flush())

@@ -1,4 +1,4 @@
-"""TensorBoard scalars of a run, written by rank 0 and flushed at every validation and checkpoint.
+"""TensorBoard's files of a run, written by rank 0 and flushed at every validation and checkpoint.
 
 torch's ``SummaryWriter`` writes from a thread, which a full disk ends with a traceback; here events are appended as whole
 records by the caller, who sees what goes wrong.
@@ -6,16 +6,21 @@ records by the caller, who sees what goes wrong.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import scalar, text
+from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar, text
 
 from lime_dist.data.files import WholeAppends
+from lime_dist.monitor.run_folder import flattened
 
 FLUSH_SECONDS = 60.0
 """Scalars reach the file at the latest after so long, for somebody who watches."""
@@ -27,13 +32,36 @@ TAGS = {
     "router_lr": "train/router_learning_rate",
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
+    "mfu": "speed/mfu",
     "validation_loss": "validation/loss",
 }
 """TensorBoard tag of each key of a ``metrics.jsonl`` record that is drawn."""
+PERPLEXITY = {"loss": "train/perplexity", "validation_loss": "validation/perplexity"}
+LAYOUT = {
+    "loss": {
+        "training and validation": ["Multiline", ["train/loss", "validation/loss"]],
+        "learning rates": ["Multiline", ["train/learning_rate", "train/router_learning_rate"]],
+    },
+    "stages": {
+        title: ["Multiline", [rf"stage\d+/{name}"]]
+        for title, name in {
+            "bubble": "bubble", "waiting, seconds a step": "waiting_seconds", "memory, bytes": "memory_bytes",
+            "gradient norm": "gradient_norm",
+        }.items()
+    },
+    "boundaries": {"bytes a step": ["Multiline", [r"boundary\d+/bytes_there", r"boundary\d+/bytes_back"]]},
+    "layers": {
+        "self-retrieval": ["Multiline", [r"self_retrieval/layer\d+"]],
+        "entropy, nats": ["Multiline", [r"entropy/layer\d+"]],
+    },
+}  # fmt: skip
+"""What the tab of custom scalars shows together: tags are regular expressions."""
+MOST_NATS = 80.0
+"""A loss above this is drawn with this one's perplexity: float32 has none for it."""
 
 
 class TensorBoardLog:
-    """Scalars against steps; ``resumed_step`` hides what an interrupted run wrote after its last checkpoint."""
+    """Scalars, pictures and settings; ``resumed_step`` hides what an interrupted run wrote after its last checkpoint."""
 
     def __init__(self, directory: Path, config_text: str, resumed_step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -44,7 +72,9 @@ class TensorBoardLog:
         self._flushed = time.monotonic()
         self._add(Event(file_version="brain.Event:2"))
         self.rewind(resumed_step)
-        self._add(Event(summary=text("config", f"```yaml\n{config_text}```"), step=resumed_step))
+        experiment, start, _ = hparams(_settings(config_text), {TAGS["validation_loss"]: None})
+        for summary in (text("config", f"```yaml\n{config_text}```"), custom_scalars(LAYOUT), experiment, start):
+            self._add(Event(summary=summary, step=resumed_step))
 
     @property
     def waiting(self) -> bool:
@@ -54,8 +84,16 @@ class TensorBoardLog:
         for key, tag in TAGS.items():
             if key in record:
                 self._add(Event(summary=scalar(tag, record[key]), step=int(record["step"])))
+        for key, tag in PERPLEXITY.items():
+            if key in record:
+                perplexity = math.exp(min(record[key], MOST_NATS))
+                self._add(Event(summary=scalar(tag, perplexity), step=int(record["step"])))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
+
+    def draw(self, step: int, scalars: Mapping[str, float], pictures: Sequence[Summary]) -> None:
+        for summary in [*(scalar(tag, value) for tag, value in scalars.items()), *pictures]:
+            self._add(Event(summary=summary, step=step))
 
     def flush(self) -> None:
         self._flushed = time.monotonic()
@@ -72,3 +110,9 @@ class TensorBoardLog:
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
+
+
+def _settings(config_text: str) -> dict[str, float | str | bool]:
+    """By dotted key, as the table of runs can show them: numbers, truth values, and the rest as text."""
+    values = flattened(yaml.safe_load(config_text))
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values.items()}

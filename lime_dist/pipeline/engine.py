@@ -23,6 +23,7 @@ from lime_dist.config.deepspeed import deepspeed_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import PeerLost
 from lime_dist.model.decoder import EMBEDDING
+from lime_dist.pipeline.clock import INSTRUCTIONS, VALIDATION, WAITING, Clock
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.placement import gather_placement
 from lime_dist.pipeline.transfer import Traffic
@@ -76,6 +77,7 @@ class LimeEngine(PipelineEngine):
         self.timers = NoopTimer()  # the stock one keeps two CUDA events a step for ever
         self.placement = gather_placement()
         self.watchdog = Watchdog(config.pipeline.timeout)
+        self.clock = Clock(self.device)
         self._shape: tuple[int, int] | None = None
 
     def _broadcast_model(self) -> None:
@@ -107,7 +109,9 @@ class LimeEngine(PipelineEngine):
         self._use_shape(self.lime_config.train.micro_batch_size)
         self.micro_batches = micro_batches or self.gradient_accumulation_steps()
         with self.watching(f"the mean loss of step {self.global_steps + 1}"):
-            return float(self.train_batch(batches))
+            loss = float(self.train_batch(batches))
+        self.clock.totals()  # the loss has been waited for: nothing is queued, and the clock's marks are let go
+        return loss
 
     def evaluate(self, batches: Batches | None, micro_batches: int, micro_batch_size: int | None = None) -> float:
         """Mean loss over ``micro_batches`` micro-batches of every replica, on every rank; changes nothing.
@@ -116,7 +120,10 @@ class LimeEngine(PipelineEngine):
             micro_batch_size: samples of one, on all ranks alike; None: as in training.
         """
         self._use_shape(micro_batch_size or self.lime_config.train.micro_batch_size)
-        with self.watching(f"the mean loss of the evaluation after step {self.global_steps}"):
+        with (
+            self.watching(f"the mean loss of the evaluation after step {self.global_steps}"),
+            self.clock.measuring(VALIDATION),
+        ):
             loss = float(self.eval_batch(batches, num_micro_batches=micro_batches))
         self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # the last logits
         return loss
@@ -160,7 +167,7 @@ class LimeEngine(PipelineEngine):
             raise PeerLost(f"{place}: {reason}; ending the job") from error
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
-        """The stock loop, with every instruction watched."""
+        """The stock loop, with every instruction watched and its time measured."""
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         self.fwd_outputs: list[Tensor] = []
         counts: dict[str, int] = {}
@@ -168,7 +175,10 @@ class LimeEngine(PipelineEngine):
             for instruction in instructions:
                 name = type(instruction).__name__
                 counts[name] = counts.get(name, -1) + 1
-                with self.watching(self._describe(instruction, counts[name]), self._partners(instruction)):
+                with (
+                    self.watching(self._describe(instruction, counts[name]), self._partners(instruction)),
+                    self.clock.measuring(INSTRUCTIONS[name]),
+                ):
                     MethodType(self._INSTRUCTION_MAP[type(instruction)], self)(**instruction.kwargs)
 
     def _describe(self, instruction: schedule.PipeInstruction, count: int) -> str:
@@ -233,13 +243,14 @@ class LimeEngine(PipelineEngine):
     def _aggregate_total_loss(self) -> Tensor:
         """The global batch's mean loss on every rank."""
         loss = torch.zeros((), device=self.device)
-        if self.is_last_stage():
-            assert self.total_loss is not None
-            loss = self.total_loss / self.micro_batches
-            if self.is_data_parallel:
-                dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())
-                loss /= self.dp_world_size
-        return self._bcast_pipe_scalar(loss)
+        with self.clock.measuring(WAITING):
+            if self.is_last_stage():
+                assert self.total_loss is not None
+                loss = self.total_loss / self.micro_batches
+                if self.is_data_parallel:
+                    dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())
+                    loss /= self.dp_world_size
+            return self._bcast_pipe_scalar(loss)
 
     def _bcast_pipe_scalar(self, data: Tensor, src_rank: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Stock: always float32; here the precision that losses are computed in, at least float32."""

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lime_dist.config.schema import Config
 from lime_dist.model.history import LayerHistory
+from lime_dist.pipeline.clock import TRANSFER
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.in_flight import AHEAD
 from lime_dist.pipeline.module import LimePipelineModule
@@ -115,7 +116,10 @@ class OverlapEngine(LimeEngine):
             if sender is not None:
                 stage = self.stage_id + direction
                 peer = f"stage {stage} ({self.placement.name(self._rank_of(stage))})"
-                with self.watching(f"the last transfers to {peer}, step {step}", ranks=()):
+                with (
+                    self.watching(f"the last transfers to {peer}, step {step}", ranks=()),
+                    self.clock.measuring(TRANSFER),
+                ):
                     sender.drain()
         self._failed = False
 

@@ -13,6 +13,7 @@ from lime_dist.checkpoint import store
 from lime_dist.checkpoint.saver import Saved
 from lime_dist.distributed import agree
 from lime_dist.errors import LimeError
+from lime_dist.pipeline.clock import CHECKPOINT
 from lime_dist.train.control import Agreed, Word
 from lime_dist.train.run import Run
 from lime_dist.train.samples import combine, describe_difference, not_finite
@@ -161,7 +162,7 @@ class Boundary:
         run.records.flush()
         self._settle(state, last=last)
         try:
-            with self._watching("the checkpoint of", state):
+            with self._watching("the checkpoint of", state), run.engine.clock.measuring(CHECKPOINT):
                 run.saver.begin(state)
             self._saved = state.step
             if last or not run.config.checkpoint.asynchronous:
@@ -175,7 +176,7 @@ class Boundary:
         if pending is None:
             return
         try:
-            with self._watching("the checkpoint of", pending):
+            with self._watching("the checkpoint of", pending), self._run.engine.clock.measuring(CHECKPOINT):
                 saved = self._run.saver.finish()
         except LimeError as error:
             self._not_saved(state, error, last)

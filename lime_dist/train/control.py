@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,9 @@ class Control:
         pairs = zip(checksums[: self._replicas], checksums[self._replicas :], strict=True)
         different = tuple(replica for replica, (first, last) in enumerate(pairs) if first != last)
         return Agreed(stop, bool(writing), bool(trouble), bool(spike), different)
+
+    def gather(self, own: T) -> list[T]:
+        """What every rank hands over, by rank, on rank 0; empty on the others. Called by all together."""
+        found: list[T] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(own, found, dst=0, group=self._group)
+        return found or []

@@ -7,12 +7,15 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
+import torch
 import torch.distributed as dist
 
 from lime_dist.config.schema import Config
+from lime_dist.monitor.routers import has_map, weight_names
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.transfer import Traffic
 from lime_dist.train.boundary import Boundary
+from lime_dist.train.measurements import Measurements, stage_scalars, whole_record
 from lime_dist.train.run import Run
 from lime_dist.train.signals import StopSignals
 from lime_dist.train.state import TrainState
@@ -25,11 +28,13 @@ class Outcome:
     Attributes:
         validation_loss: of the last state; None without validation, or if it was stopped.
         stopped: what stopped it before its end; None: nothing did.
+        split: on rank 0, seconds of this start by what they went into, the mean over ranks; empty on the others.
     """
 
     state: TrainState
     validation_loss: float | None
     stopped: str | None
+    split: dict[str, float]
 
 
 def train(run: Run, state: TrainState) -> Outcome:
@@ -37,13 +42,16 @@ def train(run: Run, state: TrainState) -> Outcome:
     settings = run.config.train
     recent: deque[float] = deque(maxlen=20)
     validated: tuple[int, float] | None = None
+    measurements = Measurements(run)
     run.console.start(state.step, settings.steps)
     run.engine.global_steps = state.step
     with StopSignals() as signals:
         boundary = Boundary(run, signals, state)
         while state.step < settings.steps and boundary.stopped is None:
-            state, loss = _step(run, state, recent)
+            state, loss = _step(run, state, recent, measurements)
             boundary.updated(state, loss)
+            if has_map(run.config.model) and _due(run.config.monitor.router_interval, state.step):
+                _draw_routers(run, state)
             if _due(settings.evaluation_interval, state.step) and run.evaluation_micro_batches:
                 validated = (state.step, validate(run, state))
             state = boundary.cross(state, loss)
@@ -52,16 +60,18 @@ def train(run: Run, state: TrainState) -> Outcome:
             if run.evaluation_micro_batches and (validated is None or validated[0] != state.step):
                 validated = (state.step, validate(run, state))
     run.console.close()
-    return Outcome(state, validated[1] if validated and boundary.stopped is None else None, boundary.stopped)
+    loss_at_end = validated[1] if validated and boundary.stopped is None else None
+    return Outcome(state, loss_at_end, boundary.stopped, measurements.split())
 
 
-def _step(run: Run, state: TrainState, recent: deque[float]) -> tuple[TrainState, float]:
+def _step(run: Run, state: TrainState, recent: deque[float], measurements: Measurements) -> tuple[TrainState, float]:
     """One step and its record; the state after it and its loss. ``recent`` holds the seconds of steps."""
     config, settings = run.config, run.config.train
     lr, router_lr = run.optimizer.learning_rates()
     begin = time.perf_counter()
     batch_size = run.batch_sizes.at(state.consumed_samples)
-    loss = run.engine.train_step(run.train_batches, batch_size // (settings.micro_batch_size * run.replicas))
+    with measurements.step(batch_size * config.data.sequence_length):
+        loss = run.engine.train_step(run.train_batches, batch_size // (settings.micro_batch_size * run.replicas))
     seconds = time.perf_counter() - begin
     state = TrainState(state.step + 1, state.consumed_samples + batch_size)
     recent.append(seconds)
@@ -74,20 +84,47 @@ def _step(run: Run, state: TrainState, recent: deque[float]) -> tuple[TrainState
         "step_seconds": seconds,
         "tokens_per_second": batch_size * config.data.sequence_length / seconds,
     }
+    logs = state.step % settings.log_interval == 0 or state.step == settings.steps
+    if logs and (found := measurements.gather(state.step)):
+        record |= whole_record(config, found)
+        run.records.draw(state.step, stage_scalars(found))
     run.records.write(record)
     run.console.advance()
-    if state.step % settings.log_interval == 0 or state.step == settings.steps:
+    if logs:
         typical = median(recent)
         rate = batch_size * config.data.sequence_length / typical
         run.console.step_line({**record, "step_seconds": typical, "tokens_per_second": rate}, settings.steps)
     return state, loss
 
 
+def _draw_routers(run: Run, state: TrainState) -> None:
+    """Pictures of what layers read, from the weights of all stages of the first replica."""
+    model = run.config.model
+    wanted = set(weight_names(model)) if run.replica == 0 else set()
+    own = {
+        name: weight.detach().to("cpu", torch.float32, copy=True)  # a view would be sent with the whole stage's memory
+        for name, weight in run.optimizer.parameters.items()
+        if name in wanted
+    }
+    with run.engine.watching(f"the routers' weights after step {state.step}"):
+        parts = run.control.gather(own)
+    if parts:
+        from lime_dist.monitor.pictures import router_pictures
+
+        chosen = run.config.monitor.router_layer
+        weights = {name: weight for part in parts for name, weight in part.items()}
+        last = model.num_hidden_layers - 1
+        pictures = router_pictures(model, weights, last if chosen is None else chosen)
+        run.records.draw(state.step, {}, pictures)
+
+
 def validate(run: Run, state: TrainState) -> float:
     """Loss over the fixed validation samples, recorded and printed."""
     batches = iter(run.validation_batches) if run.validation_batches is not None else None
+    begin = time.perf_counter()
     loss = run.engine.evaluate(batches, run.evaluation_micro_batches)
-    run.records.write({**_position(run.config, state), "validation_loss": loss})
+    seconds = time.perf_counter() - begin
+    run.records.write({**_position(run.config, state), "validation_loss": loss, "seconds_validation": seconds})
     run.records.flush()
     run.console.say(f"step {state.step}/{run.config.train.steps} | validation loss {loss:.4f}")
     return loss

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lime_dist.config.schema import Config, OptimizerConfig
 from lime_dist.model.init import GROUPS, Group, parameter_group
+from lime_dist.pipeline.clock import WAITING, Clock
 from lime_dist.pipeline.engine import LimeEngine, ProcessGroups
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
@@ -67,6 +69,8 @@ class StageOptimizer:
         self.step_count = 0
         self.skipped_steps = 0
         self.gradient_norm = 0.0
+        self.stage_gradient_norm = torch.zeros(())  # of this stage's part, before clipping; on the device
+        self.clock: Clock | None = None
         self.width = dist.get_world_size(groups.replicas)
         self.zero = zero_stage == 1 and self.width > 1
         self.rank = dist.get_rank(groups.replicas) if self.zero else 0
@@ -171,10 +175,12 @@ class StageOptimizer:
         for name, place in self._places.items():
             if place.owner == self.rank and name not in self.groups.tied_copies:
                 total += torch.linalg.vector_norm(self._view(self.flat_gradients, name), dtype=torch.float64) ** 2
-        if self.zero:
-            dist.all_reduce(total, group=self.groups.replicas)
-        dist.all_reduce(total, group=self.groups.pipeline)
-        return math.sqrt(total.item())
+        with self.clock.measuring(WAITING) if self.clock is not None else nullcontext():
+            if self.zero:
+                dist.all_reduce(total, group=self.groups.replicas)
+            self.stage_gradient_norm = total.sqrt()
+            dist.all_reduce(total, group=self.groups.pipeline)
+            return math.sqrt(total.item())
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -263,7 +269,7 @@ def build_engine(config: Config, verbose: bool = False) -> tuple[LimeEngine, Sta
         config.parallel.zero_stage,
         engine.process_groups(),
     )
-    engine.optimizer = optimizer
+    engine.optimizer, optimizer.clock = optimizer, engine.clock
     return engine, optimizer
 
 

@@ -22,6 +22,7 @@ from cluster.bed import ROOT, Bed
 from support.workers import WorkerGroup
 
 from lime_dist.config.load import make_config
+from lime_dist.monitor.metrics import without_clock
 from lime_dist.simulate import boundary_bytes
 
 pytestmark = pytest.mark.slow
@@ -48,8 +49,7 @@ def values(dataset: Path, directory: Path, steps: int, **train: int) -> dict[str
 def numbers(directory: Path) -> list[dict[str, float]]:
     """Records of a run without what the clock decides."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    clock = ("step_seconds", "tokens_per_second")
-    return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
+    return [without_clock(json.loads(line)) for line in lines]
 
 
 def on_one_host(workers: Workers, processes: int, settings: dict[str, Any], directory: Path) -> list[dict[str, float]]:

@@ -50,6 +50,8 @@ def test_every_configuration_in_the_repository_is_valid(path: Path) -> None:
         ("parallel.stage_layers=[8,8]", "parallel.stage_layers=[8, 8] must be 1 positive numbers"),
         ("optimizer.min_lr=1", "optimizer.min_lr=1.0 is above optimizer.lr=0.001"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas=[0.9, 1.0] must lie in [0, 1)"),
+        ("monitor.router_layer=16", "monitor.router_layer=16 is past the last layer, 15 (model.num_hidden_layers=16)"),
+        ("monitor.peak_flops=0", "monitor.peak_flops=0 in the command line: input should be greater than 0"),
         ("run.directory=2023-02-30", "cannot read the value of run.directory: '2023-02-30' is not valid YAML"),
         ("train.steps", "cannot read the override 'train.steps'; write section.key=value"),
         ("train.steps.more=1", "train.steps={'more': 1} in the command line: input should be a valid integer"),

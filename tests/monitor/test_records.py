@@ -80,7 +80,7 @@ def test_records_outlive_a_full_disk_and_forget_what_was_undone(tmp_path: Path) 
     drawn = events.Scalars("train/loss")
     assert [event.step for event in drawn] == list(range(1, 9))
     assert [event.value for event in drawn] == pytest.approx([loss for _, loss in wanted])
-    assert events.Tags()["tensors"] == ["config/text_summary"]
+    assert events.Tags()["tensors"] == ["config/text_summary", "custom_scalars__config__"]
 
 
 def test_a_line_that_nobody_can_hear_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

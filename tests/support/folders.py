@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lime_dist.monitor.metrics import without_clock
+
 
 def values(dataset: Path, directory: Path, steps: int = 20, **parallel: Any) -> dict[str, Any]:
     return {
@@ -32,8 +34,7 @@ def records(directory: Path) -> list[dict[str, float]]:
 
 def numbers(directory: Path) -> list[dict[str, float]]:
     """Records without what the clock decides."""
-    clock = ("step_seconds", "tokens_per_second")
-    return [{key: value for key, value in record.items() if key not in clock} for record in records(directory)]
+    return [without_clock(record) for record in records(directory)]
 
 
 def weights(directory: Path, step: int) -> dict[str, torch.Tensor]:

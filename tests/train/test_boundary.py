@@ -249,7 +249,8 @@ def test_a_disk_that_is_full_for_everything(
     workers: Workers, dataset: Path, straight: Path, small_disk: Path, on_error: str
 ) -> None:
     """Nothing fits any more from step 8 on; with ``continue`` there is room again before step 16, and no record is missing."""
-    changed = settings(dataset, small_disk / "run", train={"checkpoint_interval": 6}, checkpoint={"on_error": on_error})
+    often = {"checkpoint_interval": 6, "log_interval": 1}  # so much is written that a file does not end within a block
+    changed = settings(dataset, small_disk / "run", train=often, checkpoint={"on_error": on_error})
     ballast = {"do": "file", "rank": 0, "path": str(small_disk / "ballast")}
     events = [{**ballast, "step": 8, "size": 2 << 20}, {**ballast, "step": 16, "size": 0}]
     error, said = observe(workers, values=changed, events=events)
