@@ -40,6 +40,34 @@ def test_a_benchmark_makes_its_table(script: str, arguments: str, rows: int, tmp
     assert sum(line.startswith("| ") and "---" not in line for line in table.splitlines()) >= rows
 
 
+@pytest.mark.slow
+def test_the_cost_of_logging_is_measured_once(dataset: Path, tmp_path: Path) -> None:
+    """A row for every kind of work, each of which was done; a second call harms nothing."""
+    size = "model.hidden_size=32 model.intermediate_size=48 model.num_hidden_layers=4 data.sequence_length=32"
+    often = "train.log_interval=2 monitor.router_interval=2 train.evaluation_samples=8"
+    script = str(BENCHMARKS / "logging_cost.py")
+    command = [sys.executable, script, "--data", str(dataset), "--output", str(tmp_path / "cost"), "--steps", "4"]
+    first, second = (
+        subprocess.run(
+            [*command, *size.split(), *often.split()], capture_output=True, text=True, timeout=300, check=False
+        )
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    table = (tmp_path / "cost/table.md").read_text()
+    calls = {
+        cells[1].strip(): int(cells[2].replace(",", ""))
+        for line in table.splitlines()[2:]
+        if (cells := line.split("|"))
+    }
+    assert table in first.stdout and list(calls)[-1] == "all" and len(calls) == 6
+    assert calls["gathering numbers"] == calls["routers"] == 2 and calls["working them out"] == 4
+    assert calls["reading the clock"] > 4 * 8 * 2 and calls["writing"] > 4
+    assert second.returncode == 2 and second.stderr == (
+        f"error: --output {tmp_path / 'cost'} is there already; give another folder, or delete it\n"
+    )
+
+
 @pytest.mark.parametrize("script", ["step_cost.py", "pipeline_cost.py"])
 def test_a_mistake_in_the_call_is_one_line(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / script), "--output", str(tmp_path / "out"), "--hidden", "30"]
