@@ -65,6 +65,8 @@ def test_the_folder_and_its_facts(byte_level: dict[str, Any], pieces: bytes, tmp
     two = take_over(write(tmp_path / "any.model", pieces), tmp_path / "s")
     assert (tmp_path / "s" / "tokenizer.model").read_bytes() == pieces
     assert (two.facts["kind"], two.vocab_size, two.bos_id, two.eos_id, two.pad_id) == ("sentencepiece", 600, 1, 2, -1)
+    padded = take_over(tmp_path / "any.model", tmp_path / "p", "--pad", "<unk>")
+    assert padded.decode([0, padded.eos_id, 0]) == "" != two.decode([0])
     two.copy_to(tmp_path / "copy")
     one.copy_to(tmp_path / "copy")
     assert sorted(content(tmp_path / "copy")) == ["huggingface.json", "tokenizer.json"]
