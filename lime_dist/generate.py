@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,7 @@ def generate(options: argparse.Namespace) -> None:
         prompt = torch.tensor([[tokenizer.bos_token_id]])
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    sys.stdout.write(options.prompt)
-    sys.stdout.flush()
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True)
     prompt = prompt.to(model.device)
     model.generate(
         prompt,
