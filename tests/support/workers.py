@@ -48,6 +48,8 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
         pipe.send_bytes(_pickled(result))
         if not result[0]:
             return
+        result = None
+        gc.collect()  # engines lie in cycles, and hold the threads of their groups
         dist.barrier()
         while made:
             group = made.pop()
