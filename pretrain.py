@@ -201,7 +201,7 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
             f"({math.log(config.model.vocab_size) - validation_loss:.2f} below ln({config.model.vocab_size}))"
         )
     if sinks and (best := sinks[0].best_validation()) is not None:
-        console.say(f"best validation loss: {best[0]:.4f} at step {best[1]}")
+        console.say(f"best validation loss {best[0]:.4f} at step {best[1]}")
     for line in loop.describe_traffic(engine):
         console.say(line)
     console.say(f"tokens seen: {state.consumed_samples * length:,}")

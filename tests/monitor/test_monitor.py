@@ -165,7 +165,7 @@ def test_the_console_says_where_the_time_went(watched: tuple[Path, str]) -> None
     assert list(shares) == [*KINDS, "rest"] and sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
     assert all(float(share) > 0 for kind, share in shares.items() if kind not in ("transfer", "rest"))
     best = min((line["validation_loss"], line["step"]) for line in records(directory) if "validation_loss" in line)
-    assert f"best validation loss: {best[0]:.4f} at step {best[1]}" in said
+    assert f"best validation loss {best[0]:.4f} at step {best[1]}" in said
     assert f"run folder: {directory}" in said
 
 
