@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_its_samples_are_named(
     changed = settings(dataset, tmp_path, train={"steps": 6}, parallel={"zero_stage": zero_stage})
     events = [
         {"do": "loss", "rank": 3, "step": 3, "micro_batch": 1, "poison": True},
-        {"do": "loss", "rank": 2, "step": 5, "micro_batch": 0, "add": math.inf},
+        {"do": "loss", "rank": 1, "step": 5, "micro_batch": 0, "add": math.inf},
     ]
     error, said = observe(workers, 4, values=changed, events=events)
     order = SampleOrder(0, TokenSplit(dataset, "train").num_samples(16))
