@@ -8,8 +8,8 @@ A kill at any moment leaves a checkpoint whole or absent. Only then are old ones
 
 In the background (``checkpoint.asynchronous``) training waits while the state is copied to host memory, and a thread does
 the rest; the name is given at a later step boundary, when all ranks have written. On a GPU the copy is a small part of the
-cost. On CPUs, and where a stage and its copy (12 bytes a parameter) fit the memory, it is worth it when the disk is slow: the
-thread takes time from computation, hashing above all. ``saved …`` lines say both costs.
+cost. On CPUs it is worth its memory (12 bytes a parameter) where the disk is slow; on a fast one most of the cost is hashing and
+copying, which the thread takes from the computation (benchmarks/RESULTS.md). ``saved …`` lines say both costs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lime_dist
-from lime_dist.checkpoint.store import FORMAT, LATEST, MANIFEST, folder_name, manifest_checksum, saved_steps
+from lime_dist.checkpoint.manifest import FORMAT, MANIFEST, manifest_checksum
+from lime_dist.checkpoint.store import LATEST, folder_name, saved_steps
 from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes, sync_folder, write_atomic
 from lime_dist.distributed import agree, is_main_process

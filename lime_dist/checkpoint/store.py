@@ -12,67 +12,25 @@ its size and hash, and holds the tensors that the manifest says. Files are read 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from lime_dist.checkpoint.manifest import MANIFEST, STATES, read_manifest
 from lime_dist.config.schema import Config
-from lime_dist.data.files import json_bytes, sha256_file
+from lime_dist.data.files import sha256_file
 from lime_dist.distributed import agree
 from lime_dist.train.optim import StageOptimizer
 from lime_dist.train.state import TrainState
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
-FORMAT = "lime_dist checkpoint 1"
-STATES = ("weight", "exp_avg", "exp_avg_sq")
-"""What is kept of a parameter: the names are AdamW's."""
 
 _NAME = re.compile(r"global_step(0|[1-9]\d*)")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _State(_Strict):
-    step: int = Field(ge=0)
-    consumed_samples: int = Field(ge=0)
-
-
-class _File(_Strict):
-    file: str = Field(pattern=r"^stage\d+-replica\d+\.pt$")
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    dtype: Literal["float32", "float64"]
-    parameters: dict[str, list[Annotated[int, Field(ge=0)]]]
-
-
-class _Layout(_Strict):
-    pipeline_stages: int = Field(ge=1)
-    replicas: int = Field(ge=1)
-    zero_stage: int
-
-
-class _Manifest(_Strict):
-    """``checksum`` is of the manifest's other values: a flipped bit in a number of samples would be believed without it."""
-
-    format: Literal["lime_dist checkpoint 1"]
-    version: str
-    state: _State
-    optimizer_steps: int = Field(ge=0)
-    num_samples: int = Field(ge=1)
-    config: dict[str, Any]
-    layout: _Layout
-    files: list[_File] = Field(min_length=1)
-    checksum: str
 
 
 @dataclass(frozen=True)
@@ -172,35 +130,6 @@ def _verify(path: Path, step: int) -> tuple[str | None, dict[str, Any]]:
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, problem)
     return next((line for line in found if line is not None), None), manifest
-
-
-def read_manifest(path: Path, step: int) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with the manifest in a checkpoint folder, or None and the manifest."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        checked = _Manifest.model_validate(manifest)
-        checksum = manifest_checksum(manifest)
-    except ValidationError as error:
-        first = error.errors()[0]
-        return f"{MANIFEST} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg'].lower()})", {}
-    except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})", {}
-    except (ValueError, RecursionError):
-        return f"{MANIFEST} is damaged", {}
-    files = [entry.file for entry in checked.files]
-    names = [name for entry in checked.files for name in entry.parameters]
-    if checked.checksum != checksum:
-        return f"{MANIFEST} is damaged", {}
-    if checked.state.step != step:
-        return f"{MANIFEST} is of step {checked.state.step}", {}
-    if len(set(files)) < len(files) or len(set(names)) < len(names):
-        return f"{MANIFEST} has a file or a parameter twice", {}
-    return None, manifest
-
-
-def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all of a manifest but its ``checksum``."""
-    return hashlib.sha256(json_bytes({**manifest, "checksum": None})).hexdigest()
 
 
 def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:

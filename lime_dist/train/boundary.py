@@ -61,8 +61,9 @@ class Boundary:
         most = run.config.train.max_consecutive_skips
         if self._skipped >= most:
             self._fail(
+                state,
                 f"step {state.step}: {self._skipped} updates in a row were skipped (train.max_consecutive_skips={most}), "
-                f"the last one because {found}; look at these samples or lower optimizer.lr; {AGAIN}"
+                f"the last one because {found}; look at these samples or lower optimizer.lr; {AGAIN}",
             )
 
     def cross(self, state: TrainState, loss: float) -> TrainState:
@@ -74,7 +75,7 @@ class Boundary:
         run = self._run
         agreed = self._exchange(state, self._spikes.is_spike(loss))
         if agreed.different:
-            self._fail(self._difference(state, agreed.different[0]))
+            self._fail(state, self._difference(state, agreed.different[0]))
         if agreed.trouble:
             with self._watching("what is the trouble after", state):
                 problem = run.records.problem
@@ -128,11 +129,10 @@ class Boundary:
     def _watching(self, work: str, state: TrainState) -> contextlib.AbstractContextManager[None]:
         return self._run.engine.watching(f"{work} step {state.step}")
 
-    def _fail(self, line: str) -> NoReturn:
+    def _fail(self, state: TrainState, line: str) -> NoReturn:
         """End the run on all ranks, which must not leave a checkpoint half written."""
-        if self._run.saver.pending:
-            with contextlib.suppress(LimeError):
-                self._run.saver.finish()
+        with contextlib.suppress(LimeError):
+            self._settle(state)
         raise LimeError(line)
 
     def _difference(self, state: TrainState, replica: int) -> str:
@@ -192,7 +192,7 @@ class Boundary:
     def _say_saved(self, state: TrainState, saved: Saved) -> None:
         cost = f"in {saved.blocked:.2f} s"
         if saved.background:
-            cost = f"in {saved.background:.2f} s, of which training waited {saved.blocked:.2f} s"
+            cost = f"in the background in {saved.background:.2f} s; training waited {saved.blocked:.2f} s"
         self._run.console.say(f"step {state.step}/{self._run.config.train.steps} | saved {saved.path} {cost}")
         for problem in saved.problems:
             self._run.console.say(problem)
@@ -204,7 +204,9 @@ class Boundary:
         run, factor = self._run, self._run.config.train.spike_factor
         jumped = f"step {state.step}: the loss jumped to {loss:.4f} (train.spike_factor={factor}, recent median {self._spikes.median:.4f})"
         if self._spikes.too_many:
-            self._fail(f"{jumped}, again after going back {MOST} times without a new best; lower optimizer.lr; {AGAIN}")
+            self._fail(
+                state, f"{jumped}, again after going back {MOST} times without a new best; lower optimizer.lr; {AGAIN}"
+            )
         self._settle(state)
         with self._watching("going back from", state):
             found, lines = store.find_newest(run.saver.directory)

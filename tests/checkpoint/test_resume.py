@@ -14,6 +14,7 @@ from support.folders import numbers, records, values, weights
 from support.workers import WorkerGroup
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lime_dist.checkpoint.manifest import manifest_checksum
 from lime_dist.monitor.metrics import without_clock
 
 Workers = Callable[[int], WorkerGroup]
@@ -167,6 +168,10 @@ def test_mistakes_of_the_user_are_one_line_on_all_ranks(
     )
     assert "data.seed: 0 there, 5 here" in line({"data": {"seed": 5}}, stopped)
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+    manifest_file = stopped / "checkpoints/global_step10/manifest.json"
+    manifest = {**json.loads(manifest_file.read_text()), "num_samples": 7}
+    manifest_file.write_text(json.dumps({**manifest, "checksum": manifest_checksum(manifest)}))
+    assert "is of another run (training samples: 7 there, " in line({}, stopped), "the order would be another one"
     for folder in (stopped / "checkpoints").glob("global_step*"):
         (folder / "manifest.json").unlink()
     assert "no whole checkpoint in" in line({}, stopped)

@@ -13,7 +13,7 @@ import torch
 from support.checkpoints import settings
 from support.workers import WorkerGroup
 
-from lime_dist.checkpoint.store import manifest_checksum, read_manifest
+from lime_dist.checkpoint.manifest import manifest_checksum, read_manifest
 
 Workers = Callable[[int], WorkerGroup]
 FILES = ["manifest.json", "stage000-replica000.pt", "stage001-replica000.pt"]
