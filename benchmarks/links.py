@@ -94,15 +94,15 @@ def hosts(names: Sequence[str], rate: str | None = None, delay: float = 0.0) -> 
     table = "\n".join(f"{address} {name}" for address, name in zip(addresses, names, strict=True))
     with ExitStack() as stack:
         switch = stack.enter_context(_host("switch", "", table))
-        switch.run("ip", "link", "add", "switch", "up", "type", "bridge")
+        switch.run("ip", "link", "add", "name", "switch", "up", "type", "bridge")
         made = []
         for name, address in zip(names, addresses, strict=True):
             host = stack.enter_context(_host(name, address, table))
             made.append(host)
             stack.enter_context(_cable(host, switch, delay))
-            switch.run("ip", "link", "set", name, "up", "master", "switch")
+            switch.run("ip", "link", "set", "dev", name, "up", "master", "switch")
             host.run("ip", "addr", "add", f"{address}/24", "dev", INTERFACE)
-            host.run("ip", "link", "set", INTERFACE, "up")
+            host.run("ip", "link", "set", "dev", INTERFACE, "up")
             if rate is not None:
                 shape = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
                 host.run("tc", "qdisc", "add", "dev", INTERFACE, *shape)
@@ -122,12 +122,12 @@ def _cable(host: Host, switch: Host, delay: float) -> Iterator[None]:
     """A link whose ends are ``INTERFACE`` on the host and a device of the host's name on the switch."""
     if not delay:
         end = ["peer", "name", INTERFACE, "netns", str(host.init)]
-        _run(switch.network_command("ip", "link", "add", host.name, "type", "veth", *end))
+        _run(switch.network_command("ip", "link", "add", "name", host.name, "type", "veth", *end))
         yield
         return
     line = [sys.executable, str(Path(__file__).with_name("delay_line.py")), str(delay), INTERFACE, host.name]
     with _helper(switch.network_command(*line)):
-        _run(switch.network_command("ip", "link", "set", INTERFACE, "netns", str(host.init)))
+        _run(switch.network_command("ip", "link", "set", "dev", INTERFACE, "netns", str(host.init)))
         yield
 
 

@@ -111,7 +111,7 @@ class Bed:
 
     def set_link(self, host: int, state: str) -> None:
         """Take a host's link ``down`` or ``up``. (Its address and its routes come back with it.)"""
-        self.hosts[host].run("ip", "link", "set", "eth0", state)
+        self.hosts[host].run("ip", "link", "set", "dev", "eth0", state)
 
 
 @contextmanager
