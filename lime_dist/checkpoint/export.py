@@ -122,7 +122,8 @@ def export(checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_sh
             final.rmdir()
         partial.rename(final)
     except OSError as error:
-        raise LimeError(f"{error.filename or output}: {error.strerror or error}; nothing was exported") from None
+        reason = " ".join(str(error.strerror or error).split())  # transformers' own have several lines
+        raise LimeError(f"{error.filename or output}: {reason}; nothing was exported") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return certificate
