@@ -130,9 +130,11 @@ class EncodeUnit:
             for batch in _batches(texts):
                 for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                     document = np.empty(before + ids.size + after, dtype=self._dtype)
-                    document[:before] = tokenizer.bos_id
                     document[before : before + ids.size] = ids
-                    document[before + ids.size :] = tokenizer.eos_id
+                    if before:  # a tokenizer without bos has -1 for it, which no unsigned type can hold
+                        document[0] = tokenizer.bos_id
+                    if after:
+                        document[-1] = tokenizer.eos_id
                     raw = text.encode()
                     series[split_of(raw, layout.validation, layout.test)].add(document, len(raw))
                     progress.add(len(raw), document.size)

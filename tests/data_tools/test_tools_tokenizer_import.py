@@ -21,6 +21,7 @@ from data_tools import inspect, pretokenize
 from data_tools.tokenizer import Tokenizer, main
 from data_tools.tokenizer_model_file import read_pieces, read_settings, with_control_symbols, without_dummy_prefix
 from lime_dist.data.files import read_json
+from lime_dist.data.indexed import IndexedDataset
 from lime_dist.errors import LimeError, run_command
 
 
@@ -413,3 +414,18 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0 and f"python -m data_tools.tokenizer {command} --" in capsys.readouterr().out
+
+
+def test_a_vocabulary_without_bos_makes_shards(corpus: Path, tmp_path: Path) -> None:
+    """As GPT-2's: its eos ends documents, and asking for a bos that it has not is refused before anything is written."""
+    gpt_2().save(str(tmp_path / "tokenizer.json"))
+    main(["import", "--model", str(tmp_path / "tokenizer.json"), "--output", str(tmp_path / "imported")])
+    tokenizer = Tokenizer(tmp_path / "imported")
+    assert tokenizer.bos_id == -1
+    common = ["--input", str(corpus / "c.jsonl"), "--tokenizer", str(tmp_path / "imported"), "--workers", "1"]
+    pretokenize.main([*common, "--output", str(tmp_path / "shards"), "--validation-fraction", "0"])
+    data = IndexedDataset(tmp_path / "shards" / "train-00000-00")
+    assert data.document(0)[-1] == tokenizer.eos_id and tokenizer.decode(data.document(0)).startswith("Document 3-0.")
+    with pytest.raises(LimeError, match="--bos: the tokenizer in .* has no bos"):
+        pretokenize.main([*common, "--output", str(tmp_path / "other"), "--bos"])
+    assert not (tmp_path / "other").exists()
