@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,8 @@ from lime_dist.config.load import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
 from lime_dist.forecast import Forecast, Machine, as_llama, forecast
-from lime_dist.quantities import (
-    read_bandwidth,
-    read_bytes,
-    read_flops,
-    read_seconds,
-    read_share,
-    show,
-    show_seconds,
-)
+from lime_dist.plan_text import plan_table, sweep_table
+from lime_dist.quantities import read_bandwidth, read_bytes, read_flops, read_seconds, read_share
 from lime_dist.sweep import Candidate, Sweep, sweep
 
 Values = dict[str, Any]
@@ -85,7 +77,11 @@ def main() -> None:
         if arguments.timeline is not None:
             raise LimeError("--timeline draws the configuration as it is; leave --sweep out, or call twice")
         found = sweep(config, machine, processes)
-        print(json.dumps(sweep_values(found), indent=1) if arguments.json else sweep_table(found, machine))
+        print(
+            json.dumps(sweep_values(found), indent=1)
+            if arguments.json
+            else sweep_table(sweep_values(found), machine.memory)
+        )
         return
     values = plan_values(config, machine, processes)
     print(json.dumps(values, indent=1) if arguments.json else plan_table(config, values))
@@ -145,87 +141,6 @@ def stage_values(found: Forecast, stage: int) -> Values:
     }
 
 
-COLUMNS = [
-    "stage", "layers", "parameters", "forward", "backward", "weights", "optimizer", "activations", "history", "transfers",
-    "working", "peak", "in flight", "to next",
-]  # fmt: skip
-
-
-def plan_table(config: Config, values: Values) -> str:
-    """A plan for people."""
-    train, parallel, model = config.train, config.parallel, config.model
-    lines = [
-        f"{model.architecture}, {model.num_hidden_layers} layers, {values['parameters']:,} parameters; "
-        f"{parallel.pipeline_stages} stage(s) × {values['replicas']} replica(s); {values['micro_batches']} micro-batches of "
-        f"{train.micro_batch_size} × {config.data.sequence_length} tokens a step and replica; {config.precision}",
-        f"a process reaches {show(values['machine']['flops'], 'FLOP/s')} and moves "
-        f"{show(values['machine']['memory_bandwidth'], 'B/s')}; {show(values['machine']['bandwidth'], 'B/s')} and "
-        f"{show_seconds(values['machine']['latency'])} between processes",
-        "",
-        *columns([COLUMNS, *(stage_row(row) for row in values["stages"])]),
-        "",
-        "forward, backward: FLOPs of a micro-batch; memory in bytes at the peak of 1F1B, with as many micro-batches in flight;",
-        "to next: bytes of a micro-batch, and as many back.",
-        "",
-    ]
-    peak, memory = values["peak_memory"], values["machine"]["memory"]
-    limit = "" if memory is None else f" of {show(memory, 'B')}: {'it fits' if values['fits'] else 'it DOES NOT FIT'}"
-    lines.append(f"memory    {show(peak, 'B')} on the fullest stage{limit}")
-    share = [
-        f"{name} {100 * seconds / values['seconds_per_step']:.1f} %"
-        for name, seconds in values["seconds"].items()
-        if seconds
-    ]
-    lines.append(
-        f"step      {show_seconds(values['seconds_per_step'])} predicted, {show(values['tokens_per_second'])} tokens/s: "
-        f"{', '.join(share)}"
-    )
-    lines.append(f"bubble    {100 * values['bubble']:.1f} % of the step a stage does not compute, on average")
-    lines.append(f"limit     {values['limit']}: {explain(values)}")
-    if "over_llama" in values:
-        over = values["over_llama"]
-        lines.append(
-            f"over LLaMA, same settings: FLOPs × {over['flops']:.3f}, memory × {over['memory']:.3f}, "
-            f"time × {over['time']:.3f}"
-        )
-    return "\n".join(lines)
-
-
-def stage_row(row: Values) -> list[str]:
-    begin, end = row["layers"]
-    memory = row["memory"]
-    parts = ("weights", "optimizer", "activations", "history", "transfers", "working", "peak")
-    return [
-        str(row["stage"]), f"{begin}–{end - 1}", f"{row['parameters']:,}", show(row["forward_flops"]),
-        show(row["backward_flops"]), *(show(memory[name], "B") for name in parts), str(memory["in_flight"]),
-        show(row["bytes_to_next"], "B") if row["bytes_to_next"] else "",
-    ]  # fmt: skip
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows with their columns aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def explain(values: Values) -> str:
-    """What the limit means here, in a line."""
-    stages = values["stages"]
-    passes = [row["forward_flops"] + row["backward_flops"] for row in stages]
-    busiest, widest = passes.index(max(passes)), max(range(len(stages)), key=lambda s: stages[s]["bytes_to_next"])
-    return {
-        "computation": "stages compute for most of the step",
-        "imbalance": f"stage {busiest} computes {max(passes) * len(passes) / sum(passes):.1f} times the average "
-        "(parallel.stage_layers; fewer stages; the output projection is all on the last)",
-        "link": f"stage {widest} sends {show(stages[widest]['bytes_to_next'], 'B')} a micro-batch "
-        "(pipeline.wire_dtype; a bounded history; pipeline.extra_in_flight)",
-        "bubble": f"{values['micro_batches']} micro-batches a step fill and drain {len(stages)} stages (smaller micro-batches; "
-        "fewer stages)",
-        "latency": "transfers are short and many (larger micro-batches; fewer stages)",
-        "reduction": "gradients are reduced after the passes (fewer replicas; a larger global batch)",
-    }[values["limit"]]
-
-
 # -- the sweep ------------------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +149,7 @@ def sweep_values(found: Sweep) -> Values:
     return {
         "tried": len(found.fitting) + len(found.too_large),
         "fitting": len(found.fitting),
-        "best": [candidate_values(candidate) for candidate in found.fitting[:BEST]],
+        "best": [candidate_values(candidate) for candidate in found.best(BEST)],
         "smallest_that_does_not_fit": candidate_values(found.too_large[0]) if found.too_large else None,
     }
 
@@ -253,49 +168,6 @@ def candidate_values(candidate: Candidate) -> Values:
         "bubble": forecasted.bubble,
         "peak_memory": forecasted.peak_memory,
     }
-
-
-def sweep_table(found: Sweep, machine: Machine) -> str:
-    values = sweep_values(found)
-    limit = "" if machine.memory is None else f" of {show(machine.memory, 'B')}"
-    lines = [
-        f"{values['tried']} settings tried, {values['fitting']} fit"
-        + (f" into {show(machine.memory, 'B')}" if machine.memory else "")
-    ]
-    if values["best"]:
-        header = ["", "stages × replicas", "micro-batch", "history", "step", "memory", "reason"]
-        rows = [
-            [
-                str(place), f"{row['pipeline_stages']} × {row['replicas']}", str(row["micro_batch_size"]),
-                history(row["history"]), show_seconds(row["seconds_per_step"]), show(row["peak_memory"], "B") + limit,
-                reason(row),
-            ]
-            for place, row in enumerate(values["best"], 1)
-        ]  # fmt: skip
-        lines += ["", *columns([header, *rows])]
-    if (smallest := values["smallest_that_does_not_fit"]) is not None:
-        lines += [
-            "",
-            f"of those that do not fit, {smallest['pipeline_stages']} stages × micro-batch {smallest['micro_batch_size']} × "
-            f"{history(smallest['history'])} needs least: {show(smallest['peak_memory'], 'B')}",
-        ]
-    lines += ["", "Ranked by time alone: how well a policy learns is in benchmarks/RESULTS.md, and the same efficiency is assumed",
-              "for all micro-batch sizes."]  # fmt: skip
-    return "\n".join(lines)
-
-
-def history(policy: Values | None) -> str:
-    """A policy and its keys: first_last, first 2, last 1."""
-    if policy is None:
-        return "–"
-    return ", ".join(str(value) if key == "policy" else f"{key} {value}" for key, value in policy.items())
-
-
-def reason(row: Values) -> str:
-    """What makes up its step: the parts of at least one percent, the largest first."""
-    parts = sorted(row["seconds"].items(), key=lambda part: -part[1])
-    whole = row["seconds_per_step"]
-    return ", ".join(f"{name} {100 * seconds / whole:.0f} %" for name, seconds in parts if seconds >= 0.01 * whole)
 
 
 if __name__ == "__main__":

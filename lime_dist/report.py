@@ -38,6 +38,7 @@ table { border-collapse: collapse; } th, td { padding: 3px 10px; border-bottom: 
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } code, td.value { font-family: ui-monospace, monospace; }
 svg { max-width: 100%; height: auto; } svg text { font-size: 11px; fill: #444; } .grid { stroke: #e5e5e5; }
 .legend span { margin-right: 16px; } .legend i { display: inline-block; width: 12px; height: 12px; margin-right: 5px; }
+.maps svg { display: block; }
 .maps { display: flex; flex-wrap: wrap; gap: 24px; } .note { color: #777; }
 """
 

@@ -12,6 +12,7 @@ from lime_dist.errors import LimeError
 from lime_dist.forecast import Forecast, Machine, forecast
 
 LARGEST_MICRO_BATCH = 64
+CLOSE = 0.01
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,21 @@ class Sweep:
 
     fitting: list[Candidate]
     too_large: list[Candidate]
+
+    def best(self, count: int) -> list[Candidate]:
+        """The fastest that fit; of micro-batch sizes between which the time decides by less than `CLOSE`, the largest alone:
+        it is at least as efficient."""
+        kept: list[tuple[float, Candidate]] = []
+        for candidate in self.fitting:
+            for place, (seconds, other) in enumerate(kept):
+                same = (candidate.stages, candidate.policy) == (other.stages, other.policy)
+                if same and candidate.forecast.seconds <= (1 + CLOSE) * seconds:
+                    if candidate.micro_batch_size > other.micro_batch_size:
+                        kept[place] = (seconds, candidate)
+                    break
+            else:
+                kept.append((candidate.forecast.seconds, candidate))
+        return [candidate for _, candidate in kept[:count]]
 
 
 def sweep(config: Config, machine: Machine, processes: int) -> Sweep:

@@ -29,6 +29,8 @@ def test_the_copying_form_equals_full(monkeypatch: pytest.MonkeyPatch) -> None:
             "--layers 4 --hidden 32 --heads 4 --length 32 --micro-batches 3 --rounds 1 --links loopback",
             22,
         ),
+        ("planning.py", "--layers 4 --hidden 32 --length 32 --rounds 1 --links loopback", 19),
+        ("crossover.py", "--depths 8 16", 12),
     ],
 )
 def test_a_benchmark_makes_its_table(script: str, arguments: str, rows: int, tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ def test_the_cost_of_logging_is_measured_once(dataset: Path, tmp_path: Path) -> 
     )
 
 
-@pytest.mark.parametrize("script", ["step_cost.py", "pipeline_cost.py"])
+@pytest.mark.parametrize("script", ["step_cost.py", "pipeline_cost.py", "planning.py"])
 def test_a_mistake_in_the_call_is_one_line(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / script), "--output", str(tmp_path / "out"), "--hidden", "30"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -14,7 +14,7 @@ import pytest
 from support.policies import POLICIES
 from support.workers import WorkerGroup
 
-from lime_dist import load_config, plan
+from lime_dist import load_config, plan, plan_text
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS
 from lime_dist.errors import LimeError
@@ -79,7 +79,7 @@ def shape(stages: int, changes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_plan_is_what_engines_do(workers: Callable[[int], WorkerGroup], name: str) -> None:
-    """By stage: parameters, their memory and bytes over boundaries exactly, the peak of live tensor bytes to 10 %."""
+    """By stage: parameters, their memory and bytes over boundaries exactly, the peak of live tensor bytes to 5 %."""
     stages, replicas, changes = SETTINGS[name]
     values = shape(stages, changes)
     planned = forecast(make_config(values, "a test"), FAST_LINKS, stages * replicas)
@@ -89,7 +89,7 @@ def test_a_plan_is_what_engines_do(workers: Callable[[int], WorkerGroup], name: 
         found = [result for result in measured if result["stage"] == stage]
         assert {result["parameters"] for result in found} == {expected.parameters}
         assert max(result["static"] for result in found) == expected.memory.weights + expected.memory.optimizer
-        assert max(result["peak"] for result in found) == pytest.approx(expected.memory.peak, rel=0.1)
+        assert max(result["peak"] for result in found) == pytest.approx(expected.memory.peak, rel=0.05)
         if values.get("pipeline", {}).get("engine") == "stock":  # which does not count
             continue
         before = planned.stages[stage - 1].boundary_bytes if stage else 0
@@ -223,6 +223,16 @@ def test_a_sweep_ranks_what_fits() -> None:
     assert bounded.too_large[0].forecast.peak_memory == min(c.forecast.peak_memory for c in bounded.too_large) > limit
 
 
+def test_the_best_of_a_sweep_differ_in_more_than_a_tie() -> None:
+    """On one stage the micro-batch changes nothing: the largest is shown, once; on several, smaller ones are faster."""
+    found = sweep(load_config(None, [*SIZE, "model.architecture=llama"]), Machine(1e12, 1e12, 1e12, 0.0), 8)
+    best = found.best(100)
+    assert [c.micro_batch_size for c in best if c.stages == 1] == [4]
+    assert [c.micro_batch_size for c in best if c.stages == 4] == [1, 2, 4, 8, 16]
+    assert [c.forecast.seconds for c in best] == pytest.approx(sorted(c.forecast.seconds for c in best), rel=0.01)
+    assert found.best(3) == best[:3]
+
+
 def test_a_sweep_keeps_the_configured_policy_and_models_without_one() -> None:
     own = {"policy": "chunked", "first": 0, "chunk_size": 4, "rank": 2}
     lime = sweep(load_config(None, [*SIZE, f"model.lime.history={json.dumps(own)}"]), FAST_LINKS, 1)
@@ -256,13 +266,13 @@ def test_json_and_table_have_the_same_numbers(
     values = json.loads(call(monkeypatch, capsys, *arguments, "--json"))
     table = call(monkeypatch, capsys, *arguments)
     config = load_config(QUICKSTART[1], ["parallel.pipeline_stages=4", "parallel.zero_stage=1"])
-    assert plan.plan_table(config, values) == table.rstrip("\n")
+    assert plan_text.plan_table(config, values) == table.rstrip("\n")
     assert f"{values['parameters']:,} parameters; 4 stage(s) × 2 replica(s); 4 micro-batches" in table
     rows = [line.split("  ") for line in table.splitlines() if re.match(r" +\d", line)]
     assert len(rows) == len(values["stages"]) == 4
     for row, stage in zip(rows, values["stages"], strict=True):
         cells = [cell.strip() for cell in row if cell.strip()]
-        assert cells == [cell for cell in plan.stage_row(stage) if cell]
+        assert cells == [cell for cell in plan_text.stage_row(stage) if cell]
         assert cells[2] == f"{stage['parameters']:,}"
         memory = stage["memory"]
         assert memory["peak"] == sum(memory[name] for name in memory if name not in ("peak", "in_flight"))
@@ -278,7 +288,7 @@ def test_the_command_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert f"{values['tried']} settings tried, {values['fitting']} fit into 120 MB" in table
     assert len(values["best"]) == 5 and all(row["peak_memory"] <= 120e6 for row in values["best"])
     for row in values["best"]:
-        assert plan.reason(row) in table and plan.history(row["history"]) in table
+        assert plan_text.reason(row) in table and plan_text.history(row["history"]) in table
     table = call(monkeypatch, capsys, *QUICKSTART, "--sweep", "--gpu-memory", "1MB")
     assert ", 0 fit into 1.00 MB" in table and "needs least" in table
 

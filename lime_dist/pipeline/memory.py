@@ -189,7 +189,7 @@ def _held(
 def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     """What one backward pass makes beyond what is kept: the most of what its moments need, less what has been given back.
 
-    A formula for the large tensors, not an exact count: tests/test_plan.py holds the sum of all to 10 %.
+    A formula for the large tensors, not an exact count: tests/test_plan.py holds the sum of all to 5 %.
     """
     model, checkpointing = config.model, config.parallel.activation_checkpointing
     size, tokens = ITEM_BYTES[config.precision], config.train.micro_batch_size * config.data.sequence_length
