@@ -127,10 +127,12 @@ class Boundary:
         return self._run.engine.watching(f"{work} step {state.step}")
 
     def _fail(self, state: TrainState, line: str) -> NoReturn:
-        """End the run on all ranks, which must not leave a checkpoint half written."""
+        """End the run on all ranks with rank 0's line; what is half written is finished first."""
         with contextlib.suppress(LimeError):
             self._settle(state)
-        raise LimeError(line)
+        with self._watching("why to end after", state):
+            agree(line)
+        raise AssertionError("agree has raised")
 
     def _difference(self, state: TrainState, replica: int) -> str:
         run = self._run

@@ -66,3 +66,20 @@ def test_a_mistake_in_the_call_is_one_line(tmp_path: Path) -> None:
         "error: --runs 40, --interval 60, --steps 60: give at"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_start_waits_for_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not for ever, and a folder that nobody holds is not waited for."""
+    import pretrain
+    from lime_dist.data.files import lock_folder
+    from lime_dist.errors import LimeError
+
+    monkeypatch.setattr(pretrain, "LOCK_PATIENCE", 0.3)
+    pretrain.wait_for_predecessor(tmp_path)
+    with lock_folder(tmp_path), pytest.raises(LimeError, match="another run is writing here"):
+        pretrain.wait_for_predecessor(tmp_path)
+    assert capsys.readouterr().out == f"another run is still writing into {tmp_path}; waiting for its end\n"
+    pretrain.wait_for_predecessor(tmp_path)
+    assert capsys.readouterr().out == ""

@@ -98,6 +98,17 @@ def test_a_signal_while_saving_stops_after_the_save(workers: Workers, dataset: P
     assert records(tmp_path)[-1]["step"] == 10 and names(tmp_path) == ["global_step10", "latest"]
 
 
+def test_deepspeeds_own_schedule_stops_and_is_checked_too(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    changed = settings(dataset, tmp_path, pipeline={"engine": "stock"})
+    error, said = observe(workers, values=changed, events=[{"do": "signal", "rank": 1, "step": 3}])
+    assert error == "" and "stopped by SIGTERM at step 3: saved" in said
+    error, said = observe(workers, values=changed, per_rank={1: {"data": {"seed": 7}}})
+    assert error.startswith(f"{tmp_path}/checkpoints/global_step3 is of another run (data.seed: 0 there, 7 here)")
+    shutil.rmtree(tmp_path / "checkpoints")
+    error, _ = observe(workers, values=changed, per_rank={1: {"data": {"seed": 7}}})
+    assert error.startswith("step 1: the first and the last stage of replica 0 read different tokens for ")
+
+
 # -- skipped updates ------------------------------------------------------------------------------------------------------
 
 
