@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from lime_dist.config.load import load_config
 from lime_dist.distributed import free_port
 from lime_dist.doctor import facts, ring
@@ -75,6 +77,8 @@ def answer(line: str) -> None:
 
 def examine(arguments: argparse.Namespace) -> bool:
     """Print all findings; whether there is an error among them."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
     from lime_dist.doctor import (  # DeepSpeed takes seconds; hosts that are asked need none of it
         environment,
         judge,
