@@ -102,9 +102,7 @@ def _hub_files(given: str) -> list[InputFile]:
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(
-            found["name"], name=found["configuration"], revision=found["revision"] or None
-        )
+        builder = datasets.load_dataset_builder(found["name"], name=found["configuration"], revision=found["revision"])
         paths = [str(path) for path in (builder.config.data_files or {}).get("train", [])]
     except Exception as error:  # the hub's errors come from half a dozen libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

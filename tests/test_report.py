@@ -18,6 +18,7 @@ import pytest
 from support.workers import WorkerGroup
 
 from lime_dist import report
+from lime_dist.checkpoint.manifest import manifest_checksum
 from lime_dist.errors import LimeError
 from lime_dist.monitor.charts import Line, bar_chart, heat_map, line_chart, png, short, thinned, ticks
 from lime_dist.monitor.routers import entropy, router_map, self_retrieval
@@ -228,9 +229,11 @@ def overwrite(file: Path) -> None:
 
 
 def change(file: Path, old: str, new: str) -> None:
+    """Of a manifest, with the checksum that it has then: nothing but the change can be seen."""
     text = re.sub(r":\s*", ": ", file.read_text())
     assert old in text
-    file.write_text(text.replace(old, new))
+    manifest = json.loads(text.replace(old, new))
+    file.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
 
 
 @pytest.mark.parametrize(

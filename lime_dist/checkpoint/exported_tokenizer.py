@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from sentencepiece import SentencePieceProcessor
 
 from data_tools.tokenizer import MODEL_FILES, Tokenizer
+from data_tools.tokenizer_model_file import read_settings
 from data_tools.tokenizer_sentencepiece import SPACE_MARK
 from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
@@ -76,16 +77,13 @@ def special_ids(tokenizer: Tokenizer, bos: bool) -> dict[str, int]:
 
 def is_plain_byte_pair(model: SentencePieceProcessor) -> bool:
     """Whether `byte_pair_tokenizer` can stand for a model: byte pairs, over texts that it leaves as they are."""
-    content: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
-    content.ParseFromString(model.serialized_model_proto())
-    changes, trainer = content.normalizer_spec, content.trainer_spec
-    return bool(
-        trainer.model_type == trainer.BPE
-        and not changes.precompiled_charsmap
-        and not changes.add_dummy_prefix
-        and not changes.remove_extra_whitespaces
-        and changes.escape_whitespaces
-        and not trainer.treat_whitespace_as_suffix
+    found = read_settings(model.serialized_model_proto())
+    return found.model_type == "bpe" and not (
+        found.character_map
+        or found.add_dummy_prefix
+        or found.remove_extra_whitespaces
+        or not found.escape_whitespaces
+        or found.treat_whitespace_as_suffix
     )
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lime_dist.data.files import json_bytes
 
-MANIFEST = "manifest.json"
+MANIFEST, LATEST = "manifest.json", "latest"
 FORMAT = "lime_dist checkpoint 1"
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 """What is kept of a parameter: the names are AdamW's."""
@@ -54,8 +54,8 @@ class _Manifest(_Strict):
     checksum: str
 
 
-def read_manifest(path: Path, step: int) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with the manifest in a checkpoint folder, or None and the manifest."""
+def read_manifest(path: Path, step: int | None = None) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with the manifest in a checkpoint folder, or None and the manifest; it must be of ``step``, if given."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         checked = _Manifest.model_validate(manifest)
@@ -71,7 +71,7 @@ def read_manifest(path: Path, step: int) -> tuple[str | None, dict[str, Any]]:
     names = [name for entry in checked.files for name in entry.parameters]
     if checked.checksum != checksum:
         return f"{MANIFEST} is damaged", {}
-    if checked.state.step != step:
+    if step is not None and checked.state.step != step:
         return f"{MANIFEST} is of step {checked.state.step}", {}
     if len(set(files)) < len(files) or len(set(names)) < len(names):
         return f"{MANIFEST} has a file or a parameter twice", {}

@@ -12,13 +12,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from lime_dist.checkpoint.manifest import LATEST, MANIFEST, read_manifest
 from lime_dist.config.schema import Config, ModelConfig
-from lime_dist.data.files import read_json, sha256_file
+from lime_dist.data.files import sha256_file
 from lime_dist.errors import LimeError
 from lime_dist.model.decoder import Decoder, build_decoder, decoder_layers
 from lime_dist.train.state import TrainState
 
-MANIFEST, LATEST = "manifest.json", "latest"
 Weights = dict[str, Tensor]
 """By exported name, float32, in the order of the model's flat list."""
 
@@ -61,25 +61,24 @@ def read_weights(path: str | Path) -> tuple[Config, TrainState, Weights]:
     """
     folder = find_checkpoint(Path(path))
     advice = "give another checkpoint, global_stepN, of the run"
-    manifest = read_json(folder / MANIFEST, advice)
+    problem, manifest = read_manifest(folder)
+    if problem is not None:
+        raise LimeError(f"{folder}: {problem}; {advice}")
     try:
         config = Config.model_validate(manifest["config"])
-        state = TrainState(**manifest["state"])
-        files = {entry["file"]: (entry["bytes"], entry["sha256"], entry["parameters"]) for entry in manifest["files"]}
     except ValidationError:
         raise LimeError(f"{folder} was written with settings that this version does not know; {advice}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise LimeError(f"{folder / MANIFEST} is damaged; {advice}") from None
-    for name, (size, digest, _) in files.items():
-        file = folder / name
+    state = TrainState(**manifest["state"])
+    for entry in manifest["files"]:
+        file = folder / entry["file"]
         if not file.is_file():
             raise LimeError(f"{file} is missing, though {MANIFEST} lists it; {advice}")
-        if file.stat().st_size != size or sha256_file(file) != digest:
+        if file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
             raise LimeError(f"{file} is damaged: its size or SHA-256 differs from {MANIFEST}; {advice}")
     shapes = parameter_shapes(config.model)
     found: Weights = {}
-    for name in files:
-        values = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+    for entry in manifest["files"]:
+        values = torch.load(folder / entry["file"], map_location="cpu", weights_only=True, mmap=True)
         found.update({parameter: states["weight"].float() for parameter, states in values.items()})
     for parameter, shape in shapes.items():
         if parameter not in found or found[parameter].shape != shape:

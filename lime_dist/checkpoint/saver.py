@@ -29,8 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lime_dist
-from lime_dist.checkpoint.manifest import FORMAT, MANIFEST, manifest_checksum
-from lime_dist.checkpoint.store import LATEST, folder_name, saved_steps
+from lime_dist.checkpoint.manifest import FORMAT, LATEST, MANIFEST, manifest_checksum
+from lime_dist.checkpoint.store import folder_name, saved_steps
 from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes, sync_folder, write_atomic
 from lime_dist.distributed import agree, is_main_process

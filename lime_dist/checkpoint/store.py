@@ -21,14 +21,12 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from lime_dist.checkpoint.manifest import MANIFEST, STATES, read_manifest
+from lime_dist.checkpoint.manifest import LATEST, MANIFEST, STATES, read_manifest
 from lime_dist.config.schema import Config
 from lime_dist.data.files import sha256_file
 from lime_dist.distributed import agree
 from lime_dist.train.optim import StageOptimizer
 from lime_dist.train.state import TrainState
-
-LATEST = "latest"
 
 _NAME = re.compile(r"global_step(0|[1-9]\d*)")
 

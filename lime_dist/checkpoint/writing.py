@@ -5,7 +5,6 @@ Moments are zero, and so is the number of updates, so that a run starts its sche
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -13,13 +12,13 @@ from pathlib import Path
 import torch
 
 import lime_dist
-from lime_dist.checkpoint.reading import LATEST, MANIFEST, Weights
+from lime_dist.checkpoint.manifest import FORMAT, LATEST, MANIFEST, manifest_checksum
+from lime_dist.checkpoint.reading import Weights
 from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes, sha256_file, sync_folder, write_atomic
 from lime_dist.errors import LimeError
 from lime_dist.train.state import TrainState
 
-FORMAT = "lime_dist checkpoint 1"
 FILE = "stage000-replica000.pt"
 
 
@@ -69,8 +68,7 @@ def write_checkpoint(
                 }
             ],
         }
-        checksum = hashlib.sha256(json_bytes({**manifest, "checksum": None})).hexdigest()
-        write_atomic(partial / MANIFEST, json_bytes({**manifest, "checksum": checksum}))
+        write_atomic(partial / MANIFEST, json_bytes({**manifest, "checksum": manifest_checksum(manifest)}))
         partial.rename(final)
         sync_folder(directory)
         write_atomic(directory / LATEST, f"{final.name}\n".encode())

@@ -197,6 +197,8 @@ def disk(job: Job, facts: Sequence[Facts]) -> Findings:
     train = job.config.train
     one = CHECKPOINT_BYTES * count_parameters(job.config.model)
     kept = max(1, train.steps // train.checkpoint_interval if train.checkpoint_interval else 1)
+    if train.keep_last is not None:
+        kept = min(kept, train.keep_last + (train.steps // train.keep_every if train.keep_every else 0))
     short = False
     for fact in facts:
         if not fact.config:
@@ -213,7 +215,7 @@ def disk(job: Job, facts: Sequence[Facts]) -> Findings:
             yield Finding(
                 "warning",
                 f"{fact.host}: {size(fact.free_disk)} free for run.directory, {kept} checkpoints of {size(one)} will be "
-                "written; raise train.checkpoint_interval, or remove old ones in time",
+                "kept; lower train.keep_last, or make room",
             )
     if not short:
         yield Finding("ok", f"disk: room for {kept} checkpoints of {size(one)} {everywhere(facts)}")

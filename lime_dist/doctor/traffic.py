@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lime_dist.config.schema import Config, ModelConfig
-from lime_dist.model import cost
+from lime_dist.config.schema import Config
+from lime_dist.model.parameters import stage_parameters
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.placement import process_grid
 from lime_dist.simulate import boundary_bytes
@@ -29,14 +29,6 @@ def crossing_bytes(config: Config, hosts: Sequence[str], topology: str) -> float
             total += 2 * micro_batches * payload * (hosts[a] != hosts[b])
     for stage, ranks in enumerate(grid.get_axis_comm_lists("data")):
         around = sum(hosts[a] != hosts[b] for a, b in zip(ranks, [*ranks[1:], ranks[0]], strict=True))
-        gradients = 4 * stage_parameters(config.model, range(bounds[stage], bounds[stage + 1]))
+        gradients = 4 * sum(stage_parameters(config.model, range(bounds[stage], bounds[stage + 1])).values())
         total += around * 2 * (len(ranks) - 1) / len(ranks) * gradients
     return total
-
-
-def stage_parameters(model: ModelConfig, layers: range) -> int:
-    """Of a stage that holds ``layers``, with the embedding on the first stage, norm and output projection on the last."""
-    first, last = layers.start == 0, layers.stop == model.num_hidden_layers
-    embeddings = (first or last) if model.tie_word_embeddings else first + last
-    ends = embeddings * model.vocab_size * model.hidden_size + last * model.hidden_size
-    return ends + sum(cost.layer_parameters(model, layer) for layer in layers) + cost.summary_parameters(model, layers)

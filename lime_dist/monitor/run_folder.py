@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from lime_dist.checkpoint.manifest import read_manifest
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError
 
@@ -100,16 +101,14 @@ def read_router_weights(path: Path) -> tuple[int, ModelConfig, dict[str, Any]]:
     if not folders:
         raise LimeError(f"{path} has no checkpoint")
     step, folder = max(folders)
+    problem, manifest = read_manifest(folder, step)
+    if problem is not None:
+        raise LimeError(f"{folder}: {problem}")
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
         config = ModelConfig.model_validate(manifest["config"]["model"])
-        files = {entry["file"]: (entry["bytes"], set(entry["parameters"])) for entry in manifest["files"]}
-    except OSError as error:
-        raise LimeError(f"{folder / 'manifest.json'} cannot be read ({error.strerror})") from None
-    except ValidationError:
+    except (ValidationError, KeyError):
         raise LimeError(f"{folder} was written with settings that this version does not know") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise LimeError(f"{folder / 'manifest.json'} is damaged") from None
+    files = {entry["file"]: (entry["bytes"], set(entry["parameters"])) for entry in manifest["files"]}
 
     import torch  # takes seconds
 

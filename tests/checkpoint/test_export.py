@@ -23,6 +23,7 @@ from data_tools.tokenizer_training import HARD_TEXTS
 from lime_dist.checkpoint import export as exporting
 from lime_dist.checkpoint.export import main
 from lime_dist.checkpoint.exported_tokenizer import check_ids, write_tokenizer
+from lime_dist.checkpoint.manifest import manifest_checksum
 from lime_dist.checkpoint.reading import read_weights
 from lime_dist.errors import LimeError
 
@@ -215,7 +216,7 @@ def test_where_the_checkpoint_is_looked_for(dataset: Path, tmp_path: Path) -> No
     for given in (tmp_path, folder, folder / "global_step0"):
         assert read_weights(given)[1].step == 0
     (folder / "latest").unlink()
-    with pytest.raises(LimeError, match="global_step10/manifest.json is damaged"):
+    with pytest.raises(LimeError, match="global_step10: manifest.json is damaged"):
         read_weights(tmp_path)
 
 
@@ -232,8 +233,11 @@ def damage(folder: Path, what: str) -> None:
         manifest.unlink()
     elif what == "settings of another version":
         values["config"]["model"]["hidden_sizes"] = 3
-        manifest.write_text(json.dumps(values))
+        manifest.write_text(json.dumps(values | {"checksum": manifest_checksum(values)}))
     elif what == "another shape":
+        values["config"]["model"]["intermediate_size"] = 32
+        manifest.write_text(json.dumps(values | {"checksum": manifest_checksum(values)}))
+    elif what == "a value that nobody wrote":
         values["config"]["model"]["intermediate_size"] = 32
         manifest.write_text(json.dumps(values))
 
@@ -243,7 +247,8 @@ def damage(folder: Path, what: str) -> None:
     [
         ("a missing file", "stage000-replica000.pt is missing, though manifest.json lists it"),
         ("a flipped bit", "stage000-replica000.pt is damaged: its size or SHA-256 differs"),
-        ("no manifest", "no such file; give another checkpoint"),
+        ("no manifest", r"manifest.json cannot be read \(No such file or directory\); give another checkpoint"),
+        ("a value that nobody wrote", "global_step0: manifest.json is damaged; give another checkpoint"),
         ("settings of another version", "was written with settings that this version does not know"),
         ("another shape", r"has no model.layers.0.mlp.gate_proj.weight of shape \[32, 16\]"),
     ],

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from links import Host, NoNamespaces, hosts  # noqa: E402
+from links import Host, NoNamespaces, hosts  # noqa: E402  # benchmarks/ is on the path only now
 
 SSHD = "/usr/sbin/sshd"
 PROGRAMS = {SSHD: "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "pdsh": "pdsh"}

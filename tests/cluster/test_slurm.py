@@ -17,7 +17,6 @@ def test_a_run_that_meets_its_time_limit_is_queued_again_and_goes_on(
     queue: Slurm, virtual_environment: Path, dataset: Path, tmp_path: Path
 ) -> None:
     """Two nodes, a stage each, and a minute, of which Slurm tells the script when fifty seconds are left."""
-    pytest.importorskip("lime_dist.train.signals", reason="pretrain.py does not save on SIGUSR1 yet")
     settings = values(dataset, tmp_path / "run", 100_000, checkpoint_interval=0, evaluation_samples=0)
     config, log = write(settings, tmp_path / "run.yaml"), tmp_path / "log"
     # Nodes without GPUs, of one process each; everything else as the script has it.

@@ -56,7 +56,7 @@ def test_blocks_hold_exact_shares_and_every_turn_once() -> None:
 def test_each_dataset_is_gone_through_by_epochs_of_its_own(config: DataConfig) -> None:
     samples, order = open_training(config, vocab_size=2000)
     assert isinstance(order, BlendOrder)
-    sizes = [split.num_samples(LENGTH) for split in samples.splits]  # type: ignore[union-attr]
+    sizes = [split.num_samples(LENGTH) for split in samples.splits]
     assert sizes == [40 * 40 // LENGTH - 1, 20 * 40 // LENGTH - 1] and order.num_samples == sum(sizes)
     positions = 2 * BLOCK
     found = order.samples_at(np.arange(positions))
@@ -123,7 +123,7 @@ def test_a_pair_is_read_as_it_is(tmp_path: Path) -> None:
     config = make_config(values, "a test").data
     training, order = open_training(config, vocab_size=45)
     validation = open_validation(config, vocab_size=45)
-    assert (training.num_tokens, validation.num_tokens) == (45 * 40, 5 * 40)  # type: ignore[union-attr]
+    assert (training.num_tokens, validation.num_tokens) == (45 * 40, 5 * 40)
     assert training.sample(3, 40).tolist() == [3] * 40 + [4] and training.vocab_size is None and order.num_samples == 44
     with pytest.raises(LimeError, match=r"sample 0 holds tokens 45 to 46, but model.vocab_size=45"):
         validation.sample(0, 40)

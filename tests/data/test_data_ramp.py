@@ -57,4 +57,4 @@ def test_a_ramp_that_does_not_arrive_or_factor_is_refused() -> None:
     with pytest.raises(LimeError, match="greater than or equal to 1"):
         config(start=4, increment=0)
     with pytest.raises(LimeError, match=r"train.batch_ramp.start=4 is not .* × 4 data-parallel replicas = 8 must"):
-        batch_split(config(start=4, increment=4), 4)  # type: ignore[arg-type]
+        batch_split(config(start=4, increment=4), 4)

@@ -68,12 +68,12 @@ def observe(
             return write_file(folder, *arguments)
 
     said = io.StringIO()
-    LimeEngine.train_step, saver._write_file = disturbed_step, disturbed_write  # type: ignore[method-assign]
+    LimeEngine.train_step, saver._write_file = disturbed_step, disturbed_write
     try:
         with contextlib.redirect_stdout(said):
             return run(values), said.getvalue()
     finally:
-        LimeEngine.train_step, saver._write_file = train_step, write_file  # type: ignore[method-assign]
+        LimeEngine.train_step, saver._write_file = train_step, write_file
 
 
 # -- in a step ------------------------------------------------------------------------------------------------------------
