@@ -129,6 +129,7 @@ class UnitPool(Generic[Result]):
                 bar.set_postfix_str(f"{said}{speed:.1f} MB/s", refresh=False)
                 bar.update(done_bytes + int(np.minimum(counts[under_way, 0], sizes[under_way]).sum()) - bar.n)
         except BrokenProcessPool:
+            pool.shutdown()  # only after it are all exit statuses known: two threads may be waiting for one child
             begun = [unit for unit in running.values() if counts[unit.index, 2]]
             raise LimeError(_obituary(children, begun, counts[:, 2])) from None
         finally:
@@ -140,8 +141,6 @@ class UnitPool(Generic[Result]):
 
 def _obituary(children: set[BaseProcess], under_way: list[Unit], holders: np.ndarray) -> str:
     """Which worker died of what, and over which unit. The executor ends the others with SIGTERM."""
-    for child in children:
-        child.join(1)
     dead = [child for child in children if child.exitcode not in (None, 0, -signal.SIGTERM)] or list(children)
     child = min(dead, key=lambda child: child.pid or 0)
     status = child.exitcode or 0

@@ -1,0 +1,19 @@
+"""What worker processes of a pool do in tests; it is imported by them."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from data_tools.pool import Progress
+from data_tools.units import Unit
+
+
+class Killed:
+    """A task whose process is killed at its first unit."""
+
+    def prepare(self) -> None:
+        pass
+
+    def __call__(self, unit: Unit, progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
