@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lime_dist.config.schema import ModelConfig
 from lime_dist.data.files import read_json, sha256_file
 from lime_dist.errors import LimeError
 
@@ -71,6 +72,13 @@ def verify(folder: Path) -> dict[str, Any]:
                 f"{folder / name}: changed since the export, its SHA-256 differs from {CERTIFICATE}; {advice}"
             )
     return certificate
+
+
+def model_config(exported: ExportedModel) -> ModelConfig:
+    """The trainer's own description of an exported model, from its config.json."""
+    found = read_json(exported.path / "config.json", "export the checkpoint again")
+    known = {name: found[name] for name in ModelConfig.model_fields if name in found}
+    return ModelConfig(**{"architecture": "llama", **known})
 
 
 def require_transformers() -> Any:

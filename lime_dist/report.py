@@ -78,6 +78,11 @@ def make_page(runs: Sequence[RunFolder]) -> str:
         section("What layers read", '<div class="maps">' + "\n".join(map(router_picture, runs, names)) + "</div>"),
         section("Settings that differ" if len(runs) > 1 else "Settings", settings_table(runs, names)),
     ]
+    return html_page(title, parts)
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A page that needs nothing but itself."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"

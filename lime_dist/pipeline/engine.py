@@ -198,7 +198,10 @@ class LimeEngine(PipelineEngine):
         """Whom an instruction is performed with, beside the peer that `_describe` names; None: all ranks."""
         if isinstance(instruction, schedule.BufferOpInstruction):
             return ()
-        return self.grid.dp_group if isinstance(instruction, schedule.ReduceGrads) else None
+        if not isinstance(instruction, schedule.ReduceGrads):
+            return None
+        sharing = (rank for comm in self._tied_communicators().values() for rank in comm["ranks"])
+        return [*self.grid.dp_group, *sharing]
 
     def _rank_of(self, stage: int) -> int:
         """Global rank of a stage of this replica."""

@@ -161,10 +161,6 @@ def test_two_replicas_of_two_stages_with_zero(
         assert found == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.skipif(
-    "LIME_IDLE" not in os.environ,
-    reason="its time-outs are seconds, and it fails on a busy machine: set LIME_IDLE=1 where nothing else runs",
-)
 def test_a_lost_host_ends_the_job_and_the_run_goes_on(
     cluster: Bed, virtual_environment: Path, workers: Workers, dataset: Path, tmp_path: Path
 ) -> None:
@@ -178,7 +174,7 @@ def test_a_lost_host_ends_the_job_and_the_run_goes_on(
         """What the script said, after all of the job has ended on both hosts."""
         begin = time.monotonic()
         while any(left := [cluster.processes(0), cluster.processes(1)]):
-            assert time.monotonic() - begin < TIMEOUT + 10, left
+            assert time.monotonic() - begin < TIMEOUT + 20, left
             time.sleep(0.1)
         said: str = process.communicate(timeout=5)[0]
         assert process.returncode not in (0, None), said

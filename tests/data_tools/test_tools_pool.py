@@ -35,6 +35,8 @@ def test_a_dead_workers_signal_is_named_though_two_threads_wait_for_it(
         return found
 
     monkeypatch.setattr(os, "waitpid", slow_to_note)
-    said = r"worker process \d+ died at unit 0 \(a\.jsonl\): it was ended by SIGKILL \(out of memory\?\); what is finished"
+    said = (
+        r"worker process \d+ died at unit 0 \(a\.jsonl\): it was ended by SIGKILL \(out of memory\?\); what is finished"
+    )
     with pytest.raises(LimeError, match=said):
         UnitPool(Killed(), 1, "test").run([unit], [unit], lambda _: None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from support.workers import WorkerGroup
 
 from lime_dist.pipeline.placement import Placement, crossings, describe_placement, process_grid
 
@@ -57,3 +60,11 @@ def test_hosts_are_named_where_there_are_several() -> None:
         and alone.company([0, 1], own=0) == ""
         and alone.explain("[10.0.0.2]:1") == "[10.0.0.2]:1"
     )
+
+
+@pytest.mark.parametrize(("tied", "named"), [(True, [", with c", "", ", with a"]), (False, ["", "", ""])])
+def test_a_tied_weights_other_host_is_named(
+    workers: Callable[[int], WorkerGroup], tied: bool, named: list[str]
+) -> None:
+    """Its gradient is added up over the first and the last stage, which wait for each other then."""
+    assert workers(3).run("support.faults.whom_gradients_need", tie_word_embeddings=tied) == named

@@ -59,6 +59,22 @@ def poisoned_step(zero_stage: int) -> dict[str, Any]:
     }
 
 
+def whom_gradients_need(tie_word_embeddings: bool) -> str:
+    """What the line of a process names that waits in ReduceGrads, were each stage on a host of its own."""
+    from deepspeed.runtime.pipe.schedule import ReduceGrads
+
+    from lime_dist.distributed import quiet
+    from lime_dist.pipeline.placement import Placement
+    from lime_dist.train.optim import build_engine
+
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    model = {**sizes, "num_hidden_layers": 3, "tie_word_embeddings": tie_word_embeddings}
+    with quiet():
+        engine, _ = build_engine(make_config({"model": model, "parallel": {"pipeline_stages": 3}}, "a test"))
+    hosts = Placement(["a", "b", "c"], {})
+    return hosts.company(engine._partners(ReduceGrads()), engine.global_rank)
+
+
 def one_tensor_over_four_replicas(zero_stage: int) -> list[float]:
     """One step of the optimizer alone, on a model of one tensor."""
     import torch.distributed as dist

@@ -1,0 +1,198 @@
+"""Look into exported models, side by side: all pictures, their numbers, and a page that shows them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lime_dist.analysis.findings import Findings, numbers
+from lime_dist.analysis.page import make_page
+from lime_dist.analysis.pictures import (
+    draw_clouds,
+    draw_entropy,
+    draw_maps,
+    draw_retrieval,
+    draw_separability,
+    require_libraries,
+)
+from lime_dist.analysis.representations import EntropyByLayer, representations
+from lime_dist.analysis.routes import DynamicWeights, frequent_types, routes_of
+from lime_dist.analysis.words import LEAST, Occurrences, WordStates, count_words, find_words, word_tokens
+from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.files import json_bytes, write_atomic
+from lime_dist.errors import LimeError, run_command
+from lime_dist.exported import ExportedModel, open_verified, require_transformers, verify
+
+WORDS = "is,are,was,were"
+CLOUDS = 4
+"""Layers whose clouds are drawn."""
+EXAMPLE = """example:
+  python -m lime_dist.analysis exported/quickstart exported/quickstart-llama --data data/quickstart/shards --output analysis
+
+  entropy.png        matrix entropy of values and hidden states by layer
+  separability.png   how well a linear classifier tells the words apart, by layer (k-fold cross-validation)
+  clouds.png         t-SNE of the words' values
+  routers.png        what layers read, a map a LIMe model; retrieval.png: the maps' figures by layer
+  index.html         all of them, and the tokens that turn a dynamic router; analysis.json: the numbers"""
+
+
+def look_into(
+    exported: ExportedModel, name: str, samples: Sequence[Tensor], words: Occurrences | None, seed: int
+) -> Findings:
+    """Run one model over the samples, [T] each."""
+    entropies, dynamic = EntropyByLayer(), DynamicWeights(frequent_types(samples))
+    states = None if words is None else WordStates(words)
+    for sample in tqdm(representations(exported, iter(samples)), name, total=len(samples), unit="sample", disable=None):
+        entropies.add(sample)
+        dynamic.add(sample)
+        if states is not None:
+            states.add(sample)
+    separability, layers, clouds = None, [], []
+    if states is not None:
+        separability = states.separability(seed)
+        count = len(separability["values"])
+        layers = sorted({max(0, round((i + 1) * count / CLOUDS) - 1) for i in range(CLOUDS)})
+        clouds = states.clouds("values", layers, seed)
+    return Findings(
+        entropies.summary(), separability, (layers, clouds), routes_of(exported, dynamic), dynamic.routes(exported)
+    )
+
+
+def draw(output: Path, findings: dict[str, Findings], words: Occurrences | None) -> dict[str, Path]:
+    """All pictures that there is something for, by title."""
+    drawn = {
+        "Matrix entropy": draw_entropy(output / "entropy.png", {name: one.entropy for name, one in findings.items()})
+    }
+    if words is not None:
+        separable = {name: one.separability for name, one in findings.items() if one.separability}
+        clouds = {name: one.clouds for name, one in findings.items()}
+        drawn["Linear separability of words"] = draw_separability(
+            output / "separability.png", separable, 1 / len(words.words)
+        )
+        drawn["Values of words (t-SNE)"] = draw_clouds(output / "clouds.png", clouds, words.labels, words.words)
+    routes = {name: one.routes for name, one in findings.items() if one.routes}
+    if routes:
+        drawn["What layers read"] = draw_maps(output / "routers.png", routes)
+        drawn["Retrieval"] = draw_retrieval(output / "retrieval.png", routes)
+    return drawn
+
+
+def look_for_words(
+    exported: ExportedModel, samples: Sequence[Tensor], words: Sequence[str], most: int
+) -> Occurrences | None:
+    """Where the words stand, once for all models; what cannot be found is said."""
+    tokens, split_up = word_tokens(exported, words)
+    if split_up:
+        print(f"words left out, as this vocabulary has no single token for them: {', '.join(split_up)}")
+    found = find_words(samples, tokens, most)
+    if found is None:
+        seen = ", ".join(f"{word} {count}" for word, count in count_words(samples, tokens).items()) or "none"
+        print(
+            f"no pictures of words: two of them must occur {LEAST} times each, these samples hold: {seen}; raise --samples or "
+            "give other --words"
+        )
+    return found
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Folder names, or paths where two of them are the same.
+
+    Raises:
+        LimeError: a model is named twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for index, folder in enumerate(resolved):
+        if folder in resolved[:index]:
+            raise LimeError(f"{folders[index]}: is given twice")
+    names = [folder.name for folder in resolved]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """The first samples of the split, [T] each; T is the shortest of the runs' sequence lengths unless it is given.
+
+    Raises:
+        LimeError: the data cannot be read, or are not of the models' vocabulary.
+    """
+    split = TokenSplit(options.data, options.split)
+    for folder, certificate in zip(options.models, certificates, strict=True):
+        wanted = certificate["tokenizer"]["hash"]
+        if split.tokenizer_hash != wanted:
+            raise LimeError(
+                f"{options.data}: its tokens are of another vocabulary than {folder} (tokenizer "
+                f"{str(split.tokenizer_hash)[:12]} there, {wanted[:12]} here); analyse models of one vocabulary together"
+            )
+    length = options.sequence_length
+    if length is None:
+        length = min(certificate["training"]["sequence_length"] for certificate in certificates)
+    count = min(options.samples, split.num_samples(length))
+    return [torch.from_numpy(split.sample(i, length)[:-1].astype("int64")) for i in range(count)]
+
+
+def analyse(options: argparse.Namespace) -> None:
+    """Write everything into ``--output``."""
+    for flag, value, least in (
+        ("--samples", options.samples, 1),
+        ("--sequence-length", options.sequence_length, 2),
+        ("--occurrences", options.occurrences, LEAST),
+    ):
+        if value is not None and value < least:
+            raise LimeError(f"{flag} {value}: must be at least {least}")
+    asked = list(dict.fromkeys(word.strip() for word in options.words.split(",") if word.strip()))
+    if len(asked) < 2:
+        raise LimeError(f"--words {options.words}: give at least two, as in --words {WORDS}")
+    require_libraries()
+    require_transformers()
+    names = names_of(options.models)
+    certificates = [verify(folder) for folder in options.models]
+    samples = read_samples(options, certificates)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LimeError(f"--output {options.output} cannot be made: {error.strerror}") from None
+    findings: dict[str, Findings] = {}
+    words: Occurrences | None = None
+    for name, folder, certificate in zip(names, options.models, certificates, strict=True):
+        exported = open_verified(folder, certificate)
+        if not findings:
+            words = look_for_words(exported, samples, asked, options.occurrences)
+        findings[name] = look_into(exported, name, samples, words, options.seed)
+    try:
+        drawn = draw(options.output, findings, words)
+        write_atomic(options.output / "analysis.json", json_bytes(numbers(findings, samples, words)))
+        write_atomic(options.output / "index.html", make_page(drawn, findings, samples, words).encode())
+    except OSError as error:
+        raise LimeError(f"--output {options.output} cannot be written: {error.strerror}") from None
+    for title, path in drawn.items():
+        print(f"{title}: {path}")
+    print(f"page: {options.output / 'index.html'}; numbers: {options.output / 'analysis.json'}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m lime_dist.analysis``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lime_dist.analysis",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="--output of lime_dist.checkpoint.export")
+    parser.add_argument("--data", required=True, type=Path, help="folder of shards of the models' tokenizer")
+    parser.add_argument("--output", type=Path, default=Path("analysis"), help="folder (default: %(default)s)")
+    parser.add_argument("--split", default="validation", help="default: %(default)s")
+    parser.add_argument("--samples", type=int, default=128, help="at most, from the first on (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a sample (default: the runs' shortest)")
+    parser.add_argument("--words", default=WORDS, help="words that are nearly the same (default: %(default)s)")
+    parser.add_argument("--occurrences", type=int, default=200, help="of each word at most (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of folds and t-SNE (default: %(default)s)")
+    analyse(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    run_command(main)

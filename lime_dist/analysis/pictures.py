@@ -1,0 +1,150 @@
+"""The pictures of an analysis, as PNG: a line or a panel a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lime_dist.analysis.representations import KINDS
+from lime_dist.analysis.routes import Routes
+from lime_dist.data.files import write_atomic
+from lime_dist.errors import LimeError
+from lime_dist.monitor.charts import COLOURS
+from lime_dist.monitor.routers import shares
+
+DPI = 110
+ByLayer = Sequence[tuple[float, float]]
+
+
+def require_libraries() -> None:
+    """Raises LimeError unless matplotlib and scikit-learn are installed."""
+    try:
+        import matplotlib
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise LimeError(f"{error.name} is not installed: pip install -c constraints.txt -e '.[analysis]'") from None
+    matplotlib.use("Agg")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=DPI, format="png")
+    pyplot.close(figure)
+    write_atomic(path, drawn.getvalue())
+    return path
+
+
+def _by_kind(found: Mapping[str, Mapping[str, ByLayer]], label: str) -> tuple[Any, Any]:
+    """A panel a kind, a line a model: mean and error against the layer."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(12, 4.2), sharey=True, layout="constrained")
+    for axis, (kind, name) in zip(axes, KINDS.items(), strict=True):
+        for index, (model, kinds) in enumerate(found.items()):
+            mean, error = np.asarray(kinds[kind]).T
+            colour = COLOURS[index % len(COLOURS)]
+            axis.plot(mean, color=colour, marker="o", markersize=3, label=model)
+            axis.fill_between(range(len(mean)), mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        axis.set_title(name)
+        axis.set_xlabel("layer" if kind == "values" else "before layer; the last point: after the last norm")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(label)
+    axes[-1].legend()
+    return figure, axes
+
+
+def draw_entropy(path: Path, found: Mapping[str, Mapping[str, ByLayer]]) -> Path:
+    """``found``: by model, by kind, by layer: mean and standard error."""
+    figure, _ = _by_kind(found, "matrix entropy, nats")
+    return _save(figure, path)
+
+
+def draw_separability(path: Path, found: Mapping[str, Mapping[str, ByLayer]], chance: float) -> Path:
+    """``found``: by model, by kind, by layer: mean accuracy and its standard deviation; ``chance``: what guessing gives."""
+    figure, axes = _by_kind(found, "accuracy of a linear classifier")
+    for axis in axes:
+        axis.axhline(chance, color="grey", linestyle=":", label="chance")
+    axes[-1].legend()
+    return _save(figure, path)
+
+
+def draw_clouds(
+    path: Path,
+    found: Mapping[str, tuple[Sequence[int], Sequence[np.ndarray]]],
+    labels: np.ndarray,
+    words: Sequence[str],
+) -> Path:
+    """A row a model, a column a layer, a colour a word.
+
+    Args:
+        found: by model: layers, and the points [n, 2] of each.
+        labels: [n], the word of each point.
+    """
+    from matplotlib import pyplot
+
+    columns = max(len(layers) for layers, _ in found.values())
+    size = (3 * columns, 3 * len(found) + 0.5)
+    figure, axes = pyplot.subplots(len(found), columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (model, (layers, clouds)) in zip(axes, found.items(), strict=True):
+        for axis, layer, points in zip(row, layers, clouds, strict=False):
+            axis.axis("on")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(f"{model}, layer {layer}", fontsize=9)
+            for index, word in enumerate(words):
+                cloud = points[labels == word]
+                axis.scatter(*cloud.T, s=6, alpha=0.7, color=COLOURS[index % len(COLOURS)], label=word)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(words), frameon=False, markerscale=2.5)
+    return _save(figure, path)
+
+
+def draw_maps(path: Path, found: Mapping[str, Routes]) -> Path:
+    """A map a model, each row divided by its sum."""
+    from matplotlib import pyplot
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
+
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    size = (4.6 * columns, 4.2 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    norm = PowerNorm(0.5, 0, 1)  # small shares are to be seen
+    colours = ScalarMappable(norm, "Blues")
+    for axis in axes.flat[len(found) :]:
+        axis.axis("off")
+    for axis, (model, routes) in zip(axes.flat, found.items(), strict=False):
+        axis.imshow(colours.to_rgba(shares(routes.map).numpy()), interpolation="nearest")
+        axis.set_title(model)
+        axis.set_xlabel("layer that is read")
+        axis.set_ylabel("layer that reads")
+    figure.colorbar(colours, ax=axes, label="share of what a layer reads", shrink=0.8)
+    return _save(figure, path)
+
+
+def draw_retrieval(path: Path, found: Mapping[str, Routes]) -> Path:
+    """Three panels against the layer, a line a model."""
+    from matplotlib import pyplot
+
+    panels = {
+        "self_retrieval": "share of its own",
+        "entropy": "entropy of what is read, nats",
+        "distance": "mean distance, layers",
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 4), layout="constrained")
+    for axis, (name, label) in zip(axes, panels.items(), strict=True):
+        for index, (model, routes) in enumerate(found.items()):
+            axis.plot(getattr(routes, name), color=COLOURS[index % len(COLOURS)], marker="o", markersize=3, label=model)
+        axis.set_xlabel("layer that reads")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[-1].legend()
+    return _save(figure, path)

@@ -1,0 +1,124 @@
+"""What an exported model makes of text, layer by layer: the values that attention reads, and the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lime_dist.exported import ExportedModel
+
+KINDS = {"values": "values that attention reads", "states": "hidden states"}
+"""What is looked at. Values: of a layer, [T, G·d], after the mixture over layers. States: each layer's input, then the last
+norm's output, [T, D], so one more than there are layers; the sum of the streams with Hyper-Connections."""
+
+
+@dataclass(frozen=True)
+class Representations:
+    """Of one sample of T tokens.
+
+    Attributes:
+        tokens: [T].
+        layers: by kind (`KINDS`), by layer, [T, elements] in float32.
+        routing: by layer with a dynamic router, [T, H, entries read].
+    """
+
+    tokens: Tensor
+    layers: Mapping[str, Sequence[Tensor]]
+    routing: Mapping[int, Tensor]
+
+
+def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Iterator[Representations]:
+    """Run a model over samples of tokens, [T] each, one by one."""
+    from transformers import DynamicCache
+
+    class Recorder(DynamicCache):
+        """The key/value cache of one sample; keeps the values that each layer hands over."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *more: Any, **other: Any) -> Any:
+            values[layer_idx] = value_states[0].transpose(0, 1).flatten(1)
+            return super().update(key_states, value_states, layer_idx, *more, **other)
+
+    routing: dict[int, Tensor] = {}
+
+    def watch(layer: int) -> Callable[[Any, Any, Tensor], None]:
+        def keep(module: Any, given: Any, weights: Tensor) -> None:
+            routing[layer] = weights
+
+        return keep
+
+    routers = dynamic_routers(exported)
+    hooks = [router.register_forward_hook(watch(layer)) for layer, router in routers.items()]
+    try:
+        for tokens in samples:
+            values: dict[int, Tensor] = {}
+            with torch.no_grad():
+                found = exported.model(
+                    tokens.unsqueeze(0).to(exported.model.device),
+                    past_key_values=Recorder(),
+                    use_cache=True,
+                    output_hidden_states=True,
+                )
+            layers = {
+                "values": [values[layer].cpu() for layer in sorted(values)],
+                "states": [state[0].cpu() for state in found.hidden_states],
+            }
+            yield Representations(tokens, layers, {layer: weights.cpu() for layer, weights in routing.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def dynamic_routers(exported: ExportedModel) -> dict[int, Any]:
+    """By layer: the router whose weights depend on the token."""
+    found = {}
+    for layer, module in enumerate(exported.model.model.layers):
+        router = getattr(module.self_attn, "router", None)
+        if router is not None and getattr(router, "is_dynamic", False):
+            found[layer] = router
+    return found
+
+
+def matrix_entropy(rows: Tensor) -> float:
+    """The von Neumann entropy, in nats, of Z·Zᵀ / tr(Z·Zᵀ) for Z [T, elements]: of its eigenvalues, which sum up to 1.
+
+    0: all rows lie on one line; ln(min(T, elements)), the most: they spread over all directions alike. (Giraldo et al.,
+    arXiv 1211.2459, in the limit α → 1, as used by Skean et al., arXiv 2502.02013.)
+    """
+    rows = rows.double()
+    gram = rows @ rows.t() if len(rows) <= rows.shape[1] else rows.t() @ rows
+    eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0)
+    return torch.special.entr(eigenvalues / eigenvalues.sum().clamp_min(torch.finfo(rows.dtype).tiny)).sum().item()
+
+
+@dataclass
+class Mean:
+    """Mean and standard error of what is added."""
+
+    found: list[float] = field(default_factory=list)
+
+    def summary(self) -> tuple[float, float]:
+        values = torch.tensor(self.found, dtype=torch.float64)
+        error = values.std().item() / len(self.found) ** 0.5 if len(self.found) > 1 else 0.0
+        return values.mean().item(), error
+
+
+class EntropyByLayer:
+    """The mean `matrix_entropy` over samples, by kind and layer."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[Mean]] = {kind: [] for kind in KINDS}
+
+    def add(self, sample: Representations) -> None:
+        for kind, layers in sample.layers.items():
+            means = self._found[kind]
+            means += [Mean() for _ in range(len(layers) - len(means))]
+            for mean, rows in zip(means, layers, strict=True):
+                mean.found.append(matrix_entropy(rows))
+
+    def summary(self) -> dict[str, list[tuple[float, float]]]:
+        """By kind, by layer: mean and standard error over samples, in nats."""
+        return {kind: [mean.summary() for mean in means] for kind, means in self._found.items()}

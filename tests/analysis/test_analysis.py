@@ -1,0 +1,324 @@
+"""Protects what is said of trained models: representations, their measures, routes, and the command that draws them."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.exports import exported_in_memory, perturbed, run_values, write_random
+
+from lime_dist.checkpoint import export
+from lime_dist.checkpoint.huggingface_files import model_description
+from lime_dist.config.load import make_config
+from lime_dist.data.files import json_bytes
+from lime_dist.errors import LimeError
+from lime_dist.exported import ExportedModel
+from lime_dist.model.blocks import Attention
+from lime_dist.model.decoder import Decoder
+
+transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+pytest.importorskip("sklearn", reason="the extra `analysis` is not installed")
+pytest.importorskip("matplotlib", reason="the extra `analysis` is not installed")
+
+from lime_dist.analysis import __main__ as analysis  # noqa: E402
+from lime_dist.analysis.representations import (  # noqa: E402
+    EntropyByLayer,
+    Representations,
+    dynamic_routers,
+    matrix_entropy,
+    representations,
+)
+from lime_dist.analysis.routes import DynamicWeights, frequent_types, routes_of  # noqa: E402
+from lime_dist.analysis.words import LEAST, WordStates, count_words, find_words  # noqa: E402
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 4}
+CHUNKED = {"policy": "chunked", "chunk_size": 2, "rank": 1, "first": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"architecture": "llama", "num_key_value_heads": 2},
+    "kv": {"num_key_value_heads": 2},
+    "kv-chunked": {"num_key_value_heads": 2, "lime": {"history": CHUNKED}},
+    "static": {"lime": {"routes": "hidden", "top_p": 0.9}},
+    "dynamic": {"lime": {"routes": "hidden", "router": "dynamic"}},
+    "dynamic-chunked": {"lime": {"routes": "hidden", "router": "dynamic", "start_layer": 2, "history": CHUNKED}},
+    "hyper": {"architecture": "hyper", "hyper": {"rate": 3, "dynamic": True}},
+}
+
+
+class Letters:
+    """A tokenizer whose tokens are numbers in words."""
+
+    def decode(self, ids: list[int]) -> str:
+        return f" t{ids[0]}"
+
+
+def exported_and_decoder(name: str, folder: Path) -> tuple[ExportedModel, Decoder]:
+    """An export without most of its files, and the trainer's decoder with the same weights."""
+    config = make_config({"model": SIZES | MODELS[name]}, "a test")
+    decoder = perturbed(config.model)
+    description = model_description(config)
+    (folder / "config.json").write_bytes(json_bytes(description))
+    if name == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**description)).eval()
+        model.load_state_dict(decoder.state_dict(), strict=False)
+        model.tie_weights()
+    else:
+        model = exported_in_memory(config.model, decoder)
+    return ExportedModel(folder, {}, model, Letters()), decoder
+
+
+def samples(count: int, length: int = 24) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, SIZES["vocab_size"], (length,), generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_representations_are_those_of_the_trainers_decoder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values that attention reads (after the mixture over layers), and every layer's input."""
+    exported, decoder = exported_and_decoder(name, tmp_path)
+    values, states = [], []
+    attend = Attention.attend
+
+    def kept(self: Attention, q: Any, k: Any, v: Any, rotary: Any) -> Any:
+        values.append(v[0].transpose(0, 1).flatten(1))
+        return attend(self, q, k, v, rotary)
+
+    monkeypatch.setattr(Attention, "attend", kept)
+    for layer in range(5):
+        decoder.get_submodule(f"model.layers.{layer}").register_forward_pre_hook(
+            lambda module, given: states.append(given[0][0].sum(-2) if given[0].dim() == 4 else given[0][0])
+        )
+    decoder.get_submodule("model.norm").register_forward_hook(lambda module, given, out: states.append(out[0]))
+    given = samples(2)
+    for tokens, found in zip(given, representations(exported, iter(given)), strict=True):
+        values.clear()
+        states.clear()
+        with torch.no_grad():
+            decoder(tokens.unsqueeze(0))
+        assert torch.equal(found.tokens, tokens)
+        assert len(found.layers["values"]) == 5 and len(found.layers["states"]) == 6
+        for kind, wanted in (("values", values), ("states", states)):
+            for one, other in zip(found.layers[kind], wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not any(router._forward_hooks for router in dynamic_routers(exported).values()), (
+        "the model is left as it was"
+    )
+
+
+def test_matrix_entropy() -> None:
+    """By the definition, and at both ends of its range; for more rows than columns and for fewer."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((40, 7), (7, 40)):
+        rows = torch.randn(shape, generator=generator)
+        gram = rows.double() @ rows.double().t()
+        eigenvalues = np.linalg.eigvalsh((gram / gram.trace()).numpy())
+        wanted = -sum(x * math.log(x) for x in eigenvalues if x > 1e-12)
+        assert matrix_entropy(rows) == pytest.approx(wanted, abs=1e-9)
+        assert matrix_entropy(7 * rows) == pytest.approx(wanted, abs=1e-6)
+    assert matrix_entropy(torch.eye(9)) == pytest.approx(math.log(9))
+    assert matrix_entropy(torch.arange(1.0, 6).unsqueeze(1) * torch.ones(1, 4)) == pytest.approx(0, abs=1e-9)
+    assert matrix_entropy(torch.zeros(3, 3)) == 0
+
+
+def test_entropy_by_layer() -> None:
+    found = EntropyByLayer()
+    for scale in (1.0, 0.0):  # two orthogonal rows, then two equal ones
+        rows = torch.tensor([[1.0, 0.0], [1.0 - scale, scale]])
+        found.add(Representations(torch.zeros(2), {"values": [rows], "states": [rows, torch.eye(2)]}, {}))
+    one = (pytest.approx(math.log(2) / 2), pytest.approx(math.log(2) / 2))
+    assert found.summary() == {
+        "values": [one],
+        "states": [one, (pytest.approx(math.log(2)), pytest.approx(0, abs=1e-9))],
+    }
+
+
+@pytest.mark.parametrize("name", ["dynamic", "dynamic-chunked"])
+def test_dynamic_routes(name: str, tmp_path: Path) -> None:
+    """Mean weights over all tokens and by type, against a loop; the routes listed are those that vary most."""
+    exported, _ = exported_and_decoder(name, tmp_path)
+    given = samples(8, 60)
+    dynamic = DynamicWeights(frequent_types(given))
+    by_type: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for sample in representations(exported, iter(given)):
+        dynamic.add(sample)
+        for layer, weights in sample.routing.items():
+            torch.testing.assert_close(weights.sum(-1), torch.ones(60, 4))
+            for token, weight in zip(sample.tokens.tolist(), weights, strict=True):
+                by_type.setdefault((layer, token), []).append(weight)
+    first = 2 if name == "dynamic-chunked" else 1
+    means = dynamic.means()
+    assert list(means) == list(range(first, 5))
+    for layer, mean in means.items():
+        everything = [weight for (at, _), found in by_type.items() if at == layer for weight in found]
+        torch.testing.assert_close(mean, torch.stack(everything).mean(0).double(), rtol=1e-5, atol=1e-7)
+    listed = dynamic.routes(exported)
+    assert len(listed) == 20 and all(a.spread >= b.spread > 0 for a, b in zip(listed, listed[1:], strict=False))
+    spreads = []
+    for layer in means:
+        enough = [torch.stack(found).mean(0) for (at, _), found in by_type.items() if at == layer and len(found) >= 8]
+        spreads += torch.stack(enough).double().std(0).flatten().tolist()
+    assert [route.spread for route in listed] == pytest.approx(sorted(spreads, reverse=True)[:20], rel=1e-4)
+    for route in listed:
+        text, weight = route.tokens[0]
+        assert [w for _, w in route.tokens] == sorted((w for _, w in route.tokens), reverse=True)
+        if route.entry.startswith("input of layer") and name == "dynamic":
+            column = int(route.entry.split()[-1])
+            mean = torch.stack(by_type[route.layer, int(text[2:])]).mean(0)[route.head, column].item()
+            assert weight == pytest.approx(mean, rel=1e-4)
+            assert route.mean == pytest.approx(means[route.layer][route.head, column].item())
+    kinds = {route.entry for route in listed}
+    assert any("summary" in entry for entry in kinds) == (name == "dynamic-chunked"), kinds
+
+
+def test_maps(tmp_path: Path) -> None:
+    """Every LIMe model has one: with a dynamic router of the mean weights; LLaMA and Hyper-Connections have none."""
+    for name in MODELS:
+        exported, _ = exported_and_decoder(name, tmp_path)
+        given = samples(2)
+        dynamic = DynamicWeights(frequent_types(given))
+        for sample in representations(exported, iter(given)):
+            dynamic.add(sample)
+        found = routes_of(exported, dynamic)
+        if name in ("llama", "hyper"):
+            assert found is None
+            continue
+        assert found is not None and found.map.shape == (5, 5)
+        assert found.self_retrieval[0] == 1 and found.distance[0] == 0 and found.entropy[0] == 0
+        assert (found.map.triu(1) == 0).all() and 0 < found.distance[4] < 4
+        if name == "dynamic":
+            rows = torch.stack([dynamic.means()[layer].mean(0).sum() for layer in range(1, 5)])
+            torch.testing.assert_close(found.map[1:].sum(1).double(), rows, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.map[4].double(), dynamic.means()[4].mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_words_are_found_evenly() -> None:
+    given = [torch.tensor([1, 2, 1, 3, 1] * 6), torch.tensor([2, 1, 1, 4, 2] * 6)]
+    words = {"one": 1, "two": 2, "three": 3, "five": 5}
+    assert count_words(given, words) == {"one": 30, "two": 18, "three": 6, "five": 0}
+    found = find_words(given, words, 200)
+    assert found is not None and found.words == ["one", "two"] and found.each == 18
+    labels = iter(found.labels)
+    for tokens, places in zip(given, found.places, strict=True):
+        assert places.tolist() == sorted(places.tolist())
+        assert [words[next(labels)] for _ in places] == tokens[places].tolist()
+    assert next(labels, None) is None
+    capped = find_words(given, words, 12)
+    assert capped is not None and (capped.labels == "one").sum() == (capped.labels == "two").sum() == 12
+    assert capped.places[0].tolist()[:4] == [0, 1, 2, 4], "the first ones"
+    assert find_words(given, {"one": 1, "three": 3}, 200) is None and LEAST > 6
+
+
+def test_separability_and_clouds() -> None:
+    """Certain where the words lie apart, chance where nothing tells them apart."""
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.tensor([1, 2] * 20) for _ in range(5)]
+    found = find_words(given, {"one": 1, "two": 2}, 200)
+    assert found is not None
+    states = WordStates(found)
+    for tokens in given:
+        noise = torch.randn(len(tokens), 3, generator=generator)
+        apart = noise + 9 * (tokens == 2).unsqueeze(1)
+        states.add(Representations(tokens, {"values": [apart, noise], "states": [noise]}, {}))
+    accuracies = states.separability(seed=0)
+    assert accuracies["values"][0] == (1.0, 0.0)
+    for mean, deviation in (accuracies["values"][1], accuracies["states"][0]):
+        assert 0.35 < mean < 0.65 and deviation > 0
+    assert states.separability(seed=0) == accuracies
+    (cloud,) = states.clouds("values", [0], seed=0)
+    assert cloud.shape == (200, 2)
+    centres = [cloud[found.labels == word].mean(0) for word in found.words]
+    within = max(cloud[found.labels == word].std() for word in found.words)
+    assert np.linalg.norm(centres[0] - centres[1]) > 1.5 * within
+
+
+@pytest.fixture(scope="module")
+def exports(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """LLaMA, LIMe over keys and values, LIMe Dynamic; random weights."""
+    folder = tmp_path_factory.mktemp("analysis")
+    made = []
+    for name in ("llama", "kv", "dynamic"):
+        values = run_values(dataset, folder / "runs" / name, **MODELS[name] | {"num_key_value_heads": 4})
+        write_random(values)
+        export.main(["--checkpoint", str(folder / "runs" / name), "--output", str(folder / name)])
+        made.append(folder / name)
+    return made
+
+
+def call(exports: list[Path], dataset: Path, output: Path, *more: str) -> None:
+    given = ["--data", str(dataset), "--output", str(output), "--sequence-length", "64", *more]
+    analysis.main([*map(str, exports), *given])
+
+
+def test_the_command_draws_all_models_side_by_side(
+    exports: list[Path], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(exports, dataset, tmp_path / "out", "--words", "eta,xi,alphabeta", "--samples", "40", "--occurrences", "15")
+    said = capsys.readouterr().out
+    assert "words left out, as this vocabulary has no single token for them: alphabeta" in said
+    pictures = ["clouds.png", "entropy.png", "retrieval.png", "routers.png", "separability.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [*pictures, "analysis.json", "index.html"]
+    )
+    page = (tmp_path / "out/index.html").read_text()
+    for name in pictures:
+        image = (tmp_path / "out" / name).read_bytes()
+        assert image.startswith(b"\x89PNG") and name in said
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert "Tokens that turn the router: dynamic" in page and "router: kv" not in page
+    found = json.loads((tmp_path / "out/analysis.json").read_text())
+    assert found["samples"] == 40 and found["sequence_length"] == 64
+    assert found["words"] == {"words": ["eta", "xi"], "occurrences_of_each": 15}
+    assert list(found["models"]) == ["llama", "kv", "dynamic"]
+    for name, one in found["models"].items():
+        assert len(one["entropy"]["values"]) == 5 and len(one["entropy"]["states"]) == 6
+        assert all(0 <= mean <= 1 for mean, _ in one["separability"]["values"])
+        assert (one["routes"] is None) == (name == "llama")
+        assert bool(one["dynamic_routes"]) == (name == "dynamic")
+    # Once more: the same numbers.
+    before = (tmp_path / "out/analysis.json").read_bytes()
+    call(exports, dataset, tmp_path / "out", "--words", "eta,xi,alphabeta", "--samples", "40", "--occurrences", "15")
+    assert (tmp_path / "out/analysis.json").read_bytes() == before
+
+
+def test_words_that_are_too_rare_leave_the_rest(
+    exports: list[Path], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(exports[:1], dataset, tmp_path / "out", "--words", "eta,xi", "--samples", "1")
+    said = capsys.readouterr().out
+    assert "no pictures of words: two of them must occur 10 times each, these samples hold: eta " in said
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["entropy.png"]
+
+
+def test_mistakes(exports: list[Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    for more, message in (
+        (["--samples", "0"], "--samples 0: must be at least 1"),
+        (["--sequence-length", "1"], "--sequence-length 1: must be at least 2"),
+        (["--occurrences", "9"], "--occurrences 9: must be at least 10"),
+        (["--split", "other"], "no split 'other'"),
+        (["--words", "mu"], "--words mu: give at least two"),
+    ):
+        with pytest.raises(LimeError, match=message):
+            call(exports, dataset, out, *more)
+    with pytest.raises(LimeError, match="llama: is given twice"):
+        call([*exports, exports[0]], dataset, out)
+    with pytest.raises(LimeError, match="absent: no such folder"):
+        call([*exports, tmp_path / "absent"], dataset, out)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(LimeError, match=r"--output .*file cannot be made"):
+        call(exports, dataset, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(LimeError, match="tokens are of another vocabulary than"):
+        monkeypatch.setattr(analysis, "TokenSplit", lambda *_: SimpleNamespace(tokenizer_hash="other"))
+        call(exports, dataset, out)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(LimeError, match=r"sklearn is not installed: pip install .*\[analysis\]"):
+        call(exports, dataset, out)
