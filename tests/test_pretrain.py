@@ -1,14 +1,12 @@
-"""Protects the main command as users run it: real launcher, real processes, real signals."""
+"""Protects the main command as users run it: real launcher, real processes."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -52,47 +50,13 @@ def losses(directory: Path) -> list[tuple[float, float, float]]:
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_equals_undisturbed(dataset: Path, tmp_path: Path) -> None:
-    """``kill -9`` of one rank somewhere after step 30; the same command goes on and ends with the same numbers."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    finished = run(*small_run(dataset, straight))
+def test_what_a_run_says(dataset: Path, tmp_path: Path) -> None:
+    """One of two ranks speaks. (Kills are in checkpoint/test_chaos.py.)"""
+    finished = run(*small_run(dataset, tmp_path / "run"), "train.steps=40")
     assert finished.returncode == 0, finished.stderr
-    for line in ("validation loss: ", "tokens seen: 19,200", f"run folder: {straight}", "tensorboard --logdir "):
+    for line in ("validation loss: ", "tokens seen: 2,560", f"run folder: {tmp_path / 'run'}", "tensorboard --logdir "):
         assert finished.stdout.count(line) == 1, f"one rank says {line!r} once"
-    assert len(re.findall(r"^step \d+/300 \| loss", finished.stdout, re.MULTILINE)) == 30, "one line an interval"
-
-    with subprocess.Popen(
-        command(*small_run(dataset, killed)),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        deadline = time.monotonic() + 200
-        metrics = killed / "metrics.jsonl"
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < 30:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        ranks = subprocess.run(
-            ["pgrep", "-f", f"pretrain.py --local_rank=1 .*{killed}"], capture_output=True, text=True, check=True
-        )
-        workers = [
-            int(pid) for pid in ranks.stdout.split() if int(pid) != process.pid and _parent_of(int(pid)) != process.pid
-        ]
-        assert len(workers) == 1, ranks.stdout
-        os.kill(workers[0], signal.SIGKILL)
-        assert process.wait(120) != 0
-
-    before = losses(killed)
-    assert before[-1][0] < 300
-    again = run(*small_run(dataset, killed))
-    assert again.returncode == 0, again.stderr
-    assert re.search(r"^resumed from step (20|40|60|80|\d+0) ", again.stdout, re.MULTILINE)
-    assert losses(killed) == losses(straight)
-
-
-def _parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    assert len(re.findall(r"^step \d+/40 \| loss", finished.stdout, re.MULTILINE)) == 4, "one line an interval"
 
 
 @pytest.mark.slow
