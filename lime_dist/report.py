@@ -68,7 +68,7 @@ def main() -> None:
 
 def make_page(runs: Sequence[RunFolder]) -> str:
     """The whole page."""
-    names = labels(runs)
+    names = distinct_names([run.path for run in runs])
     title = ", ".join(names)
     parts = [
         "<h1>" + escape(title) + "</h1>",
@@ -96,10 +96,10 @@ def section(title: str, content: str) -> str:
     return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
 
 
-def labels(runs: Sequence[RunFolder]) -> list[str]:
+def distinct_names(folders: Sequence[Path]) -> list[str]:
     """Folder names, or paths where two of them are the same."""
-    names = [run.path.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def colour(index: int) -> str:

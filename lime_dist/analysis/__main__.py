@@ -28,6 +28,7 @@ from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.files import json_bytes, write_atomic
 from lime_dist.errors import LimeError, run_command
 from lime_dist.exported import ExportedModel, open_verified, require_transformers, verify
+from lime_dist.report import distinct_names
 
 WORDS = "is,are,was,were"
 CLOUDS = 4
@@ -100,20 +101,6 @@ def look_for_words(
     return found
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """Folder names, or paths where two of them are the same.
-
-    Raises:
-        LimeError: a model is named twice.
-    """
-    resolved = [folder.resolve() for folder in folders]
-    for index, folder in enumerate(resolved):
-        if folder in resolved[:index]:
-            raise LimeError(f"{folders[index]}: is given twice")
-    names = [folder.name for folder in resolved]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-
-
 def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, Any]]) -> list[Tensor]:
     """The first samples of the split, [T] each; T is the shortest of the runs' sequence lengths unless it is given.
 
@@ -149,7 +136,10 @@ def analyse(options: argparse.Namespace) -> None:
         raise LimeError(f"--words {options.words}: give at least two, as in --words {WORDS}")
     require_libraries()
     require_transformers()
-    names = names_of(options.models)
+    for index, folder in enumerate(options.models):
+        if folder.resolve() in [other.resolve() for other in options.models[:index]]:
+            raise LimeError(f"{folder}: is given twice")
+    names = distinct_names(options.models)
     certificates = [verify(folder) for folder in options.models]
     samples = read_samples(options, certificates)
     try:
