@@ -31,6 +31,8 @@ from lime_dist.exported import ExportedModel, open_verified, require_transformer
 from lime_dist.report import distinct_names
 
 WORDS = "is,are,was,were"
+LONGEST = 512
+"""Tokens of a sample, unless more are asked for: an entropy takes the eigenvalues of a matrix of that size."""
 CLOUDS = 4
 """Layers whose clouds are drawn."""
 EXAMPLE = """example:
@@ -56,7 +58,7 @@ def look_into(
             states.add(sample)
     separability, layers, clouds = None, [], []
     if states is not None:
-        separability = states.separability(seed)
+        separability = states.separability(seed, name)
         count = len(separability["values"])
         layers = sorted({max(0, round((i + 1) * count / CLOUDS) - 1) for i in range(CLOUDS)})
         clouds = states.clouds("values", layers, seed)
@@ -102,7 +104,8 @@ def look_for_words(
 
 
 def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """The first samples of the split, [T] each; T is the shortest of the runs' sequence lengths unless it is given.
+    """The first samples of the split, [T] each; T is the shortest of the runs' sequence lengths, at most
+    `LONGEST`, unless it is given.
 
     Raises:
         LimeError: the data cannot be read, or are not of the models' vocabulary.
@@ -117,7 +120,7 @@ def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, A
             )
     length = options.sequence_length
     if length is None:
-        length = min(certificate["training"]["sequence_length"] for certificate in certificates)
+        length = min(LONGEST, *(certificate["training"]["sequence_length"] for certificate in certificates))
     count = min(options.samples, split.num_samples(length))
     return [torch.from_numpy(split.sample(i, length)[:-1].astype("int64")) for i in range(count)]
 
@@ -177,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("analysis"), help="folder (default: %(default)s)")
     parser.add_argument("--split", default="validation", help="default: %(default)s")
     parser.add_argument("--samples", type=int, default=128, help="at most, from the first on (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=int, help="tokens of a sample (default: the runs' shortest)")
+    parser.add_argument("--sequence-length", type=int, help=f"tokens (default: the runs', at most {LONGEST})")
     parser.add_argument("--words", default=WORDS, help="words that are nearly the same (default: %(default)s)")
     parser.add_argument("--occurrences", type=int, default=200, help="of each word at most (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of folds and t-SNE (default: %(default)s)")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lime_dist.analysis.representations import KINDS, Representations
 from lime_dist.exported import ExportedModel
@@ -97,9 +98,9 @@ class WordStates:
     def layers(self, kind: str) -> list[np.ndarray]:
         return [torch.cat(column).numpy() for column in self._rows[kind]]
 
-    def separability(self, seed: int) -> dict[str, list[tuple[float, float]]]:
+    def separability(self, seed: int, name: str = "") -> dict[str, list[tuple[float, float]]]:
         """Accuracy of logistic regression on standardised representations, stratified k-fold cross-validation: by kind, by
-        layer, its mean and standard deviation over the folds. Guessing gives 1 / number of words."""
+        layer, its mean and standard deviation over the folds. Guessing gives 1 / number of words. ``name``: the bar's."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import StratifiedKFold, cross_val_score
