@@ -114,7 +114,8 @@ class WordStates:
             # Where rows can be separated the weights would grow on and on; the classes are apart long before.
             warnings.simplefilter("ignore", ConvergenceWarning)
             for kind in KINDS:
-                scores = [cross_val_score(classifier, rows, self.found.labels, cv=folds) for rows in self.layers(kind)]
+                bar = tqdm(self.layers(kind), f"{name}: words by {kind}", unit="layer", disable=None)
+                scores = [cross_val_score(classifier, rows, self.found.labels, cv=folds) for rows in bar]
                 accuracies[kind] = [(float(score.mean()), float(score.std())) for score in scores]
         return accuracies
 
