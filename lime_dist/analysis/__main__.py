@@ -19,6 +19,7 @@ from lime_dist.analysis.pictures import (
     draw_maps,
     draw_retrieval,
     draw_separability,
+    make_palette,
     require_libraries,
 )
 from lime_dist.analysis.representations import EntropyByLayer, representations
@@ -69,20 +70,20 @@ def look_into(
 
 def draw(output: Path, findings: dict[str, Findings], words: Occurrences | None) -> dict[str, Path]:
     """All pictures that there is something for, by title."""
-    drawn = {
-        "Matrix entropy": draw_entropy(output / "entropy.png", {name: one.entropy for name, one in findings.items()})
-    }
+    palette = make_palette(findings)
+    entropies = {name: one.entropy for name, one in findings.items()}
+    drawn = {"Matrix entropy": draw_entropy(output / "entropy.png", entropies, palette)}
     if words is not None:
         separable = {name: one.separability for name, one in findings.items() if one.separability}
         clouds = {name: one.clouds for name, one in findings.items()}
         drawn["Linear separability of words"] = draw_separability(
-            output / "separability.png", separable, 1 / len(words.words)
+            output / "separability.png", separable, palette, 1 / len(words.words)
         )
         drawn["Values of words (t-SNE)"] = draw_clouds(output / "clouds.png", clouds, words.labels, words.words)
     routes = {name: one.routes for name, one in findings.items() if one.routes}
     if routes:
         drawn["What layers read"] = draw_maps(output / "routers.png", routes)
-        drawn["Retrieval"] = draw_retrieval(output / "retrieval.png", routes)
+        drawn["Retrieval"] = draw_retrieval(output / "retrieval.png", routes, palette)
     return drawn
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from lime_dist.monitor.routers import shares
 
 DPI = 110
 ByLayer = Sequence[tuple[float, float]]
+Palette = Mapping[str, str]
+"""By model: its colour, the same in all pictures."""
 
 
 def require_libraries() -> None:
@@ -40,17 +42,21 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _by_kind(found: Mapping[str, Mapping[str, ByLayer]], label: str) -> tuple[Any, Any]:
+def make_palette(models: Iterable[str]) -> Palette:
+    return {model: COLOURS[index % len(COLOURS)] for index, model in enumerate(models)}
+
+
+def _by_kind(found: Mapping[str, Mapping[str, ByLayer]], palette: Palette, label: str) -> tuple[Any, Any]:
     """A panel a kind, a line a model: mean and error against the layer."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(KINDS), figsize=(12, 4.2), sharey=True, layout="constrained")
     for axis, (kind, name) in zip(axes, KINDS.items(), strict=True):
-        for index, (model, kinds) in enumerate(found.items()):
+        for model, kinds in found.items():
             mean, error = np.asarray(kinds[kind]).T
-            colour = COLOURS[index % len(COLOURS)]
-            axis.plot(mean, color=colour, marker="o", markersize=3, label=model)
-            axis.fill_between(range(len(mean)), mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+            axis.plot(mean, color=palette[model], marker="o", markersize=3, label=model)
+            band = (range(len(mean)), mean - error, mean + error)
+            axis.fill_between(*band, color=palette[model], alpha=0.2, linewidth=0)
         axis.set_title(name)
         axis.set_xlabel("layer" if kind == "values" else "before layer; the last point: after the last norm")
         axis.grid(alpha=0.3)
@@ -59,17 +65,18 @@ def _by_kind(found: Mapping[str, Mapping[str, ByLayer]], label: str) -> tuple[An
     return figure, axes
 
 
-def draw_entropy(path: Path, found: Mapping[str, Mapping[str, ByLayer]]) -> Path:
+def draw_entropy(path: Path, found: Mapping[str, Mapping[str, ByLayer]], palette: Palette) -> Path:
     """``found``: by model, by kind, by layer: mean and standard error."""
-    figure, _ = _by_kind(found, "matrix entropy, nats")
+    figure, _ = _by_kind(found, palette, "matrix entropy, nats")
     return _save(figure, path)
 
 
-def draw_separability(path: Path, found: Mapping[str, Mapping[str, ByLayer]], chance: float) -> Path:
+def draw_separability(path: Path, found: Mapping[str, Mapping[str, ByLayer]], palette: Palette, chance: float) -> Path:
     """``found``: by model, by kind, by layer: mean accuracy and its standard deviation; ``chance``: what guessing gives."""
-    figure, axes = _by_kind(found, "accuracy of a linear classifier")
+    figure, axes = _by_kind(found, palette, "accuracy of a linear classifier")
     for axis in axes:
         axis.axhline(chance, color="grey", linestyle=":", label="chance")
+    axes[0].set_ylim(top=1.02)
     axes[-1].legend()
     return _save(figure, path)
 
@@ -130,7 +137,7 @@ def draw_maps(path: Path, found: Mapping[str, Routes]) -> Path:
     return _save(figure, path)
 
 
-def draw_retrieval(path: Path, found: Mapping[str, Routes]) -> Path:
+def draw_retrieval(path: Path, found: Mapping[str, Routes], palette: Palette) -> Path:
     """Three panels against the layer, a line a model."""
     from matplotlib import pyplot
 
@@ -141,8 +148,8 @@ def draw_retrieval(path: Path, found: Mapping[str, Routes]) -> Path:
     }
     figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 4), layout="constrained")
     for axis, (name, label) in zip(axes, panels.items(), strict=True):
-        for index, (model, routes) in enumerate(found.items()):
-            axis.plot(getattr(routes, name), color=COLOURS[index % len(COLOURS)], marker="o", markersize=3, label=model)
+        for model, routes in found.items():
+            axis.plot(getattr(routes, name), color=palette[model], marker="o", markersize=3, label=model)
         axis.set_xlabel("layer that reads")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
