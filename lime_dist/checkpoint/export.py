@@ -114,6 +114,7 @@ def export(checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_sh
             "training": {
                 "sequence_length": config.data.sequence_length,
                 "evaluation_samples": config.train.evaluation_samples,
+                "answer_token": config.data.answer_token,
             },
             "files": {path.name: sha256_file(path) for path in sorted(partial.iterdir()) if path.is_file()},
         }
