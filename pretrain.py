@@ -118,14 +118,14 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
         return answers.share(split, length, samples, measured) if answers is not None and samples else None
 
     together(lambda: validation(0))
-    share = together(lambda: counted_share(train_split, order.num_samples, MEASURED_SAMPLES))
+    training_share = together(lambda: counted_share(train_split, order.num_samples, MEASURED_SAMPLES))
     validation_share = together(
         lambda: counted_share(open_validation(config.data, config.model.vocab_size), settings.evaluation_samples)
     )
     together(lambda: prepare_directory(Path(config.run.directory), held))
     with quiet(verbose):
         engine, optimizer = build_engine(config, verbose)
-    engine.counted_share, engine.validation_share = share, validation_share
+    engine.counted_share, engine.validation_share = training_share, validation_share
     replica = engine.grid.get_data_parallel_rank()
     at_an_end = engine.is_first_stage() or engine.is_last_stage()
 
@@ -165,8 +165,8 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
         f"{width} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
         f"{settings.global_batch_size * length:,} tokens a step; {order.num_samples:,} training samples"
     )
-    if share is not None:
-        console.say(f"the loss counts answers alone: {share:.1%} of all tokens")
+    if training_share is not None:
+        console.say(f"the loss counts answers alone: {training_share:.1%} of all tokens")
     if isinstance(order, BlendOrder):
         for entry, share in zip(
             config.data.blend or [], order.shares(batch_sizes.consumed_after(settings.steps)), strict=True

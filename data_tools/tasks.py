@@ -1,7 +1,7 @@
 """Write questions with worked solutions as JSONL: documents ``question<answer>solution`` to fine-tune and measure a model on.
 
-    OUT/documents.jsonl    {"text": …} a line, no question twice
-    OUT/task.json          the settings, and the SHA-256 of the documents; written last
+OUT/documents.jsonl    {"text": …} a line, no question twice
+OUT/task.json          the settings, and the SHA-256 of the documents; written last
 """
 
 from __future__ import annotations
@@ -75,11 +75,15 @@ def complete(output: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds the documents of this very call, whole; LimeError if it holds something else."""
     if not (output / FACTS).exists():
         if (output / DOCUMENTS).exists():
-            raise LimeError(f"{output}: holds a {DOCUMENTS} without {FACTS}; give another --output, or --fresh to replace it")
+            raise LimeError(
+                f"{output}: holds a {DOCUMENTS} without {FACTS}; give another --output, or --fresh to replace it"
+            )
         return False
     facts = read_json(output / FACTS, "give another --output, or --fresh to replace it")
     if facts.get("format") != FORMAT or facts.get("settings") != settings:
-        raise LimeError(f"{output}: holds documents of other settings; give another --output, or --fresh to replace them")
+        raise LimeError(
+            f"{output}: holds documents of other settings; give another --output, or --fresh to replace them"
+        )
     path = output / DOCUMENTS
     if not path.is_file() or sha256_file(path) != facts.get("sha256"):
         print(f"{path} is missing or changed: it is written again")
@@ -130,7 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
         f"    --vocab-size 320 --symbol '{MARK}'",
     )
     kinds = parser.add_subparsers(dest="task", required=True)
-    arithmetic = add_task(kinds, "arithmetic", "nested expressions, reduced level by level, like 2*(3+4)", "--operands 4")
+    arithmetic = add_task(
+        kinds, "arithmetic", "nested expressions, reduced level by level, like 2*(3+4)", "--operands 4"
+    )
     arithmetic.add_argument("--operands", type=int, default=4, help="numbers in an expression (default 4)")
     arithmetic.add_argument("--largest", type=int, default=20, help="largest number, also on the way (default 20)")
     graph = add_task(kinds, "graph", "which of two made-up concepts is somebody, by a chain of facts", "--hops 3")

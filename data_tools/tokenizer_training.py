@@ -136,7 +136,9 @@ def write_tokenizer(
     scratch = write_beside(output, model, facts)
     checked = texts[:: max(1, len(texts) // CHECKED_DOCUMENTS)]
     tokenizer = Tokenizer(scratch)
-    beside = [f"{left}{symbol}{right}" for symbol in symbols for left in ("", "a", "7 ") for right in ("", symbol, " b")]
+    beside = [
+        f"{left}{symbol}{right}" for symbol in symbols for left in ("", "a", "7 ") for right in ("", symbol, " b")
+    ]
     failure = first_failure(tokenizer, [*HARD_TEXTS, *checked, *beside])
     if failure is not None:
         shutil.rmtree(scratch)

@@ -29,16 +29,12 @@ def evaluate(model: Path, data: Path, split_name: str, samples: int | None, sequ
     from lime_dist.checkpoint.comparison import mean_loss, validation_batches
     from lime_dist.data.answers import find_answers
     from lime_dist.data.dataset import TokenSplit
-    from lime_dist.exported import open_verified, verify
+    from lime_dist.exported import check_vocabulary, open_verified, verify
 
     certificate = verify(model)
     split = TokenSplit(data, split_name)
-    training, wanted = certificate["training"], certificate["tokenizer"]["hash"]
-    if split.tokenizer_hash != wanted:
-        raise LimeError(
-            f"{data}: its tokens are of another vocabulary than {model} (tokenizer {str(split.tokenizer_hash)[:12]} there, "
-            f"{wanted[:12]} here); pretokenize the text with the run's tokenizer"
-        )
+    training = certificate["training"]
+    check_vocabulary(certificate, model, split)
     length = training["sequence_length"] if sequence_length is None else sequence_length
     available = split.num_samples(length)
     if samples is None:

@@ -12,6 +12,9 @@ from lime_dist.errors import LimeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lime_dist.data.blend import Blend
+    from lime_dist.data.dataset import TokenSplit
+
 CERTIFICATE = "certificate.json"
 FORMAT = "lime_dist export 1"
 
@@ -71,6 +74,16 @@ def verify(folder: Path) -> dict[str, Any]:
                 f"{folder / name}: changed since the export, its SHA-256 differs from {CERTIFICATE}; {advice}"
             )
     return certificate
+
+
+def check_vocabulary(certificate: dict[str, Any], folder: Path, split: TokenSplit | Blend) -> None:
+    """Refuse tokens that another tokenizer made than that of an export (LimeError)."""
+    wanted = certificate["tokenizer"]["hash"]
+    if split.tokenizer_hash != wanted:
+        raise LimeError(
+            f"{split.path}: its tokens are of another vocabulary than {folder} (tokenizer {str(split.tokenizer_hash)[:12]} "
+            f"there, {wanted[:12]} here); pretokenize the text with the run's tokenizer"
+        )
 
 
 def require_transformers() -> Any:

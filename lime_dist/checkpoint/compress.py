@@ -136,7 +136,9 @@ def compress(
     found, fits = compress_weights(compressed, weights)
     before, after = (
         mean_loss(
-            load_decoder(one.model, values), validation_batches(validation, length, samples, answers), counted_share=share
+            load_decoder(one.model, values),
+            validation_batches(validation, length, samples, answers),
+            counted_share=share,
         )
         for one, values in ((config, weights), (compressed, found))
     )
