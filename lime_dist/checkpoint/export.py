@@ -175,6 +175,7 @@ def prove_logits(folder: Path, config: Config, weights: Weights, text: RunText) 
 def prove_tokenizer(folder: Path, text: RunText) -> dict[str, Any]:
     """Compare the exported tokenizer's ids with those of the trainer's, on hard and on real text."""
     real = [text.tokenizer.decode(row.tolist()) for row in text.tokens_NT]
+    real += [f"a {symbol}{symbol}1{symbol}" for symbol in text.tokenizer.facts.get("symbols", {})]
     compared = check_ids(text.tokenizer, load_tokenizer(folder), [*HARD_TEXTS, TEXT, *real])
     return {"hash": text.tokenizer.hash, "vocab_size": text.tokenizer.vocab_size, **compared}
 
