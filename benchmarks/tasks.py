@@ -1,4 +1,4 @@
-"""How well a model answers questions that need steps: fine-tunes models on a synthetic task and counts equal solutions.
+"""How well models answer questions that need steps: trains them on a synthetic task and counts equal solutions.
 
     python benchmarks/tasks.py arithmetic --output runs/arithmetic
     python benchmarks/tasks.py graph --output runs/graph --models llama lime-kv --seeds 0 --steps 500
@@ -43,7 +43,7 @@ def main() -> None:
                         metavar="MODEL", help=f"of {', '.join(sorted(MODELS))}")  # fmt: skip
     parser.add_argument("--documents", type=int, help="questions to train on (default: by task)")
     parser.add_argument("--questions", type=int, default=1000, help="asked of each model (default 1000)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = ROOT / f"configs/tasks/{arguments.task}.yaml"
     shards, tokenizer = make_data(arguments.output, arguments.task, arguments.documents)
     mark = tokenizer.facts["symbols"][MARK]

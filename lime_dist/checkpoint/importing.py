@@ -60,9 +60,18 @@ def import_model(folder: Path, config: Config) -> Path:
     tokens = first_tokens(train, config.data.sequence_length)
     if int(tokens.max()) >= config.model.vocab_size:
         raise LimeError(f"{train.path}: has tokens above model.vocab_size={config.model.vocab_size}")
-    original = load_model(folder)
-    found = compare_logits(load_decoder(config.model, weights), lambda t: original(t, use_cache=False).logits, tokens)
-    if not found.relative <= TOLERANCE:
+    decoder, original = load_decoder(config.model, weights), load_model(folder)
+
+    def theirs(tokens_BT: Tensor) -> Tensor:
+        return original(tokens_BT, use_cache=False).logits
+
+    for dtype in (torch.float32, torch.float64):  # as the export does: float64 decides where float32 is too coarse
+        decoder.to(dtype)
+        original.to(dtype)
+        found = compare_logits(decoder, theirs, tokens)
+        if found.relative <= TOLERANCE:
+            break
+    else:
         raise LimeError(
             f"{folder}: its logits differ by {found.difference:.1e} of at most {found.logit:.1e} from those of the imported "
             "model; it does something that is not in its config.json's known keys; nothing was written"

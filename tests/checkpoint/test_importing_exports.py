@@ -68,6 +68,25 @@ def test_a_start_with_other_routers_is_the_same_model(exports: dict[str, Path], 
     assert (tmp_path / "run/checkpoints/global_step0").is_dir()
 
 
+def test_float64_decides_where_float32_is_too_coarse(
+    exports: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the export that it comes from; the weights that are written are those of the file all the same."""
+    compare, tried = importing.compare_logits, []
+
+    def coarse(first: Any, second: Any, tokens: torch.Tensor) -> Any:
+        tried.append((next(first.parameters()).dtype, second(tokens[:1]).dtype))
+        found = compare(first, second, tokens)
+        return type(found)(1.0, found.logit, found.tokens) if len(tried) == 1 else found
+
+    monkeypatch.setattr(importing, "compare_logits", coarse)
+    import_it(exports["hidden"], run_values(dataset, tmp_path / "run", **MODELS["hidden"]), tmp_path)
+    assert tried == [(torch.float32, torch.float32), (torch.float64, torch.float64)]
+    _, _, wanted = read_weights(exports["hidden"].parent / "runs/hidden")
+    _, _, found = read_weights(tmp_path / "run")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_mistakes_are_one_line(exports: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
     def line(exported: Path, kind: str, *overrides: str, data: Path = dataset) -> str:
         with pytest.raises(LimeError) as caught:
