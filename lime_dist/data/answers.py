@@ -32,8 +32,9 @@ class Answers:
         tokens, targets = rows_BT1[:, :-1], rows_BT1[:, 1:]
         borders = (tokens == self.mark) | (tokens == self.eos)
         newest = np.maximum.accumulate(np.where(borders, np.arange(tokens.shape[1]), -1), axis=1)
-        before = np.take_along_axis(tokens, np.maximum(newest, 0), axis=1)
-        return np.where((newest >= 0) & (before == self.mark), targets, IGNORED)
+        # Before the first border that is token 0, which is no mark then.
+        newest_border = np.take_along_axis(tokens, np.maximum(newest, 0), axis=1)
+        return np.where(newest_border == self.mark, targets, IGNORED)
 
     def share(self, split: Samples, sequence_length: int, samples: int, measured: int | None = None) -> float:
         """The share of labels that are counted in the first ``samples`` samples of a split.
