@@ -93,7 +93,7 @@ def complete(output: Path, settings: dict[str, Any]) -> bool:
 
 def run(options: argparse.Namespace) -> None:
     """Both sub-commands."""
-    names = {"arithmetic": ("operands", "largest"), "graph": ("concepts", "hops")}[options.task]
+    names = {"arithmetic": ("operands", "largest"), "graph": ("concepts", "hops", "names")}[options.task]
     values = {name: getattr(options, name) for name in names}
     task: Task = Arithmetic(**values) if options.task == "arithmetic" else Graph(**values)
     for name, least in (("documents", 1), ("seed", 0)):
@@ -142,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     graph = add_task(kinds, "graph", "which of two made-up concepts is somebody, by a chain of facts", "--hops 3")
     graph.add_argument("--concepts", type=int, default=12, help="concepts in a question (default 12)")
     graph.add_argument("--hops", type=int, default=3, help="facts of the chain (default 3)")
+    graph.add_argument("--names", type=int, default=64, help="made-up words to name concepts with (default 64)")
     run(parser.parse_args(arguments))
 
 

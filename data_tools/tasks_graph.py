@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 
 from lime_dist.errors import LimeError
 
@@ -35,7 +36,7 @@ CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 @dataclass(frozen=True)
 class Graph:
-    """Questions over ``concepts`` concepts, whose answer lies ``hops`` facts away.
+    """Questions over ``concepts`` concepts, whose answer lies ``hops`` facts away; they are named out of ``names`` words.
 
     Raises:
         LimeError: a setting is out of range.
@@ -43,6 +44,7 @@ class Graph:
 
     concepts: int
     hops: int
+    names: int
 
     def __post_init__(self) -> None:
         if not 1 <= self.hops <= 64:
@@ -51,10 +53,12 @@ class Graph:
             raise LimeError(
                 f"--concepts {self.concepts}: must be from {2 * (self.hops + 1)}, two chains of --hops {self.hops} facts, to 256"
             )
+        if not self.concepts <= self.names <= 10_000:
+            raise LimeError(f"--names {self.names}: must be from --concepts {self.concepts} to 10000")
 
     def draw(self, generator: random.Random) -> tuple[str, str]:
         """A question, and its solution: the chain of facts and the conclusion, one a line."""
-        names = make_names(self.concepts, generator)
+        names = generator.sample(make_names(self.names), self.concepts)
         person = generator.choice(PEOPLE)
         facts = [f"Every {names[child]} is a {names[parent]}." for child, parent in self._edges(generator)]
         facts.append(f"{person} is a {names[0]}.")
@@ -85,9 +89,10 @@ class Graph:
         return edges
 
 
-def make_names(count: int, generator: random.Random) -> list[str]:
-    """Different words of two or three syllables that mean nothing."""
-    names: dict[str, None] = {}
+@cache
+def make_names(count: int) -> list[str]:
+    """Different words of two or three syllables that mean nothing: the same whatever the seed, so that one tokenizer serves."""
+    generator, names = random.Random(0), dict[str, None]()
     while len(names) < count:
         syllables = generator.randint(2, 3)
         names["".join(generator.choice(CONSONANTS) + generator.choice(VOWELS) for _ in range(syllables))] = None
