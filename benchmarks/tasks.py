@@ -97,9 +97,9 @@ def measure(run: Path, shards: Path, questions: int) -> dict[str, Any]:
 
 def make_table(study: Study, seeds: list[int], results: dict[str, Any]) -> str:
     """Over seeds: mean ± standard deviation; the 95 % interval (Student) of what a model has more than the first."""
+    seeded = f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}"
     lines = [
-        f"| model, {len(seeds)} seeds | whole solution, % | more than the first | final answer, % | validation loss | parameters "
-        "| s/step |",
+        f"| model, {seeded} | whole solution, % | more than the first | final answer, % | validation loss | parameters | s/step |",
         "|---|---|---|---|---|---|---|",
     ]
     base: list[float] | None = None
