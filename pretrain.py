@@ -80,7 +80,9 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
 
     from lime_dist.checkpoint import store
     from lime_dist.checkpoint.saver import Saver
+    from lime_dist.data.answers import MEASURED_SAMPLES, find_answers
     from lime_dist.data.blend import BlendOrder, open_training, open_validation
+    from lime_dist.data.dataset import Samples
     from lime_dist.data.loader import TrainBatches, ValidationBatches
     from lime_dist.data.ramp import BatchSizes
     from lime_dist.monitor.console import Console
@@ -102,16 +104,28 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
     train_split, order = together(lambda: open_training(config.data, config.model.vocab_size))
     together(lambda: check_vocabulary(config, train_split.vocab_size, str(train_split.path)))
 
+    answers = together(lambda: find_answers(train_split, config.data.answer_token))
+
     def validation(replica: int) -> ValidationBatches | None:
         if not settings.evaluation_samples:
             return None
         split = open_validation(config.data, config.model.vocab_size)
-        return ValidationBatches(split, length, settings.evaluation_samples, settings.micro_batch_size, replica, width)
+        return ValidationBatches(
+            split, length, settings.evaluation_samples, settings.micro_batch_size, replica, width, answers
+        )
+
+    def counted_share(split: Samples, samples: int, measured: int | None = None) -> float | None:
+        return answers.share(split, length, samples, measured) if answers is not None and samples else None
 
     together(lambda: validation(0))
+    training_share = together(lambda: counted_share(train_split, order.num_samples, MEASURED_SAMPLES))
+    validation_share = together(
+        lambda: counted_share(open_validation(config.data, config.model.vocab_size), settings.evaluation_samples)
+    )
     together(lambda: prepare_directory(Path(config.run.directory), held))
     with quiet(verbose):
         engine, optimizer = build_engine(config, verbose)
+    engine.counted_share, engine.validation_share = training_share, validation_share
     replica = engine.grid.get_data_parallel_rank()
     at_an_end = engine.is_first_stage() or engine.is_last_stage()
 
@@ -151,6 +165,8 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
         f"{width} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
         f"{settings.global_batch_size * length:,} tokens a step; {order.num_samples:,} training samples"
     )
+    if training_share is not None:
+        console.say(f"the loss counts answers alone: {training_share:.1%} of all tokens")
     if isinstance(order, BlendOrder):
         for entry, share in zip(
             config.data.blend or [], order.shares(batch_sizes.consumed_after(settings.steps)), strict=True
@@ -164,7 +180,7 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
     if at_an_end:
         batches = TrainBatches(
             train_split, order, length, batch_sizes, settings.micro_batch_size, replica, width,
-            state.consumed_samples,
+            state.consumed_samples, answers,
         )  # fmt: skip
     run = Run(
         config=config,
@@ -197,7 +213,7 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
     console.time_split(outcome.split)
     if validation_loss is not None:
         console.say(
-            f"validation loss: {validation_loss:.4f} nats per token "
+            f"validation loss: {validation_loss:.4f} nats per {'token' if answers is None else 'answer token'} "
             f"({math.log(config.model.vocab_size) - validation_loss:.2f} below ln({config.model.vocab_size}))"
         )
     if sinks and (best := sinks[0].best_validation()) is not None:

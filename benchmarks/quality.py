@@ -69,9 +69,9 @@ def make_table(study: Study, seeds: list[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mean_and_spread(values: list[float], sign: str = "") -> str:
+def mean_and_spread(values: list[float], sign: str = "", digits: int = 4) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):{sign}.4f} ± {spread:.4f}"
+    return f"{statistics.fmean(values):{sign}.{digits}f} ± {spread:.{digits}f}"
 
 
 def draw(study: Study, seeds: list[int]) -> None:

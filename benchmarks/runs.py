@@ -25,10 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
-    """The options that every study has."""
+    """The options of a study on given data."""
     parser.add_argument("--data", required=True, type=Path, help="folder with dataset.json")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the runs, the table and the picture")
     parser.add_argument("--config", default=ROOT / "configs/quickstart.yaml", type=Path, help="what all runs share")
+    add_run_options(parser, steps)
+
+
+def add_run_options(parser: argparse.ArgumentParser, steps: int) -> None:
+    """The options that every study has."""
+    parser.add_argument("--output", required=True, type=Path, help="folder for the runs, the table and the picture")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def sample_documents(
                 break
 
 
-def train_model(texts: Iterator[str], vocab_size: int, model_type: str) -> bytes:
-    """Train on texts, cut so that none is skipped, and give a model file's content.
+def train_model(texts: Iterator[str], vocab_size: int, model_type: str, symbols: Sequence[str] = ()) -> bytes:
+    """Train on texts, cut so that none is skipped, and give a model file's content. Each of ``symbols`` is always one token.
 
     LimeError with sentencepiece's own words if it cannot be done.
     """
@@ -88,7 +89,7 @@ def train_model(texts: Iterator[str], vocab_size: int, model_type: str) -> bytes
             add_dummy_prefix=False,
             byte_fallback=True,
             split_digits=True,
-            user_defined_symbols=["\n"],
+            user_defined_symbols=["\n", *symbols],
             unk_id=UNK_ID,
             bos_id=BOS_ID,
             eos_id=EOS_ID,
@@ -124,18 +125,29 @@ def write_tokenizer(
     print(
         f"training {options.vocab_size} {options.model_type} pieces on {size / 1e6:.1f} MB, {len(texts):,} documents …"
     )
-    model = train_model(iter(texts), options.vocab_size, options.model_type)
+    # Input without a space teaches no piece for it, and it has no bytes to fall back to: it is the mark in the model.
+    space = [] if any(" " in text for text in texts) else [SPACE_MARK]
+    model = train_model(iter(texts), options.vocab_size, options.model_type, [*options.symbol, *space])
     encoder = SentencePieceEncoder(model)
+    symbols = {symbol: encoder.token_id(symbol) for symbol in options.symbol}
     facts = tokenizer_facts(encoder, "sentencepiece", model, encoder.special_ids, training=training)
+    if symbols:
+        facts["symbols"] = symbols
     scratch = write_beside(output, model, facts)
     checked = texts[:: max(1, len(texts) // CHECKED_DOCUMENTS)]
-    failure = first_failure(Tokenizer(scratch), [*HARD_TEXTS, *checked])
+    tokenizer = Tokenizer(scratch)
+    beside = [
+        f"{left}{symbol}{right}" for symbol in symbols for left in ("", "a", "7 ") for right in ("", symbol, " b")
+    ]
+    failure = first_failure(tokenizer, [*HARD_TEXTS, *checked, *beside])
     if failure is not None:
         shutil.rmtree(scratch)
         raise LimeError(f"the trained tokenizer does not give this text back, it is refused: {failure[:80]!r}")
     replace_folder(scratch, output)
     seconds = time.perf_counter() - start
     print(f"tokenizer written to {output} in {seconds:.1f} s; {len(checked):,} documents came back exactly")
+    for symbol, number in symbols.items():
+        print(f"symbol {symbol}: always the one token {number}")
 
 
 def reusable(output: Path, training: dict[str, Any], fresh: bool) -> bool:
@@ -144,7 +156,7 @@ def reusable(output: Path, training: dict[str, Any], fresh: bool) -> bool:
     if facts is None or fresh:
         return False
     trained = facts.get("training") or {}
-    different = [key for key in training if trained.get(key) != training[key]]
+    different = [key for key in training | dict.fromkeys(("symbols",)) if trained.get(key) != training.get(key)]
     if different:
         kind = f"trained with other {' and '.join(different)}" if trained else "that was imported"
         raise LimeError(f"{output}: holds a tokenizer {kind}; give another --output, or --fresh to replace it")
@@ -173,17 +185,34 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--text-column", default="text", help="default: text")
     parser.add_argument("--sample-megabytes", type=float, default=32.0, help="text to train on (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
+    parser.add_argument(
+        "--symbol", action="append", default=[], metavar="TEXT", help="a text that is always one token; may be repeated"
+    )
     parser.add_argument("--fresh", action="store_true", help="train again, whatever the folder holds")
+
+
+def check_symbols(symbols: Sequence[str]) -> None:
+    """Refuse symbols that no text could hold as they are, or that mean something already (LimeError)."""
+    for symbol in symbols:
+        if not symbol.isprintable() or " " in symbol or SPACE_MARK in symbol or not symbol:
+            raise LimeError(f"--symbol {symbol!r}: must be printable characters without spaces")
+        if symbol in ("<unk>", "<s>", "</s>", "<pad>") or re.fullmatch("<0x[0-9A-F]{2}>", symbol):
+            raise LimeError(f"--symbol {symbol}: the tokenizer has a piece of this name; give another one")
+    if len(set(symbols)) < len(symbols):
+        raise LimeError(f"--symbol {' --symbol '.join(symbols)}: one of them stands twice")
 
 
 def run(options: argparse.Namespace) -> None:
     """``python -m data_tools.tokenizer train``."""
-    if options.vocab_size < 300 or options.sample_megabytes <= 0 or options.seed < 0:
-        raise LimeError("--vocab-size must be at least 300, --sample-megabytes above 0, --seed not negative")
+    check_symbols(options.symbol)
+    if options.vocab_size < 262 or options.sample_megabytes <= 0 or options.seed < 0:
+        raise LimeError("--vocab-size must be at least 262, --sample-megabytes above 0, --seed not negative")
     files, output = list_inputs(options.input), Path(options.output)
     training = {
         key: getattr(options, key) for key in ("vocab_size", "model_type", "text_column", "sample_megabytes", "seed")
     }
+    if options.symbol:
+        training["symbols"] = options.symbol
     training["inputs"] = [fingerprint(file) for file in files]
     with disk_errors("put this right and run the same command again"), lock_folder(output):
         if reusable(output, training, options.fresh):

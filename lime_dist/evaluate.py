@@ -13,7 +13,8 @@ EXAMPLE = """example:
 
 
 def evaluate(model: Path, data: Path, split_name: str, samples: int | None, sequence_length: int | None) -> float:
-    """Mean cross-entropy in nats per token over the first samples of a split, in order, in float32.
+    """Mean cross-entropy in nats per token over the first samples of a split, in order, in float32; over the answers alone of
+    a run that learnt these alone (``data.answer_token``).
 
     Args:
         samples: None: as many as the run validated on, at most all; 0: all.
@@ -26,17 +27,14 @@ def evaluate(model: Path, data: Path, split_name: str, samples: int | None, sequ
         if value is not None and value < least:
             raise LimeError(f"{flag} {value}: must be at least {least}")
     from lime_dist.checkpoint.comparison import mean_loss, validation_batches
+    from lime_dist.data.answers import find_answers
     from lime_dist.data.dataset import TokenSplit
-    from lime_dist.exported import open_verified, verify
+    from lime_dist.exported import check_vocabulary, open_verified, verify
 
     certificate = verify(model)
     split = TokenSplit(data, split_name)
-    training, wanted = certificate["training"], certificate["tokenizer"]["hash"]
-    if split.tokenizer_hash != wanted:
-        raise LimeError(
-            f"{data}: its tokens are of another vocabulary than {model} (tokenizer {str(split.tokenizer_hash)[:12]} there, "
-            f"{wanted[:12]} here); pretokenize the text with the run's tokenizer"
-        )
+    training = certificate["training"]
+    check_vocabulary(certificate, model, split)
     length = training["sequence_length"] if sequence_length is None else sequence_length
     available = split.num_samples(length)
     if samples is None:
@@ -44,10 +42,12 @@ def evaluate(model: Path, data: Path, split_name: str, samples: int | None, sequ
     elif samples > available:
         raise LimeError(f"--samples {samples}: {data} has {available} {split_name} samples of {length} tokens")
     samples = samples or available
+    answers = find_answers(split, training.get("answer_token"))
+    share = answers.share(split, length, samples) if answers is not None else None
     exported = open_verified(model, certificate)
-    loss = mean_loss(exported.logits, validation_batches(split, length, samples))
+    loss = mean_loss(exported.logits, validation_batches(split, length, samples, answers), counted_share=share)
     print(f"{samples:,} {split_name} samples of {length} tokens of {data}")
-    print(f"loss {loss:.6f} nats per token, perplexity {math.exp(loss):.4f}")
+    print(f"loss {loss:.6f} nats per {'answer ' if answers else ''}token, perplexity {math.exp(loss):.4f}")
     return loss
 
 

@@ -13,6 +13,9 @@ from lime_dist.errors import LimeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lime_dist.data.blend import Blend
+    from lime_dist.data.dataset import TokenSplit
+
 CERTIFICATE = "certificate.json"
 FORMAT = "lime_dist export 1"
 
@@ -79,6 +82,16 @@ def model_config(exported: ExportedModel) -> ModelConfig:
     found = read_json(exported.path / "config.json", "export the checkpoint again")
     known = {name: found[name] for name in ModelConfig.model_fields if name in found}
     return ModelConfig(**{"architecture": "llama", **known})
+
+
+def check_vocabulary(certificate: dict[str, Any], folder: Path, split: TokenSplit | Blend) -> None:
+    """Refuse tokens that another tokenizer made than that of an export (LimeError)."""
+    wanted = certificate["tokenizer"]["hash"]
+    if split.tokenizer_hash != wanted:
+        raise LimeError(
+            f"{split.path}: its tokens are of another vocabulary than {folder} (tokenizer {str(split.tokenizer_hash)[:12]} "
+            f"there, {wanted[:12]} here); pretokenize the text with the run's tokenizer"
+        )
 
 
 def require_transformers() -> Any:

@@ -70,6 +70,32 @@ def test_the_cost_of_logging_is_measured_once(dataset: Path, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
+def test_a_task_is_made_learnt_and_measured(tmp_path: Path) -> None:
+    """Two models, one seed; a second call measures nothing again, and one with other settings is refused."""
+    size = "data.sequence_length=32 train.evaluation_samples=32 optimizer.warmup_steps=1"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "tasks.py"),
+        "arithmetic",
+        "--output",
+        str(tmp_path),
+        "--seeds",
+        "0",
+    ]
+    command += ["--models", "llama", "lime-kv", "--steps", "2", "--documents", "2000", "--jobs", "1", *size.split()]
+    first, second, third = (
+        subprocess.run([*command, "--questions", count], capture_output=True, text=True, timeout=300, check=False)
+        for count in ("20", "20", "10")
+    )
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in first.stdout and table in second.stdout and "| lime-kv | 0.0 ± 0.0 | +0.0 |" in table
+    assert first.stdout.count("of 20 solutions") == 2 and "of 20 solutions" not in second.stdout
+    assert second.stdout.count("there already") == 2
+    assert third.returncode == 2 and "was measured with other settings (questions)" in third.stderr
+
+
 @pytest.mark.parametrize("script", ["step_cost.py", "pipeline_cost.py", "planning.py"])
 def test_a_mistake_in_the_call_is_one_line(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / script), "--output", str(tmp_path / "out"), "--hidden", "30"]

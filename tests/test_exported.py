@@ -169,6 +169,7 @@ def test_the_commands_have_help_and_exit_with_2(tmp_path: Path) -> None:
         "from lime_dist.errors import run_command\n"
         "for name, wrong in (('lime_dist.generate', ['--model', 'no', '--prompt', 'x']),\n"
         "                    ('lime_dist.evaluate', ['--model', 'no', '--data', 'no']),\n"
+        "                    ('lime_dist.exact_match', ['--model', 'no', '--data', 'no']),\n"
         "                    ('lime_dist.checkpoint.export', ['--checkpoint', 'no', '--output', 'out']),\n"
         "                    ('lime_dist.checkpoint.importing', ['--model', 'no', '--config', 'no']),\n"
         "                    ('lime_dist.checkpoint.compress', '--checkpoint no --output out --policy chunked --chunk-size 2 --rank 1'.split())):\n"
@@ -181,10 +182,10 @@ def test_the_commands_have_help_and_exit_with_2(tmp_path: Path) -> None:
     )
     finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("status 0") == finished.stdout.count("status 2") == 5
-    assert finished.stdout.count("example:\n  python -m lime_dist.") == 5
+    assert finished.stdout.count("status 0") == finished.stdout.count("status 2") == 6
+    assert finished.stdout.count("example:\n  python -m lime_dist.") == 6
     errors = finished.stderr.splitlines()
-    assert len(errors) == 5 and all(error.startswith("error: ") for error in errors)
+    assert len(errors) == 6 and all(error.startswith("error: ") for error in errors)
     assert not list(tmp_path.iterdir())
 
 

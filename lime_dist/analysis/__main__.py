@@ -28,7 +28,7 @@ from lime_dist.analysis.words import LEAST, Occurrences, WordStates, count_words
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.files import json_bytes, write_atomic
 from lime_dist.errors import LimeError, run_command
-from lime_dist.exported import ExportedModel, open_verified, require_transformers, verify
+from lime_dist.exported import ExportedModel, check_vocabulary, open_verified, require_transformers, verify
 from lime_dist.report import distinct_names
 
 WORDS = "is,are,was,were"
@@ -113,12 +113,7 @@ def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, A
     """
     split = TokenSplit(options.data, options.split)
     for folder, certificate in zip(options.models, certificates, strict=True):
-        wanted = certificate["tokenizer"]["hash"]
-        if split.tokenizer_hash != wanted:
-            raise LimeError(
-                f"{options.data}: its tokens are of another vocabulary than {folder} (tokenizer "
-                f"{str(split.tokenizer_hash)[:12]} there, {wanted[:12]} here); analyse models of one vocabulary together"
-            )
+        check_vocabulary(certificate, folder, split)
     length = options.sequence_length
     if length is None:
         length = min(LONGEST, *(certificate["training"]["sequence_length"] for certificate in certificates))

@@ -9,6 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from lime_dist.data.answers import Answers
 from lime_dist.data.dataset import Samples
 from lime_dist.data.loader import Batch, ValidationBatches
 from lime_dist.errors import LimeError
@@ -71,13 +72,20 @@ def first_tokens(split: Samples, sequence_length: int) -> Tensor:
     return torch.cat([tokens for tokens, _ in validation_batches(split, sequence_length, rows)])
 
 
-def validation_batches(split: Samples, sequence_length: int, samples: int) -> Iterator[Batch]:
+def validation_batches(
+    split: Samples, sequence_length: int, samples: int, answers: Answers | None = None
+) -> Iterator[Batch]:
     """The first samples of a split one by one, (tokens, labels) [1, T] each: what a run validates on."""
-    return iter(ValidationBatches(split, sequence_length, samples, 1, 0, 1))
+    return iter(ValidationBatches(split, sequence_length, samples, 1, 0, 1, answers))
 
 
-def mean_loss(logits: Logits, batches: Iterator[Batch], limit: int | None = None) -> float:
+def mean_loss(
+    logits: Logits, batches: Iterator[Batch], limit: int | None = None, counted_share: float | None = None
+) -> float:
     """Mean cross-entropy in nats per token over samples of equal length.
+
+    Args:
+        counted_share: of all these labels, those that are counted (not -100); None: all are.
 
     Raises:
         LimeError: it is not a number.
@@ -85,7 +93,7 @@ def mean_loss(logits: Logits, batches: Iterator[Batch], limit: int | None = None
     losses = []
     with torch.no_grad():
         for tokens, labels in islice(batches, limit):
-            losses.append(language_model_loss(logits(tokens), labels).item())
+            losses.append(language_model_loss(logits(tokens), labels, counted_share).item())
     loss = sum(losses) / len(losses)
     if loss != loss:
         raise LimeError("the loss is not a number: the model's weights or its activations are not finite")

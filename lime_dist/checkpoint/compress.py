@@ -21,6 +21,7 @@ from lime_dist.checkpoint.reading import Weights, load_decoder, read_weights
 from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.load import dump_config, make_config
 from lime_dist.config.schema import Config
+from lime_dist.data.answers import find_answers
 from lime_dist.data.blend import open_training, open_validation
 from lime_dist.data.files import write_atomic
 from lime_dist.errors import LimeError, run_command
@@ -130,9 +131,15 @@ def compress(
     _, order = open_training(config.data, config.model.vocab_size)
     validation = open_validation(config.data, config.model.vocab_size)
     samples = samples or min(config.train.evaluation_samples, validation.num_samples(length)) or 1
+    answers = find_answers(validation, config.data.answer_token)
+    share = answers.share(validation, length, samples) if answers is not None else None
     found, fits = compress_weights(compressed, weights)
     before, after = (
-        mean_loss(load_decoder(one.model, values), validation_batches(validation, length, samples))
+        mean_loss(
+            load_decoder(one.model, values),
+            validation_batches(validation, length, samples, answers),
+            counted_share=share,
+        )
         for one, values in ((config, weights), (compressed, found))
     )
     write_checkpoint(output / "checkpoints", compressed, order.num_samples, found, state.consumed_samples)

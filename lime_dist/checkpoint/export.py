@@ -114,6 +114,7 @@ def export(checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_sh
             "training": {
                 "sequence_length": config.data.sequence_length,
                 "evaluation_samples": config.train.evaluation_samples,
+                "answer_token": config.data.answer_token,
             },
             "files": {path.name: sha256_file(path) for path in sorted(partial.iterdir()) if path.is_file()},
         }
@@ -174,6 +175,7 @@ def prove_logits(folder: Path, config: Config, weights: Weights, text: RunText) 
 def prove_tokenizer(folder: Path, text: RunText) -> dict[str, Any]:
     """Compare the exported tokenizer's ids with those of the trainer's, on hard and on real text."""
     real = [text.tokenizer.decode(row.tolist()) for row in text.tokens_NT]
+    real += [f"a {symbol}{symbol}1{symbol}" for symbol in text.tokenizer.facts.get("symbols", {})]
     compared = check_ids(text.tokenizer, load_tokenizer(folder), [*HARD_TEXTS, TEXT, *real])
     return {"hash": text.tokenizer.hash, "vocab_size": text.tokenizer.vocab_size, **compared}
 

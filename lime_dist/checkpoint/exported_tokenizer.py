@@ -16,7 +16,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from data_tools.tokenizer import MODEL_FILES, Tokenizer
-from data_tools.tokenizer_model_file import read_settings
+from data_tools.tokenizer_model_file import USER_DEFINED, read_pieces, read_settings
 from data_tools.tokenizer_sentencepiece import SPACE_MARK
 from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
@@ -123,12 +123,15 @@ def byte_pair_tokenizer(model: SentencePieceProcessor) -> Fast:
     from tokenizers import Tokenizer as Fast
 
     size = model.vocab_size()
+    kinds = [kind for _, kind in read_pieces(model.serialized_model_proto())]
     symbols = [i for i in range(size) if model.is_control(i) or model.is_unknown(i)]
     texts = [model.id_to_piece(i) for i in range(size)]
     plain = [i for i in range(size) if i not in set(symbols) and not model.is_byte(i)]
     for i in plain:
         texts[i] = texts[i].replace(SPACE_MARK, " ")
-    mergeable = {texts[i]: model.get_score(i) for i in plain if "\n" not in texts[i]}
+    # Pieces of their own, which nothing is merged with.
+    whole = [texts[i] for i in plain if kinds[i] == USER_DEFINED or texts[i] == "\n"]
+    mergeable = {texts[i]: model.get_score(i) for i in plain if "\n" not in texts[i] and texts[i] not in whole}
     merges = [
         (text[:cut], text[cut:])
         for text in sorted(mergeable, key=lambda text: -mergeable[text])
@@ -138,7 +141,7 @@ def byte_pair_tokenizer(model: SentencePieceProcessor) -> Fast:
     vocabulary = {text: i for i, text in enumerate(texts)}
     fast = Fast(models.BPE(vocabulary, merges, unk_token=texts[model.unk_id()], byte_fallback=True))
     fast.add_special_tokens([AddedToken(texts[i], special=True, normalized=False) for i in symbols])
-    fast.add_tokens([AddedToken("\n", normalized=False)])  # a piece of its own that nothing is merged with
+    fast.add_tokens([AddedToken(text, normalized=False) for text in whole])
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return fast
 

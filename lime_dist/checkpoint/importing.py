@@ -1,7 +1,8 @@
-"""Start a run from a Hugging Face LLaMA: its weights become the checkpoint of step 0 that pretrain.py resumes from.
+"""Start a run from a model that exists: its weights become the checkpoint of step 0 that pretrain.py resumes from.
 
-A `lime` run must start as LLaMA does (routes: kv, router_init: identity), so that its first loss is the original's. What the
-original does not have, routers and summaries, gets its initial values.
+The model is what `lime_dist.checkpoint.export` wrote, of any architecture, or a Hugging Face LLaMA. From a LLaMA, a `lime` run
+must start as LLaMA does (routes: kv, router_init: identity), so that its first loss is the original's; what the original does not
+have, routers and summaries, gets its initial values.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.checkpoint.comparison import TOLERANCE, compare_logits, first_tokens
+from lime_dist.checkpoint.huggingface_files import model_description
 from lime_dist.checkpoint.reading import Weights, load_decoder, parameter_shapes
 from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.load import load_config
@@ -21,12 +23,13 @@ from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.blend import open_training
 from lime_dist.data.files import read_json
 from lime_dist.errors import LimeError, run_command
-from lime_dist.exported import load_model, require_transformers
+from lime_dist.exported import CERTIFICATE, check_vocabulary, load_model, require_transformers, verify
 from lime_dist.model.init import initialise
 
 EXAMPLE = """example:
   python -m lime_dist.checkpoint.importing --model models/llama-1b --config lime.yaml run.directory=runs/from-llama
-  deepspeed --num_gpus 2 pretrain.py --config lime.yaml run.directory=runs/from-llama"""
+  deepspeed --num_gpus 2 pretrain.py --config lime.yaml run.directory=runs/from-llama
+  python -m lime_dist.checkpoint.importing --model exported/quickstart --config task.yaml      (fine-tuning)"""
 
 SHARED_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -35,25 +38,40 @@ SHARED_KEYS = (
 """Keys of the model that must be those of the original."""
 
 
-def import_llama(folder: Path, config: Config) -> Path:
+def import_model(folder: Path, config: Config) -> Path:
     """Write ``checkpoints/global_step0`` into the run's folder and return it.
 
     Raises:
-        LimeError: the original is no LLaMA that the trainer can express, the configuration is not of its shape, or the run has
-            checkpoints already.
+        LimeError: the original is no export and no LLaMA that the trainer can express, it is not as it was written, the
+            configuration is not of its shape, its tokenizer not that of the data, or the run has checkpoints already.
     """
     require_transformers()
-    check_start(config.model)
     values = read_json(folder / "config.json", "give a folder with a Hugging Face model")
-    check_shape(folder, values, config.model)
+    certificate = verify(folder) if (folder / CERTIFICATE).exists() or values.get("model_type") == "lime" else None
+    if values.get("model_type") == "lime":
+        check_export(folder, values, config)
+    else:
+        check_start(config.model)
+        check_shape(folder, values, config.model)
     train, order = open_training(config.data, config.model.vocab_size)
-    weights = read_safetensors(folder, config)
+    if certificate is not None and train.tokenizer_hash is not None:
+        check_vocabulary(certificate, folder, train)
+    weights = read_safetensors(folder, config, fill=values["model_type"] == "llama")
     tokens = first_tokens(train, config.data.sequence_length)
     if int(tokens.max()) >= config.model.vocab_size:
         raise LimeError(f"{train.path}: has tokens above model.vocab_size={config.model.vocab_size}")
-    original = load_model(folder)
-    found = compare_logits(load_decoder(config.model, weights), lambda t: original(t, use_cache=False).logits, tokens)
-    if not found.relative <= TOLERANCE:
+    decoder, original = load_decoder(config.model, weights), load_model(folder)
+
+    def theirs(tokens_BT: Tensor) -> Tensor:
+        return original(tokens_BT, use_cache=False).logits
+
+    for dtype in (torch.float32, torch.float64):  # as the export does: float64 decides where float32 is too coarse
+        decoder.to(dtype)
+        original.to(dtype)
+        found = compare_logits(decoder, theirs, tokens)
+        if found.relative <= TOLERANCE:
+            break
+    else:
         raise LimeError(
             f"{folder}: its logits differ by {found.difference:.1e} of at most {found.logit:.1e} from those of the imported "
             "model; it does something that is not in its config.json's known keys; nothing was written"
@@ -65,6 +83,29 @@ def import_llama(folder: Path, config: Config) -> Path:
         f"of at most {found.logit:.2f}"
     )
     return path
+
+
+def check_export(folder: Path, values: dict[str, Any], config: Config) -> None:
+    """Refuse a configuration whose model is not the one that was exported (LimeError)."""
+    given = {"architecture": config.model.architecture, **model_description(config)}
+    if given["model_type"] == "lime":
+        wrong = [f"model.{key}={value}" for key, value in _shape(values).items() if _shape(given).get(key) != value]
+    else:
+        wrong = [f"model.architecture={values['architecture']}"]
+    if wrong:
+        raise LimeError(f"the configuration is not of the model in {folder}; set {' '.join(wrong)}")
+
+
+def _shape(values: dict[str, Any]) -> dict[str, str]:
+    """What decides over a model of this trainer's own, by key, as it is written on the command line."""
+    found: dict[str, Any] = {"architecture": values["architecture"], **{key: values[key] for key in SHARED_KEYS}}
+    found |= {f"hyper.{key}": value for key, value in values.get("hyper", {}).items()}
+    lime = {key: value for key, value in values.get("lime", {}).items() if key != "router_init"}  # a start's, long gone
+    for key, value in lime.pop("history", {}).items():
+        if value is not None:  # keys that the policy does not have
+            found[f"lime.history.{key}"] = value
+    found |= {f"lime.{key}": value for key, value in lime.items()}
+    return {key: "null" if value is None else str(value).lower() for key, value in found.items()}
 
 
 def check_start(model: ModelConfig) -> None:
@@ -81,7 +122,9 @@ def check_start(model: ModelConfig) -> None:
 def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> None:
     """Refuse what is no plain LLaMA, and a configuration of another shape (LimeError)."""
     if values.get("model_type") != "llama":
-        raise LimeError(f"{folder}: is a {values.get('model_type')!r}, only 'llama' can be imported")
+        raise LimeError(
+            f"{folder}: is a {values.get('model_type')!r}; only 'llama', and what lime_dist.checkpoint.export wrote, can be imported"
+        )
     from transformers import AutoConfig
 
     try:
@@ -109,8 +152,8 @@ def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> Non
         raise LimeError(f"the configuration is not of the shape of {folder}; set {settings}")
 
 
-def read_safetensors(folder: Path, config: Config) -> Weights:
-    """The original's weights in float32, and initial values for what it lacks.
+def read_safetensors(folder: Path, config: Config, fill: bool) -> Weights:
+    """The original's weights in float32, and with ``fill`` initial values for what a LLaMA lacks.
 
     Raises:
         LimeError: a file or a weight is missing, or has another shape.
@@ -132,7 +175,7 @@ def read_safetensors(folder: Path, config: Config) -> Weights:
     for name, shape in parameter_shapes(config.model).items():
         if name in found:
             weights[name] = found[name]
-        elif ".router." in name or name.startswith("model.history."):
+        elif fill and (".router." in name or name.startswith("model.history.")):
             weights[name] = torch.empty(shape)
             initialise(name, weights[name], config.model, config.train.seed)
         if name not in weights or weights[name].shape != shape:
@@ -144,7 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     """``python -m lime_dist.checkpoint.importing``."""
     parser = argparse.ArgumentParser(
         prog="python -m lime_dist.checkpoint.importing",
-        description="Write a Hugging Face LLaMA as the checkpoint of step 0 of a run, where pretrain.py finds it.\n"
+        description="Write an exported model, or a Hugging Face LLaMA, as the checkpoint of step 0 of a run, where pretrain.py\n"
+        "finds it.\n"
         "The configuration must have the original's shape; logits are compared before anything is written.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -153,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the run; its run.directory gets the checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     options = parser.parse_intermixed_args(arguments)
-    path = import_llama(options.model, load_config(options.config, options.overrides))
+    path = import_model(options.model, load_config(options.config, options.overrides))
     print(f"imported {options.model}: {path}; pretrain.py with the same configuration goes on from it")
 
 

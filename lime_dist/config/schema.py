@@ -179,6 +179,9 @@ class DataConfig(Section):
     )
     sequence_length: int = Field(256, ge=1)
     seed: int = 0
+    answer_token: int | None = Field(
+        None, ge=0, description="count only the tokens after this one, to the end of the document; None: all"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -191,6 +194,8 @@ class DataConfig(Section):
     def _one_source(self) -> DataConfig:
         if (self.path is None) == (self.blend is None):
             raise ValueError("set either data.path or data.blend: data.path=null goes with data.blend")
+        if self.blend is not None and self.answer_token is not None:
+            raise ValueError(f"data.answer_token={self.answer_token} needs data.path; it does not go with data.blend")
         return self
 
     @property

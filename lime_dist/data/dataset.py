@@ -71,7 +71,8 @@ class TokenSplit:
     documents, ``validation_fraction`` of all, are "validation". Nor does it say its vocabulary: each sample's tokens are
     compared with ``vocab_size`` when it is read.
 
-    Attributes: ``path``, ``split``, ``num_tokens``, ``num_documents``, ``vocab_size`` and ``tokenizer_hash`` (None of a pair).
+    Attributes: ``path``, ``split``, ``num_tokens``, ``num_documents``, ``vocab_size`` and ``tokenizer_hash`` (None of a pair),
+    ``eos_id`` (None unless documents are known to end with it).
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class TokenSplit:
         self.path, self.split = Path(path), split
         self.vocab_size: int | None = None
         self.tokenizer_hash: str | None = None
+        self.eos_id: int | None = None
         self._largest_token: int | None = None
         self._tokens: list[np.ndarray] = []
         self._starts: list[int] = []
@@ -114,6 +116,9 @@ class TokenSplit:
             raise LimeError(f"{self.path}: no split {split!r}; it has {known}")
         self.vocab_size = description["vocab_size"]
         self.tokenizer_hash = description["tokenizer_hash"]
+        parts = description.get("merged", [description])
+        if description.get("eos_id", -1) >= 0 and all((part.get("settings") or {}).get("eos") for part in parts):
+            self.eos_id = description["eos_id"]
         shards = description["splits"][split]["shards"]
         self.num_documents = sum(shard["documents"] for shard in shards)
         for shard in shards:

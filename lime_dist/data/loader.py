@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from lime_dist.data.answers import Answers
 from lime_dist.data.dataset import Samples
 from lime_dist.data.order import Order, rank_positions
 from lime_dist.data.ramp import BatchSizes
@@ -27,12 +28,13 @@ GROUP_SAMPLES = 32  # handed from thread to thread at once, so that small micro-
 ORDER_BLOCK = 1024  # samples whose order is computed at once: a call costs as much as some 700 samples
 
 
-def read_batch(split: Samples, samples: np.ndarray, sequence_length: int) -> Batch:
-    """Tokens and labels, int64 [b, T] each, of ``samples`` [b]; labels are the tokens shifted by one."""
-    return _read(split, samples, sequence_length)[0]
+def read_batch(split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None = None) -> Batch:
+    """Tokens and labels, int64 [b, T] each, of ``samples`` [b]; labels are the tokens shifted by one, or only those that
+    ``answers`` counts."""
+    return _read(split, samples, sequence_length, answers)[0]
 
 
-def _read(split: Samples, samples: np.ndarray, sequence_length: int) -> _Read:
+def _read(split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None) -> _Read:
     """The checksum is of the tokens as they are stored: a fourth of the bytes that they become."""
     rows, checksum = np.empty((len(samples), sequence_length + 1), dtype=np.int64), 0
     for row, sample in zip(rows, samples.tolist(), strict=True):
@@ -40,7 +42,8 @@ def _read(split: Samples, samples: np.ndarray, sequence_length: int) -> _Read:
         row[:] = stored
         checksum = zlib.crc32(stored.data, checksum)
     rows_bt1 = torch.from_numpy(rows)
-    return (rows_bt1[:, :-1].contiguous(), rows_bt1[:, 1:].contiguous()), checksum
+    labels_bt = rows_bt1[:, 1:] if answers is None else torch.from_numpy(answers.labels(rows))
+    return (rows_bt1[:, :-1].contiguous(), labels_bt.contiguous()), checksum
 
 
 class _ReadAhead:
@@ -114,11 +117,12 @@ class TrainBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
         consumed_samples: int = 0,
+        answers: Answers | None = None,
     ) -> None:
         available = split.num_samples(sequence_length)
         if order.num_samples != available:
             raise ValueError(f"the order is over {order.num_samples} samples, but the split has {available}")
-        self._split, self._order, self._sequence_length = split, order, sequence_length
+        self._split, self._order, self._sequence_length, self._answers = split, order, sequence_length, answers
         self._batch_sizes = BatchSizes(batch_sizes) if isinstance(batch_sizes, int) else batch_sizes
         self._layout = (micro_batch_size, data_parallel_rank, data_parallel_size)
         rank_positions(consumed_samples, self._batch_sizes.at(consumed_samples), *self._layout)  # does it factor?
@@ -156,7 +160,7 @@ class TrainBatches:
     def __next__(self) -> Batch:
         if self._reader is None:
             place = (self._consumed_samples, self._batch_sizes, self._layout)
-            stream = _stream(self._split, self._order, self._sequence_length, *place)
+            stream = _stream(self._split, self._order, self._sequence_length, *place, self._answers)
             self._reader = _ReadAhead(stream, max(1, GROUP_SAMPLES // self._layout[0]))
         try:
             batch, checksum = self._reader.get()
@@ -178,6 +182,7 @@ def _stream(
     consumed: int,
     batch_sizes: BatchSizes,
     layout: tuple[int, int, int],
+    answers: Answers | None,
 ) -> Iterator[_Read]:
     while True:
         positions: list[np.ndarray] = []
@@ -186,7 +191,7 @@ def _stream(
             positions.append(rank_positions(consumed, size, *layout))
             consumed += size
         for samples in order.samples_at(np.concatenate(positions)):
-            yield _read(split, samples, sequence_length)
+            yield _read(split, samples, sequence_length, answers)
 
 
 class ValidationBatches:
@@ -204,6 +209,7 @@ class ValidationBatches:
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
+        answers: Answers | None = None,
     ) -> None:
         wide = micro_batch_size * data_parallel_size
         available = split.num_samples(sequence_length)
@@ -218,7 +224,7 @@ class ValidationBatches:
                 f"samples of {sequence_length} tokens; use at most {available // wide * wide}, or pretokenize with a "
                 "larger --validation-fraction"
             )
-        self._split, self._sequence_length = split, sequence_length
+        self._split, self._sequence_length, self._answers = split, sequence_length, answers
         self._samples = rank_positions(0, evaluation_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
 
     def __len__(self) -> int:
@@ -226,4 +232,4 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for samples in self._samples:
-            yield read_batch(self._split, samples, self._sequence_length)
+            yield read_batch(self._split, samples, self._sequence_length, self._answers)

@@ -91,9 +91,16 @@ class Embedding(nn.Module):
         return F.linear(x_BTD, self.weight)
 
 
-def language_model_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token, computed in at least float32."""
+def language_model_loss(logits_BTV: Tensor, labels_BT: Tensor, counted_share: float | None = None) -> Tensor:
+    """Mean cross-entropy in nats per token, computed in at least float32.
+
+    Args:
+        counted_share: of all labels, those that are counted; the others are -100. The divisor is this share of B·T, whatever
+            this batch holds, so that a mean over micro-batches is that over their tokens. None: every label is counted.
+    """
     logits = logits_BTV.flatten(0, 1)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
+    if counted_share is not None:
+        return F.cross_entropy(logits, labels_BT.flatten(), reduction="sum") / (labels_BT.numel() * counted_share)
     return F.cross_entropy(logits, labels_BT.flatten())

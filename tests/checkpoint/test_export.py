@@ -177,6 +177,27 @@ def test_exported_tokenizers_give_exactly_the_same_ids(
     assert again("a\n  b").input_ids == theirs("a\n  b").input_ids
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_symbols_are_one_token_in_an_export_too(kind: str, texts: list[str], tmp_path: Path) -> None:
+    """Also where pieces of the vocabulary would make one up, and where two stand together."""
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    symbols = ("<answer>", "thein", "=>")
+    command = ["train", "--input", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "tokenizer")]
+    chosen = [f"--symbol={symbol}" for symbol in symbols]
+    train_tokenizer([*command, "--vocab-size", "600", "--model-type", kind, *chosen])
+    ours, out = Tokenizer(tmp_path / "tokenizer"), tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(ours, False, 128, out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=kind == "unigram")
+    generator = np.random.default_rng(0)
+    parts = [*symbols, "the", "in", " ", "\n", "<", "answer", ">", "=", "7", "é", "\u2581"]
+    mixed = ["".join(generator.choice(parts, 1 + i % 12)) for i in range(600)]
+    assert check_ids(ours, theirs, [*HARD_TEXTS, *mixed, *texts])["exact_for_space_marks"]
+    for symbol, number in ours.facts["symbols"].items():
+        assert theirs(f"{symbol}{symbol}").input_ids == [number, number]
+        assert theirs.decode([number], skip_special_tokens=True) == symbol
+
+
 def test_ids_that_differ_are_refused(tmp_path: Path, dataset: Path) -> None:
     ours = Tokenizer(dataset / "tokenizer")
     write_tokenizer(ours, False, 128, tmp_path)

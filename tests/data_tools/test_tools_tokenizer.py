@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given
+from hypothesis import strategies as st
 from support.vocabularies import TEXTS, any_text, quick
 
 from data_tools import tokenizer_training
@@ -196,8 +198,87 @@ def test_what_cannot_be_trained_is_one_clear_line(tmp_path: Path) -> None:
     given = ["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size"]
     with pytest.raises(LimeError, match="cannot train 5000 pieces on this input: .*lower --vocab-size"):
         main([*given, "5000"])
-    with pytest.raises(LimeError, match="must be at least 300"):
+    with pytest.raises(LimeError, match="must be at least 262"):
         main([*given, "100"])
     with pytest.raises(LimeError, match="no text in column 'content'"):
         main([*given, "400", "--text-column", "content"])
     assert tokenizer_training.UNK_ID == 0
+
+
+SYMBOLS = ("<answer>", "<|end|>", "é→")
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def marked(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp(f"marked-{request.param}")
+    return train(corpus, folder, "--model-type", request.param, *(f"--symbol={symbol}" for symbol in SYMBOLS))
+
+
+def test_a_symbol_is_one_token_wherever_it_stands(marked: Tokenizer) -> None:
+    """Its id stands in the facts, and what is before and after it does not change."""
+    ids = marked.facts["symbols"]
+    assert list(ids) == list(SYMBOLS) and len(set(ids.values())) == 3
+    for symbol, number in ids.items():
+        for left, right in (
+            ("", ""),
+            ("a", "b"),
+            ("the ", " the"),
+            ("1", "1"),
+            ("\n", "\n"),
+            ("<", ">"),
+            ("\u2581", "\u2581"),
+        ):
+            found = marked.encode(left + symbol + right).tolist()
+            assert found == [*marked.encode(left).tolist(), number, *marked.encode(right).tolist()]
+    assert marked.encode("".join(SYMBOLS)).tolist() == list(ids.values())
+    assert not set(marked.encode("<answer").tolist()) & set(ids.values())
+
+
+@given(parts=st.lists(st.one_of(any_text, st.sampled_from(SYMBOLS)), max_size=6))
+@quick
+def test_texts_with_symbols_come_back_exactly(marked: Tokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    ids = marked.encode(text)
+    assert marked.decode(ids) == text
+    for symbol, number in marked.facts["symbols"].items():
+        assert ids.tolist().count(number) == text.count(symbol)
+
+
+def test_symbols_change_nothing_else(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without, the facts are as they ever were; a folder says whether it was trained with others."""
+    plain = train(corpus, tmp_path / "plain")
+    assert "symbols" not in plain.facts and "symbols" not in plain.facts["training"]
+    one = train(corpus, tmp_path / "one", "--symbol", "<answer>")
+    assert f"symbol <answer>: always the one token {one.facts['symbols']['<answer>']}" in capsys.readouterr().out
+    train(corpus, tmp_path / "one", "--symbol", "<answer>")
+    assert "tokenizer complete, reused" in capsys.readouterr().out
+    for folder, options in (("one", []), ("plain", ["--symbol", "<answer>"])):
+        with pytest.raises(LimeError, match="trained with other symbols; give another --output"):
+            train(corpus, tmp_path / folder, *options)
+
+
+def test_input_without_spaces_can_be_trained_on(tmp_path: Path) -> None:
+    """Its smallest vocabulary: the bytes, the symbols, a space, and a piece for each character."""
+    lines = [json.dumps({"text": f"{n}+{n}={2 * n}"}) for n in range(300)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    main(["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size", "274"])
+    found = Tokenizer(tmp_path / "t")
+    assert found.encode("12+12=24").size == 8 and found.decode(found.encode(" a  b ")) == " a  b "
+
+
+@pytest.mark.parametrize(
+    ("symbols", "line"),
+    [
+        (["a b"], "--symbol 'a b': must be printable characters without spaces"),
+        ([""], "--symbol '': must be printable"),
+        (["a\n"], "must be printable"),
+        (["\u2581x"], "must be printable"),
+        (["<s>"], "--symbol <s>: the tokenizer has a piece of this name"),
+        (["<0x41>"], "the tokenizer has a piece of this name"),
+        (["<a>", "<a>"], "--symbol <a> --symbol <a>: one of them stands twice"),
+    ],
+)
+def test_symbols_that_cannot_be(symbols: list[str], line: str, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(LimeError, match=re.escape(line)):
+        train(corpus, tmp_path / "t", *(f"--symbol={symbol}" for symbol in symbols))
+    assert not (tmp_path / "t").exists()

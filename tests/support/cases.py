@@ -12,10 +12,14 @@ from torch import Tensor
 
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config
+from lime_dist.data.answers import Answers
 from lime_dist.data.order import rank_positions
 from lime_dist.model.history import LayerHistory
 
 Batch = tuple[Tensor, Tensor]
+EOS = 2
+SHARES = {"training": 0.2, "validation": 0.25}
+"""What losses of answers alone are divided by, beside the number of tokens: any constants will do."""
 
 
 def random_batch(config: Config, step: int) -> Batch:
@@ -23,6 +27,9 @@ def random_batch(config: Config, step: int) -> Batch:
     generator = torch.Generator().manual_seed(1000 + step)
     size = (config.train.global_batch_size, config.data.sequence_length + 1)
     tokens = torch.randint(0, config.model.vocab_size, size, generator=generator)
+    if config.data.answer_token is not None:
+        labels = Answers(config.data.answer_token, EOS).labels(tokens.numpy())
+        return tokens[:, :-1].contiguous(), torch.from_numpy(labels)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -52,6 +59,8 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
         torch._dynamo.reset()  # a process compiles a function for a limited number of settings
     with quiet():
         engine, optimizer = build_engine(config)
+    if config.data.answer_token is not None:
+        engine.counted_share, engine.validation_share = SHARES["training"], SHARES["validation"]
     with torch.no_grad():
         for name, parameter in optimizer.parameters.items():
             perturb(name, parameter)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from support.cases import perturb, random_batch
+from support.cases import SHARES, perturb, random_batch
 from torch import Tensor
 
 from lime_dist.config.schema import Config
@@ -51,7 +51,7 @@ def train_steps(config: Config, steps: int, evaluation_micro_batch_size: int = 0
     result: dict[str, Any] = {"losses": [], "norms": [], "evaluations": []}
     micro = config.train.micro_batch_size
     for step in range(steps):
-        loss = _accumulate(model, masters, random_batch(config, step), micro)
+        loss = _accumulate(config, model, masters, random_batch(config, step), micro)
         if step == 0:
             result["gradients"] = {name: master.grad.clone() for name, master in masters.items()}
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), settings.max_grad_norm)
@@ -63,13 +63,25 @@ def train_steps(config: Config, steps: int, evaluation_micro_batch_size: int = 0
         result["norms"].append(float(norm))
         if evaluation_micro_batch_size:
             with torch.no_grad():
-                result["evaluations"].append(_loss(model, random_batch(config, 100), evaluation_micro_batch_size))
+                result["evaluations"].append(_loss(config, model, evaluation_micro_batch_size))
     result["updates"] = {name: master.detach() - before[name] for name, master in masters.items()}
     result["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     return result
 
 
-def _accumulate(model: torch.nn.Module, masters: dict[str, Tensor], batch: tuple[Tensor, Tensor], micro: int) -> float:
+def _mean_loss(config: Config, logits: Tensor, labels: Tensor, use: str) -> Tensor:
+    """Of answers alone: each label's loss by itself, those that are counted added up and divided by their expected number."""
+    if config.data.answer_token is None:
+        return language_model_loss(logits, labels)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = labels.clamp(min=0).unsqueeze(-1)
+    each = exact.logsumexp(-1) - exact.gather(-1, chosen).squeeze(-1)
+    return torch.where(labels >= 0, each, torch.zeros_like(each)).sum() / (SHARES[use] * labels.numel())
+
+
+def _accumulate(
+    config: Config, model: torch.nn.Module, masters: dict[str, Tensor], batch: tuple[Tensor, Tensor], micro: int
+) -> float:
     """Gradients of the mean loss over micro-batches, added up in the masters' precision."""
     tokens, labels = batch
     parts = len(tokens) // micro
@@ -77,7 +89,7 @@ def _accumulate(model: torch.nn.Module, masters: dict[str, Tensor], batch: tuple
         master.grad = torch.zeros_like(master)
     total = 0.0
     for part_tokens, part_labels in zip(tokens.split(micro), labels.split(micro), strict=True):
-        loss = language_model_loss(model(part_tokens), part_labels)
+        loss = _mean_loss(config, model(part_tokens), part_labels, "training")
         (loss / parts).backward()
         for name, parameter in model.named_parameters():
             masters[name].grad += parameter.grad
@@ -86,6 +98,7 @@ def _accumulate(model: torch.nn.Module, masters: dict[str, Tensor], batch: tuple
     return total
 
 
-def _loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor], micro: int) -> float:
-    losses = [language_model_loss(model(t), y).item() for t, y in zip(*(x.split(micro) for x in batch), strict=True)]
+def _loss(config: Config, model: torch.nn.Module, micro: int) -> float:
+    parts = zip(*(x.split(micro) for x in random_batch(config, 100)), strict=True)
+    losses = [_mean_loss(config, model(tokens), labels, "validation").item() for tokens, labels in parts]
     return sum(losses) / len(losses)
