@@ -317,7 +317,7 @@ def test_mistakes(exports: list[Path], dataset: Path, tmp_path: Path, monkeypatc
         call(exports, dataset, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
     with pytest.raises(LimeError, match="tokens are of another vocabulary than"):
-        monkeypatch.setattr(analysis, "TokenSplit", lambda *_: SimpleNamespace(tokenizer_hash="other"))
+        monkeypatch.setattr(analysis, "TokenSplit", lambda *_: SimpleNamespace(tokenizer_hash="other", path=dataset))
         call(exports, dataset, out)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(LimeError, match=r"sklearn is not installed: pip install .*\[analysis\]"):
