@@ -10,6 +10,7 @@ questions that it has not seen (lime_dist.exact_match). Resumable: the same comm
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 from history_quality import mean_interval
 from quality import MODELS, mean_and_spread
-from results import read_results, write_results
+from results import write
 from runs import ROOT, Study, add_run_options
 
 from data_tools.tasks import MARK
@@ -54,14 +55,8 @@ def main() -> None:
     seeds = study.finished_seeds()
     if not seeds:
         raise LimeError("no seed has been run with every model; run the same command again")
-    settings = {"task": arguments.task, "questions": arguments.questions, "steps": arguments.steps}
-    results = read_results(study.output, settings)
-    for seed in seeds:
-        for name in study.variants:
-            folder = study.folder(name, seed)
-            if folder.name not in results:
-                results[folder.name] = measure(folder, shards, arguments.questions)
-                write_results(study.output, settings, results)
+    folders = [study.folder(name, seed) for seed in seeds for name in study.variants]
+    results = {folder.name: measure(folder, shards, arguments.questions) for folder in folders}
     table = make_table(study, seeds, results)
     (study.output / "table.md").write_text(table)
     print(table)
@@ -86,13 +81,18 @@ def make_data(output: Path, task: str, documents: int | None) -> tuple[Path, Tok
 
 
 def measure(run: Path, shards: Path, questions: int) -> dict[str, Any]:
-    """Export a run, unless it is exported, and ask it."""
-    exported = run / "exported"
+    """Export a run and ask it, unless that is done; what it said lies in its folder, and goes with it."""
+    exported, path = run / "exported", run / "exact_match.json"
+    there = json.loads(path.read_text()) if path.exists() else {}
+    if there.get("asked") == questions:
+        return there
     if not exported.exists():
         export(run, exported, None, "5GB")
     found = exact_match(exported, shards, "validation", questions, None, 256)
     print(f"{run.name}: {found.exact} of {found.questions} solutions, {found.final} final answers", flush=True)
-    return found.summary()
+    summary = {"asked": questions, **found.summary()}
+    write(path, json.dumps(summary, indent=1) + "\n")
+    return summary
 
 
 def make_table(study: Study, seeds: list[int], results: dict[str, Any]) -> str:

@@ -100,9 +100,8 @@ def train_model(texts: Iterator[str], vocab_size: int, model_type: str, symbols:
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].strip() or "there is too little text"
-        raise LimeError(
-            f"sentencepiece cannot train {vocab_size} pieces on this input: {reason}; lower --vocab-size or give more text"
-        ) from None
+        advice = "raise --vocab-size" if "smaller than required" in reason else "lower --vocab-size or give more text"
+        raise LimeError(f"sentencepiece cannot train {vocab_size} pieces on this input: {reason}; {advice}") from None
     return model.getvalue()
 
 

@@ -12,13 +12,21 @@ EXAMPLE = """example:
   python -m lime_dist.evaluate --model exported/quickstart --data data/quickstart/shards"""
 
 
-def evaluate(model: Path, data: Path, split_name: str, samples: int | None, sequence_length: int | None) -> float:
+def evaluate(
+    model: Path,
+    data: Path,
+    split_name: str,
+    samples: int | None,
+    sequence_length: int | None,
+    all_tokens: bool = False,
+) -> float:
     """Mean cross-entropy in nats per token over the first samples of a split, in order, in float32; over the answers alone of
     a run that learnt these alone (``data.answer_token``).
 
     Args:
         samples: None: as many as the run validated on, at most all; 0: all.
         sequence_length: None: the run's.
+        all_tokens: also those outside of answers, whatever the run learnt.
 
     Raises:
         LimeError: the model or the data cannot be read, or do not belong together.
@@ -42,7 +50,7 @@ def evaluate(model: Path, data: Path, split_name: str, samples: int | None, sequ
     elif samples > available:
         raise LimeError(f"--samples {samples}: {data} has {available} {split_name} samples of {length} tokens")
     samples = samples or available
-    answers = find_answers(split, training.get("answer_token"))
+    answers = None if all_tokens else find_answers(split, training.get("answer_token"))
     share = answers.share(split, length, samples) if answers is not None else None
     exported = open_verified(model, certificate)
     loss = mean_loss(exported.logits, validation_batches(split, length, samples, answers), counted_share=share)
@@ -64,8 +72,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", default="validation", help="default: validation")
     parser.add_argument("--samples", type=int, help="how many, from the first on (default: as the run did; 0: all)")
     parser.add_argument("--sequence-length", type=int, help="tokens of a sample (default: the run's)")
+    parser.add_argument(
+        "--all-tokens",
+        action="store_true",
+        help="of a run that learnt answers alone (data.answer_token): count all tokens",
+    )
     options = parser.parse_args(arguments)
-    evaluate(options.model, options.data, options.split, options.samples, options.sequence_length)
+    given = (options.model, options.data, options.split, options.samples, options.sequence_length, options.all_tokens)
+    evaluate(*given)
 
 
 if __name__ == "__main__":

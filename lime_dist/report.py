@@ -148,13 +148,16 @@ def figures(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
 
 def loss_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     """Training and validation loss against tokens."""
-    charts = []
+    charts, answers = [], [run.settings.get("data.answer_token") is not None for run in runs]
+    of = (
+        "answer token" if all(answers) else "token" + (" (answer token with data.answer_token)" if any(answers) else "")
+    )
     for key, title, dots in (("loss", "Training", False), ("validation_loss", "Validation", True)):
         lines = [
             Line(name, colour(index), points(run.validations if dots else run.steps, key), dots)
             for index, (run, name) in enumerate(zip(runs, names, strict=True))
         ]
-        chart = line_chart(lines, "tokens", f"{title.lower()} loss, nats per token")
+        chart = line_chart(lines, "tokens", f"{title.lower()} loss, nats per {of}")
         charts += [f"<h3>{title}</h3>\n{chart}"] if chart else []
     return "\n".join([*charts, legend([(name, colour(index)) for index, name in enumerate(names)])])
 

@@ -36,6 +36,7 @@ LONGEST = 512
 """Tokens of a sample, unless more are asked for: an entropy takes the eigenvalues of a matrix of that size."""
 CLOUDS = 4
 """Layers whose clouds are drawn."""
+PICTURES = ("entropy.png", "separability.png", "clouds.png", "routers.png", "retrieval.png")
 EXAMPLE = """example:
   python -m lime_dist.analysis exported/quickstart exported/quickstart-llama --data data/quickstart/shards --output analysis
 
@@ -72,6 +73,8 @@ def draw(output: Path, findings: dict[str, Findings], words: Occurrences | None)
     """All pictures that there is something for, by title."""
     palette = make_palette(findings)
     entropies = {name: one.entropy for name, one in findings.items()}
+    for name in PICTURES:
+        (output / name).unlink(missing_ok=True)  # of an earlier analysis
     drawn = {"Matrix entropy": draw_entropy(output / "entropy.png", entropies, palette)}
     if words is not None:
         separable = {name: one.separability for name, one in findings.items() if one.separability}
@@ -93,14 +96,22 @@ def look_for_words(
     """Where the words stand, once for all models; what cannot be found is said."""
     tokens, split_up = word_tokens(exported, words)
     if split_up:
-        print(f"words left out, as this vocabulary has no single token for them: {', '.join(split_up)}")
+        print(f"words left out, as this vocabulary has no single token for them behind a space: {', '.join(split_up)}")
     found = find_words(samples, tokens, most)
-    if found is None:
-        seen = ", ".join(f"{word} {count}" for word, count in count_words(samples, tokens).items()) or "none"
+    counts = count_words(samples, tokens)
+    rare = [f"{word} {count}" for word, count in counts.items() if count < LEAST]
+    if found is None and tokens:
+        seen = ", ".join(f"{word} {count}" for word, count in counts.items())
         print(
             f"no pictures of words: two of them must occur {LEAST} times each, these samples hold: {seen}; raise --samples or "
             "give other --words"
         )
+    elif found is None:
+        print("no pictures of words: give other --words")
+    else:
+        if rare:
+            print(f"words left out, as they occur fewer than {LEAST} times in these samples: {', '.join(rare)}")
+        print(f"words: {', '.join(found.words)}, {found.each} occurrences of each")
     return found
 
 
@@ -130,6 +141,8 @@ def analyse(options: argparse.Namespace) -> None:
     ):
         if value is not None and value < least:
             raise LimeError(f"{flag} {value}: must be at least {least}")
+    if not 0 <= options.seed < 2**32:
+        raise LimeError(f"--seed {options.seed}: must be from 0 to {2**32 - 1}")
     asked = list(dict.fromkeys(word.strip() for word in options.words.split(",") if word.strip()))
     if len(asked) < 2:
         raise LimeError(f"--words {options.words}: give at least two, as in --words {WORDS}")
@@ -152,6 +165,7 @@ def analyse(options: argparse.Namespace) -> None:
         if not findings:
             words = look_for_words(exported, samples, asked, options.occurrences)
         findings[name] = look_into(exported, name, samples, words, options.seed)
+        del exported  # before the next one is read
     try:
         drawn = draw(options.output, findings, words)
         write_atomic(options.output / "analysis.json", json_bytes(numbers(findings, samples, words)))

@@ -61,6 +61,7 @@ def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Itera
                     past_key_values=Recorder(),
                     use_cache=True,
                     output_hidden_states=True,
+                    logits_to_keep=1,
                 )
             layers = {
                 "values": [values[layer].cpu() for layer in sorted(values)],

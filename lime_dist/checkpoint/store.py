@@ -199,6 +199,13 @@ def _canonical(config: Config) -> dict[str, Any]:
 
 
 def _order_settings(config: Config) -> dict[str, Any]:
-    """What decides which samples come when, beside their number; another path may hold the same data."""
+    """What decides which samples come when, beside their number, and which tokens the losses are of; another path may hold
+    the same data."""
     weights = None if config.data.blend is None else [entry.weight for entry in config.data.blend]
-    return {"sequence_length": config.data.sequence_length, "seed": config.data.seed, "blend": weights}
+    data = config.data
+    return {
+        "sequence_length": data.sequence_length,
+        "seed": data.seed,
+        "blend": weights,
+        "answer_token": data.answer_token,
+    }

@@ -53,7 +53,8 @@ class Answers:
         if not counted:
             raise LimeError(
                 f"{split.path}: no token follows data.answer_token={self.mark} within a sample of {sequence_length} tokens of "
-                f"split {split.split!r}; give the id that data_tools.tokenizer printed for the symbol"
+                f"split {split.split!r}; give the id that data_tools.tokenizer printed for the symbol, or count all tokens "
+                "(data.answer_token=null; lime_dist.evaluate --all-tokens)"
             )
         return counted / (len(spaced) * sequence_length)
 
@@ -73,4 +74,9 @@ def find_answers(split: Samples, answer_token: int | None) -> Answers | None:
         )
     if split.vocab_size is not None and answer_token >= split.vocab_size:
         raise LimeError(f"data.answer_token={answer_token}: {split.path} has a vocabulary of {split.vocab_size}")
+    if answer_token == split.eos_id:
+        raise LimeError(
+            f"data.answer_token={answer_token} is the eos of {split.path}; give the id that data_tools.tokenizer printed for the "
+            "symbol before answers"
+        )
     return Answers(answer_token, split.eos_id)

@@ -262,7 +262,8 @@ def test_the_command_draws_all_models_side_by_side(
 ) -> None:
     call(exports, dataset, tmp_path / "out", "--words", "eta,xi,alphabeta", "--samples", "40", "--occurrences", "15")
     said = capsys.readouterr().out
-    assert "words left out, as this vocabulary has no single token for them: alphabeta" in said
+    assert "words left out, as this vocabulary has no single token for them behind a space: alphabeta" in said
+    assert "words: eta, xi, 15 occurrences of each" in said
     pictures = ["clouds.png", "entropy.png", "retrieval.png", "routers.png", "separability.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [*pictures, "analysis.json", "index.html"]
@@ -286,6 +287,13 @@ def test_the_command_draws_all_models_side_by_side(
     before = (tmp_path / "out/analysis.json").read_bytes()
     call(exports, dataset, tmp_path / "out", "--words", "eta,xi,alphabeta", "--samples", "40", "--occurrences", "15")
     assert (tmp_path / "out/analysis.json").read_bytes() == before
+    # Without words: no pictures of them stay.
+    call(exports[:2], dataset, tmp_path / "out", "--words", "eta,alphabeta", "--samples", "2")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "entropy.png",
+        "retrieval.png",
+        "routers.png",
+    ]
 
 
 def test_words_that_are_too_rare_leave_the_rest(
@@ -304,6 +312,7 @@ def test_mistakes(exports: list[Path], dataset: Path, tmp_path: Path, monkeypatc
         (["--sequence-length", "1"], "--sequence-length 1: must be at least 2"),
         (["--occurrences", "9"], "--occurrences 9: must be at least 10"),
         (["--split", "other"], "no split 'other'"),
+        (["--seed", "-1"], "--seed -1: must be from 0 to 4294967295"),
         (["--words", "mu"], "--words mu: give at least two"),
     ):
         with pytest.raises(LimeError, match=message):

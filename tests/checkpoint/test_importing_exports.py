@@ -16,7 +16,11 @@ from support.tasks import make_shards, task_values
 from support.workers import WorkerGroup
 
 from lime_dist.checkpoint import export, importing
-from lime_dist.checkpoint.reading import read_weights
+from lime_dist.checkpoint.compress import compress
+from lime_dist.checkpoint.reading import load_decoder, read_weights
+from lime_dist.data.answers import IGNORED, find_answers
+from lime_dist.data.blend import open_training
+from lime_dist.data.loader import TrainBatches
 from lime_dist.errors import LimeError
 from lime_dist.evaluate import evaluate
 
@@ -128,6 +132,7 @@ def test_fine_tuning_starts_at_the_loss_of_the_export(workers: Callable[[int], W
     import_it(tmp_path / "out", task, tmp_path)
     task["parallel"], task["train"]["evaluation_interval"] = {"pipeline_stages": 2}, 1
     assert set(workers(2).run("support.runs.run", values={**task, "train": {**task["train"], "steps": 0}})) == {""}
+    wanted_loss = first_training_loss(task, tmp_path / "task")
     first = json.loads((tmp_path / "task/metrics.jsonl").read_text().splitlines()[-1])["validation_loss"]
     assert set(workers(2).run("support.runs.run", values=task)) == {""}
     records = [json.loads(line) for line in (tmp_path / "task/metrics.jsonl").read_text().splitlines()]
@@ -136,5 +141,31 @@ def test_fine_tuning_starts_at_the_loss_of_the_export(workers: Callable[[int], W
         export.main(["--checkpoint", str(tmp_path / directory), "--output", str(tmp_path / name)])
         assert evaluate(tmp_path / name, shards, "validation", None, None) == pytest.approx(wanted, rel=1e-6)
     assert first != last
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses[0] == pytest.approx(wanted_loss, rel=1e-5)
     whole = evaluate(tmp_path / "out", shards, "validation", None, None)
     assert abs(whole - first) > 1e-3, "a loss over all tokens is another"
+    again = evaluate(tmp_path / "before", shards, "validation", None, None, all_tokens=True)
+    assert again == pytest.approx(whole, rel=1e-6)
+
+    before, _ = compress(tmp_path / "task", tmp_path / "small", 2, 2, 0, None)
+    assert before == pytest.approx(last, rel=1e-6)
+    task["data"]["answer_token"] = None
+    (line, _) = workers(2).run("support.runs.run", values=task)
+    assert "is of another run (data.answer_token: 5 there, None here)" in line, "its losses are of other tokens"
+
+
+def first_training_loss(values: dict[str, Any], directory: Path) -> float:
+    """Of the first step from the run's checkpoint, over answers alone, in one process."""
+    config, _, weights = read_weights(directory)
+    split, order = open_training(config.data, config.model.vocab_size)
+    answers = find_answers(split, values["data"]["answer_token"])
+    assert answers is not None
+    length, size = config.data.sequence_length, config.train.global_batch_size
+    batches = TrainBatches(split, order, length, size, size, 0, 1, answers=answers)
+    tokens, labels = next(batches)
+    batches.close()
+    assert 0 < (labels == IGNORED).sum() < labels.numel()
+    logits = load_decoder(config.model, weights)(tokens)
+    total = torch.nn.functional.cross_entropy(logits[labels != IGNORED], labels[labels != IGNORED], reduction="sum")
+    return total.item() / (labels.numel() * answers.share(split, length, order.num_samples))

@@ -105,6 +105,8 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
         Answers(9, EOS).share(split, LENGTH, 10)
     with pytest.raises(LimeError, match="data.answer_token=1000: .* has a vocabulary of 1000"):
         find_answers(split, 1000)
+    with pytest.raises(LimeError, match="data.answer_token=2 is the eos of"):
+        find_answers(split, EOS)
     with pytest.raises(LimeError, match=r"data.answer_token=5 needs data.path; it does not go with data.blend"):
         load_config(None, ["data.answer_token=5", "data.blend=[{path: a, weight: 1}]"])
     for entries in ({"settings": {"eos": False}}, {"settings": {}}, {"settings": {"eos": True}, "eos_id": -1}):

@@ -198,6 +198,10 @@ def test_what_cannot_be_trained_is_one_clear_line(tmp_path: Path) -> None:
     given = ["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size"]
     with pytest.raises(LimeError, match="cannot train 5000 pieces on this input: .*lower --vocab-size"):
         main([*given, "5000"])
+    letters = "".join(chr(code) for code in range(0x400, 0x440))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": letters}) + "\n")
+    with pytest.raises(LimeError, match="cannot train 270 pieces on this input: .*; raise --vocab-size$"):
+        main([*given, "270"])
     with pytest.raises(LimeError, match="must be at least 262"):
         main([*given, "100"])
     with pytest.raises(LimeError, match="no text in column 'content'"):
