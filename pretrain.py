@@ -82,7 +82,6 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
     from lime_dist.checkpoint.saver import Saver
     from lime_dist.data.answers import MEASURED_SAMPLES, find_answers
     from lime_dist.data.blend import BlendOrder, open_training, open_validation
-    from lime_dist.data.dataset import Samples
     from lime_dist.data.loader import TrainBatches, ValidationBatches
     from lime_dist.data.ramp import BatchSizes
     from lime_dist.monitor.console import Console
@@ -114,14 +113,18 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
             split, length, settings.evaluation_samples, settings.micro_batch_size, replica, width, answers
         )
 
-    def counted_share(split: Samples, samples: int, measured: int | None = None) -> float | None:
-        return answers.share(split, length, samples, measured) if answers is not None and samples else None
+    def counted_shares() -> tuple[float | None, float | None]:
+        """Of the labels in training and in validation, those that the loss counts; None: all, or no validation."""
+        if answers is None:
+            return None, None
+        training = answers.share(train_split, length, order.num_samples, MEASURED_SAMPLES)
+        if not settings.evaluation_samples:
+            return training, None
+        split = open_validation(config.data, config.model.vocab_size)
+        return training, answers.share(split, length, settings.evaluation_samples)
 
     together(lambda: validation(0))
-    training_share = together(lambda: counted_share(train_split, order.num_samples, MEASURED_SAMPLES))
-    validation_share = together(
-        lambda: counted_share(open_validation(config.data, config.model.vocab_size), settings.evaluation_samples)
-    )
+    training_share, validation_share = together(counted_shares)
     together(lambda: prepare_directory(Path(config.run.directory), held))
     with quiet(verbose):
         engine, optimizer = build_engine(config, verbose)

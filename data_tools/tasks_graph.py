@@ -13,24 +13,7 @@ from functools import cache
 
 from lime_dist.errors import LimeError
 
-PEOPLE = (
-    "Ada",
-    "Ben",
-    "Cleo",
-    "Dan",
-    "Eva",
-    "Finn",
-    "Gus",
-    "Hana",
-    "Ivo",
-    "June",
-    "Kai",
-    "Lea",
-    "Max",
-    "Nora",
-    "Otto",
-    "Pia",
-)
+PEOPLE = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo June Kai Lea Max Nora Otto Pia".split()
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
@@ -80,9 +63,8 @@ class Graph:
         for concept in range(2 * length, self.concepts):
             side = generator.randrange(2)
             sources = {generator.choice(sides[side])}
-            if (
-                generator.random() < 0.5
-            ):  # what somebody is may be reached from the second tree too, but not the other way
+            if generator.random() < 0.5:
+                # What somebody is may be reached from the second tree too, but not the other way.
                 sources.add(generator.choice([*sides[1], *sides[0]] if side == 0 else sides[1]))
             edges.extend((source, concept) for source in sorted(sources))
             sides[side].append(concept)

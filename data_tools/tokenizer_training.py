@@ -155,7 +155,8 @@ def reusable(output: Path, training: dict[str, Any], fresh: bool) -> bool:
     if facts is None or fresh:
         return False
     trained = facts.get("training") or {}
-    different = [key for key in training | dict.fromkeys(("symbols",)) if trained.get(key) != training.get(key)]
+    keys = dict.fromkeys([*training, "symbols"])  # which stand there only if there are any
+    different = [key for key in keys if trained.get(key) != training.get(key)]
     if different:
         kind = f"trained with other {' and '.join(different)}" if trained else "that was imported"
         raise LimeError(f"{output}: holds a tokenizer {kind}; give another --output, or --fresh to replace it")
@@ -179,7 +180,9 @@ def add_arguments(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--input", required=True, help=INPUT_HELP)
     parser.add_argument("--output", required=True, help="folder for the tokenizer")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, the 256 bytes and 5 symbols included")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="pieces, the 256 bytes, 5 symbols and each --symbol included"
+    )
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
     parser.add_argument("--text-column", default="text", help="default: text")
     parser.add_argument("--sample-megabytes", type=float, default=32.0, help="text to train on (default 32)")

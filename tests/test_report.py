@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.workers import WorkerGroup
 
 from lime_dist import report
@@ -286,6 +287,18 @@ def test_what_people_write_is_text(monkeypatch: pytest.MonkeyPatch, broken: Path
 
 
 # -- charts ---------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_of_answers_are_called_so(monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], broken: Path) -> None:
+    """They are not of the same tokens as a run's that counts all."""
+    settings = broken / "config.yaml"
+    values = yaml.safe_load(settings.read_text())
+    settings.write_text(yaml.safe_dump({**values, "data": {**values["data"], "answer_token": 5}}))
+    page = broken.parent / "page.html"
+    assert "validation loss, nats per answer token<" in make(monkeypatch, page, broken)
+    mixed = make(monkeypatch, page, broken, *runs.values())
+    assert "training loss, nats per token (answer token with data.answer_token)<" in mixed
+    assert "training loss, nats per token<" in make(monkeypatch, page, *runs.values())
 
 
 def test_a_line_is_where_its_points_are() -> None:

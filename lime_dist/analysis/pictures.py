@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ Palette = Mapping[str, str]
 def require_libraries() -> None:
     """Raises LimeError unless matplotlib and scikit-learn are installed."""
     try:
-        import matplotlib
-        import sklearn  # noqa: F401
+        for name in ("matplotlib", "sklearn"):
+            import_module(name)
     except ImportError as error:
         raise LimeError(f"{error.name} is not installed: pip install -c constraints.txt -e '.[analysis]'") from None
+    import matplotlib
+
     matplotlib.use("Agg")
 
 
@@ -43,6 +46,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def make_palette(models: Iterable[str]) -> Palette:
+    """Colours in the order of the models."""
     return {model: COLOURS[index % len(COLOURS)] for index, model in enumerate(models)}
 
 

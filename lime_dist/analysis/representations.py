@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def dynamic_routers(exported: ExportedModel) -> dict[int, Any]:
     found = {}
     for layer, module in enumerate(exported.model.model.layers):
         router = getattr(module.self_attn, "router", None)
-        if router is not None and getattr(router, "is_dynamic", False):
+        if getattr(router, "is_dynamic", False):
             found[layer] = router
     return found
 
@@ -95,31 +95,25 @@ def matrix_entropy(rows: Tensor) -> float:
     return torch.special.entr(eigenvalues / eigenvalues.sum().clamp_min(torch.finfo(rows.dtype).tiny)).sum().item()
 
 
-@dataclass
-class Mean:
-    """Mean and standard error of what is added."""
-
-    found: list[float] = field(default_factory=list)
-
-    def summary(self) -> tuple[float, float]:
-        values = torch.tensor(self.found, dtype=torch.float64)
-        error = values.std().item() / len(self.found) ** 0.5 if len(self.found) > 1 else 0.0
-        return values.mean().item(), error
+def mean_and_error(found: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    values = torch.tensor(found, dtype=torch.float64)
+    return values.mean().item(), values.std().item() / len(found) ** 0.5 if len(found) > 1 else 0.0
 
 
 class EntropyByLayer:
     """The mean `matrix_entropy` over samples, by kind and layer."""
 
     def __init__(self) -> None:
-        self._found: dict[str, list[Mean]] = {kind: [] for kind in KINDS}
+        self._found: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
 
     def add(self, sample: Representations) -> None:
         for kind, layers in sample.layers.items():
-            means = self._found[kind]
-            means += [Mean() for _ in range(len(layers) - len(means))]
-            for mean, rows in zip(means, layers, strict=True):
-                mean.found.append(matrix_entropy(rows))
+            by_layer = self._found[kind]
+            by_layer += [[] for _ in range(len(layers) - len(by_layer))]
+            for entropies, rows in zip(by_layer, layers, strict=True):
+                entropies.append(matrix_entropy(rows))
 
     def summary(self) -> dict[str, list[tuple[float, float]]]:
         """By kind, by layer: mean and standard error over samples, in nats."""
-        return {kind: [mean.summary() for mean in means] for kind, means in self._found.items()}
+        return {kind: [mean_and_error(entropies) for entropies in by_layer] for kind, by_layer in self._found.items()}

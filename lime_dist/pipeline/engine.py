@@ -74,7 +74,6 @@ class LimeEngine(PipelineEngine):
     total_loss: Tensor | None
     counted_share: float | None = None
     validation_share: float | None = None
-    _share: float | None = None
 
     def __init__(self, module: LimePipelineModule, config: Config) -> None:
         world_size = dist.get_world_size()
@@ -116,7 +115,6 @@ class LimeEngine(PipelineEngine):
         """
         self._use_shape(self.lime_config.train.micro_batch_size)
         self.micro_batches = micro_batches or self.gradient_accumulation_steps()
-        self._share = self.counted_share
         with self.watching(f"the mean loss of step {self.global_steps + 1}"):
             loss = float(self.train_batch(batches))
         self.clock.totals()  # the loss has been waited for: nothing is queued, and the clock's marks are let go
@@ -129,7 +127,6 @@ class LimeEngine(PipelineEngine):
             micro_batch_size: samples of one, on all ranks alike; None: as in training.
         """
         self._use_shape(micro_batch_size or self.lime_config.train.micro_batch_size)
-        self._share = self.validation_share
         with (
             self.watching(f"the mean loss of the evaluation after step {self.global_steps}"),
             self.clock.measuring(VALIDATION),
@@ -228,8 +225,8 @@ class LimeEngine(PipelineEngine):
 
     def _add_loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """The loss of a micro-batch, on the last stage; also added up for the step's mean."""
-        counted = () if self._share is None else (self._share,)
-        loss: Tensor = self.module.loss_fn(logits_BTV, labels_BT, *counted)
+        share = self.counted_share if torch.is_grad_enabled() else self.validation_share
+        loss: Tensor = self.module.loss_fn(logits_BTV, labels_BT, share)
         self.fwd_outputs.append(loss.detach())
         self.total_loss = loss.detach().clone() if self.total_loss is None else self.total_loss + loss.detach()
         return loss

@@ -14,6 +14,16 @@ import pytest
 import torch
 from support.exports import exported_in_memory, perturbed, run_values, write_random
 
+from lime_dist.analysis import __main__ as analysis
+from lime_dist.analysis.representations import (
+    EntropyByLayer,
+    Representations,
+    dynamic_routers,
+    matrix_entropy,
+    representations,
+)
+from lime_dist.analysis.routes import DynamicWeights, frequent_types, routes_of
+from lime_dist.analysis.words import LEAST, WordStates, count_words, find_words
 from lime_dist.checkpoint import export
 from lime_dist.checkpoint.huggingface_files import model_description
 from lime_dist.config.load import make_config
@@ -26,17 +36,6 @@ from lime_dist.model.decoder import Decoder
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 pytest.importorskip("sklearn", reason="the extra `analysis` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `analysis` is not installed")
-
-from lime_dist.analysis import __main__ as analysis  # noqa: E402
-from lime_dist.analysis.representations import (  # noqa: E402
-    EntropyByLayer,
-    Representations,
-    dynamic_routers,
-    matrix_entropy,
-    representations,
-)
-from lime_dist.analysis.routes import DynamicWeights, frequent_types, routes_of  # noqa: E402
-from lime_dist.analysis.words import LEAST, WordStates, count_words, find_words  # noqa: E402
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 4}
 CHUNKED = {"policy": "chunked", "chunk_size": 2, "rank": 1, "first": 1}

@@ -107,7 +107,9 @@ def test_mistakes_are_one_line(original: Path, dataset: Path, tmp_path: Path) ->
         llama, "model.intermediate_size=32", "model.tie_word_embeddings=false"
     )
     assert "config.json: no such file" in line(llama, folder=tmp_path)
-    assert "is a 'mistral'; only 'llama'" in line(llama, folder=changed(model_type="mistral"))
+    assert "is a 'mistral'; only 'llama', and what lime_dist.checkpoint.export wrote, can be imported" in line(
+        llama, folder=changed(model_type="mistral")
+    )
     assert "attention_bias=True is not in this trainer's models" in line(llama, folder=changed(attention_bias=True))
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     assert "is not in this trainer's models" in line(llama, folder=changed(rope_parameters=scaling))

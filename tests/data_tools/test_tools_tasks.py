@@ -58,7 +58,7 @@ def test_one_chain_of_facts_gives_the_right_answer(concepts: int, hops: int) -> 
         edges = re.findall(r"Every (\w+) is a (\w+)\.", question)
         assert len({name for edge in edges for name in edge}) == concepts and len(edges) == len(set(edges))
         ((person, root),) = re.findall(r"(\w+) is a (\w+)\.", re.sub(r"Every[^.]*\.", "", question))
-        asked, one, other = re.search(r"Is (\w+) a (\w+) or a (\w+)\?$", question).groups()  # type: ignore[union-attr]
+        ((asked, one, other),) = re.findall(r"Is (\w+) a (\w+) or a (\w+)\?$", question)
         paths = {choice: find_paths(edges, root, choice) for choice in (one, other)}
         (right,) = [choice for choice in paths if paths[choice]]
         (path,) = paths[right]

@@ -90,8 +90,8 @@ def _loss(engine: Any, event: Event) -> Iterator[None]:
     """Add to the loss of a micro-batch (``micro_batch``, None: all); ``poison``: multiply it, so that gradients suffer too."""
     honest = engine.module.loss_fn
 
-    def dishonest(logits: Any, labels: Any) -> Any:
-        loss = honest(logits, labels)
+    def dishonest(logits: Any, labels: Any, share: float | None) -> Any:
+        loss = honest(logits, labels, share)
         if event.get("micro_batch") not in (None, len(engine.fwd_outputs)):
             return loss
         return loss * math.nan if event.get("poison") else loss + event["add"]
