@@ -81,9 +81,10 @@ def pretokenize(options: argparse.Namespace) -> None:
         for scratch in output.glob(f"{SCRATCH}-*"):
             shutil.rmtree(scratch)
         manifest, duplicates = Manifest(output, header, fresh=options.fresh), output / DUPLICATES
-        if options.fresh:
+        complete = whole(output)
+        if options.fresh or complete:  # complete: a kill may have come before this was tidied away
             shutil.rmtree(duplicates, ignore_errors=True)
-        if whole(output):
+        if complete:
             print(f"dataset complete, reused: {output}")
             return
         check_round_trip(options.input, selection, tokenizer)

@@ -150,6 +150,18 @@ def test_killed_workers_and_parents_leave_what_is_finished(
     assert content(output) == content(dataset)
 
 
+def test_a_kill_between_the_end_and_its_tidying_leaves_nothing(
+    corpus: Path, tokenizer_folder: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dataset is complete, but the hashes of its documents are there still."""
+    before = content(copy)
+    (copy / ".duplicates").mkdir()
+    (copy / ".duplicates/00003.npy").write_bytes(b"hashes")
+    pretokenize.main(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
+    assert "dataset complete, reused" in capsys.readouterr().out
+    assert content(copy) == before and not (copy / ".duplicates").exists()
+
+
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     """Of a worker, of the parent, or of all at once, in any phase, de-duplication included; with 1, 2 or 3 workers."""
