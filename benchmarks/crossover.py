@@ -19,10 +19,10 @@ from results import write
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
-from lime_dist.forecast import Machine, Parts, machine_times, step_parts
 from lime_dist.pipeline.partition import stage_bounds
-from lime_dist.quantities import read_bandwidth, read_flops, read_seconds, show, show_seconds
-from lime_dist.simulate import StageTimes, boundary_bytes, stage_times
+from lime_dist.plan.forecast import Machine, Parts, machine_times, step_parts
+from lime_dist.plan.quantities import read_bandwidth, read_flops, read_seconds, show, show_seconds
+from lime_dist.plan.simulate import StageTimes, boundary_bytes, stage_times
 
 SIZE = [
     "model.hidden_size=2048", "model.intermediate_size=8192", "model.num_attention_heads=16", "model.num_key_value_heads=4",

@@ -34,7 +34,7 @@ from results import read_results, write, write_results
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
-from lime_dist.simulate import Link, StageTimes, boundary_bytes, simulate
+from lime_dist.plan.simulate import Link, StageTimes, boundary_bytes, simulate
 
 CHUNKED = "model.lime.history={policy: chunked, chunk_size: 16, rank: 2, first: 2}"
 MODELS: dict[str, list[str]] = {

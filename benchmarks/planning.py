@@ -29,7 +29,7 @@ from results import read_results, write, write_results
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
-from lime_dist.forecast import Forecast, Machine, forecast
+from lime_dist.plan.forecast import Forecast, Machine, forecast
 
 FIRST_LAST = "model.lime.history={policy: first_last, first: 2, last: 1}"
 CHUNKED = "model.lime.history={policy: chunked, chunk_size: 4, rank: 2, first: 2}"

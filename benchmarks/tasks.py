@@ -24,9 +24,9 @@ from runs import ROOT, Study, add_run_options
 
 from data_tools.tasks import MARK
 from data_tools.tokenizer import Tokenizer
-from lime_dist.checkpoint.export import export
 from lime_dist.errors import LimeError, run_command
 from lime_dist.exact_match import exact_match
+from lime_dist.export.exporting import export
 from lime_dist.model.cost import count_parameters
 
 TASKS: dict[str, dict[str, Any]] = {

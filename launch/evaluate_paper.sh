@@ -61,7 +61,7 @@ shots_2=3
 if ! $dry; then
   prepare hf eval
   "$bin/python" -c 'import sys; from pathlib import Path; from lime_dist.errors import run_command
-from lime_dist.exported import verify; run_command(lambda: (verify(Path(sys.argv[1])), None)[1])' "$model"
+from lime_dist.export.exported import verify; run_command(lambda: (verify(Path(sys.argv[1])), None)[1])' "$model"
 fi
 for version in "${versions[@]}"; do
   tasks="tasks_$version"

@@ -34,10 +34,10 @@ def evaluate(
     for flag, value, least in (("--samples", samples, 0), ("--sequence-length", sequence_length, 1)):
         if value is not None and value < least:
             raise LimeError(f"{flag} {value}: must be at least {least}")
-    from lime_dist.checkpoint.comparison import mean_loss, validation_batches
     from lime_dist.data.answers import find_answers
     from lime_dist.data.dataset import TokenSplit
-    from lime_dist.exported import check_vocabulary, open_verified, verify
+    from lime_dist.export.comparison import mean_loss, validation_batches
+    from lime_dist.export.exported import check_vocabulary, open_verified, verify
 
     certificate = verify(model)
     split = TokenSplit(data, split_name)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from lime_dist.exported import ExportedModel
+    from lime_dist.export.exported import ExportedModel
 
 EXAMPLE = """example:
   python -m lime_dist.exact_match --model exported/arithmetic --data data/arithmetic/shards --show 3"""
@@ -170,7 +170,7 @@ def exact_match(
             raise LimeError(f"{flag} {value}: must be at least {least}")
     from lime_dist.data.answers import find_answers
     from lime_dist.data.dataset import TokenSplit, read_dataset_json
-    from lime_dist.exported import check_vocabulary, open_verified, verify
+    from lime_dist.export.exported import check_vocabulary, open_verified, verify
 
     certificate = verify(model)
     split = TokenSplit(data, split_name)

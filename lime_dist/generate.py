@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.errors import LimeError, run_command
-from lime_dist.exported import open_export, require_transformers
+from lime_dist.export.exported import open_export, require_transformers
 
 EXAMPLE = """example:
   python -m lime_dist.generate --model exported/quickstart --prompt "A list is" --temperature 0.8 --top-p 0.95 --seed 1"""

@@ -19,7 +19,7 @@ from data_tools.tokenizer import Tokenizer
 from lime_dist import exact_match
 from lime_dist.checkpoint import export
 from lime_dist.errors import LimeError
-from lime_dist.exported import ExportedModel
+from lime_dist.export.exported import ExportedModel
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
@@ -108,7 +108,7 @@ def test_the_interval_is_wilsons() -> None:
 
 def test_answers_with_a_cache_are_those_of_whole_rows(exported: Path, shards: Path) -> None:
     """The real model, asked alone and in a batch."""
-    from lime_dist.exported import open_export
+    from lime_dist.export.exported import open_export
 
     model = open_export(exported).model
     prompts = torch.tensor([[2, 10, 20, 5], [2, 30, 7, 5], [2, 11, 12, 5]])

@@ -18,7 +18,7 @@ from data_tools.tokenizer import Tokenizer
 from lime_dist import evaluate, generate
 from lime_dist.checkpoint import export
 from lime_dist.errors import LimeError
-from lime_dist.exported import open_export, verify
+from lime_dist.export.exported import open_export, verify
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

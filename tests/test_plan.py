@@ -14,14 +14,16 @@ import pytest
 from support.policies import POLICIES
 from support.workers import WorkerGroup
 
-from lime_dist import load_config, plan, plan_text
+from lime_dist import load_config
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS
 from lime_dist.errors import LimeError
-from lime_dist.forecast import Machine, forecast, machine_times
 from lime_dist.model import cost, traffic
-from lime_dist.simulate import Link, boundary_bytes, simulate, stage_times
-from lime_dist.sweep import sweep
+from lime_dist.plan import __main__ as plan
+from lime_dist.plan import text
+from lime_dist.plan.forecast import Machine, forecast, machine_times
+from lime_dist.plan.simulate import Link, boundary_bytes, simulate, stage_times
+from lime_dist.plan.sweep import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST_LINKS = Machine(flops=1e12, memory_bandwidth=1e18, bandwidth=1e12, latency=0.0)
@@ -266,13 +268,13 @@ def test_json_and_table_have_the_same_numbers(
     values = json.loads(call(monkeypatch, capsys, *arguments, "--json"))
     table = call(monkeypatch, capsys, *arguments)
     config = load_config(QUICKSTART[1], ["parallel.pipeline_stages=4", "parallel.zero_stage=1"])
-    assert plan_text.plan_table(config, values) == table.rstrip("\n")
+    assert text.plan_table(config, values) == table.rstrip("\n")
     assert f"{values['parameters']:,} parameters; 4 stage(s) × 2 replica(s); 4 micro-batches" in table
     rows = [line.split("  ") for line in table.splitlines() if re.match(r" +\d", line)]
     assert len(rows) == len(values["stages"]) == 4
     for row, stage in zip(rows, values["stages"], strict=True):
         cells = [cell.strip() for cell in row if cell.strip()]
-        assert cells == [cell for cell in plan_text.stage_row(stage) if cell]
+        assert cells == [cell for cell in text.stage_row(stage) if cell]
         assert cells[2] == f"{stage['parameters']:,}"
         memory = stage["memory"]
         assert memory["peak"] == sum(memory[name] for name in memory if name not in ("peak", "in_flight"))
@@ -288,7 +290,7 @@ def test_the_command_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert f"{values['tried']} settings tried, {values['fitting']} fit into 120 MB" in table
     assert len(values["best"]) == 5 and all(row["peak_memory"] <= 120e6 for row in values["best"])
     for row in values["best"]:
-        assert plan_text.reason(row) in table and plan_text.history(row["history"]) in table
+        assert text.reason(row) in table and text.history(row["history"]) in table
     table = call(monkeypatch, capsys, *QUICKSTART, "--sweep", "--gpu-memory", "1MB")
     assert ", 0 fit into 1.00 MB" in table and "needs least" in table
 
@@ -296,7 +298,7 @@ def test_the_command_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_it_is_quick_and_light() -> None:
     """128 layers on 64 stages in about a second (0.4 s measured), python's own start included; no torch, no DeepSpeed."""
     code = (
-        "import resource, sys; from lime_dist import plan; plan.main(); used = resource.getrusage(resource.RUSAGE_SELF); "
+        "import resource, sys; from lime_dist.plan import __main__ as plan; plan.main(); used = resource.getrusage(resource.RUSAGE_SELF); "
         "peak = open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]; "
         "print(used.ru_utime + used.ru_stime, peak, 'torch' in sys.modules, 'deepspeed' in sys.modules)"
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lime_dist.quantities import (
+from lime_dist.plan.quantities import (
     read_bandwidth,
     read_bytes,
     read_flops,

@@ -16,7 +16,16 @@ import lime_dist.pipeline.schedule as schedules
 from lime_dist import load_config
 from lime_dist.model.cost import head_flops, layer_flops
 from lime_dist.pipeline.schedule import OverlapSchedule
-from lime_dist.simulate import Interval, Link, StageTimes, StepTrace, boundary_bytes, lower_bound, simulate, stage_times
+from lime_dist.plan.simulate import (
+    Interval,
+    Link,
+    StageTimes,
+    StepTrace,
+    boundary_bytes,
+    lower_bound,
+    simulate,
+    stage_times,
+)
 
 Engine = Literal["overlap", "stock"]
 Setting = tuple[list[StageTimes], list[int], list[Link], int]

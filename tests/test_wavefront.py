@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_simulate import random_setting
 
-from lime_dist.simulate import Link, StageTimes, simulate
-from lime_dist.wavefront import step_seconds
+from lime_dist.plan.simulate import Link, StageTimes, simulate
+from lime_dist.plan.wavefront import step_seconds
 
 
 @pytest.mark.parametrize("scenarios", [1, 3])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.exported import ExportedModel
+from lime_dist.export.exported import ExportedModel
 
 KINDS = {"values": "values that attention reads", "states": "hidden states"}
 """What is looked at. Values: of a layer, [T, G·d], after the mixture over layers. States: each layer's input, then the last

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lime_dist.analysis.representations import Representations
 from lime_dist.config.schema import ModelConfig
-from lime_dist.exported import ExportedModel, model_config
+from lime_dist.export.exported import ExportedModel, model_config
 from lime_dist.model.policies import Entry, make_policy
 from lime_dist.monitor.routers import entropy, router_map, self_retrieval, shares
 

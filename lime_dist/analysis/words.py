@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lime_dist.analysis.representations import KINDS, Representations
-from lime_dist.exported import ExportedModel
+from lime_dist.export.exported import ExportedModel
 
 FOLDS = 5
 LEAST = 2 * FOLDS

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lime_dist.checkpoint.comparison import mean_loss, validation_batches
 from lime_dist.checkpoint.reading import Weights, load_decoder, read_weights
 from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.load import dump_config, make_config
@@ -25,6 +24,7 @@ from lime_dist.data.answers import find_answers
 from lime_dist.data.blend import open_training, open_validation
 from lime_dist.data.files import write_atomic
 from lime_dist.errors import LimeError, run_command
+from lime_dist.export.comparison import mean_loss, validation_batches
 from lime_dist.model.init import CHUNKS
 from lime_dist.model.layout import Chunk, summarised_chunks
 from lime_dist.model.policies import make_policy

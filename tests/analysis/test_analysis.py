@@ -25,11 +25,11 @@ from lime_dist.analysis.representations import (
 from lime_dist.analysis.routes import DynamicWeights, frequent_types, routes_of
 from lime_dist.analysis.words import LEAST, WordStates, count_words, find_words
 from lime_dist.checkpoint import export
-from lime_dist.checkpoint.huggingface_files import model_description
 from lime_dist.config.load import make_config
 from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
-from lime_dist.exported import ExportedModel
+from lime_dist.export.exported import ExportedModel
+from lime_dist.export.model_files import model_description
 from lime_dist.model.blocks import Attention
 from lime_dist.model.decoder import Decoder
 

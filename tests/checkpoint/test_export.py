@@ -20,12 +20,12 @@ from support.workers import WorkerGroup
 from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer import main as train_tokenizer
 from data_tools.tokenizer_training import HARD_TEXTS
-from lime_dist.checkpoint import export as exporting
 from lime_dist.checkpoint.export import main
-from lime_dist.checkpoint.exported_tokenizer import check_ids, write_tokenizer
 from lime_dist.checkpoint.manifest import manifest_checksum
 from lime_dist.checkpoint.reading import read_weights
 from lime_dist.errors import LimeError
+from lime_dist.export import exporting
+from lime_dist.export.tokenizer_files import check_ids, write_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 Workers = Callable[[int], WorkerGroup]

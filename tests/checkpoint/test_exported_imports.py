@@ -8,7 +8,7 @@ import pytest
 
 from data_tools import tokenizer as tokenizers_of_ours
 from data_tools.tokenizer_training import HARD_TEXTS
-from lime_dist.checkpoint.exported_tokenizer import check_ids, write_tokenizer
+from lime_dist.export.tokenizer_files import check_ids, write_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 pytest.importorskip("data_tools.tokenizer_import", reason="tokenizers cannot be imported yet")

@@ -16,9 +16,10 @@ from support.exports import run_values
 from support.workers import WorkerGroup
 
 from lime_dist.checkpoint import export, importing
-from lime_dist.checkpoint.comparison import validation_batches
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.errors import LimeError
+from lime_dist.export import importing as import_work
+from lime_dist.export.comparison import validation_batches
 from lime_dist.model.layers import language_model_loss
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
@@ -141,7 +142,7 @@ def test_checkpoints_are_never_overwritten(original: Path, dataset: Path, tmp_pa
 def test_a_model_that_is_more_than_its_configuration_says_is_refused(
     original: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = importing.load_model
+    load = import_work.load_model
 
     def other(folder: Path) -> Any:
         model = load(folder)
@@ -149,7 +150,7 @@ def test_a_model_that_is_more_than_its_configuration_says_is_refused(
             model.model.norm.weight *= 1.001
         return model
 
-    monkeypatch.setattr(importing, "load_model", other)
+    monkeypatch.setattr(import_work, "load_model", other)
     with pytest.raises(LimeError, match="its logits differ by"):
         import_it(original, values(dataset, tmp_path / "run", {"architecture": "llama"}, 0), tmp_path)
     assert not (tmp_path / "run").exists()

@@ -23,6 +23,7 @@ from lime_dist.data.blend import open_training
 from lime_dist.data.loader import TrainBatches
 from lime_dist.errors import LimeError
 from lime_dist.evaluate import evaluate
+from lime_dist.export import importing as import_work
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
@@ -76,14 +77,14 @@ def test_float64_decides_where_float32_is_too_coarse(
     exports: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in the export that it comes from; the weights that are written are those of the file all the same."""
-    compare, tried = importing.compare_logits, []
+    compare, tried = import_work.compare_logits, []
 
     def coarse(first: Any, second: Any, tokens: torch.Tensor) -> Any:
         tried.append((next(first.parameters()).dtype, second(tokens[:1]).dtype))
         found = compare(first, second, tokens)
         return type(found)(1.0, found.logit, found.tokens) if len(tried) == 1 else found
 
-    monkeypatch.setattr(importing, "compare_logits", coarse)
+    monkeypatch.setattr(import_work, "compare_logits", coarse)
     import_it(exports["hidden"], run_values(dataset, tmp_path / "run", **MODELS["hidden"]), tmp_path)
     assert tried == [(torch.float32, torch.float32), (torch.float64, torch.float64)]
     _, _, wanted = read_weights(exports["hidden"].parent / "runs/hidden")

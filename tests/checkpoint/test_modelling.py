@@ -11,8 +11,8 @@ import torch
 from support.exports import PROMPT, exported_in_memory, generate, perturbed
 from support.models import MODELS, small
 
-from lime_dist.checkpoint import huggingface
-from lime_dist.checkpoint.huggingface.history_lime import KeyValueHistory
+from lime_dist.export import huggingface
+from lime_dist.export.huggingface.history_lime import KeyValueHistory
 from lime_dist.model.layers import language_model_loss
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from support.cases import perturb
 
-from lime_dist.checkpoint.huggingface.configuration_lime import LimeConfig
-from lime_dist.checkpoint.huggingface.modeling_lime import LimeForCausalLM
-from lime_dist.checkpoint.huggingface_files import model_description
 from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config, ModelConfig
+from lime_dist.export.huggingface.configuration_lime import LimeConfig
+from lime_dist.export.huggingface.modeling_lime import LimeForCausalLM
+from lime_dist.export.model_files import model_description
 from lime_dist.model.decoder import Decoder, build_decoder
 
 PROMPT = torch.tensor([[5, 9, 2, 7, 7, 1]])

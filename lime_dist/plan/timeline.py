@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError
-from lime_dist.forecast import Machine, machine_times
 from lime_dist.pipeline.partition import stage_bounds
-from lime_dist.simulate import Link, boundary_bytes, simulate, stage_times
+from lime_dist.plan.forecast import Machine, machine_times
+from lime_dist.plan.simulate import Link, boundary_bytes, simulate, stage_times
 
 KINDS = {
     "ForwardPass": ("forward", "#4477aa"),

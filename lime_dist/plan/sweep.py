@@ -9,7 +9,7 @@ from typing import Any
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS, Config
 from lime_dist.errors import LimeError
-from lime_dist.forecast import Forecast, Machine, forecast
+from lime_dist.plan.forecast import Forecast, Machine, forecast
 
 LARGEST_MICRO_BATCH = 64
 CLOSE = 0.01

@@ -20,8 +20,8 @@ from lime_dist.model import traffic
 from lime_dist.model.parameters import stage_parameters
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.partition import stage_bounds
-from lime_dist.simulate import Link, StageTimes, boundary_bytes, simulate, stage_times
-from lime_dist.wavefront import step_seconds
+from lime_dist.plan.simulate import Link, StageTimes, boundary_bytes, simulate, stage_times
+from lime_dist.plan.wavefront import step_seconds
 
 
 @dataclass(frozen=True)

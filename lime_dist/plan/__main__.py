@@ -10,10 +10,10 @@ from typing import Any
 from lime_dist.config.load import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
-from lime_dist.forecast import Forecast, Machine, as_llama, forecast
-from lime_dist.plan_text import plan_table, sweep_table
-from lime_dist.quantities import read_bandwidth, read_bytes, read_flops, read_seconds, read_share
-from lime_dist.sweep import Candidate, Sweep, sweep
+from lime_dist.plan.forecast import Forecast, Machine, as_llama, forecast
+from lime_dist.plan.quantities import read_bandwidth, read_bytes, read_flops, read_seconds, read_share
+from lime_dist.plan.sweep import Candidate, Sweep, sweep
+from lime_dist.plan.text import plan_table, sweep_table
 
 Values = dict[str, Any]
 BEST = 5
@@ -86,7 +86,7 @@ def main() -> None:
     values = plan_values(config, machine, processes)
     print(json.dumps(values, indent=1) if arguments.json else plan_table(config, values))
     if arguments.timeline is not None:
-        from lime_dist.timeline import draw_timeline
+        from lime_dist.plan.timeline import draw_timeline
 
         draw_timeline(config, machine, values["micro_batches"], arguments.timeline)
         if not arguments.json:

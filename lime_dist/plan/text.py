@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lime_dist.config.schema import Config
-from lime_dist.quantities import show, show_seconds
+from lime_dist.plan.quantities import show, show_seconds
 
 Values = dict[str, Any]
 """As `plan.plan_values` and `plan.sweep_values` give them."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lime_dist.checkpoint.exported_tokenizer import CODE
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
+from lime_dist.export.tokenizer_files import CODE
 from lime_dist.model.layout import Chunk, summarised_chunks
 from lime_dist.model.policies import Entry, make_policy
 

@@ -1,0 +1,1 @@
+"""Hugging Face models: written from checkpoints, verified, opened, and imported as the start of a run."""
