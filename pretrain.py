@@ -84,6 +84,7 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
     from lime_dist.data.blend import BlendOrder, open_training, open_validation
     from lime_dist.data.loader import TrainBatches, ValidationBatches
     from lime_dist.data.ramp import BatchSizes
+    from lime_dist.data.state import TrainState
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.metrics import MetricsFile
     from lime_dist.monitor.records import Records
@@ -93,7 +94,6 @@ def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -
     from lime_dist.train.control import Control
     from lime_dist.train.optim import build_engine
     from lime_dist.train.run import Run
-    from lime_dist.train.state import TrainState
 
     main_process = is_main_process()
     console = Console(main_process)

@@ -15,9 +15,9 @@ from torch import Tensor
 from lime_dist.checkpoint.manifest import LATEST, MANIFEST, read_manifest
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.files import sha256_file
+from lime_dist.data.state import TrainState
 from lime_dist.errors import LimeError
 from lime_dist.model.decoder import Decoder, build_decoder, decoder_layers
-from lime_dist.train.state import TrainState
 
 Weights = dict[str, Tensor]
 """By exported name, float32, in the order of the model's flat list."""

@@ -30,13 +30,13 @@ from torch import Tensor
 
 import lime_dist
 from lime_dist.checkpoint.manifest import FORMAT, LATEST, MANIFEST, manifest_checksum
+from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.checkpoint.store import folder_name, saved_steps
 from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes, sync_folder, write_atomic
+from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree, is_main_process
 from lime_dist.errors import LimeError
-from lime_dist.train.optim import StageOptimizer
-from lime_dist.train.state import TrainState
 
 Values = dict[str, dict[str, Tensor]]
 
@@ -92,14 +92,14 @@ class Saver:
         directory: Path,
         config: Config,
         num_samples: int,
-        optimizer: StageOptimizer,
+        optimizer: CheckpointedOptimizer,
         stage: int,
         replica: int,
     ) -> None:
         self.directory = directory
         self._config, self._num_samples, self._optimizer = config, num_samples, optimizer
         self._file = f"stage{stage:03d}-replica{replica:03d}.pt"
-        self._writes = optimizer.zero or replica == 0
+        self._writes = optimizer.is_sharded or replica == 0
         self._under_way: _Write | None = None
 
     @property
@@ -210,7 +210,7 @@ def _prepare(directory: Path, partial: Path) -> None:
     partial.mkdir()
 
 
-def _snapshot(optimizer: StageOptimizer) -> Values:
+def _snapshot(optimizer: CheckpointedOptimizer) -> Values:
     """A copy in host memory of what this rank owns."""
     return {
         name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in optimizer.state(name).items()}

@@ -22,11 +22,11 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from lime_dist.checkpoint.manifest import LATEST, MANIFEST, STATES, read_manifest
+from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.config.schema import Config
 from lime_dist.data.files import sha256_file
+from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree
-from lime_dist.train.optim import StageOptimizer
-from lime_dist.train.state import TrainState
 
 _NAME = re.compile(r"global_step(0|[1-9]\d*)")
 
@@ -74,7 +74,7 @@ def find_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, lines
 
 
-def load(checkpoint: Checkpoint, config: Config, num_samples: int, optimizer: StageOptimizer) -> None:
+def load(checkpoint: Checkpoint, config: Config, num_samples: int, optimizer: CheckpointedOptimizer) -> None:
     """Read this rank's share of a checkpoint into the optimizer and the weights; called by all ranks together.
 
     Args:
@@ -166,7 +166,7 @@ def _mismatch(
     checkpoint: Checkpoint,
     config: Config,
     num_samples: int,
-    optimizer: StageOptimizer,
+    optimizer: CheckpointedOptimizer,
     index: dict[str, dict[str, Any]],
 ) -> str | None:
     """Why this checkpoint cannot continue this run, or None."""

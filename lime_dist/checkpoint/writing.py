@@ -16,8 +16,8 @@ from lime_dist.checkpoint.manifest import FORMAT, LATEST, MANIFEST, manifest_che
 from lime_dist.checkpoint.reading import Weights
 from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes, sha256_file, sync_folder, write_atomic
+from lime_dist.data.state import TrainState
 from lime_dist.errors import LimeError
-from lime_dist.train.state import TrainState
 
 FILE = "stage000-replica000.pt"
 

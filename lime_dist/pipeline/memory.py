@@ -18,7 +18,7 @@ from lime_dist.model.layout import block_ranges, block_size
 from lime_dist.model.parameters import EMBEDDING, Sizes, chunk_ends
 from lime_dist.model.policies import make_policy
 from lime_dist.pipeline.in_flight import AHEAD, warm_up_micro_batches
-from lime_dist.train.sharing import assign_owners
+from lime_dist.pipeline.owners import assign_owners
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from lime_dist.checkpoint import store
 from lime_dist.checkpoint.saver import Saved
+from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree
 from lime_dist.errors import LimeError
 from lime_dist.pipeline.clock import CHECKPOINT
@@ -19,7 +20,6 @@ from lime_dist.train.run import Run
 from lime_dist.train.samples import combine, describe_difference, not_finite
 from lime_dist.train.signals import StopSignals, reason
 from lime_dist.train.spikes import MOST, Spikes
-from lime_dist.train.state import TrainState
 
 AGAIN = "the same command goes on from the newest checkpoint"
 

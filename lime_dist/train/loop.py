@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lime_dist.config.schema import Config
+from lime_dist.data.state import TrainState
 from lime_dist.monitor.routers import has_map, weight_names
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.transfer import Traffic
@@ -18,7 +19,6 @@ from lime_dist.train.boundary import Boundary
 from lime_dist.train.measurements import Measurements, stage_scalars, whole_record
 from lime_dist.train.run import Run
 from lime_dist.train.signals import StopSignals
-from lime_dist.train.state import TrainState
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from lime_dist.pipeline.clock import WAITING, Clock
 from lime_dist.pipeline.engine import LimeEngine, ProcessGroups
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
-from lime_dist.train.sharing import assign_owners
+from lime_dist.pipeline.owners import assign_owners
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -72,10 +72,10 @@ class StageOptimizer:
         self.stage_gradient_norm = torch.zeros(())  # of this stage's part, before clipping; on the device
         self.clock: Clock | None = None
         self.width = dist.get_world_size(groups.replicas)
-        self.zero = zero_stage == 1 and self.width > 1
-        self.rank = dist.get_rank(groups.replicas) if self.zero else 0
+        self.is_sharded = zero_stage == 1 and self.width > 1
+        self.rank = dist.get_rank(groups.replicas) if self.is_sharded else 0
 
-        self._places = _assign(self.parameters, self.width if self.zero else 1, frozenset(groups.tied))
+        self._places = _assign(self.parameters, self.width if self.is_sharded else 1, frozenset(groups.tied))
         first = next(iter(self.parameters.values()))
         exact = torch.promote_types(first.dtype, torch.float32)
         size = sum(parameter.numel() for parameter in self.parameters.values())
@@ -85,7 +85,7 @@ class StageOptimizer:
             view = self._view(self.flat_weights, name)
             view.copy_(parameter.data)
             parameter.data = view
-        self._segments = _segments(self._places, self.width if self.zero else 1)
+        self._segments = _segments(self._places, self.width if self.is_sharded else 1)
         begin, end = self._segments[self.rank]
         own = self.flat_weights[begin:end]
         self.masters = own if own.dtype == exact else own.to(exact)
@@ -161,7 +161,7 @@ class StageOptimizer:
         if self.width == 1:
             return
         self.flat_gradients /= self.width
-        if not self.zero:
+        if not self.is_sharded:
             dist.all_reduce(self.flat_gradients, group=self.groups.replicas)
             return
         for owner, (begin, end) in enumerate(self._segments):
@@ -176,7 +176,7 @@ class StageOptimizer:
             if place.owner == self.rank and name not in self.groups.tied_copies:
                 total += torch.linalg.vector_norm(self._view(self.flat_gradients, name), dtype=torch.float64) ** 2
         with self.clock.measuring(WAITING) if self.clock is not None else nullcontext():
-            if self.zero:
+            if self.is_sharded:
                 dist.all_reduce(total, group=self.groups.replicas)
             self.stage_gradient_norm = total.sqrt()
             dist.all_reduce(total, group=self.groups.pipeline)
@@ -209,7 +209,7 @@ class StageOptimizer:
         begin, end = self._segments[self.rank]
         if self.masters.dtype != self.flat_weights.dtype:
             self.flat_weights[begin:end].copy_(self.masters)
-        if self.zero:
+        if self.is_sharded:
             for owner, (first, last) in enumerate(self._segments):
                 if last > first:
                     source = dist.get_global_rank(self.groups.replicas, owner)

@@ -48,7 +48,7 @@ def _fill(optimizer: Any, step: int) -> None:
 
 def save(values: dict[str, Any], directory: str, steps: list[int]) -> list[str]:
     """Save these steps one after the other; an error line each, empty for one that was saved."""
-    from lime_dist.train.state import TrainState
+    from lime_dist.data.state import TrainState
 
     _, optimizer, saver = _build(values, directory)
     lines = []

@@ -121,7 +121,7 @@ def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> lis
 def train_and_all_else(values: dict[str, Any], folder: str) -> list[float]:
     """Losses of four steps, with evaluations in two batch sizes and a checkpoint between them where a folder is given."""
     from lime_dist.checkpoint.saver import Saver
-    from lime_dist.train.state import TrainState
+    from lime_dist.data.state import TrainState
 
     config, engine, optimizer = build(values)
     replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size

@@ -1,4 +1,4 @@
-"""Which replica updates which parameter of a stage: ZeRO-1's shares, whole parameters each."""
+"""Which replica updates which parameters of a stage under ZeRO 1: each owns whole parameters."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping, Set
 
 
 def assign_owners(sizes: Mapping[str, int], replicas: int, tied: Set[str]) -> dict[str, int]:
-    """By exported name: the owner. The largest go first, to the least loaded.
+    """The owner of each parameter, by exported name. The largest parameters are assigned first, each to the least loaded replica.
 
-    Tied ones belong to owner 0 on every stage: the owners of all copies must be ranks of one replica.
+    Tied parameters belong to replica 0 on every stage: the owners of all copies of a weight must lie in one replica.
 
     Args:
-        sizes: elements of each parameter.
+        sizes: number of elements of each parameter.
+        tied: names of the parameters that another stage holds as well.
     """
     load = [0] * replicas
     owners: dict[str, int] = {}
