@@ -1,8 +1,8 @@
-"""The only place where a DeepSpeed configuration is made.
+"""Make the DeepSpeed configuration.
 
-DeepSpeed launches the processes, lays out the pipeline and runs its schedule. It is told nothing of precision, ZeRO or
-clipping: those belong to ``train/optim.py``, because DeepSpeed's own gradient norm is wrong under pipelines in float32
-and its ZeRO-1 hangs there when stages have different parameter groups (measured with 0.19.8).
+DeepSpeed launches the processes, lays out the pipeline and runs its schedule. Precision, ZeRO and clipping are not handed to
+it: with pipelines, DeepSpeed computes a wrong gradient norm in float32, and its ZeRO-1 hangs if stages have different parameter
+groups (measured with 0.19.8). The optimizers of this package do that work.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from lime_dist.errors import LimeError
 
 
 def batch_split(config: Config, world_size: int) -> tuple[int, int]:
-    """How the global batch is divided: (data-parallel width, micro-batches a step and replica, after a ramp).
+    """Divide the global batch: (data-parallel width, micro-batches per step and replica, once a batch ramp has ended).
 
     Raises:
-        LimeError: the processes do not divide into stages, or the batch does not factor.
+        LimeError: the stages do not divide the processes, or the micro-batches of all replicas do not divide the batch.
     """
     stages = config.parallel.pipeline_stages
     if world_size % stages:
@@ -31,18 +31,18 @@ def batch_split(config: Config, world_size: int) -> tuple[int, int]:
     if train.batch_ramp is not None:
         batch_sizes["train.batch_ramp.start"] = train.batch_ramp.start
         batch_sizes["train.batch_ramp.increment"] = train.batch_ramp.increment
-    wide = train.micro_batch_size * width
+    unit = train.micro_batch_size * width
     for key, samples in batch_sizes.items():
-        if samples % wide:
+        if samples % unit:
             raise LimeError(
                 f"{key}={samples} is not micro-batch × accumulation × width: train.micro_batch_size="
-                f"{train.micro_batch_size} × {width} data-parallel replicas = {wide} must divide it"
+                f"{train.micro_batch_size} × {width} data-parallel replicas = {unit} must divide it"
             )
-    return width, train.global_batch_size // (train.micro_batch_size * width)
+    return width, train.global_batch_size // unit
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The dictionary that DeepSpeed's engine is built from."""
+    """Return the dictionary that DeepSpeed's engine is built from."""
     _, micro_batches = batch_split(config, world_size)
     return {
         "train_batch_size": config.train.global_batch_size,

@@ -1,4 +1,7 @@
-"""YAML and dotted command-line overrides -> Config; every mistake is one line with the key, the value and a way out."""
+"""Read a configuration from YAML and ``section.key=value`` overrides.
+
+An error is one line with the key, its value, where it was given, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from lime_dist.errors import LimeError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-3`` as text; this loader reads it as the number that everybody means, and refuses a repeated key."""
+    """A safe loader that reads ``1e-3`` as a number, unlike YAML 1.1, and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         merge = "tag:yaml.org,2002:merge"
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -43,11 +46,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a configuration.
 
     Args:
-        path: a YAML file; None starts from the defaults.
+        path: a YAML file, or None to start from the defaults.
         overrides: ``section.key=value`` items, applied in order; values are YAML.
 
     Raises:
-        LimeError: the file, a key or a value is wrong.
+        LimeError: the file cannot be read, or a key or value is invalid.
     """
     values = {} if path is None else _read_yaml(Path(path))
     for item in overrides:
@@ -56,7 +59,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def make_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
-    """Check nested values against the schema; ``source`` and ``overrides`` say in error lines where they came from."""
+    """Validate nested values against the schema.
+
+    Args:
+        values: sections by name.
+        source: names the origin of the values in error messages, such as the path of a file.
+        overrides: the ``section.key=value`` items among the values; errors in them name the command line instead.
+
+    Raises:
+        LimeError: a key or value is invalid.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -70,7 +82,7 @@ def make_config(values: dict[str, Any], source: str, overrides: Sequence[str] = 
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; ``load_config`` of it gives the same Config."""
+    """Return the resolved configuration as YAML. ``load_config`` reads it back as an equal Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -85,19 +97,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise LimeError(f"the configuration {path} is not UTF-8 text") from None
     try:
         values = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # the constructors of dates and numbers raise ValueError
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: from the constructors of dates and numbers
         raise LimeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise LimeError(f"{path} must hold sections (run:, model:, …), not a {type(values).__name__}")
+        raise LimeError(f"{path} must contain sections (run:, model:, …), not a {type(values).__name__}")
     return values
 
 
 def _apply_override(values: dict[str, Any], item: str) -> None:
     key, separator, text = item.partition("=")
     if not separator or not key:
-        raise LimeError(f"cannot read the override {item!r}; write section.key=value, for example train.steps=100")
+        raise LimeError(f"cannot read the override {item!r}; write section.key=value, such as train.steps=100")
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError):
@@ -125,7 +137,7 @@ def _explain(error: ErrorDetails, source: str) -> str:
                 key, [name for name in known if name.rsplit(".", 1)[-1] == same_leaf[0]], n=1, cutoff=0.0
             )
         return f"unknown key {key}={value!r} in {source}; the nearest valid key is {nearest[0]}"
-    if error["type"] == "value_error":  # a check of ours, which names its own keys
+    if error["type"] == "value_error":  # raised by the schema's validators, which name the keys themselves
         return f"{error['msg'].removeprefix('Value error, ')} (in {source})"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{key}={value!r} in {source}: {message}"
@@ -144,5 +156,5 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Union, types.UnionType):
-        return [found for inner in get_args(annotation) for found in _sections_in(inner)]
+        return [section for option in get_args(annotation) for section in _sections_in(option)]
     return []

@@ -1,4 +1,7 @@
-"""The typed, frozen sections of a run's configuration; an unknown key or an impossible value is an error."""
+"""The configuration of a run: typed, frozen sections that reject unknown keys and impossible values.
+
+Every key has a description. ``docs/configuration.md`` is made from them (`lime_dist.config.page`).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and unknown keys are errors."""
+    """Base class of all sections: frozen, strict about types, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
-    directory: str = "runs/default"
+    """The folder of the run."""
+
+    directory: str = Field(
+        "runs/default",
+        description="folder for checkpoints, metrics and TensorBoard files; if it holds a checkpoint, the run resumes",
+    )
 
 
 HISTORY_KEYS: dict[str, dict[str, int]] = {
@@ -23,23 +31,31 @@ HISTORY_KEYS: dict[str, dict[str, int]] = {
     "chunked": {"chunk_size": 8, "rank": 1, "first": 2},
     "dilated": {"stride": 4, "first": 1, "last": 1},
 }
-"""By policy: the keys that it has, with their defaults."""
+"""The keys of each policy, with their defaults."""
 
 
 class HistoryConfig(Section):
-    """Which entries a layer reads (design: history policies). A key that the policy does not have is an error."""
+    """The entries of the layer history that a layer reads. A key that the policy does not use is an error."""
 
-    policy: Literal["full", "first_last", "chunked", "dilated"] = "full"
-    first: int | None = Field(None, ge=0, description="the slots of the first layers, read by all (not: full)")
-    last: int | None = Field(None, ge=0, description="the slots right before a layer's own (first_last, dilated)")
-    chunk_size: int | None = Field(None, ge=1, description="layers that are summarised together (chunked)")
-    rank: int | None = Field(None, ge=1, description="rows of a summary (chunked)")
-    stride: int | None = Field(None, ge=1, description="every which slot all later layers read (dilated)")
+    policy: Literal["full", "first_last", "chunked", "dilated"] = Field(
+        "full",
+        description="the rule: all earlier slots; the first and the last ones; summaries of chunks of layers; or every "
+        "`stride`-th slot",
+    )
+    first: int | None = Field(
+        None, ge=0, description="number of first layers whose slots every later layer reads (all policies but `full`)"
+    )
+    last: int | None = Field(
+        None, ge=0, description="number of slots right before its own that a layer reads (`first_last`, `dilated`)"
+    )
+    chunk_size: int | None = Field(None, ge=1, description="layers per chunk (`chunked`)")
+    rank: int | None = Field(None, ge=1, description="rows of each chunk's summary, at most `chunk_size` (`chunked`)")
+    stride: int | None = Field(None, ge=1, description="all later layers read every `stride`-th slot (`dilated`)")
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """Defaults of the policy, so that a resolved configuration names every number."""
+        """Fill in the policy's defaults, so that a resolved configuration shows every number."""
         if not isinstance(values, dict):
             return values
         defaults = (
@@ -54,7 +70,7 @@ class HistoryConfig(Section):
             value = getattr(self, key)
             if value is not None and key not in HISTORY_KEYS[self.policy]:
                 raise ValueError(
-                    f"model.lime.history.{key}={value} means nothing to policy: {self.policy}; leave it out, or set the "
+                    f"model.lime.history.{key}={value} is not a key of policy: {self.policy}; leave it out, or set the "
                     f"whole section at once: 'model.lime.history={{policy: {self.policy}}}'"
                 )
         if self.policy == "chunked":
@@ -69,13 +85,29 @@ class HistoryConfig(Section):
 
 
 class LimeConfig(Section):
-    """Layer-Integrated Memory, arXiv 2502.09245."""
+    """Layer-Integrated Memory (arXiv 2502.09245); used by `architecture: lime`."""
 
-    routes: Literal["kv", "hidden"] = Field("kv", description="what is mixed: keys and values, or hidden states")
-    router: Literal["static", "dynamic"] = Field("static", description="dynamic: per token (routes: hidden)")
-    router_init: Literal["uniform", "identity"] = Field("uniform", description="of routes: kv")
-    top_p: float | None = Field(None, gt=0, le=1, description="drop the smallest static weights (routes: hidden)")
-    start_layer: int = Field(1, ge=1, description="first layer that reads the history (routes: hidden)")
+    routes: Literal["kv", "hidden"] = Field(
+        "kv", description="what the routers mix: keys and values, or the hidden states from which they are computed"
+    )
+    router: Literal["static", "dynamic"] = Field(
+        "static", description="`dynamic` computes the router's weights for each token; needs `routes: hidden`"
+    )
+    router_init: Literal["uniform", "identity"] = Field(
+        "uniform",
+        description="initial weights for earlier layers: random, as in the paper, or 0, so that the model starts as LLaMA; "
+        "`identity` needs `routes: kv`",
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="keep each head's largest router weights until their sum exceeds this, and drop the rest; `null` "
+        "keeps all; needs `routes: hidden` and `router: static`",
+    )
+    start_layer: int = Field(
+        1, ge=1, description="first layer that reads the history, counted from 0; above 1 it needs `routes: hidden`"
+    )
     history: HistoryConfig = HistoryConfig()
 
     @model_validator(mode="after")
@@ -85,7 +117,7 @@ class LimeConfig(Section):
                 if getattr(self, key) != default:
                     raise ValueError(
                         f"model.lime.{key}={getattr(self, key)} needs model.lime.routes=hidden; "
-                        "with routes: kv every layer from 1 on has a static, signed router"
+                        "with routes: kv, every layer from layer 1 on has a static, signed router"
                     )
         if self.routes == "hidden" and self.router_init != "uniform":
             raise ValueError(f"model.lime.router_init={self.router_init} needs model.lime.routes=kv")
@@ -95,25 +127,32 @@ class LimeConfig(Section):
 
 
 class HyperConfig(Section):
-    """Hyper-Connections, arXiv 2409.19606."""
+    """Hyper-Connections (arXiv 2409.19606); used by `architecture: hyper`."""
 
-    rate: int = Field(4, ge=1, description="residual streams")
-    dynamic: bool = Field(True, description="connection weights depend on the token")
+    rate: int = Field(4, ge=1, description="number of residual streams")
+    dynamic: bool = Field(True, description="add a part to the connection weights that depends on the token")
 
 
 class ModelConfig(Section):
-    """Shape of the decoder; the names are those of Hugging Face's LLaMA configuration."""
+    """Architecture and size of the decoder. The keys are those of Hugging Face's `LlamaConfig`."""
 
-    architecture: Literal["llama", "lime", "hyper"] = "lime"
-    vocab_size: int = Field(4096, ge=2)
-    hidden_size: int = Field(128, ge=1)
-    intermediate_size: int = Field(512, ge=1)
-    num_hidden_layers: int = Field(16, ge=1)
-    num_attention_heads: int = Field(4, ge=1)
-    num_key_value_heads: int | None = Field(None, ge=1, description="None: as many as num_attention_heads")
-    rms_norm_eps: float = Field(1e-5, gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
-    tie_word_embeddings: bool = True
+    architecture: Literal["llama", "lime", "hyper"] = Field(
+        "lime", description="plain LLaMA, LLaMA with Layer-Integrated Memory, or LLaMA with Hyper-Connections"
+    )
+    vocab_size: int = Field(4096, ge=2, description="rows of the embedding; at least the pieces of the tokenizer")
+    hidden_size: int = Field(128, ge=1, description="width of the residual stream; a multiple of `num_attention_heads`")
+    intermediate_size: int = Field(512, ge=1, description="width of the SwiGLU feed-forward layer")
+    num_hidden_layers: int = Field(16, ge=1, description="number of decoder layers")
+    num_attention_heads: int = Field(4, ge=1, description="number of query heads")
+    num_key_value_heads: int | None = Field(
+        None,
+        ge=1,
+        description="number of key/value heads, a divisor of `num_attention_heads`; `null` takes as many; "
+        "`routes: hidden` needs as many",
+    )
+    rms_norm_eps: float = Field(1e-5, gt=0, description="epsilon of the RMS norms")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary embedding's frequencies")
+    tie_word_embeddings: bool = Field(True, description="use the embedding's weight in the output projection too")
     lime: LimeConfig = LimeConfig()
     hyper: HyperConfig = HyperConfig()
 
@@ -143,7 +182,7 @@ class ModelConfig(Section):
         if self.key_value_heads != self.num_attention_heads:
             raise ValueError(
                 f"model.num_key_value_heads={self.num_key_value_heads} must equal model.num_attention_heads="
-                f"{self.num_attention_heads} with model.lime.routes=hidden, which routes every head by itself"
+                f"{self.num_attention_heads} with model.lime.routes=hidden, where every head has its own router"
             )
         if self.lime.start_layer >= self.num_hidden_layers:
             raise ValueError(
@@ -162,25 +201,37 @@ class ModelConfig(Section):
 
 
 class BlendEntry(Section):
-    path: str
-    weight: float = Field(gt=0)
+    """One dataset of a blend."""
+
+    path: str = Field(description="a folder or a prefix, as in `data.path`")
+    weight: float = Field(gt=0, description="share of the samples, relative to the sum of all weights")
 
 
 class DataConfig(Section):
-    """Where samples come from: ``path``, or ``blend``. Either names folders made by ``data_tools.pretokenize``, or prefixes
-    of Megatron's ``.bin``/``.idx`` pairs."""
+    """Where samples come from: one dataset (`path`) or several (`blend`)."""
 
-    path: str | None = "data/quickstart/shards"
+    path: str | None = Field(
+        "data/quickstart/shards",
+        description="a folder written by `data_tools.pretokenize`, or the prefix of a Megatron `.bin`/`.idx` pair; "
+        "`null` if `blend` is set",
+    )
     blend: list[BlendEntry] | None = Field(
-        None, min_length=1, description="datasets with their weights, instead of path"
+        None, min_length=1, description="several datasets with weights, instead of `path`"
     )
     validation_fraction: float = Field(
-        0.01, gt=0, lt=1, description="of a .bin/.idx pair, which has no splits: the last documents are held out"
+        0.01,
+        gt=0,
+        lt=1,
+        description="share of a `.bin`/`.idx` pair's documents, the last ones, that is held out for validation; folders "
+        "have their own validation split",
     )
-    sequence_length: int = Field(256, ge=1)
-    seed: int = 0
+    sequence_length: int = Field(256, ge=1, description="tokens per sample")
+    seed: int = Field(0, description="seed of the order of samples")
     answer_token: int | None = Field(
-        None, ge=0, description="count only the tokens after this one, to the end of the document; None: all"
+        None,
+        ge=0,
+        description="id of the token that separates question and answer: the loss counts only what follows it in the "
+        "document; `null` counts all tokens; needs `path`",
     )
 
     @model_validator(mode="before")
@@ -193,48 +244,63 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         if (self.path is None) == (self.blend is None):
-            raise ValueError("set either data.path or data.blend: data.path=null goes with data.blend")
+            raise ValueError("set either data.path or data.blend; data.path=null goes with data.blend")
         if self.blend is not None and self.answer_token is not None:
             raise ValueError(f"data.answer_token={self.answer_token} needs data.path; it does not go with data.blend")
         return self
 
     @property
     def paths(self) -> list[str]:
-        """Of all datasets."""
+        """The paths of all datasets."""
         return [entry.path for entry in self.blend or []] if self.path is None else [self.path]
 
 
 class BatchRampConfig(Section):
-    """A global batch that grows from ``start`` by ``increment`` at a time while the first ``samples`` are consumed."""
+    """A batch that grows in equal steps from `start` to `train.global_batch_size`."""
 
-    start: int = Field(ge=1)
-    increment: int = Field(ge=1)
-    samples: int = Field(ge=1)
+    start: int = Field(ge=1, description="samples of the first global batch")
+    increment: int = Field(ge=1, description="samples that each step of the ramp adds")
+    samples: int = Field(ge=1, description="samples after which the batch has reached `train.global_batch_size`")
 
 
 class TrainConfig(Section):
-    steps: int = Field(300, ge=0)
-    seed: int = 0
-    global_batch_size: int = Field(16, ge=1, description="samples a step, over all micro-batches and replicas")
-    batch_ramp: BatchRampConfig | None = Field(None, description="smaller global batches at first")
-    micro_batch_size: int = Field(2, ge=1, description="samples a micro-batch of one replica")
-    evaluation_interval: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
-    evaluation_samples: int = Field(64, ge=0, description="validation samples; 0: no validation")
-    checkpoint_interval: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_last: int | None = Field(3, ge=1, description="newest checkpoints that stay on disk; None: all")
+    """Length of the run, batch sizes, validation and checkpoints."""
+
+    steps: int = Field(300, ge=0, description="number of optimizer steps")
+    seed: int = Field(0, description="seed of the initial weights")
+    global_batch_size: int = Field(
+        16,
+        ge=1,
+        description="samples per step over all micro-batches and replicas; a multiple of `micro_batch_size` times the "
+        "number of replicas",
+    )
+    batch_ramp: BatchRampConfig | None = Field(
+        None, description="start with smaller global batches; `null` uses `global_batch_size` from the first step on"
+    )
+    micro_batch_size: int = Field(2, ge=1, description="samples per micro-batch of one replica")
+    evaluation_interval: int = Field(100, ge=0, description="steps between validations; 0 validates only at the end")
+    evaluation_samples: int = Field(64, ge=0, description="samples per validation; 0 turns validation off")
+    checkpoint_interval: int = Field(100, ge=0, description="steps between checkpoints; 0 saves only at the end")
+    keep_last: int | None = Field(3, ge=1, description="number of newest checkpoints to keep; `null` keeps all")
     keep_every: int | None = Field(
-        None, ge=1, description="checkpoints of steps that this divides stay for good, beside train.keep_last"
+        None, ge=1, description="also keep every checkpoint whose step is a multiple of this; `null` keeps no others"
     )
     max_consecutive_skips: int = Field(
         10,
         ge=1,
-        description="updates in a row that may be skipped for a loss or gradient that is not finite; then it stops",
+        description="skipped updates in a row, because of a loss or gradient that is not finite, after which the run stops",
     )
     spike_factor: float | None = Field(
-        None, gt=1, description="a loss of so many times the recent median goes back to the checkpoint; None: never"
+        None,
+        gt=1,
+        description="return to the newest checkpoint, and continue with new samples, if the loss exceeds this many times "
+        "its recent median; `null` never returns",
     )
-    log_interval: int = Field(10, ge=1, description="steps between console lines")
-    compile: bool = Field(False, description="compile the parts of a layer with torch.compile; needs a compiler")
+    log_interval: int = Field(10, ge=1, description="steps between console lines, and between numbers from all stages")
+    compile: bool = Field(
+        False,
+        description="compile parts of each layer with `torch.compile`; needs a C++ compiler (CPU) or Triton (GPU)",
+    )
 
     @model_validator(mode="after")
     def _ramp_arrives(self) -> TrainConfig:
@@ -243,35 +309,45 @@ class TrainConfig(Section):
             ramp.start >= self.global_batch_size or (self.global_batch_size - ramp.start) % ramp.increment
         ):
             raise ValueError(
-                f"train.batch_ramp: from start={ramp.start} in steps of increment={ramp.increment} the batch does not come "
-                f"to train.global_batch_size={self.global_batch_size}"
+                f"train.batch_ramp: from start={ramp.start} in steps of increment={ramp.increment} the batch does not reach "
+                f"train.global_batch_size={self.global_batch_size}"
             )
         return self
 
 
 class CheckpointConfig(Section):
-    """How checkpoints are written; when, and which stay, is in ``train``."""
+    """How checkpoints are written. `train` says when to write them and which to keep."""
 
     asynchronous: bool = Field(
         False,
-        description="write in the background, from a copy in host memory (12 bytes a parameter, shared out over ranks)",
+        description="write in the background, from a copy in host memory of 12 bytes per parameter, divided among ranks",
     )
     on_error: Literal["stop", "continue"] = Field(
-        "stop", description="the run, when a checkpoint or a record cannot be written (a full disk)"
+        "stop", description="what the run does when it cannot write a checkpoint or a record, as on a full disk"
     )
 
 
 class OptimizerConfig(Section):
-    """AdamW, cosine schedule; the defaults are the paper's settings."""
+    """The optimizer and its learning rate. The defaults are the paper's settings."""
 
-    lr: float = Field(1e-3, gt=0)
-    router_lr: float = Field(1e-2, gt=0)
-    min_lr: float = Field(1e-6, ge=0)
-    warmup_steps: int = Field(200, ge=0)
-    weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of all parameters but routers")
+    router_lr: float = Field(
+        1e-2, gt=0, description="peak learning rate of routers, chunk summaries and dynamic connection weights"
+    )
+    min_lr: float = Field(
+        1e-6, ge=0, description="final value of `lr`; `router_lr` falls by the same factor, `min_lr / lr`"
+    )
+    warmup_steps: int = Field(200, ge=0, description="steps over which learning rates rise linearly to their peak")
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled weight decay of matrices; norms, embeddings and routers have none"
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), strict=False, description="decay rates of AdamW's two moments, in [0, 1)"
+    )
+    eps: float = Field(1e-8, gt=0, description="term that AdamW adds to the denominator of an update")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="global gradient norm above which gradients are scaled down to it"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> OptimizerConfig:
@@ -283,48 +359,69 @@ class OptimizerConfig(Section):
 
 
 class ParallelConfig(Section):
-    pipeline_stages: int = Field(1, ge=1)
+    """How the model and its optimizer are divided among processes.
+
+    The number of processes divided by `pipeline_stages` is the number of data-parallel replicas.
+    """
+
+    pipeline_stages: int = Field(1, ge=1, description="number of pipeline stages, at most one per decoder layer")
     topology: Literal["stages_together", "replicas_together"] = Field(
-        "stages_together", description="what shares a host: a replica's neighbouring stages, or a stage's replicas"
+        "stages_together",
+        description="which processes share a host: neighbouring stages of a replica, or the replicas of a stage",
     )
-    zero_stage: Literal[0, 1] = 0
-    stage_layers: list[int] | None = Field(None, description="decoder layers per stage, by hand")
+    zero_stage: Literal[0, 1] = Field(
+        0, description="1 divides optimizer states and master weights among the replicas of a stage (ZeRO-1)"
+    )
+    stage_layers: list[int] | None = Field(
+        None,
+        description="number of decoder layers of each stage, such as `[5, 6, 5]`; `null` divides them by `balance`",
+    )
     balance: Literal["compute", "memory"] = Field(
-        "compute", description="what stages share evenly, unless stage_layers"
+        "compute", description="what the stages share evenly, unless `stage_layers` is set"
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(
+        False, description="store only the input of each layer, and compute its activations again in the backward pass"
+    )
 
 
 class PipelineConfig(Section):
     """How payloads travel between stages."""
 
     engine: Literal["overlap", "stock"] = Field(
-        "overlap", description="stock: DeepSpeed's schedule and blocking transfers"
+        "overlap",
+        description="`overlap` transfers payloads while stages compute; `stock` is DeepSpeed's schedule with blocking "
+        "transfers",
     )
     extra_in_flight: int = Field(
-        1, ge=0, description="extra micro-batches per boundary downstream, to hide transfers (overlap)"
+        1,
+        ge=0,
+        description="micro-batches in flight beyond the usual schedule, for each boundary downstream; they hide transfers "
+        "and cost memory (`overlap`)",
     )
-    wire_dtype: Literal["bf16"] | None = Field(None, description="of payloads and their gradients; None: as precision")
+    wire_dtype: Literal["bf16"] | None = Field(
+        None, description="type of payloads and their gradients between stages; `null` uses that of `precision`"
+    )
     timeout: float = Field(
-        600.0, gt=0, le=1e6, description="seconds after which a stage that does not get on ends the job"
+        600.0, gt=0, le=1e6, description="seconds without progress after which a stage ends the job (hang detection)"
     )
 
 
 class MonitorConfig(Section):
-    """What is watched while a run goes on; numbers of all stages come with every ``train.log_interval``."""
+    """What a run records beside its losses."""
 
-    router_interval: int = Field(100, ge=0, description="steps between pictures of what layers read; 0: none")
-    router_layer: int | None = Field(None, ge=0, description="whose heads are drawn apart; None: the last layer")
+    router_interval: int = Field(100, ge=0, description="steps between pictures of what layers read; 0 draws none")
+    router_layer: int | None = Field(
+        None, ge=0, description="layer whose heads are drawn one by one, counted from 0; `null` takes the last layer"
+    )
     peak_flops: float | None = Field(
-        None, gt=0, description="of one device, a second, for its share (mfu); None: measured at the start"
+        None,
+        gt=0,
+        description="peak FLOP/s of one device, for `speed/mfu`; `null` measures it at the start",
     )
 
 
 class Config(Section):
-    """One run. ``precision``: of weights and activations; accumulation, moments and masters are never below float32.
-
-    ``fp64`` is for proofs: the equality tests run whole training steps in it.
-    """
+    """The configuration of one run."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -335,7 +432,11 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
     monitor: MonitorConfig = MonitorConfig()
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        "fp32",
+        description="type of weights and activations; gradient accumulation, moments and master weights are never below "
+        "float32; `fp64` is for equality tests",
+    )
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Config:
@@ -354,6 +455,6 @@ class Config(Section):
         if by_hand is not None and (len(by_hand) != stages or sum(by_hand) != layers or min(by_hand) < 1):
             raise ValueError(
                 f"parallel.stage_layers={by_hand} must be {stages} positive numbers (parallel.pipeline_stages) "
-                f"that add up to {layers} (model.num_hidden_layers)"
+                f"whose sum is {layers} (model.num_hidden_layers)"
             )
         return self

@@ -1,4 +1,4 @@
-"""Protects configuration: what is read is what was written, and every mistake is one line that helps."""
+"""Protects the configuration: values are read as written, and every error is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lime_dist.errors import LimeError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_overrides_come_after_the_file_and_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
+def test_overrides_replace_the_file_and_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("train:\n  steps: 5\n  seed: 3\noptimizer:\n  lr: 1e-3\n")
     config = load_config(path, ["train.steps=7", "model.num_key_value_heads=null", "optimizer.betas=[0.8, 0.9]"])
@@ -57,7 +57,7 @@ def test_every_configuration_in_the_repository_is_valid(path: Path) -> None:
         ("train.steps.more=1", "train.steps={'more': 1} in the command line: input should be a valid integer"),
     ],
 )  # fmt: skip
-def test_a_wrong_override_is_one_line(override: str, line: str) -> None:
+def test_an_invalid_override_is_reported_in_one_line(override: str, line: str) -> None:
     with pytest.raises(LimeError) as caught:
         load_config(None, [override])
     assert line in str(caught.value) and "\n" not in str(caught.value)
@@ -67,12 +67,12 @@ def test_a_wrong_override_is_one_line(override: str, line: str) -> None:
     ("text", "line"),
     [
         ("train: [1", "is not valid YAML"),
-        ("- 1\n", "must hold sections"),
-        ("train:\n  steps: 1\n  steps: 2\n", "the key 'steps' stands twice"),
+        ("- 1\n", "must contain sections"),
+        ("train:\n  steps: 1\n  steps: 2\n", "duplicate key 'steps'"),
         ("train:\n  stpes: 1\n", "unknown key train.stpes=1 in"),
     ],
 )
-def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, line: str) -> None:
+def test_an_invalid_file_is_reported_in_one_line(tmp_path: Path, text: str, line: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(LimeError) as caught:
@@ -80,12 +80,12 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, line: str) -> None:
     assert line in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(LimeError, match="cannot read the configuration .*nothing.yaml"):
         load_config(tmp_path / "nothing.yaml")
 
 
-def test_a_batch_that_does_not_factor() -> None:
+def test_a_batch_that_cannot_be_divided() -> None:
     config = load_config(None, ["parallel.pipeline_stages=2", "train.global_batch_size=12", "train.micro_batch_size=2"])
     assert batch_split(config, 4) == (2, 3)
     assert deepspeed_config(config, 4)["gradient_accumulation_steps"] == 3

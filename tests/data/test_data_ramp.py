@@ -52,7 +52,7 @@ def test_a_ramp_that_does_not_arrive_or_factor_is_refused() -> None:
         return make_config({"train": values}, "a test")
 
     for ramp in ({"start": 16, "increment": 4}, {"start": 4, "increment": 5}):
-        with pytest.raises(LimeError, match="the batch does not come to train.global_batch_size=16"):
+        with pytest.raises(LimeError, match="the batch does not reach train.global_batch_size=16"):
             config(**ramp)
     with pytest.raises(LimeError, match="greater than or equal to 1"):
         config(start=4, increment=0)
