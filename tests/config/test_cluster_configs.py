@@ -1,4 +1,4 @@
-"""Protects the configurations for clusters: what their comments say of memory and traffic is what the formulas give."""
+"""Protects the configurations for clusters: the memory and transferred bytes in their comments equal the formulas."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ def largest_stage(config: Config) -> float:
 
 
 def numbers(config: Config, nodes: int) -> list[str]:
-    """The lines of a configuration's comment that hold figures."""
+    """The lines with figures in a configuration's comment."""
     hosts = [f"node{rank // 8}" for rank in range(8 * nodes)]
     width, micro_batches = batch_split(config, len(hosts))
     payloads = {f"{size / 1e6:.1f}" for size in boundary_bytes(config)}
     own, other = (crossing_bytes(config, hosts, name) / 1e9 for name in ("stages_together", "replicas_together"))
     stages = config.parallel.pipeline_stages
     return [
-        f"{count_parameters(config.model) / 1e9:.2f} B parameters; {stages} stages × {width} replica(s), {micro_batches} "
-        f"micro-batches a step; a GPU needs up to {largest_stage(config) / 1e9:.1f} GB (less by",
-        f"what ZeRO-1 shares); {', '.join(sorted(payloads))} MB a micro-batch over every boundary, each way; "
-        f"{own:.1f} GB between nodes a step",
+        f"{count_parameters(config.model) / 1e9:.2f} B parameters; {stages} stages × {width} "
+        f"{'replica' if width == 1 else 'replicas'}; {micro_batches} micro-batches per step. "
+        f"A GPU needs up to {largest_stage(config) / 1e9:.1f} GB, less",
+        f"what ZeRO-1 saves. Each boundary carries {', '.join(sorted(payloads))} MB per micro-batch each way; "
+        f"nodes exchange {own:.1f} GB per step",
         f"({other:.1f} GB with topology: replicas_together).",
     ]
 
@@ -51,7 +52,7 @@ def test_figures_in_comments(name: str) -> None:
 
 
 def test_every_configuration_is_tested_and_fits() -> None:
-    """With a fifth of the GPU's memory to spare, for what no formula counts."""
+    """A fifth of the GPU's memory stays free for what no formula counts."""
     paths = sorted(CONFIGS.glob("*.yaml"))
     assert len(paths) == 4
     for path in paths:
