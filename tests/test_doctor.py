@@ -91,8 +91,8 @@ ONE_CHECKPOINT = 12 * count_parameters(load_config(None, SMALL).model)
 @pytest.mark.parametrize(
     ("second", "lines"),
     [
-        ({"versions": {**GOOD.versions, "torch": "2.6.0"}}, ["error: torch differs: 2.13.0 on node1; 2.6.0 on node2; install"]),
-        ({"versions": {**GOOD.versions, "deepspeed": "0.19.0"}}, ["error: deepspeed differs", "error: DeepSpeed 0.19.0 on node2: 0.18.3 to 0.19.2 scale gradients wrongly"]),
+        ({"versions": {**GOOD.versions, "torch": "2.6.0"}}, ["error: torch differs: 2.13.0 on node1; 2.6.0 on node2; install", "error: torch 2.6.0 on node2: lime_dist needs torch>=2.8"]),
+        ({"versions": {**GOOD.versions, "deepspeed": "0.19.0"}}, ["error: deepspeed differs", "error: deepspeed 0.19.0 on node2: 0.18.3 to 0.19.2 scale gradients wrongly"]),
         ({"versions": {**GOOD.versions, "deepspeed": "not installed"}}, ["error: deepspeed differs: 0.19.8 on node1; not installed on node2"]),
         ({"code": "0ld0" * 16}, ["error: the program's source files differ: c0dec0dec0de on node1; 0ld00ld00ld0 on node2"]),
         ({"config": "0ther" * 12}, ["error: the configuration differs"]),

@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
-from packaging.version import InvalidVersion, Version
-
 from lime_dist.config.deepspeed import batch_split
-from lime_dist.distributed import KNOWN_BAD_DEEPSPEED
+from lime_dist.contract import SUPPORTED, unsupported
 from lime_dist.doctor.facts import Facts
 from lime_dist.doctor.findings import Finding, Findings, Job, differing, everywhere, groups_of, listed, size
 from lime_dist.doctor.traffic import crossing_bytes
@@ -36,7 +34,7 @@ def judge(job: Job, facts: Sequence[Facts]) -> list[Finding]:
 
 
 def versions(job: Job, facts: Sequence[Facts]) -> Findings:
-    """Equal everywhere, and none that is known to train wrongly."""
+    """Versions are equal on all hosts, and supported."""
     equal = []
     for name in facts[0].versions:
         groups = groups_of(facts, partial(_version_of, name))
@@ -44,28 +42,15 @@ def versions(job: Job, facts: Sequence[Facts]) -> Findings:
             yield Finding("error", f"{name} differs: {differing(groups)}; install the same environment on all hosts")
         else:
             equal.append(f"{name} {next(iter(groups))}")
-        for found, hosts in groups.items():
-            if name == "deepspeed" and _is_bad(found):
-                first, last = KNOWN_BAD_DEEPSPEED
-                yield Finding(
-                    "error",
-                    f"DeepSpeed {found} on {listed(hosts)}: {first} to {last} scale gradients wrongly or hang under "
-                    "pipelines; pip install -c constraints.txt deepspeed",
-                )
+        for installed, hosts in groups.items():
+            if name in SUPPORTED and (reason := unsupported(name, installed)):
+                yield Finding("error", f"{name} {installed} on {listed(hosts)}: {reason}")
     if equal:
         yield Finding("ok", f"{', '.join(equal)} {everywhere(facts)}")
 
 
 def _version_of(name: str, fact: Facts) -> str:
     return fact.versions[name]
-
-
-def _is_bad(found: str) -> bool:
-    first, last = KNOWN_BAD_DEEPSPEED
-    try:
-        return Version(first) <= Version(found) <= Version(last)
-    except InvalidVersion:
-        return False
 
 
 def same_code(job: Job, facts: Sequence[Facts]) -> Findings:

@@ -70,11 +70,13 @@ class LimePipelineModule(PipelineModule):
             compile_layers((layer for layer in self._layers() if not isinstance(layer, ChunkSummary)), device)
 
     @property
-    def is_first_stage(self) -> bool:
+    def embeds_tokens(self) -> bool:
+        """Whether the stage begins with the token embedding."""
         return self.stage_id == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def computes_logits(self) -> bool:
+        """Whether the stage ends with the last norm and the head."""
         return self.stage_id == self.num_stages - 1
 
     def _partition_layers(self, method: str = "ours") -> None:
@@ -96,7 +98,7 @@ class LimePipelineModule(PipelineModule):
 
     def _layers(self) -> Sequence[nn.Module]:
         """The stage's decoder layers, and the chunk summaries between them."""
-        first, last = int(self.is_first_stage), 2 * int(self.is_last_stage)
+        first, last = int(self.embeds_tokens), 2 * int(self.computes_logits)
         return cast(Sequence[nn.Module], self.forward_funcs[first : len(self.forward_funcs) - last])
 
     def payload_shape(self, boundary: int, batch: int, length: int) -> tuple[int, ...]:
@@ -123,12 +125,12 @@ class LimePipelineModule(PipelineModule):
         if history is None:
             num_tokens = inputs.shape[:2].numel()
             history = open_history(config.model, self.layout, num_tokens, self.dtype, inputs.device)
-        if self.is_first_stage:
+        if self.embeds_tokens:
             hidden = embed(config.model, functions[0], inputs)
         else:
             hidden = unpack(inputs.to(self.dtype), config.model.hidden_size, history)
         hidden, released = run_layers(self._layers(), hidden, history, config.parallel.activation_checkpointing)
-        if not self.is_last_stage:
+        if not self.computes_logits:
             return pack(hidden, released, history).to(self.wire_dtype)
         norm, head = functions[-2:]
         return apply_head(config.model, norm, head, hidden)

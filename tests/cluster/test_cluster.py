@@ -266,7 +266,7 @@ def test_the_doctor_finds_what_is_wrong_with_a_host(cluster: Bed, dataset: Path,
     for expected in (
         r"warning: DS_ACCELERATOR, GLOO_SOCKET_IFNAME.*: set here, but `deepspeed` takes them nowhere",
         r"error: deepspeed differs: .* on host-a; 0\.19\.1 on host-b",
-        r"error: DeepSpeed 0\.19\.1 on host-b: 0\.18\.3 to 0\.19\.2 scale gradients wrongly",
+        r"error: deepspeed 0\.19\.1 on host-b: 0\.18\.3 to 0\.19\.2 scale gradients wrongly",
         r"ok: the same source files",
         r"error: the configuration differs: \w+ on host-a; \w+ on host-b",
         r"error: host-b: .*/train-.*\.bin: missing, though dataset\.json lists it",
