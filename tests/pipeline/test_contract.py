@@ -45,16 +45,30 @@ def tree_of(owner: type) -> ast.Module:
     return ast.parse(textwrap.dedent(inspect.getsource(owner)))
 
 
-def attributes_of_self(owner: type, context: type[ast.expr_context]) -> set[str]:
-    """Names that a class loads from, or stores to, ``self``."""
-    return {
-        node.attr
-        for node in ast.walk(tree_of(owner))
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, context)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "self"
+def loaded(owner: type) -> set[str]:
+    """Names that the methods of a class read from ``self``."""
+    return {node.attr for node in of_self(owner) if isinstance(node.ctx, ast.Load)}
+
+
+def stored(owner: type) -> set[str]:
+    """Names that the methods of a class assign to ``self``, its annotations and its ``self.__dict__[...] = ...`` included."""
+    subscripts = (node for node in ast.walk(tree_of(owner)) if isinstance(node, ast.Subscript))
+    entries = {
+        node.slice.value
+        for node in subscripts
+        if isinstance(node.slice, ast.Constant) and ast.unparse(node.value) == "self.__dict__"
     }
+    return (
+        {node.attr for node in of_self(owner) if isinstance(node.ctx, ast.Store)}
+        | entries
+        | set(inspect.get_annotations(owner))
+    )
+
+
+def of_self(owner: type) -> Iterator[ast.Attribute]:
+    for node in ast.walk(tree_of(owner)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            yield node
 
 
 def bases(owner: type, *packages: str) -> list[type]:
@@ -65,7 +79,7 @@ def bases(owner: type, *packages: str) -> list[type]:
 def names_of(owner: type, *packages: str) -> set[str]:
     """What these packages define for a class and its instances."""
     classes = bases(owner, *packages)
-    return {name for base in classes for name in {*vars(base), *attributes_of_self(base, ast.Store)}}
+    return {name for base in classes for name in {*vars(base), *stored(base)}}
 
 
 def parameters(function: Any) -> list[str]:
@@ -78,7 +92,7 @@ def parameters(function: Any) -> list[str]:
 def problem_of(owner: Any, name: str, expected: str) -> str:
     """How a name differs from the contract; empty if it does not."""
     if expected == INSTANCE:
-        missing = not any(name in attributes_of_self(base, ast.Store) for base in bases(owner, "deepspeed", "torch"))
+        missing = not any(name in stored(base) for base in bases(owner, "deepspeed", "torch"))
         return "no method assigns it" if missing else ""
     try:
         actual = inspect.getattr_static(owner, name)
@@ -168,7 +182,7 @@ def test_every_hook_is_still_called() -> None:
     """A private method that we override is of use only if a method of DeepSpeed calls it, or its instruction."""
     called = {method.__name__ for method in engine.PipelineEngine._INSTRUCTION_MAP.values()}
     for owner in (engine.LimeEngine, overlap.OverlapEngine, module.LimePipelineModule):
-        called |= {name for base in bases(owner, "deepspeed") for name in attributes_of_self(base, ast.Load)}
+        called |= {name for base in bases(owner, "deepspeed") for name in loaded(base)}
     for owner in derived_classes():
         hooks = {name for name in agreed(owner) if name in names_of(owner, "lime_dist") and re.match(r"_[^_]", name)}
         assert hooks <= called, owner
@@ -186,7 +200,7 @@ def test_the_instructions_are_those_that_the_engines_know() -> None:
 
 def test_what_the_engines_read_is_in_the_contract() -> None:
     for owner in derived_classes():
-        read = attributes_of_self(owner, ast.Load) - names_of(owner, "lime_dist") - {"parameters"}
+        read = loaded(owner) - names_of(owner, "lime_dist") - {"parameters"}
         assert read <= agreed(owner), owner
 
 
