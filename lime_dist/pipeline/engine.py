@@ -1,6 +1,7 @@
-"""DeepSpeed's PipelineEngine with those parts replaced that correct gradients need, whatever the schedule.
+"""DeepSpeed's PipelineEngine with the parts replaced that correct gradients need under any schedule.
 
-`LimeEngine` runs the stock schedule with its blocking transfers (``pipeline.engine: stock``); `overlap.py` has the other one.
+`LimeEngine` runs DeepSpeed's own schedule with its blocking transfers (``pipeline.engine: stock``); the engine in `overlap.py`
+derives from it. `lime_dist/contract.py` lists what both need of DeepSpeed.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """The ranks that a stage's optimizer talks to.
+    """The process groups that a stage's optimizer communicates over.
 
     Attributes:
         replicas: the ranks that hold this stage (data parallel).
-        pipeline: the ranks of one replica, over all stages.
-        tied: by exported name, the ranks of this replica that share the weight.
-        tied_copies: exported names whose weight another stage counts.
+        pipeline: the ranks of this replica, one per stage.
+        tied: by exported name of a tied weight, the ranks of this replica that hold a copy.
+        tied_copies: exported names of tied weights that another stage counts in the gradient norm.
     """
 
     replicas: dist.ProcessGroup
@@ -50,12 +51,12 @@ class ProcessGroups:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective or a transfer failed because another process is gone (gloo raises a plain RuntimeError)."""
+    """Whether a collective or a transfer failed because another process is gone. (gloo raises a plain RuntimeError.)"""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 class GradientOptimizer(Protocol):
-    """What the engine needs of an optimizer; `train/optim.py` has the one there is."""
+    """What the engine needs of an optimizer."""
 
     def reduce_gradients(self, loss: Tensor | None) -> None: ...
 
@@ -63,11 +64,11 @@ class GradientOptimizer(Protocol):
 
 
 class LimeEngine(PipelineEngine):
-    """Runs the stock schedule; gradients, norm, clipping and the update belong to ``optimizer``, set before the first step.
+    """Runs the stock schedule. ``optimizer``, set before the first step, owns gradients, norm, clipping and the update.
 
     Attributes:
-        counted_share: of the labels in training, those that the loss counts, where it does not count all; set by the entry.
-        validation_share: the same of the validation samples.
+        counted_share: fraction of the training labels that count in the loss; None if all do. Set by the entry.
+        validation_share: the same for validation samples.
     """
 
     optimizer: GradientOptimizer
@@ -81,21 +82,21 @@ class LimeEngine(PipelineEngine):
         mpu = module.mpu()
         super().__init__(args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu)
         self.lime_config = config
-        self.timers = NoopTimer()  # the stock one keeps two CUDA events a step for ever
+        self.timers = NoopTimer()  # the stock timers keep two CUDA events per step and never free them
         self.placement = gather_placement()
         self.watchdog = Watchdog(config.pipeline.timeout)
         self.clock = Clock(self.device)
         self._shape: tuple[int, int] | None = None
 
     def _broadcast_model(self) -> None:
-        """Nothing to do: initial values are a function of seed and name. (Stock: fails on a parameter without dimensions.)"""
+        """Nothing to do: initial values are a function of seed and name. (The stock method fails on scalar parameters.)"""
 
     def _tied_communicators(self) -> dict[str, dict[str, Any]]:
-        """By exported name: DeepSpeed's group, ranks and module of a weight that lives on two stages."""
+        """By exported name: DeepSpeed's group, ranks and module of a weight that two stages share."""
         return {f"{EMBEDDING}.weight": comm for comm in self.module.tied_comms.values() if len(set(comm["ranks"])) > 1}
 
     def process_groups(self) -> ProcessGroups:
-        """The groups of this rank's stage."""
+        """The process groups of this rank's stage."""
         tied = self._tied_communicators()
         return ProcessGroups(
             replicas=self.mpu.get_data_parallel_group(),
@@ -105,26 +106,26 @@ class LimeEngine(PipelineEngine):
         )
 
     def train_step(self, batches: Batches | None, micro_batches: int | None = None) -> float:
-        """One step; returns the mean loss over the global batch (nats per token), on every rank.
+        """Run one training step and return the mean loss over the global batch (nats per token), on every rank.
 
         Args:
-            micro_batches: of every replica; None: as the configured global batch has.
+            micro_batches: micro-batches per replica; None: as many as the configured global batch has.
 
         Raises:
-            PeerLost: another process of the job is gone; the line says which, and when it was missed.
+            PeerLost: another process of the job is gone; the message names it and the operation that failed.
         """
         self._use_shape(self.lime_config.train.micro_batch_size)
         self.micro_batches = micro_batches or self.gradient_accumulation_steps()
         with self.watching(f"the mean loss of step {self.global_steps + 1}"):
             loss = float(self.train_batch(batches))
-        self.clock.totals()  # the loss has been waited for: nothing is queued, and the clock's marks are let go
+        self.clock.totals()  # float() has synchronised the device, so this does not wait; it frees the clock's events
         return loss
 
     def evaluate(self, batches: Batches | None, micro_batches: int, micro_batch_size: int | None = None) -> float:
-        """Mean loss over ``micro_batches`` micro-batches of every replica, on every rank; changes nothing.
+        """Return the mean loss over ``micro_batches`` micro-batches of every replica, on every rank. No parameter changes.
 
         Args:
-            micro_batch_size: samples of one, on all ranks alike; None: as in training.
+            micro_batch_size: samples per micro-batch, the same on all ranks; None: as in training.
         """
         self._use_shape(micro_batch_size or self.lime_config.train.micro_batch_size)
         with (
@@ -132,35 +133,39 @@ class LimeEngine(PipelineEngine):
             self.clock.measuring(VALIDATION),
         ):
             loss = float(self.eval_batch(batches, num_micro_batches=micro_batches))
-        self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # the last logits
+        self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # free the last logits
         return loss
 
     def micro_batch_losses(self) -> list[float]:
-        """Of the newest step, on the last stage; empty on the others."""
+        """Losses of the last step's micro-batches on the last stage; empty on the others."""
         return [loss.item() for loss in self.fwd_outputs] if self.is_last_stage() else []
 
     def traffic(self) -> dict[str, Traffic]:
-        """What this stage has sent and received, by direction; the stock engine does not count."""
+        """Transfers of this stage so far, by direction; the stock engine does not count them."""
         return {}
 
     def _use_shape(self, micro_batch_size: int) -> None:
-        """Whatever stages exchange from now on is of micro-batches of this size. (The stock engine agrees on a shape once:
-        make it agree again when it changes.)"""
+        """Set the micro-batch size of the transfers that follow. (The stock engine announces shapes once: when the size changes,
+        make it announce them again.)"""
         shape = (micro_batch_size, self.lime_config.data.sequence_length)
         if self._shape != shape:
             self.reset_activation_shape()
             self._shape = shape
 
-    # -- where it is, should it not get on ----------------------------------------------------------------------------
+    # -- hang detection -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def watching(self, work: str, ranks: Sequence[int] | None = None) -> Iterator[None]:
-        """Watch a piece of work on this stage. Too long: the watchdog ends the process. A connection that breaks: PeerLost.
+        """Watch an operation of this stage: the watchdog ends the process if it takes too long.
 
-        On a GPU most work is queued, not waited for: what is named is where the host waited.
+        On a GPU most operations return before they have run, so the message names the one in which the host waited.
 
         Args:
-            ranks: whom the work is done with, unless ``work`` says so; None: all.
+            work: describes the operation in messages.
+            ranks: ranks that take part in it, unless ``work`` names them; None: all.
+
+        Raises:
+            PeerLost: a connection to another process broke.
         """
         company = self.placement.company(range(len(self.placement.hosts)) if ranks is None else ranks, self.global_rank)
         place = f"stage {self.stage_id} ({self.placement.name(self.global_rank)}), {work}{company}"
@@ -174,7 +179,7 @@ class LimeEngine(PipelineEngine):
             raise PeerLost(f"{place}: {reason}; ending the job") from error
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
-        """The stock loop, with every instruction watched and its time measured."""
+        """The stock loop, but every instruction is watched and timed."""
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         self.fwd_outputs: list[Tensor] = []
         counts: dict[str, int] = {}
@@ -189,7 +194,8 @@ class LimeEngine(PipelineEngine):
                     MethodType(self._INSTRUCTION_MAP[type(instruction)], self)(**instruction.kwargs)
 
     def _describe(self, instruction: schedule.PipeInstruction, count: int) -> str:
-        """An instruction, its micro-batch and its peer; the ``count``-th of its kind is about micro-batch ``count``."""
+        """An instruction with its micro-batch and its peer, for messages. The ``count``-th instruction of a kind belongs to
+        micro-batch ``count``."""
         name, step = type(instruction).__name__, f"step {self.global_steps + 1}"
         if not isinstance(instruction, schedule.BufferOpInstruction):
             return f"{name} of {step}"
@@ -202,7 +208,7 @@ class LimeEngine(PipelineEngine):
         return f"{name} of micro-batch {count} {direction} stage {stage} ({rank}), {step}"
 
     def _partners(self, instruction: schedule.PipeInstruction) -> Sequence[int] | None:
-        """Whom an instruction is performed with, beside the peer that `_describe` names; None: all ranks."""
+        """Ranks that take part in an instruction, besides the peer that `_describe` names; None: all ranks."""
         if isinstance(instruction, schedule.BufferOpInstruction):
             return ()
         if not isinstance(instruction, schedule.ReduceGrads):
@@ -211,20 +217,20 @@ class LimeEngine(PipelineEngine):
         return [*self.grid.dp_group, *sharing]
 
     def _rank_of(self, stage: int) -> int:
-        """Global rank of a stage of this replica."""
+        """Rank of a stage of this replica."""
         return int(self.grid.stage_to_global(stage))
 
     # -- instructions -------------------------------------------------------------------------------------------------
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
-        """Stock: also clones the payload, and hooks the output so that backward outside the engine is refused."""
+        """The stock method also clones the payload, and adds a hook that refuses a backward pass outside the engine."""
         outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
         self.pipe_buffers["outputs"][buffer_id] = outputs
         if self.is_last_stage():
             self.loss = self._add_loss(outputs, self.pipe_buffers["labels"][buffer_id])
 
     def _add_loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-        """The loss of a micro-batch, on the last stage; also added up for the step's mean."""
+        """Return the loss of a micro-batch on the last stage, and add it to the step's total."""
         share = self.counted_share if torch.is_grad_enabled() else self.validation_share
         loss: Tensor = self.module.loss_fn(logits_BTV, labels_BT, share)
         self.fwd_outputs.append(loss.detach())
@@ -232,7 +238,7 @@ class LimeEngine(PipelineEngine):
         return loss
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
-        """One backward per stage and micro-batch; the mean over micro-batches is taken at the loss."""
+        """One backward pass per stage and micro-batch. Dividing the loss gives the mean over micro-batches."""
         if self.is_last_stage():
             (self.loss / self.micro_batches).backward()
             self.loss = self.loss.detach()
@@ -241,7 +247,7 @@ class LimeEngine(PipelineEngine):
         self.pipe_buffers["outputs"][buffer_id] = None
 
     def _exec_reduce_tied_grads(self) -> None:
-        """Comes before ReduceGrads in the stock schedule; the optimizer adds tied gradients up after it."""
+        """Nothing to do: the optimizer sums tied gradients in `_exec_reduce_grads`, the next instruction."""
 
     def _exec_reduce_grads(self) -> None:
         self.optimizer.reduce_gradients(self.total_loss)
@@ -252,7 +258,7 @@ class LimeEngine(PipelineEngine):
         self.global_samples += self.train_batch_size()
 
     def _aggregate_total_loss(self) -> Tensor:
-        """The global batch's mean loss on every rank."""
+        """Mean loss of the global batch, on every rank."""
         loss = torch.zeros((), device=self.device)
         with self.clock.measuring(WAITING):
             if self.is_last_stage():
@@ -264,9 +270,9 @@ class LimeEngine(PipelineEngine):
             return self._bcast_pipe_scalar(loss)
 
     def _bcast_pipe_scalar(self, data: Tensor, src_rank: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Stock: always float32; here the precision that losses are computed in, at least float32."""
-        exact = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
-        return super()._bcast_pipe_scalar(data, src_rank, exact)
+        """Broadcast in the parameters' precision, in at least float32; the stock method always uses float32."""
+        accumulation_dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
+        return super()._bcast_pipe_scalar(data, src_rank, accumulation_dtype)
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,

@@ -1,4 +1,5 @@
-"""The decoder's flat list of layers as a DeepSpeed PipelineModule whose forward is ours: unpack once, run the blocks, pack once."""
+"""The decoder's flat list of layers as a DeepSpeed PipelineModule. Its forward pass is ours: unpack the payload once, run the
+stage's layers over it, pack once."""
 
 from __future__ import annotations
 
@@ -41,11 +42,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class LimePipelineModule(PipelineModule):
-    """The layers of this process's stage. Input: tokens [B, T] on the first stage, a payload [B, T, …] on the others;
-    output: logits [B, T, V] on the last stage, a payload on the others.
+    """The layers of this rank's stage. The input is tokens [B, T] on the first stage, a payload [B, T, …] on the others; the
+    output is logits [B, T, V] on the last stage, a payload on the others.
 
     Attributes:
-        wire_dtype: of payloads and their gradients.
+        wire_dtype: dtype of payloads and their gradients on their way between stages.
     """
 
     def __init__(self, config: Config, verbose: bool = False) -> None:
@@ -80,24 +81,24 @@ class LimePipelineModule(PipelineModule):
         return self.stage_id == self.num_stages - 1
 
     def _partition_layers(self, method: str = "ours") -> None:
-        """Cut the flat list by `stage_bounds`: embedding with the first decoder layers, norm and head with the last."""
+        """Cut the flat list at `stage_bounds`. The embedding goes to the first stage, norm and head to the last."""
         self.parts = [0, *(self._flat_index[layer_name(bound)] for bound in self.bounds[1:-1]), self._num_layers]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
 
     def _synchronize_tied_weights(self) -> None:
-        """Nothing to do: both copies of a tied weight start from the same values, a function of seed and name."""
+        """Nothing to do: initial values are a function of seed and name, so both copies of a tied weight are equal."""
 
     def _exported_parameters(self, specs: Sequence[LayerSpec]) -> dict[str, nn.Parameter]:
-        """This stage's parameters by exported name, in the order of the flat list; a tied weight once."""
-        found: dict[str, nn.Parameter] = {}
+        """This stage's parameters by exported name, in the order of the flat list; a tied weight appears once."""
+        parameters: dict[str, nn.Parameter] = {}
         for spec, module in zip(specs[self._local_start : self._local_stop], self.forward_funcs, strict=True):
             names = spec.exported_names(module)
-            found.update({names[local]: parameter for local, parameter in module.named_parameters()})
-        return found
+            parameters.update({names[local]: parameter for local, parameter in module.named_parameters()})
+        return parameters
 
     def _layers(self) -> Sequence[nn.Module]:
-        """The stage's decoder layers, and the chunk summaries between them."""
+        """The stage's decoder layers with the chunk summaries between them."""
         first, last = int(self.embeds_tokens), 2 * int(self.computes_logits)
         return cast(Sequence[nn.Module], self.forward_funcs[first : len(self.forward_funcs) - last])
 
@@ -140,7 +141,7 @@ Arguments = tuple[ModelConfig, int, torch.device, torch.dtype]
 
 
 class _Layer(DeepSpeedLayer):
-    """DeepSpeed's layer description around ours."""
+    """Wraps our description of a layer in DeepSpeed's."""
 
     def __init__(self, spec: LayerSpec, arguments: Arguments) -> None:
         super().__init__(nn.Module)
@@ -151,7 +152,7 @@ class _Layer(DeepSpeedLayer):
 
 
 class _TiedEmbedding(DeepSpeedTiedLayer):
-    """The embedding that is also the output projection; DeepSpeed keeps its copies on two stages together."""
+    """The embedding, which is also the output projection. DeepSpeed makes a process group for the stages that hold a copy."""
 
     def __init__(self, spec: LayerSpec, arguments: Arguments) -> None:
         super().__init__("embedding", nn.Module)
