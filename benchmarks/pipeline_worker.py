@@ -23,7 +23,7 @@ from lime_dist.model.decoder import apply_head, embed
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
-from lime_dist.train.optim import StageOptimizer
+from lime_dist.train.optim import make_stage_optimizer
 
 Payload = tuple[Tensor, Tensor]
 
@@ -79,9 +79,7 @@ def build(settings: dict[str, Any], variant: str) -> LimeEngine:
     module = (TupleModule if engine_name == "stock-tuple" else LimePipelineModule)(config)
     kinds = {"overlap": OverlapEngine, "stock": LimeEngine, "stock-tuple": TupleEngine}
     engine: LimeEngine = kinds[engine_name](module, config)
-    engine.optimizer = StageOptimizer(
-        module.exported_parameters, config.optimizer, config.train.steps, 0, engine.process_groups()
-    )
+    engine.optimizer = make_stage_optimizer(config, module.exported_parameters, engine.process_groups())
     return engine
 
 

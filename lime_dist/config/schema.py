@@ -5,9 +5,18 @@ Every key has a description. ``docs/configuration.md`` is made from them (`lime_
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS, choice_of
+
+if TYPE_CHECKING:
+    OptimizerName = str
+    LearningRateName = str
+else:
+    OptimizerName = choice_of(OPTIMIZERS)
+    LearningRateName = choice_of(LEARNING_RATES)
 
 
 class Section(BaseModel):
@@ -330,6 +339,10 @@ class CheckpointConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer and its learning rate. The defaults are the paper's settings."""
 
+    name: OptimizerName = Field("adamw", description="update rule")
+    schedule: LearningRateName = Field(
+        "cosine", description="course of the learning rates from the end of the warm-up to `min_lr`"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of all parameters but routers")
     router_lr: float = Field(
         1e-2, gt=0, description="peak learning rate of routers, chunk summaries and dynamic connection weights"

@@ -7,20 +7,19 @@ meant: what an allocator keeps back and what libraries and the process itself ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from lime_dist.config.precision import ITEM_BYTES
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.layout import block_ranges, block_size
 from lime_dist.model.parameters import EMBEDDING, Sizes, chunk_ends
 from lime_dist.model.policies import make_policy
 from lime_dist.pipeline.in_flight import AHEAD, warm_up_micro_batches
-from lime_dist.pipeline.owners import assign_owners
-
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+from lime_dist.pipeline.optimizer_memory import optimizer_bytes
 
 
 @dataclass(frozen=True)
@@ -128,38 +127,19 @@ def stage_memory(
     """
     layers = range(bounds[stage], bounds[stage + 1])
     is_tied = config.model.tie_word_embeddings and len(bounds) > 2
-    weights, *optimizer = optimizer_bytes(config, sizes, {EMBEDDING} if is_tied else set(), replicas)
+    weights, optimizer = optimizer_bytes(config, sizes, {EMBEDDING} if is_tied else set(), replicas)
     activations, history = kept.activations(layers), kept.history(layers)
     held, transfers = _held(config, kept, layers, stage, len(bounds) - 1, micro_batches)
     worst = int((held * (activations + history) + transfers).argmax())
     return StageMemory(
         weights=weights,
-        optimizer=sum(optimizer),
+        optimizer=optimizer,
         activations=int(held[worst]) * activations,
         history=int(held[worst]) * history,
         transfers=int(transfers[worst]),
         working=working_bytes(config, kept, layers),
         in_flight=int(held[worst]),
     )
-
-
-def optimizer_bytes(config: Config, sizes: Sizes, tied: Set[str], replicas: int) -> tuple[int, int, int, int]:
-    """Bytes of a stage's weights, accumulated gradients, masters and moments (`train/optim.py`).
-
-    Of the replica that owns most: with ZeRO-1 masters and moments are shared among the replicas, whole parameters each.
-
-    Args:
-        sizes: of the stage's parameters, of which those in ``tied`` lie on another stage as well.
-    """
-    size = ITEM_BYTES[config.precision]
-    total, exact = sum(sizes.values()), max(size, 4)
-    own = total
-    if config.parallel.zero_stage == 1 and replicas > 1:
-        loads = [0] * replicas
-        for name, owner in assign_owners(sizes, replicas, tied).items():
-            loads[owner] += sizes[name]
-        own = max(loads)
-    return total * size, total * exact, own * exact if size < exact else 0, 2 * own * exact
 
 
 def _held(

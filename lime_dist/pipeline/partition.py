@@ -14,15 +14,13 @@ import numpy.typing as npt
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
+from lime_dist.model.parameters import EMBEDDING, layer_parameters, summary_parameters
 from lime_dist.pipeline.in_flight import AHEAD, micro_batches_in_flight
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes
+from lime_dist.pipeline.optimizer_memory import parameter_bytes
 
 TOLERANCE = 0.05
 """How much costlier than with the best cut by compute the costliest stage may be, for the sake of cuts at chunk ends."""
-
-PARAMETER_BYTES = {"fp32": 16, "bf16": 18, "fp64": 32}
-"""Of a parameter: weight, gradient, both moments, and with bf16 the float32 master. ZeRO-1, which shares the latter among
-replicas, is left out: how many there will be is unknown here."""
 
 Costs = npt.NDArray[np.float64]
 """[L + 1, L + 1]: of a stage that holds layers begin … end−1; infinite where that is none."""
@@ -86,7 +84,9 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     size, kept = ITEM_BYTES[config.precision], MicroBatchBytes.of(config)
     history = range_sums(kept.made) + np.array(kept.crossing)[:, None]
     activations = range_sums(kept.layers) + np.array(kept.received)[:, None] + history
-    fixed = range_sums([_layer_parameter_bytes(config, layer) for layer in range(model.num_hidden_layers)])
+    layers = range(model.num_hidden_layers)
+    parameters = [layer_parameters(model, layer) | summary_parameters(model, layer) for layer in layers]
+    fixed = range_sums([parameter_bytes(config, sizes) for sizes in parameters])
     landing = history if kept.lands else np.array(kept.sent)[:, None]
     if model.architecture == "lime" and model.lime.routes == "hidden":
         fixed += history * max(size, 4) / size  # gradients, of the micro-batch that is walked backwards
@@ -94,8 +94,12 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     overlaps = config.pipeline.engine == "overlap"
     extra = config.pipeline.extra_in_flight if overlaps else 0
     micro_batches = max(1, train.global_batch_size // train.micro_batch_size)
-    norm = PARAMETER_BYTES[config.precision] * model.hidden_size
-    embedding = norm * model.vocab_size
+    embedding = parameter_bytes(config, {EMBEDDING: model.vocab_size * model.hidden_size})
+    norm = parameter_bytes(config, {"model.norm.weight": model.hidden_size})
+    head = parameter_bytes(
+        config,
+        {EMBEDDING if model.tie_word_embeddings else "lm_head.weight": model.vocab_size * model.hidden_size},
+    )
 
     def of_stage(stage: int) -> Costs:
         own, once = 0, 0
@@ -106,20 +110,13 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
             own += kept.head
             once += norm
             if stage > 0 or not model.tie_word_embeddings:
-                once += embedding
+                once += head
         found: Costs = (activations + own) * micro_batches_in_flight(micro_batches, stages, stage, extra) + fixed + once
         if stage > 0 and overlaps:
             found = found + AHEAD * landing
         return found
 
     return of_stage
-
-
-def _layer_parameter_bytes(config: Config, layer: int) -> int:
-    """Of the parameters of a decoder layer and of the summary that it ends, with their gradients and optimizer states."""
-    model = config.model
-    count = cost.layer_parameters(model, layer) + cost.summary_parameters(model, range(layer, layer + 1))
-    return PARAMETER_BYTES[config.precision] * count
 
 
 def range_sums(values: Sequence[float]) -> Costs:

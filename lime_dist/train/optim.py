@@ -1,13 +1,17 @@
-"""AdamW over one stage: float32 masters and gradient accumulation, ZeRO-1 sharding, one global gradient norm, one clip.
+"""The optimizer of one stage: gradient accumulation in at least float32, ZeRO 1, one global gradient norm, clipping, publishing.
 
-The same code serves fp32, bf16 and fp64, ZeRO 0 and 1. All parameters of a stage live in one flat buffer, ordered by
-owner (the data-parallel rank that updates them; with ZeRO 0 every rank owns all), then by optimizer group:
+Which states are kept of a parameter and how one update is computed is the business of `lime_dist.train.optimizers`; how
+learning rates change over steps, of `lime_dist.train.learning_rates`.
 
-    flat_weights   in the precision of the run; parameters are views into it
-    flat_gradients float32 (float64 in fp64 runs); micro-batches add up here
-    masters        float32; the owner's segment only, the weights themselves where their precision suffices
+The same code serves fp32, bf16 and fp64, ZeRO 0 and 1. All parameters of a stage lie in flat buffers, in the order of
+`flat_layout`: by owner (the replica that updates them; with ZeRO 0 every replica owns everything), then by group.
 
-A step: gradients are averaged over the replicas, tied ones summed over their stages, the global norm is computed, the owner updates its segment, and replicas exchange segments.
+    flat_weights    in the precision of the run; the model's parameters are views into it
+    flat_gradients  float32 (float64 in fp64 runs); micro-batches are accumulated here
+    masters         float32 (float64); this rank's part only. The weights themselves if they have this type
+
+A step: gradients are averaged over replicas, gradients of tied weights are summed over their stages, the global norm is
+computed, each owner updates its part, and replicas exchange the new weights.
 """
 
 from __future__ import annotations
@@ -15,188 +19,197 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS
 from lime_dist.config.schema import Config, OptimizerConfig
-from lime_dist.model.init import GROUPS, Group, parameter_group
+from lime_dist.model.groups import Group, optimizer_group
+from lime_dist.model.optimizer_states import WEIGHT
 from lime_dist.pipeline.clock import WAITING, Clock
 from lime_dist.pipeline.engine import LimeEngine, ProcessGroups
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
-from lime_dist.pipeline.owners import assign_owners
-
-
-def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning-rate factor of the update after ``step`` earlier ones: linear warm-up, then cosine to min_lr / lr."""
-    floor = config.min_lr / config.lr
-    if step < config.warmup_steps:
-        return max(floor, (step + 1) / config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@dataclass(frozen=True)
-class _Place:
-    owner: int
-    group: Group
-    begin: int
-    end: int
+from lime_dist.train.flat_layout import Place, owner_ranges, place_parameters
+from lime_dist.train.learning_rates.base import LearningRate
+from lime_dist.train.optimizers.base import Optimizer, ParameterGroup, Span
 
 
 class StageOptimizer:
-    """AdamW for the parameters of one stage.
+    """Updates the parameters of one stage. All ranks call each method together, unless it says otherwise.
 
     Args:
-        parameters: by exported name; all of one type and device. Their memory moves into one flat buffer.
-        zero_stage: 0: every replica updates everything; 1: each replica updates the segment that it owns.
+        parameters: by exported name; all of one type and on one device. Their memory moves into one flat buffer.
+        groups: optimizer group of each parameter.
+        optimizer: the update rule.
+        learning_rate: the schedule of learning rates.
+        config: learning rates, weight decay and the norm to clip at.
+        zero_stage: 0: every replica updates everything; 1: each replica updates the parameters that it owns.
+        process_groups: the ranks that share this stage, and its tied weights.
+        clock: counts the time in which the global norm waits for other ranks.
+
+    Attributes:
+        step_count: updates applied so far.
+        skipped_steps: steps whose update was skipped because the gradient norm was not finite.
+        gradient_norm: global norm of the newest step, before clipping.
+        stage_gradient_norm: this stage's part of it, a scalar on the device.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
+        groups: Mapping[str, Group],
+        optimizer: Optimizer,
+        learning_rate: LearningRate,
         config: OptimizerConfig,
-        total_steps: int,
         zero_stage: int,
-        groups: ProcessGroups,
+        process_groups: ProcessGroups,
+        clock: Clock | None = None,
     ) -> None:
-        self.config, self.total_steps, self.groups = config, total_steps, groups
+        self._optimizer, self._learning_rate, self._config = optimizer, learning_rate, config
+        self._process_groups, self._clock = process_groups, clock
         self.parameters = dict(parameters)
         self.step_count = 0
         self.skipped_steps = 0
         self.gradient_norm = 0.0
-        self.stage_gradient_norm = torch.zeros(())  # of this stage's part, before clipping; on the device
-        self.clock: Clock | None = None
-        self.width = dist.get_world_size(groups.replicas)
-        self.is_sharded = zero_stage == 1 and self.width > 1
-        self.rank = dist.get_rank(groups.replicas) if self.is_sharded else 0
+        self.stage_gradient_norm = torch.zeros(())
+        self._replicas = dist.get_world_size(process_groups.replicas)
+        self.is_sharded = zero_stage == 1 and self._replicas > 1
+        self._owner = dist.get_rank(process_groups.replicas) if self.is_sharded else 0
 
-        self._places = _assign(self.parameters, self.width if self.is_sharded else 1, frozenset(groups.tied))
+        owners = self._replicas if self.is_sharded else 1
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        states = {name: optimizer.states(name, groups[name]) for name in shapes}
+        self._places = place_parameters(shapes, groups, states, owners, process_groups.tied.keys())
+        self._ranges = owner_ranges(self._places, owners)
+
         first = next(iter(self.parameters.values()))
-        exact = torch.promote_types(first.dtype, torch.float32)
+        accumulation_dtype = torch.promote_types(first.dtype, torch.float32)
         size = sum(parameter.numel() for parameter in self.parameters.values())
         self.flat_weights = torch.empty(size, dtype=first.dtype, device=first.device)
-        self.flat_gradients = torch.zeros(size, dtype=exact, device=first.device)
-        for name, parameter in self.parameters.items():
-            view = self._view(self.flat_weights, name)
-            view.copy_(parameter.data)
-            parameter.data = view
-        self._segments = _segments(self._places, self.width if self.is_sharded else 1)
-        begin, end = self._segments[self.rank]
+        self.flat_gradients = torch.zeros(size, dtype=accumulation_dtype, device=first.device)
+        self._move_parameters()
+        begin, end = self._ranges[self._owner]
         own = self.flat_weights[begin:end]
-        self.masters = own if own.dtype == exact else own.to(exact)
-        self._collect_gradients(exact)
-        self.adam: torch.optim.AdamW | None = None  # a replica may own nothing: more replicas than tensors
-        if adam_groups := self._adam_groups(begin):
-            self.adam = torch.optim.AdamW(adam_groups, betas=config.betas, eps=config.eps, fused=True, lr=config.lr)
-        for group in self._own_groups():
-            for weight in group["params"]:
-                assert self.adam is not None
-                self.adam.state[weight] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-                    "exp_avg": torch.zeros_like(weight),
-                    "exp_avg_sq": torch.zeros_like(weight),
-                }
+        self.masters = own if own.dtype == accumulation_dtype else own.to(accumulation_dtype)
+        self.parameter_groups = self._make_parameter_groups()
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
         place = self._places[name]
-        return flat[place.begin : place.end].view(self.parameters[name].shape)
+        return flat[place.begin : place.end].view(place.shape)
 
-    def _collect_gradients(self, exact: torch.dtype) -> None:
-        """Make backward add into flat_gradients: directly where the type allows, else through a hook."""
+    def _move_parameters(self) -> None:
+        """Make parameters views of flat_weights, and backward add to flat_gradients: directly if the type allows, else by a hook."""
         for name, parameter in self.parameters.items():
-            view = self._view(self.flat_gradients, name)
-            if parameter.dtype == exact:
-                parameter.grad = view
+            weight, gradient = self._view(self.flat_weights, name), self._view(self.flat_gradients, name)
+            weight.copy_(parameter.data)
+            parameter.data = weight
+            if weight.dtype == gradient.dtype:
+                parameter.grad = gradient
             else:
-                parameter.register_post_accumulate_grad_hook(lambda p, view=view: _move_gradient(p, view))
+                parameter.register_post_accumulate_grad_hook(lambda p, gradient=gradient: _move_gradient(p, gradient))
 
-    def _adam_groups(self, begin: int) -> list[dict[str, object]]:
-        """One AdamW group per optimizer group that has elements in this rank's segment; each is one flat tensor."""
-        found: list[dict[str, object]] = []
-        for group in GROUPS:
-            places = [place for place in self._places.values() if place.owner == self.rank and place.group == group]
-            if not places:
-                continue
-            start, stop = min(place.begin for place in places), max(place.end for place in places)
-            weight = self.masters[start - begin : stop - begin]
-            weight.grad = self.flat_gradients[start:stop]
-            decay = self.config.weight_decay if group == "matrices" else 0.0
-            found.append({"params": [weight], "weight_decay": decay, "name": group, "start": start})
-        return found
-
-    def _own_groups(self) -> list[dict[str, Any]]:
-        return self.adam.param_groups if self.adam is not None else []
+    def _make_parameter_groups(self) -> list[ParameterGroup]:
+        """The parameters that this rank updates: one `ParameterGroup` per optimizer group and set of states, in their order."""
+        kinds: dict[tuple[Group, tuple[str, ...]], dict[str, Place]] = {}
+        for name, place in self._places.items():
+            if place.owner == self._owner:
+                kinds.setdefault((place.group, place.states), {})[name] = place
+        offset, _ = self._ranges[self._owner]
+        groups = []
+        for (group, states), places in kinds.items():
+            begin, end = min(place.begin for place in places.values()), max(place.end for place in places.values())
+            weight = self.masters[begin - offset : end - offset]
+            groups.append(
+                ParameterGroup(
+                    group=group,
+                    spans={
+                        name: Span(place.begin - begin, place.end - begin, place.shape)
+                        for name, place in places.items()
+                    },
+                    weight=weight,
+                    gradient=self.flat_gradients[begin:end],
+                    states={state: torch.zeros_like(weight) for state in states},
+                    weight_decay=self._config.weight_decay if group == "matrices" else 0.0,
+                )
+            )
+        return groups
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def learning_rates(self) -> tuple[float, float]:
-        """(lr, router_lr) of the next update."""
-        factor = schedule_factor(self.config, self.step_count, self.total_steps)
-        return self.config.lr * factor, self.config.router_lr * factor
+        """(lr, router_lr) of the next update. Any rank may call it alone."""
+        factor = self._learning_rate.factor(self.step_count)
+        return self._config.lr * factor, self._config.router_lr * factor
+
+    def gradient(self, name: str) -> Tensor:
+        """A view of a parameter's accumulated gradient, in the parameter's shape. Any rank may call it alone."""
+        return self._view(self.flat_gradients, name)
 
     def reduce_gradients(self, loss: Tensor | None = None) -> None:
-        """Average over replicas, then add up over the stages that share a tied weight.
+        """Average gradients over replicas, then sum gradients of tied weights over the stages that share them.
 
-        A ``loss`` that is not finite (scalar, on the last stage) makes a gradient that is not, so that all ranks skip the step.
+        The order matters. A tied weight lies at different places of the stages' flat buffers, so the sum over replicas may be
+        taken in a different order on each stage. A sum over two stages is the same on both, and copies of a tied weight must
+        not drift apart.
 
-        In this order: a tied weight lies elsewhere in each stage's flat buffer, so that replicas may be added in another
-        order there, while a sum of two is the same on both; its copies must not drift apart.
+        Args:
+            loss: scalar, on the last stage. If it is not finite, neither is the gradient norm, so that all ranks skip the update.
         """
         if loss is not None:
             self.flat_gradients[:1] += torch.where(loss.isfinite(), 0.0, math.nan).to(self.flat_gradients)
         self._average_over_replicas()
-        for name in sorted(self.groups.tied):
-            if self._places[name].owner == self.rank:
-                dist.all_reduce(self._view(self.flat_gradients, name), group=self.groups.tied[name])
+        for name in sorted(self._process_groups.tied):
+            if self._places[name].owner == self._owner:
+                dist.all_reduce(self.gradient(name), group=self._process_groups.tied[name])
 
     def _average_over_replicas(self) -> None:
-        """With ZeRO 1 each owner receives its own segment only."""
-        if self.width == 1:
+        """With ZeRO 1 each owner receives the gradients of its own parameters only."""
+        if self._replicas == 1:
             return
-        self.flat_gradients /= self.width
+        self.flat_gradients /= self._replicas
         if not self.is_sharded:
-            dist.all_reduce(self.flat_gradients, group=self.groups.replicas)
+            dist.all_reduce(self.flat_gradients, group=self._process_groups.replicas)
             return
-        for owner, (begin, end) in enumerate(self._segments):
+        for owner, (begin, end) in enumerate(self._ranges):
             if end > begin:
-                target = dist.get_global_rank(self.groups.replicas, owner)
-                dist.reduce(self.flat_gradients[begin:end], target, group=self.groups.replicas)
+                target = dist.get_global_rank(self._process_groups.replicas, owner)
+                dist.reduce(self.flat_gradients[begin:end], target, group=self._process_groups.replicas)
 
     def global_norm(self) -> float:
-        """The 2-norm of the whole model's gradient, the same number on every rank; a tied weight counts once."""
+        """2-norm of the gradient of the whole model, the same number on every rank; a tied weight counts once."""
         total = torch.zeros((), dtype=torch.float64, device=self.flat_gradients.device)
-        for name, place in self._places.items():
-            if place.owner == self.rank and name not in self.groups.tied_copies:
-                total += torch.linalg.vector_norm(self._view(self.flat_gradients, name), dtype=torch.float64) ** 2
-        with self.clock.measuring(WAITING) if self.clock is not None else nullcontext():
+        for name in self.owned_names():
+            total += torch.linalg.vector_norm(self.gradient(name), dtype=torch.float64) ** 2
+        with self._clock.measuring(WAITING) if self._clock is not None else nullcontext():
             if self.is_sharded:
-                dist.all_reduce(total, group=self.groups.replicas)
+                dist.all_reduce(total, group=self._process_groups.replicas)
             self.stage_gradient_norm = total.sqrt()
-            dist.all_reduce(total, group=self.groups.pipeline)
+            dist.all_reduce(total, group=self._process_groups.pipeline)
             return math.sqrt(total.item())
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Clip by the global norm and update; False (and no change) if the norm is not finite. Clears the gradients."""
+        """Clip by the global norm, update, and clear the gradients.
+
+        Returns:
+            False, and nothing is changed, if the norm is not finite.
+        """
         self.gradient_norm = self.global_norm()
         applied = math.isfinite(self.gradient_norm)
         if applied:
-            scale = self.config.max_grad_norm / (self.gradient_norm + 1e-6)
-            begin, end = self._segments[self.rank]
+            scale = self._config.max_grad_norm / (self.gradient_norm + 1e-6)
+            begin, end = self._ranges[self._owner]
             if scale < 1:
                 self.flat_gradients[begin:end] *= scale
             lr, router_lr = self.learning_rates()
-            for group in self._own_groups():
-                group["lr"] = router_lr if group["name"] == "routers" else lr
-            if self.adam is not None:
-                self.adam.step()
+            for group in self.parameter_groups:
+                group.lr = router_lr if group.group == "routers" else lr
+            self._optimizer.update(self.parameter_groups, self.step_count + 1)
             self._publish()
             self.step_count += 1
         else:
@@ -205,72 +218,45 @@ class StageOptimizer:
         return applied
 
     def _publish(self) -> None:
-        """Masters -> weights of every replica."""
-        begin, end = self._segments[self.rank]
+        """Copy masters to the weights of every replica."""
+        begin, end = self._ranges[self._owner]
         if self.masters.dtype != self.flat_weights.dtype:
             self.flat_weights[begin:end].copy_(self.masters)
         if self.is_sharded:
-            for owner, (first, last) in enumerate(self._segments):
+            for owner, (first, last) in enumerate(self._ranges):
                 if last > first:
-                    source = dist.get_global_rank(self.groups.replicas, owner)
-                    dist.broadcast(self.flat_weights[first:last], source, group=self.groups.replicas)
+                    source = dist.get_global_rank(self._process_groups.replicas, owner)
+                    dist.broadcast(self.flat_weights[first:last], source, group=self._process_groups.replicas)
 
-    # -- layout-free state --------------------------------------------------------------------------------------------
+    # -- state by parameter, which does not depend on the layout; any rank may call these alone -----------------------
 
     def owned_names(self) -> list[str]:
-        """Exported names whose state this rank holds; a tied weight belongs to the stage that counts it."""
-        return [
-            name
-            for name, place in self._places.items()
-            if place.owner == self.rank and name not in self.groups.tied_copies
-        ]
-
-    def state(self, name: str) -> dict[str, Tensor]:
-        """Views of one parameter's float32 weight and moments, by {weight, exp_avg, exp_avg_sq}; writable."""
-        place, shape = self._places[name], self.parameters[name].shape
-        if place.owner != self.rank:
-            raise KeyError(f"{name} is owned by replica {place.owner}")
-        for group in self._own_groups():
-            if group["name"] == place.group:
-                assert self.adam is not None
-                (weight,) = group["params"]
-                begin, end = place.begin - group["start"], place.end - group["start"]
-                moments = self.adam.state[weight]
-                return {
-                    "weight": weight[begin:end].view(shape),
-                    "exp_avg": moments["exp_avg"][begin:end].view(shape),
-                    "exp_avg_sq": moments["exp_avg_sq"][begin:end].view(shape),
-                }
-        raise KeyError(name)
+        """Parameters whose state this rank holds and saves. A tied weight belongs to the stage that counts it."""
+        return [name for name in self.local_names() if name not in self._process_groups.tied_copies]
 
     def local_names(self) -> list[str]:
-        """Exported names that this rank updates: its owned ones and its copies of tied weights."""
-        return [name for name, place in self._places.items() if place.owner == self.rank]
+        """Parameters that this rank updates: those that it owns, and its copies of tied weights."""
+        return [name for name, place in self._places.items() if place.owner == self._owner]
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Writable views of a parameter's master weight (``weight``) and of its optimizer states, in at least float32.
+
+        Raises:
+            KeyError: another replica owns the parameter.
+        """
+        for group in self.parameter_groups:
+            if name in group.spans:
+                return {key: group.view(flat, name) for key, flat in ((WEIGHT, group.weight), *group.states.items())}
+        raise KeyError(f"{name} is owned by replica {self._places[name].owner}")
 
     def restore_finished(self, step_count: int) -> None:
-        """Call after writing into every `state`: sets the step and publishes the weights."""
+        """Complete a restore, after every `state` has been written: set the step and publish the weights.
+
+        With ZeRO 1 all replicas call it together.
+        """
         self.step_count = step_count
-        for group in self._own_groups():
-            assert self.adam is not None
-            for weight in group["params"]:
-                self.adam.state[weight]["step"].fill_(float(step_count))
         with torch.no_grad():
             self._publish()
-
-
-def build_engine(config: Config, verbose: bool = False) -> tuple[LimeEngine, StageOptimizer]:
-    """This process's stage, the engine that runs it and the optimizer that updates it; called on every rank."""
-    module = LimePipelineModule(config, verbose)
-    engine = (LimeEngine if config.pipeline.engine == "stock" else OverlapEngine)(module, config)
-    optimizer = StageOptimizer(
-        module.exported_parameters,
-        config.optimizer,
-        config.train.steps,
-        config.parallel.zero_stage,
-        engine.process_groups(),
-    )
-    engine.optimizer, optimizer.clock = optimizer, engine.clock
-    return engine, optimizer
 
 
 def _move_gradient(parameter: Tensor, view: Tensor) -> None:
@@ -279,26 +265,27 @@ def _move_gradient(parameter: Tensor, view: Tensor) -> None:
     parameter.grad = None
 
 
-def _assign(parameters: Mapping[str, nn.Parameter], owners: int, tied: frozenset[str]) -> dict[str, _Place]:
-    """Where each parameter lies: offsets by (owner, group, given order)."""
-    owner_of = assign_owners({name: parameter.numel() for name, parameter in parameters.items()}, owners, tied)
-    group_of = {name: parameter_group(name) for name in parameters}
-    places: dict[str, _Place] = {}
-    offset = 0
-    for name in sorted(parameters, key=lambda name: (owner_of[name], GROUPS.index(group_of[name]))):
-        end = offset + parameters[name].numel()
-        places[name] = _Place(owner_of[name], group_of[name], offset, end)
-        offset = end
-    assert set(places) == set(parameters) and offset == sum(p.numel() for p in parameters.values())
-    return places
+def make_stage_optimizer(
+    config: Config, parameters: Mapping[str, nn.Parameter], process_groups: ProcessGroups, clock: Clock | None = None
+) -> StageOptimizer:
+    """The optimizer that a configuration names, for the parameters of one stage."""
+    settings = config.optimizer
+    return StageOptimizer(
+        parameters,
+        groups={name: optimizer_group(config.model, name) for name in parameters},
+        optimizer=OPTIMIZERS[settings.name](settings),
+        learning_rate=LEARNING_RATES[settings.schedule](settings, config.train.steps),
+        config=settings,
+        zero_stage=config.parallel.zero_stage,
+        process_groups=process_groups,
+        clock=clock,
+    )
 
 
-def _segments(places: Mapping[str, _Place], owners: int) -> list[tuple[int, int]]:
-    """[begin, end) of every owner in the flat buffer; an owner without parameters has an empty segment."""
-    segments = []
-    offset = 0
-    for owner in range(owners):
-        end = max((place.end for place in places.values() if place.owner == owner), default=offset)
-        segments.append((offset, end))
-        offset = end
-    return segments
+def build_engine(config: Config, verbose: bool = False) -> tuple[LimeEngine, StageOptimizer]:
+    """This process's stage, the engine that runs it and the optimizer that updates it; called on every rank."""
+    module = LimePipelineModule(config, verbose)
+    engine = (LimeEngine if config.pipeline.engine == "stock" else OverlapEngine)(module, config)
+    optimizer = make_stage_optimizer(config, module.exported_parameters, engine.process_groups(), engine.clock)
+    engine.optimizer = optimizer
+    return engine, optimizer

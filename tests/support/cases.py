@@ -64,8 +64,8 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
     with torch.no_grad():
         for name, parameter in optimizer.parameters.items():
             perturb(name, parameter)
-        begin, end = optimizer._segments[optimizer.rank]
-        optimizer.masters.copy_(optimizer.flat_weights[begin:end])
+        for name in optimizer.local_names():
+            optimizer.state(name)["weight"].copy_(optimizer.parameters[name])
     replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
     result: dict[str, Any] = {
         "stage": engine.stage_id,
@@ -80,9 +80,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
 
     def recorded_update() -> bool:
         if "gradients" not in result:
-            result["gradients"] = {
-                name: optimizer._view(optimizer.flat_gradients, name).clone() for name in optimizer.local_names()
-            }
+            result["gradients"] = {name: optimizer.gradient(name).clone() for name in optimizer.local_names()}
         return update()
 
     optimizer.step = recorded_update

@@ -79,16 +79,16 @@ def one_tensor_over_four_replicas(zero_stage: int) -> list[float]:
     """One step of the optimizer alone, on a model of one tensor."""
     import torch.distributed as dist
 
-    from lime_dist.config.schema import OptimizerConfig
     from lime_dist.pipeline.engine import ProcessGroups
-    from lime_dist.train.optim import StageOptimizer
+    from lime_dist.train.optim import make_stage_optimizer
 
     replicas = dist.new_group(range(4))
     alone = [dist.new_group([rank]) for rank in range(4)][dist.get_rank()]
     parameter = torch.nn.Parameter(torch.ones(3))
-    config = OptimizerConfig(lr=0.1, min_lr=0.1, warmup_steps=0)
+    settings = {"lr": 0.1, "min_lr": 0.1, "warmup_steps": 0}
+    config = make_config({"optimizer": settings, "parallel": {"zero_stage": zero_stage}}, "a test")
     groups = ProcessGroups(replicas=replicas, pipeline=alone, tied={}, tied_copies=frozenset())
-    optimizer = StageOptimizer({"model.norm.weight": parameter}, config, 10, zero_stage, groups)
+    optimizer = make_stage_optimizer(config, {"model.norm.weight": parameter}, groups)
     (parameter * (1 + dist.get_rank())).sum().backward()
     optimizer.reduce_gradients()
     assert optimizer.step()

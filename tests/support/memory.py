@@ -16,9 +16,7 @@ def measure_stage(values: dict[str, Any]) -> dict[str, Any]:
     config, engine, optimizer = build(values)
     losses_of(config, engine, range(1))
     kept = [optimizer.flat_weights, optimizer.flat_gradients, optimizer.masters]
-    if optimizer.adam is not None:
-        for state in optimizer.adam.state.values():
-            kept += [state["exp_avg"], state["exp_avg_sq"]]
+    kept += [state for group in optimizer.parameter_groups for state in group.states.values()]
     before = {name: traffic.bytes for name, traffic in engine.traffic().items()}
     gc.collect()
     with LiveBytes() as count:

@@ -1,32 +1,31 @@
-"""Protects the schedule, and that a step with a gradient that is not finite changes nothing."""
+"""Tests of the stage optimizer: learning rates, skipped updates, and replicas that own no parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
-import torch
 from support.workers import WorkerGroup
 
 from lime_dist.config.schema import OptimizerConfig
-from lime_dist.train.optim import _assign, _segments, schedule_factor
+from lime_dist.train.flat_layout import owner_ranges, place_parameters
+from lime_dist.train.learning_rates.cosine import Cosine
 
 
-def test_schedule() -> None:
+def test_cosine_schedule() -> None:
     config = OptimizerConfig(lr=1e-3, min_lr=1e-5, warmup_steps=10)
-    factors = [schedule_factor(config, step, 110) for step in range(120)]
+    schedule = Cosine(config, 110)
+    factors = [schedule.factor(step) for step in range(120)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and factors[10] == 1.0
     assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
     assert factors[60] == pytest.approx(0.01 + 0.99 / 2)
     assert factors[110] == factors[119] == pytest.approx(0.01)
-    assert (
-        min(schedule_factor(OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=1000), s, 2000) for s in range(2000))
-        == 0.1
-    )
+    long_warmup = Cosine(OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=1000), 2000)
+    assert min(map(long_warmup.factor, range(2000))) == 0.1
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
-def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks(
+def test_all_ranks_skip_an_update_with_a_non_finite_gradient(
     workers: Callable[[int], WorkerGroup], zero_stage: int
 ) -> None:
     group = workers(4)
@@ -43,7 +42,17 @@ def test_a_replica_that_owns_nothing_trains_along(workers: Callable[[int], Worke
 
 
 def test_more_replicas_than_tensors() -> None:
-    """With ZeRO 1 a replica may own nothing; its segment is empty and everything else stays as it is."""
-    parameters = {"model.norm.weight": torch.nn.Parameter(torch.ones(3))}
-    places = _assign(parameters, 4, frozenset())
-    assert _segments(places, 4) == [(0, 3), (3, 3), (3, 3), (3, 3)]
+    """With ZeRO 1 a replica may own nothing: its range is empty and all others are as they would be without it."""
+    name = "model.norm.weight"
+    places = place_parameters({name: (3,)}, {name: "plain"}, {name: ("exp_avg",)}, 4, frozenset())
+    assert owner_ranges(places, 4) == [(0, 3), (3, 3), (3, 3), (3, 3)]
+
+
+def test_parameters_with_the_same_states_lie_together() -> None:
+    """Within an owner: by group, then by states, then in the given order."""
+    groups = {"a": "matrices", "b": "plain", "c": "matrices", "d": "matrices"}
+    states = {"a": ("momentum",), "b": ("moment",), "c": ("moment",), "d": ("momentum",)}
+    places = place_parameters(dict.fromkeys(groups, (2, 3)), groups, states, 1, frozenset())  # type: ignore[arg-type]
+    assert [(name, place.begin, place.end) for name, place in places.items()] == [
+        ("c", 0, 6), ("a", 6, 12), ("d", 12, 18), ("b", 18, 24),
+    ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Optimizers, one file each; ``optimizer.name`` chooses. Importing this package does not import torch: plans read it too."""

@@ -1,0 +1,83 @@
+"""What an optimizer is: which states it keeps of a parameter, and one update of the parameters of a rank.
+
+`StageOptimizer` does what all optimizers share: it accumulates and reduces gradients, shards states (ZeRO 1), clips by the
+global norm and publishes the new weights. It asks the optimizer for the states to allocate and hands it the groups to update.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lime_dist.config.schema import OptimizerConfig
+from lime_dist.model.groups import Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one parameter lies in the flat tensors of its `ParameterGroup`."""
+
+    begin: int
+    end: int
+    shape: tuple[int, ...]
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters of one optimizer group that keep the same states, one after the other in flat tensors of n elements.
+
+    Attributes:
+        group: the optimizer group.
+        spans: place of each parameter, by exported name. Parameters are whole: no rank holds a part of one.
+        weight: master weights [n].
+        gradient: gradients [n], averaged and clipped.
+        states: the optimizer's states [n] each, by name; zero before the first update.
+        weight_decay: weight decay of the group.
+        lr: learning rate of the next update.
+    """
+
+    group: Group
+    spans: Mapping[str, Span]
+    weight: Tensor
+    gradient: Tensor
+    states: Mapping[str, Tensor]
+    weight_decay: float
+    lr: float = 0.0
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """The part of one of the flat tensors that belongs to a parameter, in the parameter's shape; writable."""
+        span = self.spans[name]
+        return flat[span.begin : span.end].view(span.shape)
+
+
+class Optimizer(Protocol):
+    """An update rule. Its object holds no tensors: states lie in the groups that `update` is given."""
+
+    @abstractmethod
+    def __init__(self, config: OptimizerConfig) -> None: ...
+
+    @abstractmethod
+    def states(self, name: str, group: Group) -> tuple[str, ...]:
+        """Names of the tensors that are kept of a parameter beside its master weight.
+
+        Each has the parameter's shape and the type of the master weight. Parameters of one group may differ in their states.
+
+        Args:
+            name: exported name of the parameter.
+            group: its optimizer group.
+        """
+
+    @abstractmethod
+    def update(self, groups: Sequence[ParameterGroup], step: int) -> None:
+        """Update weights and states in place.
+
+        Args:
+            groups: the parameters that this rank owns; empty if it owns none. A rule for whole matrices takes each in its
+                shape from `ParameterGroup.view`.
+            step: 1 for the first update.
+        """
