@@ -20,12 +20,12 @@ import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from lime_dist import load_config
-from lime_dist.doctor import environment, facts, judge, network
+from lime_dist.doctor import checks, environment, facts, network
 from lime_dist.doctor.facts import Facts
 from lime_dist.doctor.findings import Finding, Job, size
-from lime_dist.doctor.hosts import read_hostfile, travelling_variables
+from lime_dist.doctor.hosts import forwarded_variables, read_hostfile
 from lime_dist.doctor.ring import Link
-from lime_dist.doctor.traffic import crossing_bytes
+from lime_dist.doctor.transferred_bytes import bytes_between_hosts
 from lime_dist.errors import LimeError
 from lime_dist.model.cost import count_parameters, payload_bytes
 from lime_dist.model.parameters import stage_parameters
@@ -73,7 +73,7 @@ def job(*overrides: str, slots: int = 1) -> Job:
 
 def found(first: Facts = GOOD, second: Facts = OTHER, on: Job | None = None) -> list[Finding]:
     known = [first, second]
-    return [*judge.judge(on or job(), known), *network.judge(known)]
+    return [*checks.check_hosts(on or job(), known), *network.check_network(known)]
 
 
 def said(findings: Sequence[Finding]) -> list[str]:
@@ -107,11 +107,11 @@ ONE_CHECKPOINT = 12 * count_parameters(load_config(None, SMALL).model)
         ({"skew": 30.0}, ["warning: node2: its clock is 30 s ahead of node1's"]),
         ({"skew": -3.0}, ["warning: node2: its clock is 3 s behind node1's"]),
         ({"skew": 1.9}, []),
-        ({"routes": {"node1": ""}}, ["error: node2 knows no way to node1"]),
-        ({"own_address": "127.0.1.1"}, ["error: node2: its own name stands for 127.0.1.1, where gloo would listen, but eth0 leads"]),
+        ({"routes": {"node1": ""}}, ["error: node2 has no route to node1"]),
+        ({"own_address": "127.0.1.1"}, ["error: node2: its own name resolves to 127.0.1.1, where gloo would listen, but eth0 leads"]),
         ({"own_address": "127.0.1.1", "variables": {"GLOO_SOCKET_IFNAME": "eth0"}}, []),
         ({"variables": {"GLOO_SOCKET_IFNAME": "ib0"}}, ["error: node2: GLOO_SOCKET_IFNAME=ib0 names none of its interfaces that are up (eth0, lo); set GLOO_SOCKET_IFNAME=eth0"]),
-        ({"variables": {"GLOO_SOCKET_IFNAME": "lo"}}, ["error: node2: GLOO_SOCKET_IFNAME=lo is lo, but the way to the other hosts is eth0"]),
+        ({"variables": {"GLOO_SOCKET_IFNAME": "lo"}}, ["error: node2: GLOO_SOCKET_IFNAME=lo selects lo, but the route to the other hosts uses eth0"]),
         ({"gpus": [10**11]}, ["error: node1 would train on CPUs, the others on GPUs"]),
     ],
 )  # fmt: skip
@@ -124,12 +124,15 @@ def test_what_is_wrong_with_one_host(second: dict[str, Any], lines: list[str]) -
 
 def test_what_is_wrong_with_the_first_host() -> None:
     (line,) = said(found(replace(GOOD, first_address="192.168.7.1")))
-    assert line.startswith("warning: `hostname -I` on node1 begins with 192.168.7.1") and "know it as 10.0.0.1" in line
+    assert (
+        line.startswith("warning: `hostname -I` on node1 begins with 192.168.7.1") and "resolve it to 10.0.0.1" in line
+    )
     (line,) = said(found(replace(GOOD, port_is_free=False)))
     assert line.startswith("error: the master port is in use on node1")
     (line,) = said(found(replace(GOOD, variables={"GLOO_SOCKET_IFNAME": "ib0"})))
     assert line == (
-        "warning: node1: GLOO_SOCKET_IFNAME=ib0 is ib0, but the way to the other hosts is eth0; set GLOO_SOCKET_IFNAME=eth0"
+        "warning: node1: GLOO_SOCKET_IFNAME=ib0 selects ib0, but the route to the other hosts uses eth0; set "
+        "GLOO_SOCKET_IFNAME=eth0"
     )
     (line,) = said(found(replace(GOOD, sees_probe=None)))
     assert line.startswith("warning: run.directory=runs/default cannot be written here")
@@ -142,7 +145,7 @@ def test_gpus() -> None:
     (line,) = said(found(good, other, job(slots=4)))[:1]
     assert line == "error: node1: 2 GPUs for 4 processes; lower its slots in the hostfile"
     (line,) = said(found(good, replace(other, gpus=[1000, 1000])))
-    assert line.startswith("error: node2: needs up to 0.") and "on a GPU, of which 0.0 MB are there" in line
+    assert line.startswith("error: node2: needs up to 0.") and "of GPU memory, but only 0.0 MB is available" in line
     assert network.ring_devices([good, other], 2) == ["cuda:0", "cuda:0"]
     assert network.ring_devices([good], 2) == ["cuda:0", "cuda:1"]
     on_cpu = replace(good, variables={"DS_ACCELERATOR": "cpu"})
@@ -188,9 +191,9 @@ def test_bytes_between_hosts() -> None:
     sizes = [sum(stage_parameters(config.model, layers).values()) for layers in (range(2), range(2, 4))]
     assert sum(sizes) == count_parameters(config.model)
     # Rings of two: each process sends its whole gradient once, over one of the two ways between the hosts.
-    assert crossing_bytes(config, hosts, "stages_together") == 2 * 4 * sum(sizes)
+    assert bytes_between_hosts(config, hosts, "stages_together") == 2 * 4 * sum(sizes)
     payload = payload_bytes(config.model, 2, 4, 4)
-    assert crossing_bytes(config, hosts, "replicas_together") == 2 * 2 * 4 * payload
+    assert bytes_between_hosts(config, hosts, "replicas_together") == 2 * 2 * 4 * payload
     (line,) = said(found(on=job(*overrides, slots=2)))
     assert (
         line.startswith("warning: parallel.topology=stages_together sends 0.2 MB") and "replicas_together would" in line
@@ -200,7 +203,7 @@ def test_bytes_between_hosts() -> None:
 
 def test_a_slow_link_stands_out() -> None:
     fast, slow = Link(1e9, 1e-4), Link(3e8, 1e-4)
-    lines = [str(finding) for finding in network.links({("a", "b"): fast, ("b", "c"): fast, ("c", "a"): slow})]
+    lines = [str(finding) for finding in network.check_links({("a", "b"): fast, ("b", "c"): fast, ("c", "a"): slow})]
     assert lines[:2] == [f"ok: {way}: 1,000.0 MB/s, latency 0.10 ms" for way in ("a to b", "b to c")]
     assert lines[2].startswith("warning: c to a: 300.0 MB/s, latency 0.10 ms; others reach 1,000.0 MB/s")
 
@@ -254,22 +257,22 @@ def test_the_end_of_the_launchers_file() -> None:
 
 def test_variables_that_stay_behind(tmp_path: Path) -> None:
     here = {"NCCL_DEBUG": "INFO", "PYTHONPATH": "/x", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "LANG": "C"}
-    travelling = travelling_variables(here, [])
-    assert set(travelling) == set(here) - {"LANG"}
+    forwarded = forwarded_variables(here, [])
+    assert set(forwarded) == set(here) - {"LANG"}
     file = tmp_path / "file"
     file.write_text("OMP_NUM_THREADS=2\n\n# x\nexport LD_LIBRARY_PATH='/y'\n")
-    files = travelling_variables({}, [file])
+    files = forwarded_variables({}, [file])
     assert files == {"OMP_NUM_THREADS": "2", "LD_LIBRARY_PATH": "/y"}
-    (line,) = map(str, environment.left_behind(travelling, files))
-    assert line.startswith("warning: GLOO_SOCKET_IFNAME: set here, but `deepspeed` takes them nowhere")
-    assert not list(environment.left_behind({}, files))
+    (line,) = map(str, environment.not_forwarded(forwarded, files))
+    assert line.startswith("warning: GLOO_SOCKET_IFNAME: set here, but `deepspeed` does not forward them to the hosts")
+    assert not list(environment.not_forwarded({}, files))
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("node1 8\n", "line 1: 'node1 8' is not"),
-        ("a slots=1\na slots=2\n", "a stands twice"),
+        ("a slots=1\na slots=2\n", "a is listed twice"),
         ("# none\n", "lists no host"),
     ],
 )
@@ -372,8 +375,7 @@ def test_help_has_an_example() -> None:
 
 
 def test_the_answers_are_read_with_care() -> None:
-    from lime_dist.doctor.__main__ import understood
-    from lime_dist.doctor.hosts import Answer
+    from lime_dist.doctor.hosts import Answer, parse_answers
 
     answers = {
         "a": Answer(facts.to_json(GOOD), "", 0.0),
@@ -381,5 +383,5 @@ def test_the_answers_are_read_with_care() -> None:
         "c": Answer("Welcome to node c", "", 0.0),
         "d": Answer(json.dumps({"host": "d"}), "", 0.0),
     }
-    good, bad = understood(answers, facts.from_json)
+    good, bad = parse_answers(answers, facts.from_json)
     assert good == {"a": GOOD} and bad["b"] == "Permission denied" and "Welcome to node c" in bad["c"] and "d" in bad

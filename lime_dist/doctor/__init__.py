@@ -1,5 +1,5 @@
-"""Looks for what would spoil a long job before it starts: ``python -m lime_dist.doctor``.
+"""Finds problems that would spoil a long job before it starts: ``python -m lime_dist.doctor``.
 
-`hosts` reaches the machines; on each, `facts` is gathered; `judge` turns the facts of all into findings, and knows nothing
-but them; `ring` measures the links between them.
+`hosts` runs this command on each host, which answers with its `facts`. `environment`, `checks` and `network` turn these facts
+into `findings`; they look at nothing else. `ring` measures the links between hosts. `diagnosis` does all of it in order.
 """

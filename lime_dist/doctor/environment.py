@@ -1,4 +1,4 @@
-"""Findings about the launcher's variables: what travels to the hosts, and the file that says so."""
+"""Findings about environment variables: which ones reach the hosts, and the file that lists them."""
 
 from __future__ import annotations
 
@@ -6,50 +6,50 @@ import re
 from collections.abc import Mapping
 
 from lime_dist.doctor.findings import Finding, Findings, Level
-from lime_dist.doctor.hosts import BY_ITSELF
+from lime_dist.doctor.hosts import FORWARDED_BY_DEEPSPEED
 
 
 def environment_file(name: str, text: str) -> Findings:
-    """A `.deepspeed_env` as `deepspeed` reads it: every line NAME=value, and nothing else is understood."""
-    trouble = False
+    """Check a `.deepspeed_env`, of which `deepspeed` understands lines NAME=value and nothing else."""
+    problems = False
     for number, line in enumerate(text.splitlines(), 1):
-        found = _line_trouble(line)
-        if found is not None:
-            trouble = True
-            yield Finding(found[0], f"{name}, line {number}: {found[1]}")
-    if not trouble:
-        yield Finding("ok", f"{name} can be read by the launcher")
+        problem = _problem_of(line)
+        if problem is not None:
+            problems = True
+            yield Finding(problem[0], f"{name}, line {number}: {problem[1]}")
+    if not problems:
+        yield Finding("ok", f"the launcher can read {name}")
 
 
-def _line_trouble(line: str) -> tuple[Level, str] | None:
+def _problem_of(line: str) -> tuple[Level, str] | None:
     key, separator, value = line.partition("=")
     key, value = key.strip(), value.strip()
     if not line.strip():
-        return "error", "is blank, and `deepspeed` ends with a traceback there; remove it"
+        return "error", "is blank, which ends `deepspeed` with a traceback; remove it"
     if not separator or line.lstrip().startswith("#"):
-        return "error", f"{line.strip()!r} is not NAME=value, which `deepspeed` does not understand; remove it"
+        return "error", f"{line.strip()!r} is not NAME=value, the only form that `deepspeed` understands; remove it"
     if key.startswith("export "):
         return "warning", f"leave `export` out: {key.removeprefix('export ').strip()}={value}"
     if not re.fullmatch(r"[A-Za-z_]\w*", key):
-        return "error", f"{key!r} is no name of a variable"
+        return "error", f"{key!r} is not the name of a variable"
     if '"' in value:
         return (
             "error",
-            f"quotes are added by `deepspeed`, and a quote inside ends them; write {key}={value.replace(chr(34), '')}",
+            f"`deepspeed` adds quotes, and a quote in the value ends them; write {key}={value.replace(chr(34), '')}",
         )
     if "'" in value:
-        return "warning", f"quotes become part of the value; write {key}={value.strip(chr(39))}"
+        return "warning", f"the quotes become part of the value; write {key}={value.strip(chr(39))}"
     if re.search(r"[$`\\]", value):
-        return "warning", f"the shell of each host will expand {value!r}; write what it should become"
+        return "warning", f"the shell of each host expands {value!r}; write the expanded value"
     return None
 
 
-def left_behind(set_here: Mapping[str, str], in_files: Mapping[str, str]) -> Findings:
-    """Variables that are set here and matter there, which `deepspeed` alone would not take along."""
-    names = [name for name in set_here if name not in in_files and not BY_ITSELF.match(name)]
+def not_forwarded(set_here: Mapping[str, str], in_files: Mapping[str, str]) -> Findings:
+    """Variables that are set here and matter on the hosts, but that `deepspeed` alone does not forward."""
+    names = [name for name in set_here if name not in in_files and not FORWARDED_BY_DEEPSPEED.match(name)]
     if names:
         yield Finding(
             "warning",
-            f"{', '.join(sorted(names))}: set here, but `deepspeed` takes them nowhere; start by launch/multinode.sh, or write "
-            "them into .deepspeed_env",
+            f"{', '.join(sorted(names))}: set here, but `deepspeed` does not forward them to the hosts; start with "
+            "launch/multinode.sh, or write them into .deepspeed_env",
         )

@@ -1,4 +1,4 @@
-"""What one host tells about itself: versions, code, configuration, data, networks, disk, memory. Gathered, not judged."""
+"""Facts about one host: versions, code, configuration, data, networks, disk, memory. It does not interpret them."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ NETWORK_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 @dataclass(frozen=True)
 class Facts:
-    """One host's answers.
+    """What the doctor knows about one host.
 
     Attributes:
         host: its name in the hostfile.
-        clock: seconds since the epoch when it answered; `skew` is how far that was ahead of the asking machine's clock.
+        clock: seconds since the epoch when it answered; `skew` is how far that is ahead of the clock of the machine that asks.
         versions: of Python and of packages.
         code: hash of the program's source files.
-        config: hash of the resolved configuration; empty where `config_problem` says why there is none.
-        data: hash of dataset.json; empty where `data_problems` say why.
-        shards: how many were looked at.
+        config: hash of the resolved configuration; empty if there is none, for the reason in `config_problem`.
+        data: hash of dataset.json; empty if there is none, for the reasons in `data_problems`.
+        shards: number of shards checked.
         interfaces: by name, the addresses of each network interface that is up.
-        routes: by other host, the local address from which it is reached; empty where it is not.
-        addresses: by other host, the address that its name stands for here.
-        own_address: what its own name stands for, which gloo listens on by default; empty if it is unknown.
-        first_address: of `hostname -I`, which the launcher takes for the master's.
+        routes: by other host, the local address on the route to it; empty if there is none.
+        addresses: by other host, the address that its name resolves to here.
+        own_address: address that its own name resolves to, where gloo listens by default; empty if there is none.
+        first_address: the first of `hostname -I`, which the launcher takes as the master address.
         port_is_free: whether a process could listen on the master port.
-        variables: those that choose networks and accelerators, as processes started here would have them.
-        sees_probe: whether it sees the file that the asking machine made beside the run folder; None if none was made.
-        free_disk: bytes, where the run folder is or will be.
+        variables: environment variables that choose networks and accelerators, as processes started here would have them.
+        sees_probe: whether it sees the file that the asking machine created beside the run folder; None if there is no such file.
+        free_disk: bytes, on the disk of the run folder.
         free_memory: bytes.
-        gpus: bytes of each GPU's memory.
+        gpus: bytes of memory of each GPU.
     """
 
     host: str
@@ -88,21 +88,21 @@ class Facts:
 def gather(
     host: str, peers: Sequence[str], config_path: str, overrides: Sequence[str], probe: str, port: int, verify: bool
 ) -> Facts:
-    """Look at this machine.
+    """Gather the facts about this machine.
 
     Args:
         host: its name in the hostfile.
         peers: names of the other hosts.
-        probe: a file that the asking machine has made where all hosts should see it; empty: none.
+        probe: path of a file that the asking machine created where all hosts should see it; empty: none.
         port: the master port.
-        verify: hash the shards, instead of looking at their sizes.
+        verify: hash the shards instead of comparing their sizes only.
     """
     config, problem = None, ""
     try:
         config = load_config(config_path, overrides)
     except LimeError as error:
         problem = str(error)
-    data, data_problems, shards = ("", [], 0) if config is None else look_at_data(config.data.paths, verify)
+    data, data_problems, shards = ("", [], 0) if config is None else check_data(config.data.paths, verify)
     addresses = {peer: _resolve(peer) for peer in peers}
     return Facts(
         host=host,
@@ -138,7 +138,7 @@ def from_json(line: str) -> Facts:
 
 
 def hash_code(root: Path) -> str:
-    """Of the program's source files, by path and content."""
+    """Hash of the program's source files, by path and content."""
     digest = hashlib.sha256()
     for path in (root / "pretrain.py", *sorted((root / "lime_dist").rglob("*.py"))):
         if path.is_file():
@@ -147,12 +147,12 @@ def hash_code(root: Path) -> str:
 
 
 def hash_config(config: Config) -> str:
-    """Of the resolved configuration: equal for equal settings, however they were given."""
+    """Hash of the resolved configuration: equal for equal settings, from whichever file or override they come."""
     return hashlib.sha256(dump_config(config).encode()).hexdigest()
 
 
-def look_at_data(paths: Sequence[str], verify: bool) -> tuple[str, list[str], int]:
-    """(hash of what describes the datasets, what is wrong with their shards, how many there are)."""
+def check_data(paths: Sequence[str], verify: bool) -> tuple[str, list[str], int]:
+    """Hash of the files that describe the datasets, problems with their shards, number of shards."""
     described, problems, shards = hashlib.sha256(), list[str](), 0
     for path in paths:
         folder = Path(path)
@@ -178,17 +178,17 @@ def _check_shard(folder: Path, shard: dict[str, Any], verify: bool) -> None:
         check_shard_hashes(folder, shard)
 
 
-def _problem(look: Callable[[], object]) -> list[str]:
-    """What is wrong, if anything is."""
+def _problem(check: Callable[[], object]) -> list[str]:
+    """The message of a check that fails."""
     try:
-        look()
+        check()
     except LimeError as error:
         return [str(error)]
     return []
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself or the nearest folder above it that exists."""
+    """The path itself if it is a folder, otherwise the nearest folder above it."""
     path = path.absolute()
     while not path.is_dir():
         path = path.parent
@@ -205,8 +205,8 @@ def _version(package: str) -> str:
 def _interfaces() -> dict[str, list[str]]:
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     return {
-        name: [a.address.partition("%")[0] for a in found if a.family in (socket.AF_INET, socket.AF_INET6)]
-        for name, found in psutil.net_if_addrs().items()
+        name: [a.address.partition("%")[0] for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6)]
+        for name, addresses in psutil.net_if_addrs().items()
         if name in up
     }
 
@@ -219,7 +219,7 @@ def _resolve(name: str) -> str:
 
 
 def _local_address(address: str) -> str:
-    """From where this machine would reach an address; asks the routing table, sends nothing."""
+    """The local address on the route to an address. Asks the routing table; sends nothing."""
     if not address:
         return ""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -232,10 +232,10 @@ def _local_address(address: str) -> str:
 
 def _first_address() -> str:
     try:
-        said = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout
+        output = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout
     except OSError:
         return ""
-    return next(iter(said.split()), "")
+    return next(iter(output.split()), "")
 
 
 def _is_free(port: int) -> bool:

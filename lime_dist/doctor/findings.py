@@ -1,4 +1,4 @@
-"""What the doctor says, and the words that its checks share."""
+"""The doctor's findings, and helpers that its checks share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Level = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what is, and unless it is ok, what to do."""
+    """One line: what was found and, unless it is ok, what to do."""
 
     level: Level
     text: str
@@ -25,10 +25,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to run.
+    """The job to check.
 
     Attributes:
-        slots: processes by host, in the order of ranks.
+        slots: number of processes by host, in the order of ranks.
     """
 
     config: Config
@@ -40,7 +40,7 @@ class Job:
 
     @property
     def hosts(self) -> list[str]:
-        """By rank."""
+        """Host of each rank."""
         return [host for host, count in self.slots.items() for _ in range(count)]
 
 
@@ -48,14 +48,15 @@ Findings = Iterator[Finding]
 
 
 def groups_of(facts: Sequence[Facts], value: Callable[[Facts], str]) -> dict[str, list[str]]:
-    """Hosts by what they say."""
-    found: dict[str, list[str]] = {}
+    """Hosts by their value."""
+    groups: dict[str, list[str]] = {}
     for fact in facts:
-        found.setdefault(value(fact), []).append(fact.host)
-    return found
+        groups.setdefault(value(fact), []).append(fact.host)
+    return groups
 
 
 def listed(hosts: Sequence[str]) -> str:
+    """Up to four names, and the number of the others."""
     return ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
 
 

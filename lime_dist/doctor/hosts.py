@@ -1,4 +1,4 @@
-"""Reaching the hosts as the launcher does: the hostfile, ssh, and which variables travel."""
+"""Reaches the hosts as the launcher does: the hostfile, ssh, and the environment variables that are forwarded."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from lime_dist.errors import LimeError
 
-TRAVELLING = re.compile(r"(NCCL|GLOO|TORCH|UCX|OMP)_|PYTHON|DS_ACCELERATOR$")
-"""Beginnings of the names that `launch/multinode.sh` takes to the hosts."""
-BY_ITSELF = re.compile(r"NCCL|PYTHON|UCX|MV2|MLFLOW")
-"""Those of them that `deepspeed` takes along by itself, NCCL's on GPUs alone."""
+T = TypeVar("T")
+
+FORWARDED = re.compile(r"(NCCL|GLOO|TORCH|UCX|OMP)_|PYTHON|DS_ACCELERATOR$")
+"""Beginnings of the names of variables that `launch/multinode.sh` forwards to the hosts."""
+FORWARDED_BY_DEEPSPEED = re.compile(r"NCCL|PYTHON|UCX|MV2|MLFLOW")
+"""Those that `deepspeed` forwards on its own (NCCL's only on GPUs)."""
 SSH = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=5"]
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Processes by host, in order; the launcher's format: ``HOST slots=N``, comments, blank lines."""
+    """Number of processes by host, in order, from the launcher's format: ``HOST slots=N``, comments, blank lines."""
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise LimeError(
             f"cannot read the hostfile {path}: {error.strerror}; give --hostfile an existing file"
         ) from None
-    found: dict[str, int] = {}
+    slots: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
         if not words:
@@ -38,35 +41,35 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = re.fullmatch(r"slots=([1-9]\d*)", words[1]) if len(words) == 2 else None
         if match is None:
             raise LimeError(f"{path}, line {number}: {line.strip()!r} is not 'HOST slots=N'")
-        if words[0] in found:
-            raise LimeError(f"{path}, line {number}: {words[0]} stands twice")
-        found[words[0]] = int(match[1])
-    if not found:
+        if words[0] in slots:
+            raise LimeError(f"{path}, line {number}: {words[0]} is listed twice")
+        slots[words[0]] = int(match[1])
+    if not slots:
         raise LimeError(f"{path} lists no host; write a line 'HOST slots=N' for each")
-    return found
+    return slots
 
 
 def environment_files() -> list[Path]:
-    """The files from which `deepspeed` takes variables to the hosts; those that exist."""
+    """The existing files from which `deepspeed` reads variables to forward."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     paths = dict.fromkeys(Path(folder) / name for folder in (Path.home(), Path(".")))
     return [path for path in paths if path.is_file()]
 
 
-def travelling_variables(environment: Mapping[str, str], files: Sequence[Path]) -> dict[str, str]:
-    """What processes on the hosts will find set: by the launcher, and by its files as far as they can be read."""
-    found = {name: value for name, value in environment.items() if TRAVELLING.match(name)}
+def forwarded_variables(environment: Mapping[str, str], files: Sequence[Path]) -> dict[str, str]:
+    """Variables that processes on the hosts will have, from the launcher and from the readable lines of its files."""
+    variables = {name: value for name, value in environment.items() if FORWARDED.match(name)}
     for path in files:
         for line in path.read_text().splitlines():
             name, separator, value = line.strip().removeprefix("export ").partition("=")
             if separator and re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
-                found[name.strip()] = value.strip().strip("\"'")
-    return found
+                variables[name.strip()] = value.strip().strip("\"'")
+    return variables
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host said: its output's last line and when it was complete, or why there is none."""
+    """A host's answer: the last line of its output and when it arrived (seconds since the epoch), or why there is none."""
 
     line: str
     problem: str
@@ -74,14 +77,14 @@ class Answer:
 
 
 def ask(
-    commands: Mapping[str, Sequence[str]], variables: Mapping[str, str], patience: float, over_ssh: bool
+    commands: Mapping[str, Sequence[str]], variables: Mapping[str, str], timeout: float, over_ssh: bool
 ) -> dict[str, Answer]:
     """Run ``python -m lime_dist.doctor`` on all hosts at once, in this directory, as the launcher would run a program.
 
     Args:
         commands: arguments by host.
-        variables: what is set there.
-        patience: seconds after which a host that has not answered is given up.
+        variables: environment variables to set on the hosts.
+        timeout: seconds to wait for an answer.
         over_ssh: False: the "hosts" are processes of this machine.
     """
 
@@ -92,17 +95,32 @@ def ask(
             words = [*SSH, host, f"cd {shlex.quote(os.getcwd())} && {shlex.join(['env', *settings, *words])}"]
         try:
             finished = subprocess.run(
-                words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience, check=False
+                words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
             )
         except subprocess.TimeoutExpired:
-            return Answer("", f"no answer within {patience:g} s", time.time())
+            return Answer("", f"no answer within {timeout:g} s", time.time())
         except OSError as error:
             return Answer("", f"{words[0]}: {error.strerror}", time.time())
         lines = finished.stdout.strip().splitlines()
         if finished.returncode == 0 and lines:
             return Answer(lines[-1], "", time.time())
-        said = finished.stderr.strip().splitlines() or [f"exit status {finished.returncode}"]
-        return Answer("", said[-1], time.time())
+        errors = finished.stderr.strip().splitlines() or [f"exit status {finished.returncode}"]
+        return Answer("", errors[-1], time.time())
 
     with ThreadPoolExecutor(len(commands)) as pool:
         return dict(zip(commands, pool.map(ask_one, commands), strict=True))
+
+
+def parse_answers(answers: Mapping[str, Answer], read: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
+    """Answers as ``read`` parses them, and for the other hosts the reason why there is none, both by host."""
+    parsed: dict[str, T] = {}
+    failures: dict[str, str] = {}
+    for host, answer in answers.items():
+        if answer.problem:
+            failures[host] = answer.problem
+            continue
+        try:
+            parsed[host] = read(answer.line)
+        except (ValueError, TypeError):
+            failures[host] = f"it printed {answer.line[:200]!r}"
+    return parsed, failures

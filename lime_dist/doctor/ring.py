@@ -1,4 +1,4 @@
-"""A ring of transfers between hosts, one process a host: bandwidth and latency of each link, measured by its sender."""
+"""A ring of transfers between hosts, one process per host. The sender of each link measures its bandwidth and latency."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 28
 LINK_SECONDS, RING_SECONDS = 1.0, 20.0
-"""What a link, and all links together, may take: transfers grow until then, and the best one counts, for the first ones of a
-connection are slow."""
+"""Time limits for a link and for all links together. Transfers grow until then; the fastest one counts, since the first ones of
+a connection are slow."""
 ECHOES = 5
 
 
@@ -24,65 +24,65 @@ class Link:
 
     Attributes:
         bandwidth: bytes per second.
-        latency: seconds, half of the way there and back.
+        latency: seconds, half of a round trip.
     """
 
     bandwidth: float
     latency: float
 
 
-def measure(rank: int, size: int, address: str, port: int, device: str, patience: float) -> Link:
-    """The link from ``rank`` to the next one, one link after the other; called by all processes of the ring together.
+def measure(rank: int, size: int, address: str, port: int, device: str, timeout: float) -> Link:
+    """Measure the link from ``rank`` to the next rank. Links take turns; all processes of the ring must call this.
 
     Args:
         address, port: where the first process listens.
-        device: whose memory is sent; NCCL carries a GPU's, gloo a CPU's.
-        patience: seconds that any of it may take.
+        device: memory to send from; NCCL transfers a GPU's, gloo a CPU's.
+        timeout: seconds that one operation may take.
     """
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
         init_method=f"tcp://{address}:{port}",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=patience),
+        timeout=timedelta(seconds=timeout),
     )
     where = torch.device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    found = None
+    link = None
     for sender in range(size):
         receiver = (sender + 1) % size
         if rank == sender:
-            found = _send(receiver, where, min(LINK_SECONDS, RING_SECONDS / size))
+            link = _send(receiver, where, min(LINK_SECONDS, RING_SECONDS / size))
         elif rank == receiver:
             _receive(sender, where)
         dist.barrier()
     dist.destroy_process_group()
-    assert found is not None
-    return found
+    assert link is not None
+    return link
 
 
-def _send(peer: int, device: torch.device, patience: float) -> Link:
-    """Larger and larger transfers, each answered by the peer when it has arrived, until ``patience`` seconds have passed."""
+def _send(peer: int, device: torch.device, seconds: float) -> Link:
+    """Send larger and larger tensors for ``seconds``; the peer answers each when it has arrived."""
     latency = min(_timed(torch.zeros(1, device=device), peer) for _ in range(ECHOES)) / 2
     count, best, begin = FIRST_BYTES, 0.0, time.perf_counter()
-    while time.perf_counter() - begin < patience:
-        seconds = _timed(torch.zeros(count, dtype=torch.uint8, device=device), peer, announced=True)
-        best = max(best, count / max(seconds - 2 * latency, 1e-9))
+    while time.perf_counter() - begin < seconds:
+        duration = _timed(torch.zeros(count, dtype=torch.uint8, device=device), peer, announced=True)
+        best = max(best, count / max(duration - 2 * latency, 1e-9))
         count = min(MOST_BYTES, 2 * count)
     dist.send(torch.zeros(1, dtype=torch.int64, device=device), peer)
     return Link(best, latency)
 
 
 def _timed(tensor: Tensor, peer: int, announced: bool = False) -> float:
-    """Seconds from a tensor's start to the peer's answer."""
+    """Seconds from the start of a send until the peer's answer arrives."""
     if announced:
         dist.send(torch.tensor([tensor.nbytes], device=tensor.device), peer)
     answer = torch.zeros(1, device=tensor.device)
     begin = time.perf_counter()
     dist.send(tensor, peer)
     dist.recv(answer, peer)
-    answer.item()  # on a GPU: when it is there
+    answer.item()  # on a GPU, recv returns before the answer has arrived
     return time.perf_counter() - begin
 
 

@@ -264,7 +264,7 @@ def test_the_doctor_finds_what_is_wrong_with_a_host(cluster: Bed, dataset: Path,
             b.run("umount", str(mounted))
     assert status == 2
     for expected in (
-        r"warning: DS_ACCELERATOR, GLOO_SOCKET_IFNAME.*: set here, but `deepspeed` takes them nowhere",
+        r"warning: DS_ACCELERATOR, GLOO_SOCKET_IFNAME.*: set here, but `deepspeed` does not forward them to the hosts",
         r"error: deepspeed differs: .* on host-a; 0\.19\.1 on host-b",
         r"error: deepspeed 0\.19\.1 on host-b: 0\.18\.3 to 0\.19\.2 scale gradients wrongly",
         r"ok: the same source files",

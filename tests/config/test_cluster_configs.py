@@ -10,7 +10,7 @@ import pytest
 from lime_dist import load_config
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.schema import Config
-from lime_dist.doctor.traffic import crossing_bytes
+from lime_dist.doctor.transferred_bytes import bytes_between_hosts
 from lime_dist.model.cost import count_parameters
 from lime_dist.pipeline.partition import memory_costs, stage_bounds
 from lime_dist.plan.simulate import boundary_bytes
@@ -29,7 +29,7 @@ def numbers(config: Config, nodes: int) -> list[str]:
     hosts = [f"node{rank // 8}" for rank in range(8 * nodes)]
     width, micro_batches = batch_split(config, len(hosts))
     payloads = {f"{size / 1e6:.1f}" for size in boundary_bytes(config)}
-    own, other = (crossing_bytes(config, hosts, name) / 1e9 for name in ("stages_together", "replicas_together"))
+    own, other = (bytes_between_hosts(config, hosts, name) / 1e9 for name in ("stages_together", "replicas_together"))
     stages = config.parallel.pipeline_stages
     return [
         f"{count_parameters(config.model) / 1e9:.2f} B parameters; {stages} stages × {width} "

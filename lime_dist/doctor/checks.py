@@ -1,4 +1,4 @@
-"""From the facts of all hosts to findings about software, the job's size, data and disks: pure functions, one a check."""
+"""Findings about software, the size of the job, data and disks from the facts of all hosts: one pure function per check."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lime_dist.config.deepspeed import batch_split
 from lime_dist.contract import SUPPORTED, unsupported
 from lime_dist.doctor.facts import Facts
 from lime_dist.doctor.findings import Finding, Findings, Job, differing, everywhere, groups_of, listed, size
-from lime_dist.doctor.traffic import crossing_bytes
+from lime_dist.doctor.transferred_bytes import bytes_between_hosts
 from lime_dist.errors import LimeError
 from lime_dist.model.cost import count_parameters
 from lime_dist.pipeline.partition import memory_costs, stage_bounds
 from lime_dist.pipeline.placement import AXES, describe_placement, process_grid
 
 CHECKPOINT_BYTES = 12
-"""Of a parameter: float32 weight and both moments."""
+"""Bytes per parameter: float32 weight and both moments."""
 
 
-def judge(job: Job, facts: Sequence[Facts]) -> list[Finding]:
-    """All findings that need no measurement, of the hosts that answered; ``facts`` in the order of the hostfile."""
+def check_hosts(job: Job, facts: Sequence[Facts]) -> list[Finding]:
+    """All findings about the hosts that answered, except the network's; ``facts`` in the order of the hostfile."""
     checks: list[Callable[[Job, Sequence[Facts]], Findings]] = [
         versions, same_code, same_config, split, placement, data, disk, memory, accelerators,
     ]  # fmt: skip
@@ -71,9 +71,7 @@ def same_config(job: Job, facts: Sequence[Facts]) -> Findings:
             yield Finding("error", f"{fact.host}: {fact.config_problem}")
     groups = groups_of([fact for fact in facts if fact.config], lambda fact: fact.config[:12])
     if len(groups) > 1:
-        yield Finding(
-            "error", f"the configuration differs: {differing(groups)}; give all hosts the same file under --config"
-        )
+        yield Finding("error", f"the configuration differs: {differing(groups)}; give all hosts the same --config file")
     elif groups and all(fact.config for fact in facts):
         yield Finding("ok", f"the same configuration ({next(iter(groups))}) {everywhere(facts)}")
 
@@ -82,43 +80,43 @@ def same_config(job: Job, facts: Sequence[Facts]) -> Findings:
 
 
 def split(job: Job, facts: Sequence[Facts]) -> Findings:
-    """Processes divide into stages, the batch into micro-batches."""
+    """The stages divide the processes, the micro-batches divide the batch."""
     try:
         width, micro_batches = batch_split(job.config, job.world_size)
     except LimeError as error:
         yield Finding("error", str(error))
         return
     stages = job.config.parallel.pipeline_stages
-    yield Finding("ok", f"{stages} stage(s) × {width} replica(s), {micro_batches} micro-batches a step and replica")
+    yield Finding("ok", f"{stages} stage(s) × {width} replica(s), {micro_batches} micro-batches per step and replica")
     if stages > 1 and micro_batches < stages:
         yield Finding(
             "warning",
-            f"{micro_batches} micro-batches for {stages} stages: most stages wait most of the time; raise "
+            f"{micro_batches} micro-batches for {stages} stages: most stages idle most of the time; raise "
             "train.global_batch_size or lower train.micro_batch_size",
         )
 
 
 def placement(job: Job, facts: Sequence[Facts]) -> Findings:
-    """Which stage is where, and whether the other order of ranks would send less between hosts."""
+    """Report the host of each stage, and warn if the other order of ranks would transfer far fewer bytes between hosts."""
     parallel = job.config.parallel
     if job.world_size % parallel.pipeline_stages or len(job.slots) == 1:
         return
     width = job.world_size // parallel.pipeline_stages
-    sent = {topology: crossing_bytes(job.config, job.hosts, topology) for topology in AXES}
+    sent = {topology: bytes_between_hosts(job.config, job.hosts, topology) for topology in AXES}
     own = sent[parallel.topology]
     grid = process_grid(parallel.pipeline_stages, width, parallel.topology)
-    yield Finding("ok", f"{describe_placement(grid, job.hosts)}; {size(own)} between hosts a step")
+    yield Finding("ok", f"{describe_placement(grid, job.hosts)}; {size(own)} between hosts per step")
     other = next(topology for topology in AXES if topology != parallel.topology)
     if sent[other] < own / 2:
         yield Finding(
             "warning",
-            f"parallel.topology={parallel.topology} sends {size(own)} between hosts a step, {other} would send "
+            f"parallel.topology={parallel.topology} sends {size(own)} between hosts per step, {other} would send "
             f"{size(sent[other])}: set parallel.topology={other}",
         )
 
 
 def memory(job: Job, facts: Sequence[Facts]) -> Findings:
-    """What the stages of a host need at most, against what it has: of each GPU, or of the host on CPUs."""
+    """Compare the peak memory of the stages on a host with the memory of each GPU, or of the host on CPUs."""
     config = job.config
     stages = config.parallel.pipeline_stages
     if job.world_size % stages:
@@ -132,26 +130,27 @@ def memory(job: Job, facts: Sequence[Facts]) -> Findings:
     short = False
     for fact in facts:
         on_gpu = fact.on_gpu
-        wanted = max(by_host[fact.host]) if on_gpu else sum(by_host[fact.host])
-        there = min(fact.gpus) if on_gpu else fact.free_memory
-        if wanted > there:
+        needed = max(by_host[fact.host]) if on_gpu else sum(by_host[fact.host])
+        available = min(fact.gpus) if on_gpu else fact.free_memory
+        if needed > available:
             short = True
             yield Finding(
                 "error",
-                f"{fact.host}: needs up to {size(wanted)} of memory{' on a GPU' if on_gpu else ''}, of which {size(there)} "
-                "are there; use more stages, parallel.activation_checkpointing=true, or a smaller train.micro_batch_size",
+                f"{fact.host}: needs up to {size(needed)} of {'GPU ' if on_gpu else ''}memory, but only {size(available)} "
+                "is available; use more stages, parallel.activation_checkpointing=true, or a smaller train.micro_batch_size",
             )
     if not short:
-        yield Finding("ok", f"memory: stages need up to {size(max(need))} each, which is there {everywhere(facts)}")
+        yield Finding("ok", f"memory: stages need up to {size(max(need))} each, which is available {everywhere(facts)}")
 
 
 def accelerators(job: Job, facts: Sequence[Facts]) -> Findings:
-    """As many GPUs as processes, or none anywhere."""
+    """Either all hosts have a GPU per process, or none has a GPU."""
     users = [fact for fact in facts if fact.on_gpu]
     if users and len(users) < len(facts):
         without = [fact.host for fact in facts if fact not in users]
         yield Finding(
-            "error", f"{listed(without)} would train on CPUs, the others on GPUs; repair the driver, or leave them out"
+            "error",
+            f"{listed(without)} would train on CPUs, the others on GPUs; repair the driver, or remove the host from the hostfile",
         )
     for fact in users:
         if len(fact.gpus) < job.slots[fact.host]:
@@ -169,16 +168,19 @@ def data(job: Job, facts: Sequence[Facts]) -> Findings:
         for problem in fact.data_problems[:3]:
             yield Finding("error", f"{fact.host}: {problem}")
         if len(fact.data_problems) > 3:
-            yield Finding("error", f"{fact.host}: {len(fact.data_problems) - 3} more shards like that")
+            yield Finding("error", f"{fact.host}: {len(fact.data_problems) - 3} more shards have problems")
     groups = groups_of([fact for fact in facts if fact.data], lambda fact: fact.data[:12])
     if len(groups) > 1:
-        yield Finding("error", f"dataset.json differs: {differing(groups)}; copy the shards again, or share them")
+        yield Finding(
+            "error",
+            f"dataset.json differs: {differing(groups)}; copy the shards again, or put them on a shared file system",
+        )
     elif groups and not any(fact.data_problems for fact in facts):
-        yield Finding("ok", f"{facts[0].shards} shards as dataset.json lists them, {everywhere(facts)}")
+        yield Finding("ok", f"{facts[0].shards} shards match dataset.json {everywhere(facts)}")
 
 
 def disk(job: Job, facts: Sequence[Facts]) -> Findings:
-    """Room for checkpoints: for one beside the one that is being written, and for all that the run will leave."""
+    """Check that there is space for two checkpoints (one complete, one being written) and for all that the run will keep."""
     train = job.config.train
     one = CHECKPOINT_BYTES * count_parameters(job.config.model)
     kept = max(1, train.steps // train.checkpoint_interval if train.checkpoint_interval else 1)
@@ -193,17 +195,17 @@ def disk(job: Job, facts: Sequence[Facts]) -> Findings:
             yield Finding(
                 "error",
                 f"{fact.host}: {size(fact.free_disk)} free for run.directory, two checkpoints need {size(2 * one)}; "
-                "make room, or give another run.directory",
+                "free up space, or choose another run.directory",
             )
         elif fact.free_disk < (kept + 1) * one:
             short = True
             yield Finding(
                 "warning",
                 f"{fact.host}: {size(fact.free_disk)} free for run.directory, {kept} checkpoints of {size(one)} will be "
-                "kept; lower train.keep_last, or make room",
+                "kept; lower train.keep_last, or free up space",
             )
     if not short:
-        yield Finding("ok", f"disk: room for {kept} checkpoints of {size(one)} {everywhere(facts)}")
+        yield Finding("ok", f"disk: space for {kept} checkpoints of {size(one)} {everywhere(facts)}")
 
 
 def run_folder(job: Job, facts: Sequence[Facts]) -> Findings:
@@ -217,7 +219,7 @@ def run_folder(job: Job, facts: Sequence[Facts]) -> Findings:
     elif facts[0].sees_probe is None:
         yield Finding(
             "warning",
-            f"run.directory={job.config.run.directory} cannot be written here; whether all hosts share it was not seen",
+            f"run.directory={job.config.run.directory} cannot be written here; could not check whether all hosts share it",
         )
     else:
-        yield Finding("ok", f"run.directory is one folder {everywhere(facts)}")
+        yield Finding("ok", f"run.directory is the same folder {everywhere(facts)}")

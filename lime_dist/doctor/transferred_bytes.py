@@ -1,4 +1,4 @@
-"""What a step sends between hosts, by formula."""
+"""Bytes that a training step transfers between hosts, by formula."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lime_dist.pipeline.placement import process_grid
 from lime_dist.plan.simulate import boundary_bytes
 
 
-def crossing_bytes(config: Config, hosts: Sequence[str], topology: str) -> float:
-    """Bytes between hosts in one step: payloads and their gradients, and what replicas of a stage exchange of their float32
-    gradients and updated weights, going round in a ring.
+def bytes_between_hosts(config: Config, hosts: Sequence[str], topology: str) -> float:
+    """Bytes between hosts in one step: payloads and their gradients, and the float32 gradients and updated weights that the
+    replicas of a stage exchange in a ring.
 
     Args:
-        hosts: by rank.
+        hosts: host of each rank.
     """
     stages = config.parallel.pipeline_stages
     grid = process_grid(stages, len(hosts) // stages, topology)
@@ -28,7 +28,7 @@ def crossing_bytes(config: Config, hosts: Sequence[str], topology: str) -> float
         for (a, b), payload in zip(pairwise(ranks), payloads, strict=True):
             total += 2 * micro_batches * payload * (hosts[a] != hosts[b])
     for stage, ranks in enumerate(grid.get_axis_comm_lists("data")):
-        around = sum(hosts[a] != hosts[b] for a, b in zip(ranks, [*ranks[1:], ranks[0]], strict=True))
+        links = sum(hosts[a] != hosts[b] for a, b in zip(ranks, [*ranks[1:], ranks[0]], strict=True))
         gradients = 4 * sum(stage_parameters(config.model, range(bounds[stage], bounds[stage + 1])).values())
-        total += around * 2 * (len(ranks) - 1) / len(ranks) * gradients
+        total += links * 2 * (len(ranks) - 1) / len(ranks) * gradients
     return total

@@ -1,0 +1,142 @@
+"""Asks all hosts, checks their answers, measures the links between them, and prints the findings."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lime_dist.config.load import load_config
+from lime_dist.distributed import free_port
+from lime_dist.doctor import checks, environment, facts, network, ring
+from lime_dist.doctor.facts import Facts
+from lime_dist.doctor.findings import Finding, Findings, Job
+from lime_dist.doctor.hosts import ask, environment_files, forwarded_variables, parse_answers, read_hostfile
+
+FACTS_TIMEOUT, RING_TIMEOUT = 40.0, 40.0
+"""Seconds for a host's answer. Hashing shards (--verify) has no time limit."""
+
+
+class Report:
+    """Prints findings as they come.
+
+    Attributes:
+        failed: whether one of them was an error.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def add(self, findings: Findings | Sequence[Finding]) -> bool:
+        """Print findings; returns whether one of these is an error."""
+        levels = set()
+        for finding in findings:
+            levels.add(finding.level)
+            print(finding, flush=True)
+        self.failed |= "error" in levels
+        return "error" in levels
+
+
+def diagnose(config_path: str, overrides: Sequence[str], hostfile: Path | None, verify: bool) -> bool:
+    """Print all findings; returns whether there is an error among them.
+
+    Args:
+        hostfile: None: check this machine only.
+        verify: hash the shards instead of comparing their sizes only.
+    """
+    report = Report()
+    config = load_config(config_path, overrides)
+    over_ssh = hostfile is not None
+    slots = {platform.node(): config.parallel.pipeline_stages} if hostfile is None else read_hostfile(hostfile)
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    files = environment_files() if over_ssh else []
+    variables = forwarded_variables(os.environ, files)
+    if over_ssh:
+        check_launcher(report, files)
+    with probe_file(config.run.directory) as probe:
+        questions = {
+            host: {
+                "host": host, "peers": [other for other in slots if other != host], "config_path": config_path,
+                "overrides": overrides, "probe": probe, "port": port, "verify": verify,
+            }
+            for host in slots
+        }  # fmt: skip
+        timeout = 1e6 if verify else FACTS_TIMEOUT
+        commands = {host: ["--facts", json.dumps(question)] for host, question in questions.items()}
+        answers = ask(commands, variables, timeout, over_ssh)
+    by_host, failures = parse_answers(answers, facts.from_json)
+    report.add(Finding("error", f"{host} does not answer: {problem}") for host, problem in failures.items())
+    known = [replace(fact, skew=fact.clock - answers[host].arrived) for host, fact in by_host.items()]
+    if known:
+        report.add(checks.check_hosts(Job(config, slots), known))
+    in_doubt = len(known) > 1 and report.add(network.check_network(known))
+    if failures or in_doubt:
+        report.add([Finding("warning", "links between hosts were not measured; fix the errors above first")])
+    elif over_ssh and len(slots) > 1:
+        address = network.master_address(known, os.environ.get("MASTER_ADDR"))
+        measure_links(report, list(slots), known, address, port, variables, over_ssh)
+    elif not over_ssh:
+        ends = [f"{platform.node()}, process {index}" for index in range(2)]
+        measure_links(report, ends, known, "127.0.0.1", free_port(), variables, over_ssh)
+    return report.failed
+
+
+def check_launcher(report: Report, files: Sequence[Path]) -> None:
+    """Check what `deepspeed` needs here to start processes on other hosts."""
+    for path in files:
+        report.add(environment.environment_file(str(path), path.read_text()))
+    report.add(environment.not_forwarded(forwarded_variables(os.environ, []), forwarded_variables({}, files)))
+    if shutil.which("pdsh") is None:
+        text = (
+            "pdsh is not installed here; `deepspeed` needs it to start processes on other hosts: apt-get install pdsh"
+        )
+        report.add([Finding("error", text)])
+
+
+def measure_links(
+    report: Report,
+    ends: Sequence[str],
+    known: Sequence[Facts],
+    address: str,
+    port: int,
+    variables: Mapping[str, str],
+    over_ssh: bool,
+) -> None:
+    """Run the ring between ``ends`` (hosts, or processes of this machine) and report each link."""
+    devices = network.ring_devices(known, len(ends))
+    arguments = {
+        end: {
+            "rank": rank, "size": len(ends), "address": address, "port": port,
+            "device": devices[rank], "timeout": RING_TIMEOUT / 2,
+        }
+        for rank, end in enumerate(ends)
+    }  # fmt: skip
+    commands = {end: ["--ring", json.dumps(given)] for end, given in arguments.items()}
+    links, failures = parse_answers(ask(commands, variables, RING_TIMEOUT, over_ssh), ring.from_json)
+    report.add(
+        Finding("error", f"transfers between hosts fail; {end} reports: {problem}") for end, problem in failures.items()
+    )
+    if not failures:
+        pairs = {(end, ends[(rank + 1) % len(ends)]): links[end] for rank, end in enumerate(ends)}
+        report.add(network.check_links(pairs))
+
+
+@contextmanager
+def probe_file(directory: str) -> Iterator[str]:
+    """A temporary file in the run folder or in the nearest folder above it; all hosts should see it. Yields its path, or "" if
+    it cannot be created."""
+    folder = facts.existing_parent(Path(directory))
+    try:
+        file: Any = tempfile.NamedTemporaryFile(prefix=".lime-doctor-", dir=folder)
+    except OSError:
+        yield ""
+        return
+    with file:
+        yield file.name
