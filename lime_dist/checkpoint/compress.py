@@ -89,7 +89,7 @@ def compress_weights(config: Config, weights: Weights) -> tuple[Weights, list[Fi
         if chunk.index == 0:
             block[:, : first * heads] = 0
         _, _, right = torch.linalg.svd(block, full_matrices=True)
-        basis = right[: chunk.rank * heads]
+        basis = right[: chunk.num_rows * heads]
         found[f"{CHUNKS}{chunk.index}.weight"] = basis.float()
         fitted = block @ basis.t()
         for layer, rows in zip(later, fitted.split(heads), strict=True):

@@ -83,7 +83,7 @@ def _history(model: ModelConfig) -> dict[str, Any]:
     chunks = summarised_chunks(policy, model.num_hidden_layers)
     return {
         "reads": [_runs(policy.reads(layer), chunks) for layer in range(model.num_hidden_layers)],
-        "chunks": [[chunk.layers.start, chunk.layers.stop, chunk.rank] for chunk in chunks],
+        "chunks": [[chunk.layers.start, chunk.layers.stop, chunk.num_rows] for chunk in chunks],
     }
 
 

@@ -81,14 +81,14 @@ def _key_value_flops(config: ModelConfig, layers: range) -> list[Flops]:
     readers: Counter[Entry] = Counter(entry for entries in reads for entry in entries)
     for chunk in chunks.values():
         for entry in chunk.sources:
-            readers[entry] += chunk.rank
+            readers[entry] += chunk.num_rows
     received = sum(count for entry, count in readers.items() if entry.layer < layers.start)
     found = []
     for layer, entries in zip(layers, reads, strict=True):
         forward = len(entries)
         backward = forward + readers[Entry(layer)] + (received if layer == layers.start else 0)
         if layer in chunks:
-            weights = chunks[layer].rank * len(chunks[layer].layers)
+            weights = chunks[layer].num_rows * len(chunks[layer].layers)
             forward += weights
             backward += weights + sum(readers[row] for row in chunks[layer].rows)
         found.append(Flops(unit * forward, unit * backward))
@@ -146,7 +146,7 @@ def entries_made(config: ModelConfig, layer: int) -> int:
     if config.architecture != "lime":
         return 0
     chunk = chunk_ends(config).get(layer)
-    return 1 + (0 if chunk is None else chunk.rank)
+    return 1 + (0 if chunk is None else chunk.num_rows)
 
 
 def payload_bytes(config: ModelConfig, boundary: int, num_tokens: int, itemsize: int) -> int:
@@ -208,7 +208,9 @@ def activation_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize:
     kept = num_tokens * (itemsize * sum(low) + exact * sum(high)) + itemsize * sum(fixed)
     if hidden_routes and layer in chunk_ends(config):
         chunk = chunk_ends(config)[layer]
-        kept += exact * chunk.rank * (num_tokens * (hidden + 1) + len(chunk.layers))  # before its norm, rms, weights
+        kept += (
+            exact * chunk.num_rows * (num_tokens * (hidden + 1) + len(chunk.layers))
+        )  # before its norm, rms, weights
         if exact != itemsize and not checkpointing:
             kept += itemsize * num_tokens * hidden * len(chunk.layers)  # states, of which layers kept float32 copies
     return kept

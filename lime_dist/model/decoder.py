@@ -60,7 +60,7 @@ def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
     if config.architecture == "lime":
         heads = config.key_value_heads if config.lime.routes == "kv" else 1
         for chunk in summarised_chunks(make_policy(config.lime), config.num_hidden_layers):
-            make = partial(ChunkSummary, chunk.rank * heads, len(chunk.layers) * heads)
+            make = partial(ChunkSummary, chunk.num_rows * heads, len(chunk.layers) * heads)
             summaries[chunk.layers[-1]] = LayerSpec(f"model.history.chunks.{chunk.index}", make)
     layers: list[LayerSpec] = []
     for layer in range(config.num_hidden_layers):

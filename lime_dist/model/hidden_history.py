@@ -26,11 +26,11 @@ from lime_dist.model.layers import rms_normalise
 from lime_dist.model.layout import Block, Chunk, StageLayout
 from lime_dist.model.policies import Entry
 
-CHUNK_ELEMENTS = 1 << 19
-CHUNK_ELEMENTS_GPU = 1 << 26
+SLICE_ELEMENTS = 1 << 19
+SLICE_ELEMENTS_GPU = 1 << 26
 """Elements of a mixture [H, tokens, D] that are made at a time: a cache's worth; on a GPU enough to fill it (not measured
-there). Never less than `CHUNK_TOKENS` tokens, for the sake of the matrix products."""
-CHUNK_TOKENS = 64
+there). Never less than `SLICE_TOKENS` tokens, for the sake of the matrix products."""
+SLICE_TOKENS = 64
 
 Parts = list[tuple[slice, slice]]
 """Columns of a reader's weights, and the positions that they weigh."""
@@ -77,7 +77,7 @@ class HiddenHistory(LayerHistory):
         self._remember(received, (*states_ENd.unbind(), *summaries_ENd.unbind()))
         if received:
             entries = torch.cat([rms_normalise(states_ENd, self.eps), summaries_ENd])
-            self.token = _Write.apply(self.token, entries, self, received)
+            self.dependency = _Write.apply(self.dependency, entries, self, received)
         return hidden.view(batch, length, hidden_size)
 
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
@@ -91,7 +91,7 @@ class HiddenHistory(LayerHistory):
             if routing[layer - self.layout.start] is not None:
                 self._first_readers[block] = layer
         if self._first_readers:
-            self.token = _Open.apply(self.token, self, *routing)
+            self.dependency = _Open.apply(self.dependency, self, *routing)
 
     def release(self) -> list[Tensor]:
         super().release()
@@ -100,19 +100,19 @@ class HiddenHistory(LayerHistory):
 
     def write(self, layer: int, entry_ND: Tensor, state_ND: Tensor) -> None:
         """Leave a layer's input in the history: as it is, and divided by its root mean square."""
-        token = _Write.apply(self.token, entry_ND.unsqueeze(0), self, (Entry(layer),))
+        dependency = _Write.apply(self.dependency, entry_ND.unsqueeze(0), self, (Entry(layer),))
         if not self.is_recomputing:
-            self.token = token
+            self.dependency = dependency
             self._remember([Entry(layer)], [state_ND])
 
     def summarise(self, chunk: Chunk) -> None:
-        weights = self._summaries[chunk.index].to(self.exact).softmax(-1)
+        weights = self._summaries[chunk.index].to(self.accumulation_dtype).softmax(-1)
         states = [self._states[entry] for entry in chunk.sources]
         summary = sum(
-            (weights[:, i, None, None] * state for i, state in enumerate(states)), torch.zeros_like(self.token)
+            (weights[:, i, None, None] * state for i, state in enumerate(states)), torch.zeros_like(self.dependency)
         )
         entries = rms_normalise(summary, self.eps).to(self.entries.dtype)
-        self.token = _Write.apply(self.token, entries, self, tuple(chunk.rows))
+        self.dependency = _Write.apply(self.dependency, entries, self, tuple(chunk.rows))
         for entry in chunk.sources:
             if entry not in self.layout.sent:
                 del self._states[entry]
@@ -134,16 +134,16 @@ class HiddenHistory(LayerHistory):
         Returns:
             [H, N, c].
         """
-        projected, token = _Project.apply(self.token, weights, projections_HcD, self, layer)
+        projected, dependency = _Project.apply(self.dependency, weights, projections_HcD, self, layer)
         if not self.is_recomputing:
-            self.token = token
+            self.dependency = dependency
         return projected
 
     @property
     def gradients(self) -> Tensor:
         """[positions, N, D] in at least float32: what the readers visited so far add up to."""
         if self._gradients is None:
-            self._gradients = torch.zeros_like(self.entries, dtype=self.exact)
+            self._gradients = torch.zeros_like(self.entries, dtype=self.accumulation_dtype)
         return self._gradients
 
     def _stack(self, routing: Sequence[Tensor | None]) -> Tensor:
@@ -187,10 +187,10 @@ class HiddenHistory(LayerHistory):
             return found
         return total.to(self.entries.dtype)
 
-    def _chunks(self, num_heads: int) -> Iterator[slice]:
+    def _token_slices(self, num_heads: int) -> Iterator[slice]:
         num_tokens, size = self.slot_shape
-        elements = CHUNK_ELEMENTS_GPU if self.entries.is_cuda else CHUNK_ELEMENTS
-        step = max(CHUNK_TOKENS, elements // (num_heads * size))
+        elements = SLICE_ELEMENTS_GPU if self.entries.is_cuda else SLICE_ELEMENTS
+        step = max(SLICE_TOKENS, elements // (num_heads * size))
         for begin in range(0, num_tokens, step):
             yield slice(begin, min(begin + step, num_tokens))
 
@@ -233,7 +233,7 @@ class HiddenHistory(LayerHistory):
         out = projections_HcD.new_empty(heads, self.slot_shape[0], width)
         older = self._older(layer)
         weights, parts = self._own_reads(layer, weights)
-        for tokens in self._chunks(heads):
+        for tokens in self._token_slices(heads):
             mixture = self._mixture(weights, parts, tokens, older)
             out[:, tokens] = torch.bmm(mixture, projections_HcD.transpose(1, 2))
         if not self.is_recomputing and layer == self.layout.blocks[layer].layers[-1]:
@@ -250,17 +250,17 @@ class HiddenHistory(LayerHistory):
         if is_static:
             if self._weight_gradient is None:
                 assert self._weights is not None
-                self._weight_gradient = torch.zeros_like(self._weights, dtype=self.exact)
+                self._weight_gradient = torch.zeros_like(self._weights, dtype=self.accumulation_dtype)
             weight_gradient = self._weight_gradient[own]
         else:
-            weight_gradient = torch.zeros_like(weights, dtype=self.exact)
+            weight_gradient = torch.zeros_like(weights, dtype=self.accumulation_dtype)
         mixture_gradients: Tensor | None = None
         if older is not None:
             if self._block_gradient is None:
                 self._block_gradient = older.new_zeros(len(block.layers), *older.shape)
             mixture_gradients = self._block_gradient[layer - block.layers[0]]
-        projection_gradient = torch.zeros_like(projections_HcD, dtype=self.exact)
-        for tokens in self._chunks(len(projections_HcD)):
+        projection_gradient = torch.zeros_like(projections_HcD, dtype=self.accumulation_dtype)
+        for tokens in self._token_slices(len(projections_HcD)):
             chunk = gradient_HNc[:, tokens]
             mixture = self._mixture(weights, parts, tokens, older)
             projection_gradient += torch.bmm(chunk.transpose(1, 2), mixture)
@@ -302,23 +302,25 @@ class HiddenHistory(LayerHistory):
             if weights.dim() == 2:
                 flat = gradient_HnD.flatten(1)
                 weight_gradient[:, columns] += product_of_rows(flat, states_EnD.flatten(1))
-                target_EnD += (weights[:, columns].t().to(self.exact) @ flat.to(self.exact)).view_as(target_EnD)
+                target_EnD += (
+                    weights[:, columns].t().to(self.accumulation_dtype) @ flat.to(self.accumulation_dtype)
+                ).view_as(target_EnD)
             else:
                 per_token_nHD = gradient_HnD.transpose(0, 1)
-                chosen = weights[tokens, :, columns].transpose(1, 2).to(self.exact)
+                chosen = weights[tokens, :, columns].transpose(1, 2).to(self.accumulation_dtype)
                 weight_gradient[tokens, :, columns] = torch.bmm(per_token_nHD, states_EnD.permute(1, 2, 0))
-                target_EnD += torch.bmm(chosen, per_token_nHD.to(self.exact)).transpose(0, 1)
+                target_EnD += torch.bmm(chosen, per_token_nHD.to(self.accumulation_dtype)).transpose(0, 1)
 
 
 class _Open(torch.autograd.Function):
     """Stacks static weights; in backward, after all layers, hands each layer the gradient of its own."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, history: HiddenHistory, *routing: Tensor | None) -> Tensor:
+    def forward(ctx: Any, dependency: Tensor, history: HiddenHistory, *routing: Tensor | None) -> Tensor:
         ctx.history = history
         ctx.has_weights = [matrix is not None for matrix in routing]
         history._weights = history._stack(routing)
-        return torch.zeros_like(token)
+        return torch.zeros_like(dependency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -330,7 +332,7 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, entries_END: Tensor, history: HiddenHistory, entries: Sequence[Entry]
+        ctx: Any, dependency: Tensor, entries_END: Tensor, history: HiddenHistory, entries: Sequence[Entry]
     ) -> Tensor:
         ctx.history, ctx.entries = history, entries
         for entry, entry_ND in zip(entries, entries_END, strict=True):
@@ -338,7 +340,7 @@ class _Write(torch.autograd.Function):
             place = history._claim(entry) if place is None else place
             if place is not None:
                 place.copy_(entry_ND)
-        return torch.zeros_like(token)
+        return torch.zeros_like(dependency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -350,15 +352,20 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, weights: Tensor | None, projections_HcD: Tensor, history: HiddenHistory, layer: int
+        ctx: Any,
+        dependency: Tensor,
+        weights: Tensor | None,
+        projections_HcD: Tensor,
+        history: HiddenHistory,
+        layer: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.history, ctx.layer = history, layer
         ctx.save_for_backward(weights, projections_HcD)
-        return history._forward(layer, weights, projections_HcD), torch.zeros_like(token)
+        return history._forward(layer, weights, projections_HcD), torch.zeros_like(dependency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        gradient_HNc, token_gradient = gradients
+        gradient_HNc, dependency_gradient = gradients
         weights, projections_HcD = ctx.saved_tensors
         found = ctx.history._backward(ctx.layer, weights, projections_HcD, gradient_HNc)
-        return token_gradient, *found, None, None
+        return dependency_gradient, *found, None, None

@@ -4,7 +4,7 @@ Every entry is stored once; layers write their slot and read entries in place, s
 of a fresh concatenation per layer. Who reads what is in `policies.py`, where entries lie in `layout.py`, and the two kinds
 of route in `key_value_history.py` and `hidden_history.py`.
 
-Order between writers and readers is explicit: every operation takes a token (a scalar of the autograd graph) from the one
+Order between writers and readers is explicit: every operation takes a dependency (a scalar of the autograd graph) from the one
 before, so that autograd runs them in exactly the reverse order.
 """
 
@@ -33,8 +33,8 @@ class LayerHistory:
     Attributes:
         memory: [lead + all entries].
         entries: [positions, *slot_shape]: every entry that this stage holds.
-        token: the scalar that orders the operations on this history in the autograd graph.
-        exact: the precision of sums: that of the entries, at least float32.
+        dependency: the scalar that orders the operations on this history in the autograd graph.
+        accumulation_dtype: the precision of sums: that of the entries, at least float32.
 
     Backward may be walked once; ``keep=True`` costs memory and allows it many times (gradient checkers do that).
     """
@@ -51,8 +51,8 @@ class LayerHistory:
         self.layout, self.slot_shape = layout, slot_shape
         self.memory = torch.empty(lead + layout.num_positions * math.prod(slot_shape), dtype=dtype, device=device)
         self.entries = self.memory[lead:].view(layout.num_positions, *slot_shape)
-        self.token = torch.zeros((), dtype=dtype, device=device)
-        self.exact = torch.promote_types(dtype, torch.float32)
+        self.dependency = torch.zeros((), dtype=dtype, device=device)
+        self.accumulation_dtype = torch.promote_types(dtype, torch.float32)
         self.is_recomputing = False
         self._written: set[Entry] = set(layout.received)
         self._keep = keep
@@ -79,8 +79,8 @@ class LayerHistory:
         """Hand over what belongs to the autograd graph when the last layer has run, for ``pack``. The graph holds the
         history; a history that held on to the graph would close a circle that Python's collector cannot see, and neither
         would ever be freed."""
-        token, self.token = self.token, self.token.detach()
-        return [token]
+        dependency, self.dependency = self.dependency, self.dependency.detach()
+        return [dependency]
 
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
         """The payload: the hidden state, then the entries that cross the boundary, [B, T, elements per token]."""

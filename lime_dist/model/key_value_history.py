@@ -59,7 +59,7 @@ class KeyValueHistory(LayerHistory):
         return stranger(self.memory, shape_BTC)
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
-        hidden, self.token = _Unpack.apply(payload_BTC, hidden_size, self)
+        hidden, self.dependency = _Unpack.apply(payload_BTC, hidden_size, self)
         return hidden
 
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
@@ -67,18 +67,18 @@ class KeyValueHistory(LayerHistory):
 
     def open(self, routing: Sequence[Tensor | None], summaries: Sequence[Tensor]) -> None:
         """Take R_ℓ [G, entries read · G] of the stage's layers (None: no router) and A_m [rank·G, chunk size·G]."""
-        self.token = _Open.apply(self.token, self, *routing, *summaries)
+        self.dependency = _Open.apply(self.dependency, self, *routing, *summaries)
 
     def mix(self, layer: int, k_NGd: Tensor, v_NGd: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's slot and return the keys and values that its attention uses, [G, N, d] each."""
-        mixed, token = _Mix.apply(self.token, k_NGd, v_NGd, self, layer)
+        mixed, dependency = _Mix.apply(self.dependency, k_NGd, v_NGd, self, layer)
         if not self.is_recomputing:
-            self.token = token
+            self.dependency = dependency
         key, value = mixed.unbind(1)
         return key, value
 
     def summarise(self, chunk: Chunk) -> None:
-        self.token = _Summarise.apply(self.token, self, chunk)
+        self.dependency = _Summarise.apply(self.dependency, self, chunk)
 
     def _stack(self, weights: Sequence[Tensor | None]) -> Tensor:
         """All weights of the stage, [readers, G, positions, G]; readers in the order of their positions; 0: not read."""
@@ -137,7 +137,7 @@ class KeyValueHistory(LayerHistory):
         if block.older.runs:
             if self._partial is None or self._partial[0] is not block:
                 self._partial = (block, self._mixture(block.own, block.older))
-            begin = block.own.rank_of(position) * heads
+            begin = block.own.index_of(position) * heads
             mixed = self._partial[1][begin : begin + heads]
         mixed = self._mixture(slice(position, position + 1), layout.read_alone[layer], mixed)
         if layer == (block.layers[0] if self.is_recomputing else block.layers[-1]):
@@ -173,7 +173,7 @@ class KeyValueHistory(LayerHistory):
         if self._newer is None or self._newer[0] is not block:
             entries = [Entry(found) for found in block.layers]
             self._newer = (block, self._pull(block.own, block.readers, entries))
-        total = self._newer[1][block.own.rank_of(position)]
+        total = self._newer[1][block.own.index_of(position)]
         self._pull_alone(total, own, layout.readers_alone[layer])
 
         if layer == block.layers[0]:
@@ -194,17 +194,17 @@ class KeyValueHistory(LayerHistory):
         self._flat(self.gradients, rows.runs[0]).copy_(gradient)
 
     def _pull(self, places: Places, readers: Places, entries: Sequence[Entry]) -> Tensor:
-        """[entries, G, 2, N, d] in the order of ``places``, in ``exact``: what they have from later stages, and from readers
+        """[entries, G, 2, N, d] in the order of ``places``, in ``accumulation_dtype``: what they have from later stages, and from readers
         here that read all of them."""
         shape = (len(places), *self.slot_shape)
         sent = [] if self._incoming is None else [entry for entry in entries if entry in self.layout.sent]
         flat: Tensor | None = None
-        if sent or not readers.runs or self.exact != self.entries.dtype:
-            flat = self.entries.new_zeros(shape, dtype=self.exact).view(len(places) * self.num_heads, -1)
+        if sent or not readers.runs or self.accumulation_dtype != self.entries.dtype:
+            flat = self.entries.new_zeros(shape, dtype=self.accumulation_dtype).view(len(places) * self.num_heads, -1)
         for entry in sent:
             assert flat is not None and self._incoming is not None
-            rank = places.rank_of(self.layout.position[entry])
-            flat.view(shape)[rank] = self._incoming[self.layout.sent.index(entry)]
+            index = places.index_of(self.layout.position[entry])
+            flat.view(shape)[index] = self._incoming[self.layout.sent.index(entry)]
         for run in readers.runs:
             flat = add_product(self._between(run, places).t(), self._flat(self.gradients, run), flat)
         assert flat is not None
@@ -245,11 +245,11 @@ class _Open(torch.autograd.Function):
     """Stacks the weights; in backward, after all layers, hands each reader the gradient of its own."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, history: KeyValueHistory, *weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, dependency: Tensor, history: KeyValueHistory, *weights: Tensor | None) -> Tensor:
         ctx.history = history
         ctx.has_weights = [matrix is not None for matrix in weights]
         history._weights = history._stack(weights)
-        return torch.zeros_like(token)
+        return torch.zeros_like(dependency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -261,28 +261,28 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, k_NGd: Tensor, v_NGd: Tensor, history: KeyValueHistory, layer: int
+        ctx: Any, dependency: Tensor, k_NGd: Tensor, v_NGd: Tensor, history: KeyValueHistory, layer: int
     ) -> tuple[Tensor, Tensor]:
         ctx.history, ctx.layer = history, layer
         history._write(layer, k_NGd, v_NGd)
-        return history._read(layer), torch.zeros_like(token)
+        return history._read(layer), torch.zeros_like(dependency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        gradient, token_gradient = gradients
+        gradient, dependency_gradient = gradients
         slot_gradient = ctx.history._visit(ctx.layer, gradient)
         key, value = slot_gradient.to(gradient.dtype).unbind(1)
-        return token_gradient, key.transpose(0, 1), value.transpose(0, 1), None, None
+        return dependency_gradient, key.transpose(0, 1), value.transpose(0, 1), None, None
 
 
 class _Summarise(torch.autograd.Function):
     """Writes a chunk's summary; in backward, after all of its readers, makes its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, history: KeyValueHistory, chunk: Chunk) -> Tensor:
+    def forward(ctx: Any, dependency: Tensor, history: KeyValueHistory, chunk: Chunk) -> Tensor:
         ctx.history, ctx.chunk = history, chunk
         history._write_summary(chunk)
-        return torch.zeros_like(token)
+        return torch.zeros_like(dependency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -294,7 +294,7 @@ class _Pack(torch.autograd.Function):
     """Copies the entries that cross a boundary behind the hidden state; in backward, keeps what comes back for them."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, hidden_BTD: Tensor, history: KeyValueHistory) -> Tensor:
+    def forward(ctx: Any, dependency: Tensor, hidden_BTD: Tensor, history: KeyValueHistory) -> Tensor:
         ctx.history, ctx.hidden_shape = history, hidden_BTD.shape
         sent = [history.layout.position[entry] for entry in history.layout.sent]
         batch, length, size = hidden_BTD.shape
@@ -331,7 +331,7 @@ class _Unpack(torch.autograd.Function):
             received = flat[size:].view(-1, *history.slot_shape)
             history.entries[: len(received)].copy_(received)
             hidden = flat[:size].view(batch, length, hidden_size).clone()
-        return hidden, torch.zeros_like(history.token)
+        return hidden, torch.zeros_like(history.dependency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -37,11 +37,11 @@ def live_entries(policy: HistoryPolicy, boundary: int, num_layers: int) -> tuple
 
 @dataclass(frozen=True)
 class Chunk:
-    """Layers with a summary that somebody reads: U_m = A_m·[slots of the layers], ``rank`` rows."""
+    """Layers with a summary that somebody reads: U_m = A_m·[slots of the layers], ``num_rows`` rows."""
 
     index: int
     layers: range
-    rank: int
+    num_rows: int
 
     @property
     def sources(self) -> list[Entry]:
@@ -49,32 +49,34 @@ class Chunk:
 
     @property
     def rows(self) -> list[Entry]:
-        return [Entry(self.layers[-1], True, row, len(self.layers)) for row in range(self.rank)]
+        return [Entry(self.layers[-1], True, row, len(self.layers)) for row in range(self.num_rows)]
 
 
 def summarised_chunks(policy: HistoryPolicy, num_layers: int) -> list[Chunk]:
     """The chunks whose summary some layer reads, ascending."""
     read = {entry for layer in range(num_layers) for entry in policy.reads(layer) if entry.is_summary}
-    ranks = {entry.layers: max(e.row for e in read if e.layers == entry.layers) + 1 for entry in read}
-    return [Chunk(i, layers, ranks[layers]) for i, layers in enumerate(sorted(ranks, key=lambda found: found.start))]
+    num_rows = {entry.layers: max(e.row for e in read if e.layers == entry.layers) + 1 for entry in read}
+    return [
+        Chunk(i, layers, num_rows[layers]) for i, layers in enumerate(sorted(num_rows, key=lambda layers: layers.start))
+    ]
 
 
 @dataclass(frozen=True)
 class Places:
     """Positions, ascending, and the maximal contiguous runs that they form."""
 
-    numbers: tuple[int, ...]
+    positions: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.positions)
 
-    def rank_of(self, position: int) -> int:
+    def index_of(self, position: int) -> int:
         """How many of them come before ``position``, which is one of them."""
-        return self.numbers.index(position)
+        return self.positions.index(position)
 
     @cached_property
     def runs(self) -> list[slice]:
-        return contiguous_runs(self.numbers)
+        return contiguous_runs(self.positions)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Reader:
-    """Who mixes: a layer (one row) or a chunk's summary (``rank`` rows).
+    """Who mixes: a layer (one row) or a chunk's summary (``num_rows`` rows).
 
     Attributes:
         rows: positions of the reader's own entries, contiguous.
@@ -193,7 +195,7 @@ class StageLayout:
 
     def other_readers(self, entry: Entry, shared: Places) -> Places:
         """The readers of an entry that are not ``shared``."""
-        return self.places(r for r in self.readers_of(entry) if self.position[r] not in shared.numbers)
+        return self.places(r for r in self.readers_of(entry) if self.position[r] not in shared.positions)
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
@@ -214,7 +216,7 @@ class StageLayout:
     def read_alone(self) -> dict[int, Places]:
         """By layer: what it reads by itself; that is all that its block does not read for it."""
         return {
-            layer: self.places(e for e in entries if self.position[e] not in self.blocks[layer].older.numbers)
+            layer: self.places(e for e in entries if self.position[e] not in self.blocks[layer].older.positions)
             for layer, entries in self.reads.items()
         }
 

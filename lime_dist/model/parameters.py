@@ -80,7 +80,7 @@ def summary_parameters(config: ModelConfig, layer: int) -> Sizes:
     if chunk is None:
         return {}
     square = config.key_value_heads**2 if config.lime.routes == "kv" else 1
-    return {f"model.history.chunks.{chunk.index}.weight": square * chunk.rank * len(chunk.layers)}
+    return {f"model.history.chunks.{chunk.index}.weight": square * chunk.num_rows * len(chunk.layers)}
 
 
 def entries_weighed(config: ModelConfig, layer: int) -> tuple[Entry, ...]:

@@ -74,7 +74,7 @@ def random_values(policy: str, layers: int) -> list[Tensor]:
     slots = [draw(layers, TOKENS, HEADS, SIZE) for _ in range(2)]
     routers = [draw(HEADS, len(rule.reads(layer)) * HEADS) for layer in range(1, layers)]
     chunks = summarised_chunks(rule, layers)
-    return [*slots, *routers, *(draw(chunk.rank * HEADS, len(chunk.layers) * HEADS) for chunk in chunks)]
+    return [*slots, *routers, *(draw(chunk.num_rows * HEADS, len(chunk.layers) * HEADS) for chunk in chunks)]
 
 
 @pytest.mark.parametrize("layers", [1, 3, BLOCK + 2])
@@ -92,7 +92,7 @@ def test_gradcheck_of_hidden_states(policy: str, layers: int) -> None:
     draw = partial(torch.randn, generator=generator, dtype=torch.float64, requires_grad=True)
     rule = make_history_policy(policy, routes="hidden")
     weights = [draw(HEADS, len(rule.reads(layer))) for layer in range(layers)]
-    weights += [draw(chunk.rank, len(chunk.layers)) for chunk in summarised_chunks(rule, layers)]
+    weights += [draw(chunk.num_rows, len(chunk.layers)) for chunk in summarised_chunks(rule, layers)]
     values = [draw(layers, TOKENS, SIZE), draw(layers, HEADS, 2, SIZE), *weights]
     torch.autograd.gradcheck(partial(run_hidden_history, policy, layers), values, fast_mode=True)
 
@@ -209,7 +209,7 @@ def test_bf16_sums_of_128_readers_do_not_stagnate(policy: str, routes: str) -> N
         generator = torch.Generator().manual_seed(0)
         rule = make_policy(LimeConfig.model_validate({"routes": ROUTES[routes]["routes"], "history": LONG[policy]}))
         reads = [len(rule.reads(layer)) for layer in range(layers)]
-        sizes = [(chunk.rank, len(chunk.layers)) for chunk in summarised_chunks(rule, layers)]
+        sizes = [(chunk.num_rows, len(chunk.layers)) for chunk in summarised_chunks(rule, layers)]
         layout = StageLayout(rule, 0, layers, layers)
         if routes == "kv":
             keys = torch.randn(layers, TOKENS, 1, SIZE, generator=generator).to(dtype).requires_grad_()

@@ -91,7 +91,7 @@ def test_entries_that_cross_while_a_chunk_is_open() -> None:
 
 def test_the_last_chunk_has_no_summary() -> None:
     policy = make({"policy": "chunked", "chunk_size": 4, "rank": 2, "first": 1})
-    assert [(chunk.layers, chunk.rank) for chunk in summarised_chunks(policy, 12)] == [
+    assert [(chunk.layers, chunk.num_rows) for chunk in summarised_chunks(policy, 12)] == [
         (range(0, 4), 2),
         (range(4, 8), 2),
     ]
@@ -117,12 +117,12 @@ def test_layout(policy: str, block: int) -> None:
                 found = layout.blocks[layer]
                 assert layer in found.layers and len(found.layers) <= block
                 reads = {layout.position[entry] for entry in rule.reads(layer)}
-                alone = set(layout.read_alone[layer].numbers)
-                assert alone | set(found.older.numbers) == reads and not alone & set(found.older.numbers)
+                alone = set(layout.read_alone[layer].positions)
+                assert alone | set(found.older.positions) == reads and not alone & set(found.older.positions)
                 readers = {layout.slot(r) for r in range(start, stop) if Entry(layer) in rule.reads(r)}
                 readers |= {layout.position[row] for c in layout.chunks if layer in c.layers for row in c.rows}
-                alone = set(layout.readers_alone[layer].numbers)
-                assert alone | set(found.readers.numbers) == readers and not alone & set(found.readers.numbers)
+                alone = set(layout.readers_alone[layer].positions)
+                assert alone | set(found.readers.positions) == readers and not alone & set(found.readers.positions)
 
 
 @pytest.mark.parametrize("policy", list(POLICIES)[1:])

@@ -55,7 +55,7 @@ def taken(config: ModelConfig, decoder: Any, layer: int, source: int, read_head:
     for chunk in summarised_chunks(policy, LAYERS):
         own = decoder.model.history.chunks[chunk.index].weight
         own = own if kv else own.softmax(-1)
-        made = (own @ torch.cat([entries[entry] for entry in chunk.sources])).view(chunk.rank, heads)
+        made = (own @ torch.cat([entries[entry] for entry in chunk.sources])).view(chunk.num_rows, heads)
         entries |= dict(zip(chunk.rows, made, strict=True))
     router = decoder.model.layers[layer].self_attn.router
     read = [entries[entry] for entry in policy.reads(layer)]
