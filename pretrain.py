@@ -1,4 +1,4 @@
-"""Train a decoder: parse, build left to right, train. Run by the ``deepspeed`` launcher, by ``torchrun``, or alone."""
+"""Train a decoder. Run it with the ``deepspeed`` launcher, with ``torchrun``, or alone as one process."""
 
 from __future__ import annotations
 
@@ -6,28 +6,37 @@ import argparse
 import contextlib
 import math
 import os
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from lime_dist import load_config
 from lime_dist.config.deepspeed import batch_split
-from lime_dist.config.load import dump_config
 from lime_dist.config.schema import Config
-from lime_dist.data.files import lock_folder, write_atomic
-from lime_dist.distributed import agree, check_versions, is_main_process, quiet, start_processes, world_size
+from lime_dist.data.files import lock_folder
+from lime_dist.distributed import check_versions, is_main_process, quiet, start_processes, together, world_size
 from lime_dist.errors import GRACE_SECONDS, LimeError, run_command
 
-T = TypeVar("T")
+if TYPE_CHECKING:  # at run time these imports wait until `start_processes` has chosen DeepSpeed's accelerator
+    from lime_dist.checkpoint.store import Checkpoint
+    from lime_dist.data.run_data import RunData
+    from lime_dist.data.state import TrainState
+    from lime_dist.monitor.console import Console
+    from lime_dist.monitor.records import Records
+    from lime_dist.monitor.run_files import RunFiles
+    from lime_dist.pipeline.engine import LimeEngine
+    from lime_dist.train.loop import Outcome
+    from lime_dist.train.optim import StageOptimizer
+    from lime_dist.train.run import Run
 
-LOCK_PATIENCE = 60.0
+LOCK_TIMEOUT = 60.0
 """Seconds to wait for another run that writes into the same folder."""
 
 EXAMPLES = """examples:
@@ -35,20 +44,20 @@ EXAMPLES = """examples:
   deepspeed --hostfile hosts pretrain.py --config C train.steps=1000 parallel.pipeline_stages=8
   python pretrain.py --config configs/quickstart.yaml parallel.pipeline_stages=1     (one process)
 
-A run whose folder (run.directory) holds checkpoints continues from the newest whole one."""
+A run whose folder (run.directory) holds checkpoints resumes from the newest whole one."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pretrain.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="YAML file with the sections of a run")
-    parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed logs")
+    parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
+    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's messages")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the configuration")
     if is_main_process():
         return parser.parse_intermixed_args()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         try:
             return parser.parse_intermixed_args()
         except SystemExit as stop:
@@ -69,192 +78,176 @@ def main() -> None:
 
 
 def train(config: Config, verbose: bool) -> None:
-    """Train, and print where things are; called on every rank. Rank 0 holds the run folder meanwhile."""
-    with contextlib.ExitStack() as held:
-        build_and_train(config, verbose, held)
-
-
-def build_and_train(config: Config, verbose: bool, held: contextlib.ExitStack) -> None:
-    """Build the parts of a run left to right, and train."""
-    import torch.distributed as dist
-
-    from lime_dist.checkpoint import store
-    from lime_dist.checkpoint.saver import Saver
-    from lime_dist.data.answers import MEASURED_SAMPLES, find_answers
-    from lime_dist.data.blend import BlendOrder, open_training, open_validation
-    from lime_dist.data.loader import TrainBatches, ValidationBatches
-    from lime_dist.data.ramp import BatchSizes
-    from lime_dist.data.state import TrainState
+    """Run a training from its data to its closing lines. Rank 0 holds the run folder. All ranks must call it."""
+    from lime_dist.data.run_data import open_run_data
     from lime_dist.monitor.console import Console
-    from lime_dist.monitor.metrics import MetricsFile
-    from lime_dist.monitor.records import Records
-    from lime_dist.monitor.tensorboard import TensorBoardLog
-    from lime_dist.pipeline.placement import describe_placement
+    from lime_dist.monitor.run_files import open_run_files
     from lime_dist.train import loop
-    from lime_dist.train.control import Control
     from lime_dist.train.optim import build_engine
-    from lime_dist.train.run import Run
 
-    main_process = is_main_process()
-    console = Console(main_process)
-    width, _ = batch_split(config, dist.get_world_size())
-    length, settings = config.data.sequence_length, config.train
-
-    train_split, order = together(lambda: open_training(config.data, config.model.vocab_size))
-    together(lambda: check_vocabulary(config, train_split.vocab_size, str(train_split.path)))
-
-    answers = together(lambda: find_answers(train_split, config.data.answer_token))
-
-    def validation(replica: int) -> ValidationBatches | None:
-        if not settings.evaluation_samples:
-            return None
-        split = open_validation(config.data, config.model.vocab_size)
-        return ValidationBatches(
-            split, length, settings.evaluation_samples, settings.micro_batch_size, replica, width, answers
-        )
-
-    def counted_shares() -> tuple[float | None, float | None]:
-        """Of the labels in training and in validation, those that the loss counts; None: all, or no validation."""
-        if answers is None:
-            return None, None
-        training = answers.share(train_split, length, order.num_samples, MEASURED_SAMPLES)
-        if not settings.evaluation_samples:
-            return training, None
-        split = open_validation(config.data, config.model.vocab_size)
-        return training, answers.share(split, length, settings.evaluation_samples)
-
-    together(lambda: validation(0))
-    training_share, validation_share = together(counted_shares)
-    together(lambda: prepare_directory(Path(config.run.directory), held))
-    with quiet(verbose):
-        engine, optimizer = build_engine(config, verbose)
-    engine.counted_share, engine.validation_share = training_share, validation_share
-    replica = engine.grid.get_data_parallel_rank()
-    at_an_end = engine.is_first_stage() or engine.is_last_stage()
-
-    evaluation = validation(replica)
-
-    state = TrainState()
+    console = Console(is_main_process())
     directory = Path(config.run.directory)
-    checkpoints = directory / "checkpoints"
-    found, passed_over = store.find_newest(checkpoints)
-    for line in passed_over:
-        console.say(line)
-    if found is not None:
-        store.load(found, config, order.num_samples, optimizer)
-        state = found.state
-        console.say(f"resumed from step {state.step} ({found.path})")
-    elif passed_over:
-        raise LimeError(f"no whole checkpoint in {checkpoints}; remove the folder or give another run.directory")
-
-    def open_records() -> tuple[MetricsFile, TensorBoardLog] | tuple[()]:
-        if not main_process:
-            return ()
+    replicas, _ = batch_split(config, torch.distributed.get_world_size())
+    with contextlib.ExitStack() as held:
+        data = open_run_data(config, replicas)
+        together(lambda: hold_directory(directory, held))
+        with quiet(verbose):
+            engine, optimizer = build_engine(config, verbose, data.counted_shares)
+        resumed = resume(config, data, optimizer, console)
+        files = together(lambda: open_run_files(directory, config, resumed.state.step))
+        announce(config, data, engine, resumed.state, console)
+        run = assemble(config, data, engine, optimizer, resumed, files.records, console)
         try:
-            write_atomic(directory / "config.yaml", dump_config(config).encode())
-            write_atomic(directory / "environment.txt", describe_environment().encode())
-            return (
-                MetricsFile(directory / "metrics.jsonl", state.step),
-                TensorBoardLog(directory / "tensorboard", dump_config(config), state.step),
-            )
-        except OSError as error:
-            raise LimeError(f"run.directory={directory} cannot be written: {error.strerror}") from None
+            outcome = loop.train(run, resumed.state)
+        finally:
+            run.close()
+        if files.records.problem is not None:
+            console.say(files.records.problem)
+        if outcome.stopped_by is None:
+            report(config, data, engine, outcome, files, console)
 
-    batch_sizes = BatchSizes(settings.global_batch_size, settings.batch_ramp)
-    sinks = together(open_records)
-    records = Records(sinks)
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run starts.
+
+    Attributes:
+        state: of the checkpoint that was loaded; of a new run if there was none.
+        restore: loads the newest whole checkpoint, as at the start.
+    """
+
+    state: TrainState
+    restore: Callable[[], tuple[Checkpoint | None, list[str]]]
+
+
+def resume(config: Config, data: RunData, optimizer: StageOptimizer, console: Console) -> Resumed:
+    """Load the newest whole checkpoint of the run folder, if there is one.
+
+    Raises:
+        LimeError: none of its checkpoints is whole, or it belongs to another run.
+    """
+    from lime_dist.checkpoint.restore import restore_newest
+    from lime_dist.data.state import TrainState
+
+    checkpoints = checkpoint_folder(config)
+    restore = partial(restore_newest, checkpoints, config, data.order.num_samples, optimizer, console.say)
+    checkpoint, passed_over = restore()
+    if checkpoint is not None:
+        console.say(f"resumed from step {checkpoint.state.step} ({checkpoint.path})")
+        return Resumed(checkpoint.state, restore)
+    if passed_over:
+        raise LimeError(f"no whole checkpoint in {checkpoints}; remove the folder or give another run.directory")
+    return Resumed(TrainState(), restore)
+
+
+def checkpoint_folder(config: Config) -> Path:
+    return Path(config.run.directory) / "checkpoints"
+
+
+def announce(config: Config, data: RunData, engine: LimeEngine, state: TrainState, console: Console) -> None:
+    """Print what is about to be trained, on what, and where."""
+    from lime_dist.data.blend import BlendOrder
+    from lime_dist.pipeline.placement import describe_placement
+
+    settings = config.train
     console.say(
         f"{config.model.architecture}: {config.model.num_hidden_layers} layers in {engine.num_stages} stage(s) × "
-        f"{width} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
-        f"{settings.global_batch_size * length:,} tokens a step; {order.num_samples:,} training samples"
+        f"{data.replicas} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
+        f"{settings.global_batch_size * data.sequence_length:,} tokens a step; {data.order.num_samples:,} training samples"
     )
-    if training_share is not None:
-        console.say(f"the loss counts answers alone: {training_share:.1%} of all tokens")
-    if isinstance(order, BlendOrder):
-        for entry, share in zip(
-            config.data.blend or [], order.shares(batch_sizes.consumed_after(settings.steps)), strict=True
-        ):
+    if data.counted_shares.training is not None:
+        console.say(f"the loss counts answers only: {data.counted_shares.training:.1%} of all tokens")
+    if isinstance(data.order, BlendOrder):
+        shares = data.order.shares(data.batch_sizes.consumed_after(settings.steps))
+        for entry, share in zip(config.data.blend or [], shares, strict=True):
             console.say(f"{entry.path}: {share}")
-
     if engine.placement.several:
         console.say(describe_placement(engine.grid.topology(), engine.placement.hosts))
 
-    batches = None
-    if at_an_end:
-        batches = TrainBatches(
-            train_split, order, length, batch_sizes, settings.micro_batch_size, replica, width,
-            state.consumed_samples, answers,
-        )  # fmt: skip
+
+def assemble(
+    config: Config,
+    data: RunData,
+    engine: LimeEngine,
+    optimizer: StageOptimizer,
+    resumed: Resumed,
+    records: Records,
+    console: Console,
+) -> Run:
+    """Make the parts that are still missing, and hand all of them to the loop."""
+    from lime_dist.checkpoint.saver import Saver
+    from lime_dist.train.control import Control
+    from lime_dist.train.run import Run
+
+    replica = engine.grid.get_data_parallel_rank()
+    reads_data = engine.is_first_stage() or engine.is_last_stage()
+    validation = data.validation_batches(replica)
     run = Run(
         config=config,
         engine=engine,
         optimizer=optimizer,
-        order=order,
-        batch_sizes=batch_sizes,
-        train_batches=batches,
-        validation_batches=evaluation if at_an_end else None,
-        evaluation_micro_batches=len(evaluation) if evaluation is not None else 0,
-        saver=Saver(checkpoints, config, order.num_samples, optimizer, engine.stage_id, replica),
-        control=Control(replica, width, engine.is_first_stage(), engine.is_last_stage(), config.pipeline.timeout),
+        order=data.order,
+        batch_sizes=data.batch_sizes,
+        train_batches=data.train_batches(replica, resumed.state.consumed_samples) if reads_data else None,
+        validation_batches=validation if reads_data else None,
+        evaluation_micro_batches=0 if validation is None else len(validation),
+        saver=Saver(checkpoint_folder(config), config, data.order.num_samples, optimizer, engine.stage_id, replica),
+        restore=resumed.restore,
+        control=Control(
+            replica, data.replicas, engine.is_first_stage(), engine.is_last_stage(), config.pipeline.timeout
+        ),
         console=console,
         records=records,
     )
-    if state.step >= settings.steps:
-        console.say(f"nothing left to train: {state.step} steps are done and train.steps={settings.steps}")
-    try:
-        outcome = loop.train(run, state)
-    finally:
-        records.close()
-        if batches is not None:
-            batches.close()
-    if records.problem is not None:
-        console.say(records.problem)
-    if outcome.stopped is not None:
-        return
-    state, validation_loss = outcome.state, outcome.validation_loss
+    if resumed.state.step >= config.train.steps:
+        console.say(f"nothing to train: {resumed.state.step} steps are done and train.steps={config.train.steps}")
+    return run
 
-    console.time_split(outcome.split)
-    if validation_loss is not None:
+
+def report(
+    config: Config, data: RunData, engine: LimeEngine, outcome: Outcome, files: RunFiles, console: Console
+) -> None:
+    """Print how the run ended and where its results are. All ranks must call it."""
+    from lime_dist.train.measurements import describe_boundaries
+
+    directory, vocab_size, loss = config.run.directory, config.model.vocab_size, outcome.validation_loss
+    console.time_split(outcome.time_split)
+    if loss is not None:
         console.say(
-            f"validation loss: {validation_loss:.4f} nats per {'token' if answers is None else 'answer token'} "
-            f"({math.log(config.model.vocab_size) - validation_loss:.2f} below ln({config.model.vocab_size}))"
+            f"validation loss: {loss:.4f} nats per {'token' if data.answers is None else 'answer token'} "
+            f"({math.log(vocab_size) - loss:.2f} below ln({vocab_size}))"
         )
-    if sinks and (best := sinks[0].best_validation()) is not None:
+    if files.metrics is not None and (best := files.metrics.best_validation()) is not None:
         console.say(f"best validation loss {best[0]:.4f} at step {best[1]}")
-    for line in loop.describe_traffic(engine):
+    for line in describe_boundaries(engine):
         console.say(line)
-    console.say(f"tokens seen: {state.consumed_samples * length:,}")
-    console.say(f"run folder: {directory}")
-    console.say(f"watch it: tensorboard --logdir {directory / 'tensorboard'}")
-
-
-def together(action: Callable[[], T]) -> T:
-    """Run an action on all ranks; a LimeError of any rank is raised on all of them."""
-    result: T | None = None
-    error: str | None = None
-    try:
-        result = action()
-    except LimeError as problem:
-        error = str(problem)
-    agree(error)
-    return result  # type: ignore[return-value]  # agree raised if there is none
+    console.say(f"tokens seen: {outcome.state.consumed_samples * data.sequence_length:,}")
+    console.say(f"run folder: {Path(directory)}")
+    console.say(f"view it with: tensorboard --logdir {Path(directory) / 'tensorboard'}")
 
 
 def wait_for_predecessor(directory: Path) -> None:
-    """Let the processes of an earlier start end, on rank 0: they save and stop when their launcher is gone, and hold its port."""
+    """On rank 0, wait for the processes of an earlier start to end.
+
+    They save and stop when their launcher is gone, and until then they hold its port.
+    """
     if not is_main_process() or not (directory / ".lock").exists():
         return
     try:
         with lock_folder(directory):
             return
     except LimeError:
-        print(f"another run is still writing into {directory}; waiting for its end", flush=True)
-    with lock_folder(directory, LOCK_PATIENCE):
+        print(f"another run is still writing into {directory}; waiting for it to end", flush=True)
+    with lock_folder(directory, LOCK_TIMEOUT):
         pass
 
 
-def prepare_directory(directory: Path, held: contextlib.ExitStack) -> None:
-    """Make the run folder and hold it, on rank 0, before anything expensive is built."""
+def hold_directory(directory: Path, held: contextlib.ExitStack) -> None:
+    """On rank 0, create the run folder and lock it, before anything expensive is built.
+
+    Raises:
+        LimeError: it cannot be written, or another run holds it.
+    """
     if not is_main_process():
         return
     try:
@@ -264,31 +257,15 @@ def prepare_directory(directory: Path, held: contextlib.ExitStack) -> None:
         probe.unlink()
     except OSError as error:
         raise LimeError(f"run.directory={directory}: {error.strerror}; give a folder that can be written") from None
-    held.enter_context(lock_folder(directory, LOCK_PATIENCE))
-
-
-def check_vocabulary(config: Config, vocab_size: int | None, path: str) -> None:
-    if vocab_size is not None and vocab_size > config.model.vocab_size:
-        raise LimeError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the {vocab_size} pieces of the tokenizer "
-            f"that made {path}; set model.vocab_size={vocab_size} or more"
-        )
-
-
-def describe_environment() -> str:
-    names = ("torch", "deepspeed", "numpy", "sentencepiece", "datasets", "tensorboard")
-    lines = [
-        f"command: {' '.join(sys.argv)}",
-        f"host: {platform.node()}, {platform.platform()}, {os.cpu_count()} cores, {world_size()} processes",
-        f"python: {platform.python_version()}",
-        *(f"{name}: {version(name)}" for name in names),
-    ]
-    return "\n".join(lines) + "\n"
+    held.enter_context(lock_folder(directory, LOCK_TIMEOUT))
 
 
 def leave(status: int) -> NoReturn:
-    """End the process without the interpreter's teardown. Everything is closed by now, and a process can abort in that
-    teardown (seen in 1 of 16 runs of two processes with torch 2.13 and gloo; the cause was not found)."""
+    """End the process without the interpreter's teardown, in which a process can abort.
+
+    Everything is closed by now. (An abort was seen in 1 of 16 runs of two processes with torch 2.13 and gloo; its cause is
+    not known.)
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a closed pipe, a log on a full disk
             stream.flush()

@@ -27,7 +27,7 @@ from lime_dist.distributed import start_processes
 WATCHING = {
     "reading the clock": [("lime_dist.pipeline.clock", "Clock._mark"), ("lime_dist.pipeline.clock", "Clock.totals")],
     "gathering numbers": [("lime_dist.train.measurements", "Measurements.gather")],
-    "working them out": [("lime_dist.train.loop", "whole_record"), ("lime_dist.train.loop", "stage_scalars")],
+    "working them out": [("lime_dist.train.loop", "interval_record"), ("lime_dist.train.loop", "stage_scalars")],
     "routers": [("lime_dist.train.loop", "_draw_routers")],
     "writing": [("lime_dist.monitor.records", f"Records.{name}") for name in ("write", "draw", "flush")],
 }

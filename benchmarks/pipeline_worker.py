@@ -20,9 +20,11 @@ from torch import Tensor
 
 from lime_dist.distributed import quiet, start_processes
 from lime_dist.model.decoder import apply_head, embed
+from lime_dist.pipeline.clock import Clock
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
+from lime_dist.pipeline.process_groups import process_groups
 from lime_dist.train.optim import make_stage_optimizer
 
 Payload = tuple[Tensor, Tensor]
@@ -78,8 +80,9 @@ def build(settings: dict[str, Any], variant: str) -> LimeEngine:
     config = make_config(settings, engine_name, model, 2)
     module = (TupleModule if engine_name == "stock-tuple" else LimePipelineModule)(config)
     kinds = {"overlap": OverlapEngine, "stock": LimeEngine, "stock-tuple": TupleEngine}
-    engine: LimeEngine = kinds[engine_name](module, config)
-    engine.optimizer = make_stage_optimizer(config, module.exported_parameters, engine.process_groups())
+    clock = Clock(next(module.parameters()).device)
+    optimizer = make_stage_optimizer(config, module.exported_parameters, process_groups(module), clock)
+    engine: LimeEngine = kinds[engine_name](module, config, optimizer, clock)
     return engine
 
 

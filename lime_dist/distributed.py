@@ -6,14 +6,17 @@ import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from lime_dist.contract import SUPPORTED, disable_compiled_operations, quiet_logger, unsupported
 from lime_dist.errors import LimeError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -97,6 +100,18 @@ def agree(error: str | None) -> None:
     for line in errors:
         if line is not None:
             raise LimeError(line)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run an action on all ranks; a LimeError of any rank is raised on all of them. All ranks must call it."""
+    result: T | None = None
+    error: str | None = None
+    try:
+        result = action()
+    except LimeError as problem:
+        error = str(problem)
+    agree(error)
+    return cast(T, result)  # `agree` has raised if there is none
 
 
 def free_port() -> int:

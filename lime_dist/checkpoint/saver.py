@@ -112,6 +112,10 @@ class Saver:
         """Whether this rank's file of it is not on disk yet."""
         return self._under_way is not None and self._under_way.thread is not None and self._under_way.thread.is_alive()
 
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step is or will be."""
+        return self.directory / folder_name(step)
+
     def save(self, state: TrainState) -> Saved:
         """Begin and finish."""
         self.begin(state)

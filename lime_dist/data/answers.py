@@ -59,6 +59,22 @@ class Answers:
         return counted / (len(spaced) * sequence_length)
 
 
+@dataclass(frozen=True)
+class CountedShares:
+    """The shares of all labels that the loss counts.
+
+    Attributes:
+        training: in the training split; None: all labels are counted.
+        validation: in the validation samples; None: all labels are counted, or there is no validation.
+    """
+
+    training: float | None = None
+    validation: float | None = None
+
+
+ALL_COUNTED = CountedShares()
+
+
 def find_answers(split: Samples, answer_token: int | None) -> Answers | None:
     """How labels of a split are made; None: every token is counted.
 

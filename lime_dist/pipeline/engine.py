@@ -6,9 +6,8 @@ derives from it. `lime_dist/contract.py` lists what both need of DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any, ClassVar, Protocol
 
@@ -22,32 +21,16 @@ from torch import Tensor
 
 from lime_dist.config.deepspeed import deepspeed_config
 from lime_dist.config.schema import Config
+from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.errors import PeerLost
-from lime_dist.model.decoder import EMBEDDING
 from lime_dist.pipeline.clock import INSTRUCTIONS, VALIDATION, WAITING, Clock
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.placement import gather_placement
+from lime_dist.pipeline.process_groups import tied_communicators
 from lime_dist.pipeline.transfer import Traffic
 from lime_dist.pipeline.watchdog import Watchdog
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class ProcessGroups:
-    """The process groups that a stage's optimizer communicates over.
-
-    Attributes:
-        replicas: the ranks that hold this stage (data parallel).
-        pipeline: the ranks of this replica, one per stage.
-        tied: by exported name of a tied weight, the ranks of this replica that hold a copy.
-        tied_copies: exported names of tied weights that another stage counts in the gradient norm.
-    """
-
-    replicas: dist.ProcessGroup
-    pipeline: dist.ProcessGroup
-    tied: Mapping[str, dist.ProcessGroup]
-    tied_copies: frozenset[str]
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
@@ -64,46 +47,42 @@ class GradientOptimizer(Protocol):
 
 
 class LimeEngine(PipelineEngine):
-    """Runs the stock schedule. ``optimizer``, set before the first step, owns gradients, norm, clipping and the update.
+    """Runs the stock schedule. ``optimizer`` owns gradients, norm, clipping and the update.
 
-    Attributes:
-        counted_share: fraction of the training labels that count in the loss; None if all do. Set by the entry.
-        validation_share: the same for validation samples.
+    Args:
+        clock: times the instructions; the optimizer may use it as well.
+        counted_shares: fractions of the labels that count in the loss.
     """
 
     optimizer: GradientOptimizer
     total_loss: Tensor | None
-    counted_share: float | None = None
-    validation_share: float | None = None
 
-    def __init__(self, module: LimePipelineModule, config: Config) -> None:
+    def __init__(
+        self,
+        module: LimePipelineModule,
+        config: Config,
+        optimizer: GradientOptimizer,
+        clock: Clock,
+        counted_shares: CountedShares = ALL_COUNTED,
+    ) -> None:
         world_size = dist.get_world_size()
         settings = deepspeed_config(config, world_size)
         mpu = module.mpu()
         super().__init__(args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu)
         self.lime_config = config
+        self.optimizer, self.clock = optimizer, clock
+        self._counted_shares = counted_shares
         self.timers = NoopTimer()  # the stock timers keep two CUDA events per step and never free them
         self.placement = gather_placement()
         self.watchdog = Watchdog(config.pipeline.timeout)
-        self.clock = Clock(self.device)
         self._shape: tuple[int, int] | None = None
+
+    def start_after(self, step: int) -> None:
+        """Number the next training step ``step + 1``."""
+        self.global_steps = step
 
     def _broadcast_model(self) -> None:
         """Nothing to do: initial values are a function of seed and name. (The stock method fails on scalar parameters.)"""
-
-    def _tied_communicators(self) -> dict[str, dict[str, Any]]:
-        """By exported name: DeepSpeed's group, ranks and module of a weight that two stages share."""
-        return {f"{EMBEDDING}.weight": comm for comm in self.module.tied_comms.values() if len(set(comm["ranks"])) > 1}
-
-    def process_groups(self) -> ProcessGroups:
-        """The process groups of this rank's stage."""
-        tied = self._tied_communicators()
-        return ProcessGroups(
-            replicas=self.mpu.get_data_parallel_group(),
-            pipeline=self.mpu.get_pipe_parallel_group(),
-            tied={name: comm["group"] for name, comm in tied.items()},
-            tied_copies=frozenset(name for name, comm in tied.items() if self.global_rank != min(comm["ranks"])),
-        )
 
     def train_step(self, batches: Batches | None, micro_batches: int | None = None) -> float:
         """Run one training step and return the mean loss over the global batch (nats per token), on every rank.
@@ -213,7 +192,7 @@ class LimeEngine(PipelineEngine):
             return ()
         if not isinstance(instruction, schedule.ReduceGrads):
             return None
-        sharing = (rank for comm in self._tied_communicators().values() for rank in comm["ranks"])
+        sharing = (rank for comm in tied_communicators(self.module).values() for rank in comm["ranks"])
         return [*self.grid.dp_group, *sharing]
 
     def _rank_of(self, stage: int) -> int:
@@ -231,7 +210,8 @@ class LimeEngine(PipelineEngine):
 
     def _add_loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """Return the loss of a micro-batch on the last stage, and add it to the step's total."""
-        share = self.counted_share if torch.is_grad_enabled() else self.validation_share
+        shares = self._counted_shares
+        share = shares.training if torch.is_grad_enabled() else shares.validation
         loss: Tensor = self.module.loss_fn(logits_BTV, labels_BT, share)
         self.fwd_outputs.append(loss.detach())
         self.total_loss = loss.detach().clone() if self.total_loss is None else self.total_loss + loss.detach()

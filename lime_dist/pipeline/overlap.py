@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lime_dist.config.schema import Config
+from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.model.history import LayerHistory
-from lime_dist.pipeline.clock import TRANSFER
-from lime_dist.pipeline.engine import LimeEngine
+from lime_dist.pipeline.clock import TRANSFER, Clock
+from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
 from lime_dist.pipeline.in_flight import AHEAD
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule
@@ -53,8 +54,15 @@ class MicroBatch:
 class OverlapEngine(LimeEngine):
     """Runs `OverlapSchedule`. The buffer id of an instruction is its micro-batch."""
 
-    def __init__(self, module: LimePipelineModule, config: Config) -> None:
-        super().__init__(module, config)
+    def __init__(
+        self,
+        module: LimePipelineModule,
+        config: Config,
+        optimizer: GradientOptimizer,
+        clock: Clock,
+        counted_shares: CountedShares = ALL_COUNTED,
+    ) -> None:
+        super().__init__(module, config, optimizer, clock, counted_shares)
         self._in_flight: dict[int, MicroBatch] = {}
         self._failed = False
         self._from_previous: Receiver[LayerHistory | None] | None = None

@@ -1,7 +1,7 @@
-"""What the ranks agree on after every step: one small all-reduce over the CPU, whatever carries payloads and gradients.
+"""The status that all ranks exchange after every step: one small all-reduce over the CPU.
 
-It has a gloo group of its own, so that it neither waits for a GPU nor mixes with other transfers. (Between hosts gloo takes
-the network interface that the host's name resolves to, or ``GLOO_SOCKET_IFNAME``.)
+It has a gloo process group of its own, so that it neither waits for the GPU nor mixes with transfers of payloads or gradients.
+(Between hosts, gloo uses the network interface that the host's name resolves to, or ``GLOO_SOCKET_IFNAME``.)
 """
 
 from __future__ import annotations
@@ -17,66 +17,73 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Word:
-    """What one rank says.
+class Status:
+    """What one rank reports after a step.
 
     Attributes:
-        stop: the signal that asks this process to end, 0 if none has come.
-        writing: its part of a checkpoint is not on disk yet.
-        trouble: it cannot go on.
+        stop: the signal that asks this process to stop; 0: none.
+        writing: this rank's part of a checkpoint is still being written.
+        failed: this rank cannot continue.
         spike: the loss has jumped.
-        checksum: of the tokens that it read in this step, below 2³²; None on stages that read none.
+        checksum: of the tokens that this rank read in the step, below 2³²; None on stages that read no data.
     """
 
     stop: int = 0
     writing: bool = False
-    trouble: bool = False
+    failed: bool = False
     spike: bool = False
     checksum: int | None = None
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What all say together: the greatest ``stop``, whether anybody is ``writing``, …, and the replicas whose first and last
-    stage read different tokens."""
+class JointStatus:
+    """The status of all ranks together.
+
+    Attributes:
+        stop: the largest ``stop`` of any rank.
+        writing, failed, spike: whether any rank reported it.
+        different_replicas: the replicas whose first and last stage read different tokens.
+    """
 
     stop: int
     writing: bool
-    trouble: bool
+    failed: bool
     spike: bool
-    different: tuple[int, ...]
+    different_replicas: tuple[int, ...]
 
 
 class Control:
-    """The ranks' common word; made by all of them together.
+    """Exchanges the status of all ranks. All ranks construct it together.
 
     Args:
-        replica: this rank's, of ``replicas``.
-        is_first, is_last: whether this rank is the first, or the last, stage of its replica.
-        timeout: ``pipeline.timeout``; the watchdog, which knows more, speaks before the group's own patience ends.
+        replica: index of this rank's replica, of ``replicas``.
+        is_first, is_last: whether this rank holds the first, or the last, stage of its replica.
+        timeout: ``pipeline.timeout`` in seconds. The group's own timeout is longer, so that the watchdog, whose message says
+            more, ends the process first.
     """
 
     def __init__(self, replica: int, replicas: int, is_first: bool, is_last: bool, timeout: float) -> None:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout + 60))
         self._replicas = replicas
-        self._places = [
-            4 + end * replicas + replica for end, is_it in enumerate((is_first, is_last)) if is_it
-        ]  # of checksums: all first stages', then all last stages'
+        # Positions of this rank's checksum: those of all first stages come first, then those of all last stages.
+        self._positions = [
+            4 + end * replicas + replica for end, is_end in enumerate((is_first, is_last)) if is_end
+        ]
 
-    def exchange(self, own: Word) -> Agreed:
-        """All ranks say their word and hear everybody's; called by all together."""
-        words = torch.zeros(4 + 2 * self._replicas, dtype=torch.int64)
-        words[:4] = torch.tensor([own.stop, own.writing, own.trouble, own.spike])
+    def exchange(self, own: Status) -> JointStatus:
+        """Combine the status of all ranks; all ranks must call it."""
+        values = torch.zeros(4 + 2 * self._replicas, dtype=torch.int64)
+        values[:4] = torch.tensor([own.stop, own.writing, own.failed, own.spike])
         if own.checksum is not None:
-            words[self._places] = own.checksum
-        dist.all_reduce(words, dist.ReduceOp.MAX, group=self._group)
-        stop, writing, trouble, spike, *checksums = words.tolist()
+            values[self._positions] = own.checksum
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        stop, writing, failed, spike, *checksums = values.tolist()
         pairs = zip(checksums[: self._replicas], checksums[self._replicas :], strict=True)
         different = tuple(replica for replica, (first, last) in enumerate(pairs) if first != last)
-        return Agreed(stop, bool(writing), bool(trouble), bool(spike), different)
+        return JointStatus(stop, bool(writing), bool(failed), bool(spike), different)
 
     def gather(self, own: T) -> list[T]:
-        """What every rank hands over, by rank, on rank 0; empty on the others. Called by all together."""
-        found: list[T] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(own, found, dst=0, group=self._group)
-        return found or []
+        """The values of all ranks, in rank order, on rank 0; empty on the others. All ranks must call it."""
+        gathered: list[T] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(own, gathered, dst=0, group=self._group)
+        return gathered or []

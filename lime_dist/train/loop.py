@@ -1,4 +1,4 @@
-"""The training loop: steps, validation and records, from finished parts that the entry hands over."""
+"""The training loop: steps, validations and records."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-import torch.distributed as dist
 
 from lime_dist.config.schema import Config
 from lime_dist.data.state import TrainState
+from lime_dist.monitor.peak import measured_flops
 from lime_dist.monitor.routers import has_map, weight_names
-from lime_dist.pipeline.engine import LimeEngine
-from lime_dist.pipeline.transfer import Traffic
-from lime_dist.train.boundary import Boundary
-from lime_dist.train.measurements import Measurements, stage_scalars, whole_record
-from lime_dist.train.run import Run
+from lime_dist.train.measurements import Measurements, interval_record, stage_scalars
+from lime_dist.train.run import Metrics, Run
 from lime_dist.train.signals import StopSignals
+from lime_dist.train.step_end import StepEnd
+
+RECENT_STEPS = 20
+"""A console line gives the median speed of this many steps."""
 
 
 @dataclass(frozen=True)
@@ -26,100 +27,46 @@ class Outcome:
     """How training ended.
 
     Attributes:
-        validation_loss: of the last state; None without validation, or if it was stopped.
-        stopped: what stopped it before its end; None: nothing did.
-        split: on rank 0, seconds of this start by what they went into, the mean over ranks; empty on the others.
+        validation_loss: of the last state; None: the run has no validation, or was stopped.
+        stopped_by: what stopped the run before its end; None: nothing did.
+        time_split: on rank 0, seconds of this start by kind of work, the mean over ranks; {} on the others.
     """
 
     state: TrainState
     validation_loss: float | None
-    stopped: str | None
-    split: dict[str, float]
+    stopped_by: str | None
+    time_split: dict[str, float]
 
 
 def train(run: Run, state: TrainState) -> Outcome:
-    """Train from ``state`` to ``train.steps``, or until a signal comes; the last state is on disk then."""
+    """Train from ``state`` until ``train.steps`` or a signal; the last state is saved. All ranks must call it."""
     settings = run.config.train
-    recent: deque[float] = deque(maxlen=20)
+    recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
     validated: tuple[int, float] | None = None
-    measurements = Measurements(run)
+    measurements = Measurements(run, _peak_flops(run))
     run.console.start(state.step, settings.steps)
-    run.engine.global_steps = state.step
+    run.engine.start_after(state.step)
     with StopSignals() as signals:
-        boundary = Boundary(run, signals, state)
-        while state.step < settings.steps and boundary.stopped is None:
-            state, loss = _step(run, state, recent, measurements)
-            boundary.updated(state, loss)
+        step_end = StepEnd(run, signals, state)
+        while state.step < settings.steps and step_end.stopped_by is None:
+            state, loss = _step(run, state, recent_seconds, measurements)
+            step_end.check_update(state, loss)
             if has_map(run.config.model) and _due(run.config.monitor.router_interval, state.step):
                 _draw_routers(run, state)
             if _due(settings.evaluation_interval, state.step) and run.evaluation_micro_batches:
                 validated = (state.step, validate(run, state))
-            state = boundary.cross(state, loss)
-        if boundary.stopped is None:
-            boundary.close(state)
+            state = step_end.finish(state, loss)
+        if step_end.stopped_by is None:
+            step_end.save_last(state)
             if run.evaluation_micro_batches and (validated is None or validated[0] != state.step):
                 validated = (state.step, validate(run, state))
     run.console.close()
-    loss_at_end = validated[1] if validated and boundary.stopped is None else None
-    return Outcome(state, loss_at_end, boundary.stopped, measurements.split())
-
-
-def _step(run: Run, state: TrainState, recent: deque[float], measurements: Measurements) -> tuple[TrainState, float]:
-    """One step and its record; the state after it and its loss. ``recent`` holds the seconds of steps."""
-    config, settings = run.config, run.config.train
-    lr, router_lr = run.optimizer.learning_rates()
-    begin = time.perf_counter()
-    batch_size = run.batch_sizes.at(state.consumed_samples)
-    with measurements.step(batch_size * config.data.sequence_length):
-        loss = run.engine.train_step(run.train_batches, batch_size // (settings.micro_batch_size * run.replicas))
-    seconds = time.perf_counter() - begin
-    state = TrainState(state.step + 1, state.consumed_samples + batch_size)
-    recent.append(seconds)
-    record: dict[str, float | int] = {
-        **_position(config, state),
-        "loss": loss,
-        "grad_norm": run.optimizer.gradient_norm,
-        "lr": lr,
-        "router_lr": router_lr,
-        "step_seconds": seconds,
-        "tokens_per_second": batch_size * config.data.sequence_length / seconds,
-    }
-    logs = state.step % settings.log_interval == 0 or state.step == settings.steps
-    if logs and (found := measurements.gather(state.step)):
-        record |= whole_record(config, found)
-        run.records.draw(state.step, stage_scalars(found))
-    run.records.write(record)
-    run.console.advance()
-    if logs:
-        typical = median(recent)
-        rate = batch_size * config.data.sequence_length / typical
-        run.console.step_line({**record, "step_seconds": typical, "tokens_per_second": rate}, settings.steps)
-    return state, loss
-
-
-def _draw_routers(run: Run, state: TrainState) -> None:
-    """Pictures of what layers read, from the weights of all stages of the first replica."""
-    model = run.config.model
-    wanted = set(weight_names(model)) if run.replica == 0 else set()
-    own = {
-        name: weight.detach().to("cpu", torch.float32, copy=True)  # a view would be sent with the whole stage's memory
-        for name, weight in run.optimizer.parameters.items()
-        if name in wanted
-    }
-    with run.engine.watching(f"the routers' weights after step {state.step}"):
-        parts = run.control.gather(own)
-    if parts:
-        from lime_dist.monitor.pictures import router_pictures
-
-        chosen = run.config.monitor.router_layer
-        weights = {name: weight for part in parts for name, weight in part.items()}
-        last = model.num_hidden_layers - 1
-        pictures = router_pictures(model, weights, last if chosen is None else chosen)
-        run.records.draw(state.step, {}, pictures)
+    last_loss = validated[1] if validated and step_end.stopped_by is None else None
+    return Outcome(state, last_loss, step_end.stopped_by, measurements.time_split())
 
 
 def validate(run: Run, state: TrainState) -> float:
-    """Loss over the fixed validation samples, recorded and printed."""
+    """The loss over the validation samples; also recorded and printed. All ranks must call it."""
     batches = iter(run.validation_batches) if run.validation_batches is not None else None
     begin = time.perf_counter()
     loss = run.engine.evaluate(batches, run.evaluation_micro_batches)
@@ -130,28 +77,70 @@ def validate(run: Run, state: TrainState) -> float:
     return loss
 
 
-def describe_traffic(engine: LimeEngine) -> list[str]:
-    """One line a boundary of the first replica: what crossed it, and how long its ends waited; called by all ranks."""
-    own = (engine.grid.get_data_parallel_rank(), engine.stage_id, engine.traffic())
-    found: list[tuple[int, int, dict[str, Traffic]] | None] = [None] * dist.get_world_size()
-    with engine.watching("the end of the run"):
-        dist.all_gather_object(found, own)
-    stages = {stage: traffic for replica, stage, traffic in filter(None, found) if replica == 0}
-    lines = []
-    for stage in sorted(stages):
-        if "sent to next" in stages[stage]:
-            there, back = stages[stage]["sent to next"], stages[stage]["received from next"]
-            waited = stages[stage + 1]["received from previous"].waited + there.waited
-            waited_back = back.waited + stages[stage + 1]["sent to previous"].waited
-            lines.append(
-                f"stage {stage} to {stage + 1}: {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back, "
-                f"{there.bytes / max(1, there.transfers) / 1e6:,.2f} MB a micro-batch; "
-                f"waited for: {waited:.1f} s there, {waited_back:.1f} s back"
-            )
-    return lines
+def _step(
+    run: Run, state: TrainState, recent_seconds: deque[float], measurements: Measurements
+) -> tuple[TrainState, float]:
+    """One step and its record; returns the state after it and its loss."""
+    config, settings = run.config, run.config.train
+    lr, router_lr = run.optimizer.learning_rates()
+    begin = time.perf_counter()
+    batch_size = run.batch_sizes.at(state.consumed_samples)
+    tokens = batch_size * config.data.sequence_length
+    with measurements.step(tokens):
+        loss = run.engine.train_step(run.train_batches, batch_size // (settings.micro_batch_size * run.replicas))
+    seconds = time.perf_counter() - begin
+    state = TrainState(state.step + 1, state.consumed_samples + batch_size)
+    recent_seconds.append(seconds)
+    record: Metrics = {
+        **_position(config, state),
+        "loss": loss,
+        "grad_norm": run.optimizer.gradient_norm,
+        "lr": lr,
+        "router_lr": router_lr,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    logs = state.step % settings.log_interval == 0 or state.step == settings.steps
+    if logs and (intervals := measurements.gather(state.step)):
+        record |= interval_record(config, intervals)
+        run.records.draw(state.step, stage_scalars(intervals))
+    run.records.write(record)
+    run.console.advance()
+    if logs:
+        typical = median(recent_seconds)
+        run.console.step_line({**record, "step_seconds": typical, "tokens_per_second": tokens / typical}, settings.steps)
+    return state, loss
 
 
-def _position(config: Config, state: TrainState) -> dict[str, float | int]:
+def _draw_routers(run: Run, state: TrainState) -> None:
+    """Draw what the layers read, from the router weights of all stages of replica 0."""
+    model = run.config.model
+    wanted = set(weight_names(model)) if run.replica == 0 else set()
+    own = {
+        name: weight.detach().to("cpu", torch.float32, copy=True)  # a view would be sent with the whole stage's memory
+        for name, weight in run.optimizer.parameters.items()
+        if name in wanted
+    }
+    with run.engine.watching(f"gathering the routers' weights after step {state.step}"):
+        stages = run.control.gather(own)
+    if stages:
+        from lime_dist.monitor.pictures import router_pictures
+
+        chosen = run.config.monitor.router_layer
+        weights = {name: weight for stage in stages for name, weight in stage.items()}
+        last = model.num_hidden_layers - 1
+        pictures = router_pictures(model, weights, last if chosen is None else chosen)
+        run.records.draw(state.step, {}, pictures)
+
+
+def _peak_flops(run: Run) -> float:
+    """Peak FLOPs per second of this rank's device, as configured or measured."""
+    configured = run.config.monitor.peak_flops
+    weights = run.optimizer.flat_weights
+    return measured_flops(weights.device, weights.dtype) if configured is None else configured
+
+
+def _position(config: Config, state: TrainState) -> Metrics:
     return {
         "step": state.step,
         "consumed_samples": state.consumed_samples,

@@ -1,4 +1,4 @@
-"""What every rank measures between two console lines, gathered once an interval, and what rank 0 makes of it."""
+"""What every rank measures between two console lines, gathered once an interval, and the figures that rank 0 derives from it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 import torch
+import torch.distributed as dist
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.monitor.peak import measured_flops
 from lime_dist.pipeline.clock import COMPUTATION, KINDS, TRANSFER, VALIDATION, WAITING
 from lime_dist.pipeline.engine import LimeEngine
+from lime_dist.pipeline.transfer import Traffic
 from lime_dist.train.run import Run
 
-THERE, BACK = "sent to next", "received from next"
-"""Directions of the boundary behind a stage, as the engine's traffic names them."""
+SENT, RETURNED = "sent to next", "received from next"
+"""The two directions of the boundary behind a stage, as the engine names them: payloads, and their gradients."""
 
 
 @dataclass
-class Measured:
-    """One rank's steps since the last interval.
+class Interval:
+    """What one rank measured in the steps since the last interval.
 
     Attributes:
         tokens: of the steps, over all replicas.
-        step_seconds: of all steps together, from beginning to end.
-        seconds: by kind (`pipeline.clock`), steps and what lies between them.
-        bytes: by direction of the boundary behind the stage, of the steps alone; {} if nothing is counted.
-        gradient_norm: of the stage's part, in the newest step, before clipping.
-        memory: the most bytes that the device has held so far; on the CPU the process's.
-        peak_flops: what the device reaches at best, a second.
+        step_seconds: sum over the steps.
+        seconds: by kind of work (`pipeline.clock`), in the steps and between them.
+        bytes: transferred over the boundary behind the stage in the steps, by direction; {} if the engine does not count.
+        gradient_norm: of this stage's parameters in the newest step, before clipping.
+        memory: peak memory of the device so far, in bytes; on a CPU, of the process.
+        peak_flops: peak FLOPs per second of the device.
     """
 
     stage: int
@@ -49,89 +50,118 @@ class Measured:
 
 
 class Measurements:
-    """This rank's, since training began; methods that gather are called by all ranks together."""
+    """The measurements of this rank since training began.
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._begin = run, time.perf_counter()
+    Args:
+        peak_flops: peak FLOPs per second of this rank's device.
+    """
+
+    def __init__(self, run: Run, peak_flops: float) -> None:
+        self._run, self._begin, self._peak = run, time.perf_counter(), peak_flops
         self._start = self._last = run.engine.clock.totals()
-        peak = run.config.monitor.peak_flops
-        weights = run.optimizer.flat_weights
-        self._peak = measured_flops(weights.device, weights.dtype) if peak is None else peak
-        self._now = self._fresh()
+        self._now = self._new_interval()
 
-    def _fresh(self) -> Measured:
-        return Measured(self._run.engine.stage_id, self._run.replica)
+    def _new_interval(self) -> Interval:
+        return Interval(self._run.engine.stage_id, self._run.replica)
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
-        """Around a step over so many ``tokens`` of all replicas."""
-        begin, before = time.perf_counter(), sent_bytes(self._run.engine)
+        """Measure a step over ``tokens`` tokens, counted over all replicas."""
+        begin, before = time.perf_counter(), transferred_bytes(self._run.engine)
         yield
         now = self._now
         now.step_seconds += time.perf_counter() - begin
         now.steps += 1
         now.tokens += tokens
-        for direction, count in sent_bytes(self._run.engine).items():
+        for direction, count in transferred_bytes(self._run.engine).items():
             now.bytes[direction] = now.bytes.get(direction, 0) + count - before[direction]
 
-    def gather(self, step: int) -> list[Measured]:
-        """All ranks' measurements of the interval that ends here, on rank 0; empty on the others."""
+    def gather(self, step: int) -> list[Interval]:
+        """End the interval; returns those of all ranks on rank 0, an empty list on the others. All ranks must call it."""
         run, now = self._run, self._now
         totals = run.engine.clock.totals()
         now.seconds = {kind: totals[kind] - self._last[kind] for kind in KINDS}
         now.gradient_norm = run.optimizer.stage_gradient_norm.item()
-        now.memory = memory_bytes(run.optimizer.flat_weights.device)
+        now.memory = peak_memory(run.optimizer.flat_weights.device)
         now.peak_flops = self._peak
-        self._last, self._now = totals, self._fresh()
-        with run.engine.watching(f"the measurements of step {step}"):
+        self._last, self._now = totals, self._new_interval()
+        with run.engine.watching(f"gathering the measurements of step {step}"):
             return run.control.gather(now)
 
-    def split(self) -> dict[str, float]:
-        """Seconds since training began by kind, the mean over ranks, and the ``rest``; on rank 0, empty on the others."""
-        now = self._run.engine.clock.totals()
-        own = {kind: now[kind] - self._start[kind] for kind in KINDS}
+    def time_split(self) -> dict[str, float]:
+        """Seconds since training began by kind of work and for the ``rest``, the mean over ranks; {} on ranks other than 0.
+
+        All ranks must call it.
+        """
+        totals = self._run.engine.clock.totals()
+        own = {kind: totals[kind] - self._start[kind] for kind in KINDS}
         own["rest"] = time.perf_counter() - self._begin - sum(own.values())
         with self._run.engine.watching("the end of the run"):
-            found = self._run.control.gather(own)
-        return {kind: mean(seconds[kind] for seconds in found) for kind in own} if found else {}
+            by_rank = self._run.control.gather(own)
+        return {kind: mean(seconds[kind] for seconds in by_rank) for kind in own} if by_rank else {}
 
 
-def sent_bytes(engine: LimeEngine) -> dict[str, int]:
-    """What has crossed the boundary behind this stage, by direction."""
-    return {name: traffic.bytes for name, traffic in engine.traffic().items() if name in (THERE, BACK)}
+def transferred_bytes(engine: LimeEngine) -> dict[str, int]:
+    """Bytes that have crossed the boundary behind this stage, by direction."""
+    return {name: stats.bytes for name, stats in engine.traffic().items() if name in (SENT, RETURNED)}
 
 
-def memory_bytes(device: torch.device) -> int:
-    """The most that has been in use so far: of a GPU's memory by tensors, else of the process."""
+def peak_memory(device: torch.device) -> int:
+    """Peak memory so far in bytes: of tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def whole_record(config: Config, found: Sequence[Measured]) -> dict[str, float]:
-    """Keys of the step's record: where the time went since the last such record, mean over ranks, and the share of the
-    devices' peak that the model's own FLOPs are (activation checkpointing's repetition not counted)."""
-    record = {f"seconds_{kind}": mean(one.seconds[kind] for one in found) for kind in KINDS if kind != VALIDATION}
+def interval_record(config: Config, intervals: Sequence[Interval]) -> dict[str, float]:
+    """What an interval adds to the record of its last step: seconds by kind of work, the mean over ranks, and ``mfu``.
+
+    ``mfu`` is model FLOPs over the devices' peak FLOPs. Recomputation for activation checkpointing does not count.
+    """
+    record = {f"seconds_{kind}": mean(one.seconds[kind] for one in intervals) for kind in KINDS if kind != VALIDATION}
     per_token = sum(layer.both for layer in cost.layer_flops(config.model, config.data.sequence_length))
     per_token += cost.head_flops(config.model).both
-    peak = found[0].step_seconds * sum(one.peak_flops for one in found)
-    record["mfu"] = found[0].tokens * per_token / peak
+    peak = intervals[0].step_seconds * sum(one.peak_flops for one in intervals)
+    record["mfu"] = intervals[0].tokens * per_token / peak
     return record
 
 
-def stage_scalars(found: Sequence[Measured]) -> dict[str, float]:
-    """By TensorBoard tag, of every stage: mean over its replicas, memory the most. Seconds and bytes are those of one step,
-    bytes those of one replica."""
+def stage_scalars(intervals: Sequence[Interval]) -> dict[str, float]:
+    """The scalars of every stage, by TensorBoard tag: the mean over its replicas; of memory, the maximum.
+
+    Seconds and bytes are per step, bytes per replica too.
+    """
     scalars: dict[str, float] = {}
-    for stage in sorted({one.stage for one in found}):
-        replicas = [one for one in found if one.stage == stage]
+    for stage in sorted({one.stage for one in intervals}):
+        replicas = [one for one in intervals if one.stage == stage]
         computing = mean(one.seconds[COMPUTATION] / one.step_seconds for one in replicas)
         waiting = mean((one.seconds[WAITING] + one.seconds[TRANSFER]) / one.steps for one in replicas)
         scalars[f"stage{stage}/gradient_norm"] = replicas[0].gradient_norm
         scalars[f"stage{stage}/memory_bytes"] = max(one.memory for one in replicas)
         scalars[f"stage{stage}/bubble"] = 1 - computing
         scalars[f"stage{stage}/waiting_seconds"] = waiting
-        for direction, name in ((THERE, "bytes_there"), (BACK, "bytes_back")):
+        for direction, name in ((SENT, "bytes_there"), (RETURNED, "bytes_back")):
             if direction in replicas[0].bytes:
                 scalars[f"boundary{stage}/{name}"] = replicas[0].bytes[direction] / replicas[0].steps
     return scalars
+
+
+def describe_boundaries(engine: LimeEngine) -> list[str]:
+    """A line for each boundary of replica 0: the bytes that crossed it, and how long its ends waited. All ranks must call it."""
+    own = (engine.grid.get_data_parallel_rank(), engine.stage_id, engine.traffic())
+    gathered: list[tuple[int, int, dict[str, Traffic]] | None] = [None] * dist.get_world_size()
+    with engine.watching("the end of the run"):
+        dist.all_gather_object(gathered, own)
+    stages = {stage: stats for replica, stage, stats in filter(None, gathered) if replica == 0}
+    lines = []
+    for stage in sorted(stages):
+        if SENT in stages[stage]:
+            there, back = stages[stage][SENT], stages[stage][RETURNED]
+            waited = stages[stage + 1]["received from previous"].waited + there.waited
+            waited_back = back.waited + stages[stage + 1]["sent to previous"].waited
+            lines.append(
+                f"stage {stage} to {stage + 1}: {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back, "
+                f"{there.bytes / max(1, there.transfers) / 1e6:,.2f} MB a micro-batch; "
+                f"waited {waited:.1f} s there, {waited_back:.1f} s back"
+            )
+    return lines

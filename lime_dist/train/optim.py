@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS
 from lime_dist.config.schema import Config, OptimizerConfig
+from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.model.groups import Group, optimizer_group
 from lime_dist.model.optimizer_states import WEIGHT
 from lime_dist.pipeline.clock import WAITING, Clock
-from lime_dist.pipeline.engine import LimeEngine, ProcessGroups
+from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
+from lime_dist.pipeline.process_groups import ProcessGroups, process_groups
 from lime_dist.train.flat_layout import Place, owner_ranges, place_parameters
 from lime_dist.train.learning_rates.base import LearningRate
 from lime_dist.train.optimizers.base import Optimizer, ParameterGroup, Span
@@ -282,10 +284,12 @@ def make_stage_optimizer(
     )
 
 
-def build_engine(config: Config, verbose: bool = False) -> tuple[LimeEngine, StageOptimizer]:
-    """This process's stage, the engine that runs it and the optimizer that updates it; called on every rank."""
+def build_engine(
+    config: Config, verbose: bool = False, counted_shares: CountedShares = ALL_COUNTED
+) -> tuple[LimeEngine, StageOptimizer]:
+    """Build the engine and the optimizer of this rank's stage; all ranks must call it."""
     module = LimePipelineModule(config, verbose)
-    engine = (LimeEngine if config.pipeline.engine == "stock" else OverlapEngine)(module, config)
-    optimizer = make_stage_optimizer(config, module.exported_parameters, engine.process_groups(), engine.clock)
-    engine.optimizer = optimizer
-    return engine, optimizer
+    clock = Clock(next(module.parameters()).device)
+    optimizer = make_stage_optimizer(config, module.exported_parameters, process_groups(module), clock)
+    engine_class = LimeEngine if config.pipeline.engine == "stock" else OverlapEngine
+    return engine_class(module, config, optimizer, clock, counted_shares), optimizer

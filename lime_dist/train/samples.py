@@ -1,4 +1,4 @@
-"""Which samples a step read: for the lines that name them, and for the check that both ends of a pipeline read the same."""
+"""Which samples a step read, for messages that name them and for the check that both ends of a pipeline read the same."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from lime_dist.config.schema import Config
 from lime_dist.data.order import Order, rank_positions
 from lime_dist.data.ramp import BatchSizes
 
-NAMED = 16
-"""So many samples are named in a line, and how many more there are."""
+MAX_NAMED = 16
+"""Number of samples that a message lists; of the others it gives the number."""
 
 
 def step_samples(config: Config, order: Order, consumed: int, replica: int, replicas: int) -> np.ndarray:
-    """Samples int64 [micro_batches, micro_batch_size] that a replica read in the step after ``consumed`` samples."""
+    """Samples, int64 [micro_batches, micro_batch_size], that a replica read in the step after ``consumed`` samples."""
     train = config.train
     size = BatchSizes(train.global_batch_size, train.batch_ramp).at(consumed)
     return order.samples_at(rank_positions(consumed, size, train.micro_batch_size, replica, replicas))
 
 
 def name_samples(samples: np.ndarray) -> str:
-    """``samples 5, 1, 7``"""
+    """The samples as text: ``samples 5, 1, 7``."""
     flat = samples.reshape(-1).tolist()
-    more = f" and {len(flat) - NAMED:,} more" if len(flat) > NAMED else ""
-    return f"sample{'s' * (len(flat) > 1)} {', '.join(map(str, flat[:NAMED]))}{more}"
+    more = f" and {len(flat) - MAX_NAMED:,} more" if len(flat) > MAX_NAMED else ""
+    return f"sample{'s' * (len(flat) > 1)} {', '.join(map(str, flat[:MAX_NAMED]))}{more}"
 
 
 def combine(checksums: Sequence[int]) -> int:
-    """One CRC-32 of those of a step's micro-batches."""
+    """One CRC-32 from the checksums of a step's micro-batches."""
     return zlib.crc32(np.asarray(checksums, dtype=np.int64).tobytes())
 
 
-def not_finite(
+def describe_not_finite(
     config: Config, order: Order, consumed: int, replica: int, replicas: int, losses: Sequence[float]
 ) -> str:
-    """Which micro-batches of the step after ``consumed`` samples have a loss that is not finite; called by all ranks.
+    """Which micro-batches of the step after ``consumed`` samples have a loss that is not finite; all ranks must call it.
 
     Args:
-        losses: of this rank's micro-batches, if it is a last stage.
+        losses: of this rank's micro-batches, on the last stage; empty on the others.
     """
     own = [(replica, index, loss) for index, loss in enumerate(losses) if not np.isfinite(loss)]
-    found: list[list[tuple[int, int, float]]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    gathered: list[list[tuple[int, int, float]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
     parts = [
         f"micro-batch {index} of replica {replica} has loss {loss} "
         f"({name_samples(step_samples(config, order, consumed, replica, replicas)[index])})"
-        for replica, index, loss in sorted(sum(found, []))
+        for replica, index, loss in sorted(sum(gathered, []))
     ]
     if parts:
         return "; ".join(parts)
     everything = np.concatenate(
-        [step_samples(config, order, consumed, one, replicas).ravel() for one in range(replicas)]
+        [step_samples(config, order, consumed, index, replicas).ravel() for index in range(replicas)]
     )
     return f"the loss of every micro-batch is finite ({name_samples(everything)})"
 
@@ -68,16 +68,16 @@ def describe_difference(
     different: int,
     own: tuple[int, str, Sequence[int]] | None,
 ) -> str:
-    """Where the first and the last stage of replica ``different`` read different tokens; called by all ranks together.
+    """Where the first and the last stage of replica ``different`` read different tokens; all ranks must call it.
 
     Args:
-        own: (stage, data folder, checksum by micro-batch) on these two ranks, None on all others.
+        own: (stage, data folder, checksum of each micro-batch) on these two ranks; None on all others.
     """
-    said = None if own is None else (*own, socket.gethostname())
-    found: list[tuple[int, str, Sequence[int], str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, said)
-    first, last = sorted(filter(None, found))
+    own_with_host = None if own is None else (*own, socket.gethostname())
+    gathered: list[tuple[int, str, Sequence[int], str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own_with_host)
+    first, last = sorted(filter(None, gathered))
     samples = step_samples(config, order, consumed, different, replicas)
     index = next((i for i, (a, b) in enumerate(zip(first[2], last[2], strict=False)) if a != b), 0)
-    step_places = " and ".join(f"stage {stage} from {folder} on {host}" for stage, folder, _, host in (first, last))
-    return f"{name_samples(samples[index])} (micro-batch {index}), {step_places}"
+    sources = " and ".join(f"stage {stage} from {folder} on {host}" for stage, folder, _, host in (first, last))
+    return f"{name_samples(samples[index])} (micro-batch {index}), {sources}"

@@ -1,4 +1,4 @@
-"""Notices that this process is to end: a signal has come, or the launcher that would supervise it is gone."""
+"""Notices that this process is to stop: it received a signal, or the launcher that supervised it is gone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""A launcher or a scheduler sends the first; the second is what `sbatch --signal` is often told to send before a time limit."""
+"""Launchers and schedulers send SIGTERM. `sbatch --signal` is often set to send SIGUSR1 before the time limit."""
 
 LAUNCHER_GONE = 1
+"""Stands for the end of the launcher where a signal's number is expected."""
+
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
-"""What the command lines of launchers contain."""
+"""The command line of a launcher contains one of these."""
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGUSR1 do not end the process but are noted; enter in the main thread."""
+    """A context in which SIGTERM and SIGUSR1 are recorded and do not end the process; enter it in the main thread."""
 
     def __init__(self) -> None:
-        self._came = 0
+        self._number = 0
         self._before: dict[signal.Signals, Any] = {}
         self._launchers = _launchers()
 
@@ -36,24 +38,27 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came = number
+        self._number = number
 
     @property
-    def came(self) -> int:
-        """The newest signal, `LAUNCHER_GONE`, or 0."""
-        if self._came:
-            return self._came
+    def received(self) -> int:
+        """The newest signal, else `LAUNCHER_GONE`, else 0."""
+        if self._number:
+            return self._number
         return LAUNCHER_GONE if any(_parent(child) != parent for child, parent in self._launchers) else 0
 
 
-def reason(came: int) -> str:
-    """What stopped the run, to go after "stopped by"."""
-    return "the end of its launcher" if came == LAUNCHER_GONE else signal.Signals(came).name
+def reason(received: int) -> str:
+    """What stopped the run, to follow "stopped by"."""
+    return "the end of its launcher" if received == LAUNCHER_GONE else signal.Signals(received).name
 
 
 def _launchers() -> list[tuple[int, int]]:
-    """(process, parent) from this process up to the first of its launchers. A parent that ends leaves its child to another
-    one; without anybody to supervise them, processes would train on beside the run that is started in their place."""
+    """(process, parent) for each link from this process up to the first of its launchers.
+
+    When a parent ends, its child gets another parent. Without this check, processes that nobody supervises would keep
+    training beside the run that replaces them.
+    """
     links, process = [], os.getpid()
     while (parent := _parent(process)) is not None and _is_launcher(parent):
         links.append((process, parent))
@@ -64,7 +69,7 @@ def _launchers() -> list[tuple[int, int]]:
 def _parent(process: int) -> int | None:
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):  # it is gone
+    except (OSError, ValueError, IndexError):  # the process is gone
         return None
 
 

@@ -1,4 +1,4 @@
-"""Tells a loss that has jumped from one that moves as usual."""
+"""Detects loss spikes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections import deque
 from statistics import median
 
 WINDOW = 32
-"""Losses that a new one is compared with."""
-ENOUGH = 8
-"""Losses that there must be before one can be a spike."""
-MOST = 3
-"""Spikes that training may go back for without a new best loss between them: more would be a loop."""
+"""Number of recent losses with which a new one is compared."""
+MIN_LOSSES = 8
+"""No loss is a spike before this many have been seen."""
+MAX_SPIKES = 3
+"""Number of spikes without a new best loss between them for which training goes back; more would be a loop."""
 
 
 class Spikes:
-    """Compares each loss with the median of the `WINDOW` before it that were no spikes.
+    """Compares each loss with the median of the last `WINDOW` losses that were not spikes.
 
     Args:
-        factor: a loss above so many times the median is a spike; None: none is.
+        factor: a loss above ``factor`` times the median is a spike; None: no loss is.
     """
 
     def __init__(self, factor: float | None) -> None:
@@ -33,14 +33,14 @@ class Spikes:
 
     @property
     def too_many(self) -> bool:
-        """Whether going back has not helped: more than `MOST` spikes since the best loss."""
-        return self._without_best > MOST
+        """Whether going back has not helped: more than `MAX_SPIKES` spikes since the best loss."""
+        return self._without_best > MAX_SPIKES
 
     def is_spike(self, loss: float) -> bool:
-        """Judge the next loss; one that is not finite is not judged (its step was skipped)."""
+        """Whether the next loss is a spike. A loss that is not finite is ignored: its update was skipped."""
         if self._factor is None or not math.isfinite(loss):
             return False
-        if len(self._recent) >= ENOUGH and loss > self._factor * self.median:
+        if len(self._recent) >= MIN_LOSSES and loss > self._factor * self.median:
             self._without_best += 1
             return True
         self._recent.append(loss)

@@ -55,7 +55,7 @@ def test_a_signal_under_the_launcher_ends_in_a_checkpoint(
     step = last_step(directory)
     assert job.said().splitlines()[-1] == (
         f"stopped by {signal.Signals(number).name} at step {step}: saved {directory}/checkpoints/global_step{step}; "
-        "the same command goes on from there"
+        "the same command resumes from there"
     )
     assert status == (1 if victim == "launch" else 0) and (directory / f"checkpoints/global_step{step}").is_dir()
 
@@ -76,10 +76,10 @@ def test_a_second_start_waits_for_the_first(
     from lime_dist.data.files import lock_folder
     from lime_dist.errors import LimeError
 
-    monkeypatch.setattr(pretrain, "LOCK_PATIENCE", 0.3)
+    monkeypatch.setattr(pretrain, "LOCK_TIMEOUT", 0.3)
     pretrain.wait_for_predecessor(tmp_path)
     with lock_folder(tmp_path), pytest.raises(LimeError, match="another run is writing here"):
         pretrain.wait_for_predecessor(tmp_path)
-    assert capsys.readouterr().out == f"another run is still writing into {tmp_path}; waiting for its end\n"
+    assert capsys.readouterr().out == f"another run is still writing into {tmp_path}; waiting for it to end\n"
     pretrain.wait_for_predecessor(tmp_path)
     assert capsys.readouterr().out == ""

@@ -51,6 +51,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
 
     With ``evaluation_micro_batch_size`` each step is followed by an evaluation of one global batch, cut into such parts.
     """
+    from lime_dist.data.answers import CountedShares
     from lime_dist.distributed import quiet
     from lime_dist.train.optim import build_engine
 
@@ -58,9 +59,8 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
     if config.train.compile:
         torch._dynamo.reset()  # a process compiles a function for a limited number of settings
     with quiet():
-        engine, optimizer = build_engine(config)
-    if config.data.answer_token is not None:
-        engine.counted_share, engine.validation_share = SHARES["training"], SHARES["validation"]
+        shares = CountedShares(**SHARES) if config.data.answer_token is not None else CountedShares()
+        engine, optimizer = build_engine(config, counted_shares=shares)
     with torch.no_grad():
         for name, parameter in optimizer.parameters.items():
             perturb(name, parameter)

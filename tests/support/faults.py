@@ -79,7 +79,7 @@ def one_tensor_over_four_replicas(zero_stage: int) -> list[float]:
     """One step of the optimizer alone, on a model of one tensor."""
     import torch.distributed as dist
 
-    from lime_dist.pipeline.engine import ProcessGroups
+    from lime_dist.pipeline.process_groups import ProcessGroups
     from lime_dist.train.optim import make_stage_optimizer
 
     replicas = dist.new_group(range(4))

@@ -15,11 +15,11 @@ from lime_dist.train.signals import LAUNCHER_GONE, StopSignals, reason
 def test_signals_are_noted_inside_and_nowhere_else() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with StopSignals() as signals:
-        assert signals.came == 0
+        assert signals.received == 0
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert signals.came == signal.SIGUSR1
+        assert signals.received == signal.SIGUSR1
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.came == signal.SIGTERM
+        assert signals.received == signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
     assert reason(signal.SIGTERM) == "SIGTERM" and reason(LAUNCHER_GONE) == "the end of its launcher"
 
@@ -28,12 +28,12 @@ RANK = """
 import sys, time
 from lime_dist.train.signals import StopSignals
 with StopSignals() as signals:
-    assert signals.came == 0
+    assert signals.received == 0
     print("ready", flush=True)
     deadline = time.monotonic() + 20
-    while not signals.came and time.monotonic() < deadline:
+    while not signals.received and time.monotonic() < deadline:
         time.sleep(0.01)
-    open(sys.argv[1], "w").write(str(signals.came))
+    open(sys.argv[1], "w").write(str(signals.received))
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lime_dist.train.spikes import ENOUGH, MOST, WINDOW, Spikes
+from lime_dist.train.spikes import MAX_SPIKES, MIN_LOSSES, WINDOW, Spikes
 
 
 def test_a_jump_is_a_spike_and_noise_is_not() -> None:
@@ -23,19 +23,19 @@ def test_nothing_is_a_spike_without_a_factor_or_before_there_is_enough() -> None
     for _ in range(20):
         assert not without.is_spike(1.0)
     assert not without.is_spike(100.0)
-    for _ in range(ENOUGH - 1):
+    for _ in range(MIN_LOSSES - 1):
         assert not early.is_spike(1.0)
     assert not early.is_spike(100.0)
 
 
 def test_spikes_are_counted_until_there_is_a_new_best() -> None:
     spikes = Spikes(2.0)
-    for _ in range(ENOUGH):
+    for _ in range(MIN_LOSSES):
         spikes.is_spike(1.0)
-    for _ in range(MOST):
+    for _ in range(MAX_SPIKES):
         assert spikes.is_spike(9.0) and not spikes.too_many
         assert not spikes.is_spike(1.1)
     assert not spikes.is_spike(0.9), "a new best"
-    for _ in range(MOST):
+    for _ in range(MAX_SPIKES):
         assert spikes.is_spike(9.0) and not spikes.too_many
     assert spikes.is_spike(9.0) and spikes.too_many

@@ -79,7 +79,7 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     error, said = observe(workers, values=changed, events=[event])
     word = signal.Signals(number).name
     assert error == "" and said.splitlines()[-1] == (
-        f"stopped by {word} at step {step}: saved {tmp_path}/checkpoints/global_step{step}; the same command goes on from there"
+        f"stopped by {word} at step {step}: saved {tmp_path}/checkpoints/global_step{step}; the same command resumes from there"
     )
     assert said.count(f"saved {tmp_path}/checkpoints/global_step{step} in") == 1 and "validation loss:" not in said
     assert (
@@ -165,7 +165,7 @@ def test_a_spike_goes_back_and_skips_the_data(workers: Workers, dataset: Path, s
     # A step number comes twice: let the loss be dishonest the first time only.
     error, said = observe(workers, values=changed, events=[{**events[0], "once": True}])
     assert error == "" and "step 14: the loss jumped to " in said
-    assert f"back to step 10 ({tmp_path}/checkpoints/global_step10), on with the samples after the 56 consumed" in said
+    assert f"back to step 10 ({tmp_path}/checkpoints/global_step10), continuing after the 56 samples consumed so far" in said
     found, wanted = numbers(tmp_path), numbers(straight)
     assert [record["step"] for record in found] == [record["step"] for record in wanted], "each step once"
     before = [record for record in wanted if record["step"] <= 10]
@@ -223,7 +223,7 @@ def test_a_disk_that_refuses_a_checkpoint(
     error, said = observe(workers, values=changed, events=[{"do": "no room", "rank": 1, "step": 12}])
     problem = "cannot write the checkpoint of step 12: [Errno 27] File too large; earlier checkpoints are untouched"
     if on_error == "continue":
-        assert error == "" and f"{problem}; training goes on (checkpoint.on_error: continue)" in said
+        assert error == "" and f"{problem}; training continues (checkpoint.on_error: continue)" in said
         assert names(tmp_path) == ["global_step18", "global_step20", "global_step6", "latest"]
     else:
         assert error == problem and names(tmp_path) == ["global_step6", "latest"]
@@ -268,7 +268,7 @@ def test_a_disk_that_is_full_for_everything(
     full = rf"{small_disk}/run/\S+ cannot be written: \[Errno 28\] No space left on device"
     if on_error == "stop":
         assert re.fullmatch(
-            rf"{full}; the same command goes on from the newest checkpoint \(checkpoint.on_error: stop\)", error
+            rf"{full}; the same command resumes from the newest checkpoint \(checkpoint.on_error: stop\)", error
         )
         assert names(small_disk / "run") == ["global_step6", "latest"]
         (small_disk / "ballast").unlink()

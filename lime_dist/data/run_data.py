@@ -1,0 +1,112 @@
+"""The data of a run: training samples and their order, validation samples, and which labels the loss counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lime_dist.config.schema import Config
+from lime_dist.data.answers import MEASURED_SAMPLES, Answers, CountedShares, find_answers
+from lime_dist.data.blend import open_training, open_validation
+from lime_dist.data.dataset import Samples
+from lime_dist.data.loader import TrainBatches, ValidationBatches
+from lime_dist.data.order import Order
+from lime_dist.data.ramp import BatchSizes
+from lime_dist.distributed import together
+from lime_dist.errors import LimeError
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The opened and checked data of a run; `open_run_data` makes it.
+
+    Attributes:
+        training: the training samples.
+        order: which training sample comes when.
+        batch_sizes: of the global batch, by consumed samples.
+        validation: the validation samples; None: the run has no validation.
+        answers: which labels the loss counts; None: all.
+        counted_shares: of all labels, those that the loss counts.
+        sequence_length: tokens of a sample.
+        replicas: data-parallel width.
+    """
+
+    training: Samples
+    order: Order
+    batch_sizes: BatchSizes
+    validation: Samples | None
+    answers: Answers | None
+    counted_shares: CountedShares
+    sequence_length: int
+    micro_batch_size: int
+    evaluation_samples: int
+    replicas: int
+
+    def train_batches(self, replica: int, consumed_samples: int) -> TrainBatches:
+        """The training stream of a replica, from the step after ``consumed_samples`` samples on."""
+        return TrainBatches(
+            self.training, self.order, self.sequence_length, self.batch_sizes, self.micro_batch_size, replica,
+            self.replicas, consumed_samples, self.answers,
+        )  # fmt: skip
+
+    def validation_batches(self, replica: int) -> ValidationBatches | None:
+        """The validation micro-batches of a replica; None: the run has no validation.
+
+        Raises:
+            LimeError: the samples do not divide among the replicas, or the split has too few.
+        """
+        if self.validation is None:
+            return None
+        return ValidationBatches(
+            self.validation, self.sequence_length, self.evaluation_samples, self.micro_batch_size, replica,
+            self.replicas, self.answers,
+        )  # fmt: skip
+
+
+def open_run_data(config: Config, replicas: int) -> RunData:
+    """Open the data of a run and check that they fit its configuration; all ranks must call it.
+
+    Raises:
+        LimeError: on all ranks, if any rank cannot read the data or they do not fit.
+    """
+    settings, length, vocab_size = config.train, config.data.sequence_length, config.model.vocab_size
+    training, order = together(lambda: open_training(config.data, vocab_size))
+    together(lambda: _check_vocabulary(vocab_size, training.vocab_size, str(training.path)))
+    answers = together(lambda: find_answers(training, config.data.answer_token))
+
+    def open_and_check_validation() -> Samples | None:
+        if not settings.evaluation_samples:
+            return None
+        split = open_validation(config.data, vocab_size)
+        ValidationBatches(split, length, settings.evaluation_samples, settings.micro_batch_size, 0, replicas, answers)
+        return split
+
+    validation = together(open_and_check_validation)
+
+    def measure_shares() -> CountedShares:
+        if answers is None:
+            return CountedShares()
+        in_training = answers.share(training, length, order.num_samples, MEASURED_SAMPLES)
+        if validation is None:
+            return CountedShares(in_training)
+        return CountedShares(in_training, answers.share(validation, length, settings.evaluation_samples))
+
+    return RunData(
+        training=training,
+        order=order,
+        batch_sizes=BatchSizes(settings.global_batch_size, settings.batch_ramp),
+        validation=validation,
+        answers=answers,
+        counted_shares=together(measure_shares),
+        sequence_length=length,
+        micro_batch_size=settings.micro_batch_size,
+        evaluation_samples=settings.evaluation_samples,
+        replicas=replicas,
+    )
+
+
+def _check_vocabulary(model_size: int, tokenizer_size: int | None, path: str) -> None:
+    if tokenizer_size is not None and tokenizer_size > model_size:
+        raise LimeError(
+            f"model.vocab_size={model_size} is smaller than the {tokenizer_size} pieces of the tokenizer "
+            f"that made {path}; set model.vocab_size={tokenizer_size} or more"
+        )

@@ -1,0 +1,45 @@
+"""The process groups of a stage, read from its DeepSpeed module: its replicas, its pipeline, and the stages that share a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from lime_dist.model.decoder import EMBEDDING
+from lime_dist.pipeline.module import LimePipelineModule
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """The process groups that a stage's optimizer communicates over.
+
+    Attributes:
+        replicas: the ranks that hold this stage (data parallel).
+        pipeline: the ranks of this replica, one per stage.
+        tied: by exported name of a tied weight, the ranks of this replica that hold a copy.
+        tied_copies: exported names of tied weights that another stage counts in the gradient norm.
+    """
+
+    replicas: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    tied: Mapping[str, dist.ProcessGroup]
+    tied_copies: frozenset[str]
+
+
+def tied_communicators(module: LimePipelineModule) -> dict[str, dict[str, Any]]:
+    """By exported name: DeepSpeed's group, ranks and module of a weight that two stages share."""
+    return {f"{EMBEDDING}.weight": comm for comm in module.tied_comms.values() if len(set(comm["ranks"])) > 1}
+
+
+def process_groups(module: LimePipelineModule) -> ProcessGroups:
+    """The process groups of this rank's stage."""
+    grid, tied = module.mpu(), tied_communicators(module)
+    return ProcessGroups(
+        replicas=grid.get_data_parallel_group(),
+        pipeline=grid.get_pipe_parallel_group(),
+        tied={name: comm["group"] for name, comm in tied.items()},
+        tied_copies=frozenset(name for name, comm in tied.items() if module.global_rank != min(comm["ranks"])),
+    )
