@@ -54,7 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's messages")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the configuration"
+    )
     if is_main_process():
         return parser.parse_intermixed_args()
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):

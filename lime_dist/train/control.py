@@ -66,9 +66,7 @@ class Control:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout + 60))
         self._replicas = replicas
         # Positions of this rank's checksum: those of all first stages come first, then those of all last stages.
-        self._positions = [
-            4 + end * replicas + replica for end, is_end in enumerate((is_first, is_last)) if is_end
-        ]
+        self._positions = [4 + end * replicas + replica for end, is_end in enumerate((is_first, is_last)) if is_end]
 
     def exchange(self, own: Status) -> JointStatus:
         """Combine the status of all ranks; all ranks must call it."""

@@ -108,7 +108,9 @@ def _step(
     run.console.advance()
     if logs:
         typical = median(recent_seconds)
-        run.console.step_line({**record, "step_seconds": typical, "tokens_per_second": tokens / typical}, settings.steps)
+        run.console.step_line(
+            {**record, "step_seconds": typical, "tokens_per_second": tokens / typical}, settings.steps
+        )
     return state, loss
 
 

@@ -51,9 +51,7 @@ class StepEnd:
         self._skipped += 1
         with self._watching("finding the micro-batch that was not finite at", state):
             losses = run.engine.micro_batch_losses()
-            cause = describe_not_finite(
-                run.config, run.order, self._consumed_before, run.replica, run.replicas, losses
-            )
+            cause = describe_not_finite(run.config, run.order, self._consumed_before, run.replica, run.replicas, losses)
         run.console.say(
             f"step {state.step}: loss {loss}, gradient norm {norm}; this update was skipped on all ranks; {cause}"
         )
@@ -149,9 +147,7 @@ class StepEnd:
         if run.replica == replica and run.train_batches is not None:
             own = (run.engine.stage_id, " + ".join(run.config.data.paths), run.train_batches.checksums)
         with self._watching("comparing the tokens read at", state):
-            difference = describe_difference(
-                run.config, run.order, self._consumed_before, run.replicas, replica, own
-            )
+            difference = describe_difference(run.config, run.order, self._consumed_before, run.replicas, replica, own)
         return (
             f"step {state.step}: the first and the last stage of replica {replica} read different tokens for {difference}; "
             f"make both folders hold the same files (data_tools.inspect --verify finds the damaged one); {HOW_TO_RESUME}"

@@ -165,7 +165,10 @@ def test_a_spike_goes_back_and_skips_the_data(workers: Workers, dataset: Path, s
     # A step number comes twice: let the loss be dishonest the first time only.
     error, said = observe(workers, values=changed, events=[{**events[0], "once": True}])
     assert error == "" and "step 14: the loss jumped to " in said
-    assert f"back to step 10 ({tmp_path}/checkpoints/global_step10), continuing after the 56 samples consumed so far" in said
+    assert (
+        f"back to step 10 ({tmp_path}/checkpoints/global_step10), continuing after the 56 samples consumed so far"
+        in said
+    )
     found, wanted = numbers(tmp_path), numbers(straight)
     assert [record["step"] for record in found] == [record["step"] for record in wanted], "each step once"
     before = [record for record in wanted if record["step"] <= 10]
