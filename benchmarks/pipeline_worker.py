@@ -24,7 +24,7 @@ from lime_dist.pipeline.clock import Clock
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
-from lime_dist.pipeline.process_groups import process_groups
+from lime_dist.pipeline.process_groups import stage_process_groups
 from lime_dist.train.optim import make_stage_optimizer
 
 Payload = tuple[Tensor, Tensor]
@@ -81,7 +81,7 @@ def build(settings: dict[str, Any], variant: str) -> LimeEngine:
     module = (TupleModule if engine_name == "stock-tuple" else LimePipelineModule)(config)
     kinds = {"overlap": OverlapEngine, "stock": LimeEngine, "stock-tuple": TupleEngine}
     clock = Clock(next(module.parameters()).device)
-    optimizer = make_stage_optimizer(config, module.exported_parameters, process_groups(module), clock)
+    optimizer = make_stage_optimizer(config, module.exported_parameters, stage_process_groups(module), clock)
     engine: LimeEngine = kinds[engine_name](module, config, optimizer, clock)
     return engine
 

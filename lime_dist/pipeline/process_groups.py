@@ -34,7 +34,7 @@ def tied_communicators(module: LimePipelineModule) -> dict[str, dict[str, Any]]:
     return {f"{EMBEDDING}.weight": comm for comm in module.tied_comms.values() if len(set(comm["ranks"])) > 1}
 
 
-def process_groups(module: LimePipelineModule) -> ProcessGroups:
+def stage_process_groups(module: LimePipelineModule) -> ProcessGroups:
     """The process groups of this rank's stage."""
     grid, tied = module.mpu(), tied_communicators(module)
     return ProcessGroups(

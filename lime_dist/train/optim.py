@@ -33,7 +33,7 @@ from lime_dist.pipeline.clock import WAITING, Clock
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
-from lime_dist.pipeline.process_groups import ProcessGroups, process_groups
+from lime_dist.pipeline.process_groups import ProcessGroups, stage_process_groups
 from lime_dist.train.flat_layout import Place, owner_ranges, place_parameters
 from lime_dist.train.learning_rates.base import LearningRate
 from lime_dist.train.optimizers.base import Optimizer, ParameterGroup, Span
@@ -290,6 +290,6 @@ def build_engine(
     """Build the engine and the optimizer of this rank's stage; all ranks must call it."""
     module = LimePipelineModule(config, verbose)
     clock = Clock(next(module.parameters()).device)
-    optimizer = make_stage_optimizer(config, module.exported_parameters, process_groups(module), clock)
+    optimizer = make_stage_optimizer(config, module.exported_parameters, stage_process_groups(module), clock)
     engine_class = LimeEngine if config.pipeline.engine == "stock" else OverlapEngine
     return engine_class(module, config, optimizer, clock, counted_shares), optimizer
