@@ -1,21 +1,21 @@
 # shellcheck shell=bash
-# What the scripts in this folder share. Sourced by them, never run.
+# Functions that the scripts in this folder share. They source this file; do not run it.
 #
 #   show_help SCRIPT          print the comment page at the top of SCRIPT
 #   fail MESSAGE              one line on stderr, exit status 2
 #   take_config SCRIPT CONFIG ARGUMENT ...     sets $arguments for pretrain.py, and $dry_run
-#   prepare [EXTRA ...]       make the virtual environment and install the project with these extras; sets $bin
+#   prepare [EXTRA ...]       create the virtual environment and install the project with these extras; uses $bin
 #   launch N ARGUMENT ...     run pretrain.py under `deepspeed` in N processes on this machine
-#   await PID                 wait for a child through signals; sets $status
-#   run_stoppable STOP COMMAND ...             run COMMAND; on a signal to this script call STOP with its process number
-#   show_hosts HOSTS COUNTS COMMAND            print what runs where: names and processes of hosts, a word each
+#   await PID                 wait for a child even if signals interrupt the wait; sets $status
+#   run_stoppable STOP COMMAND ...             run COMMAND; if this script gets a signal, call STOP with its process ID
+#   show_hosts HOSTS COUNTS COMMAND            print what runs where; HOSTS are names, COUNTS are processes per host
 #
-# Variables that a user may set:
+# Variables that users may set:
 #
 #   LIME_VENV        the virtual environment (default: .venv in the repository)
-#   LIME_PYTHON      the interpreter that makes it (default: python3); needs Python >= 3.10
+#   LIME_PYTHON      the interpreter that creates it (default: python3); needs Python >= 3.10
 #   DS_ACCELERATOR   DeepSpeed's accelerator (default: cpu where torch sees fewer CUDA devices than processes)
-#   OMP_NUM_THREADS  threads of each process (default: cores / processes)
+#   OMP_NUM_THREADS  threads per process (default: cores / processes)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -28,7 +28,7 @@ fail() {
   exit 2
 }
 
-# What all scripts take after their own arguments; whatever else stands there is a mistake.
+# Parses the arguments that all scripts take after their own; anything else is a mistake.
 take_config() {
   local script="$1" config="${2:-}" argument
   dry_run=false
@@ -55,7 +55,7 @@ show_hosts() {
   done
 }
 
-# Absolute, so that the environment is found from every directory.
+# Makes a path absolute, so that it is valid in every directory.
 absolute() {
   case "$1" in
     /*) printf '%s\n' "$1" ;;
@@ -75,7 +75,7 @@ require_python() { # require_python INTERPRETER
   [[ "$version" == *" 1" ]] || fail "'$1' is Python ${version% *}; set LIME_PYTHON to a Python >= 3.10"
 }
 
-# Runs a command with its output in $log. A terminal shows the newest line meanwhile; a failure shows the end of the log.
+# Runs a command with its output in $log. A terminal shows the newest line; after a failure the end of the log is printed.
 logged() {
   local line show=false
   if [[ -t 1 ]]; then show=true; fi
@@ -91,7 +91,7 @@ logged() {
   if $show; then printf '\r\033[K'; fi
 }
 
-# What the stamp holds: first the clone and its requirements, then the extras that are installed.
+# The first line of the stamp: the clone and its requirements. The second line lists the installed extras.
 requirements_key() {
   printf '%s %s\n' "$root" "$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
 }
@@ -109,23 +109,23 @@ is_installed() { # is_installed [EXTRA ...]
 install() { # install [EXTRA ...]
   local extras="$*" python="${LIME_PYTHON:-python3}" target="$root" words
   : >"$log"
-  # Extras of an earlier call stay installed, so they stay in the stamp.
+  # Extras of earlier calls stay installed, so they stay in the stamp.
   if [[ -f "$stamp" ]]; then extras="$extras $(sed -n 2p "$stamp")"; fi
   read -ra words <<<"$extras"
   extras="$(printf '%s\n' "${words[@]}" | sort -u | tr '\n' ' ')"
   extras="${extras% }"
   rm -f "$stamp"
   if ! "$bin/python" -m pip --version >/dev/null 2>&1; then
-    echo "      making the virtual environment $venv with $("$python" --version)"
+    echo "      creating the virtual environment $venv with $("$python" --version)"
     logged "$python" -m venv "$venv"
   fi
-  # torch comes first and alone: whatever is asked for after it cannot choose another one.
-  # --no-compile: pip would byte-compile all of torch in one thread, which took longer than all the rest.
+  # torch is installed first and alone, so that no other package can choose its version.
+  # --no-compile: pip byte-compiles all of torch in one thread, which took longer than the rest of the installation.
   local pip=("$bin/python" -m pip install --no-input --no-compile -c "$root/constraints.txt")
   echo "      installing torch"
   logged "${pip[@]}" torch
   if [[ -n "$extras" ]]; then target="${root}[${extras// /,}]"; fi
-  echo "      installing lime_dist and its libraries${extras:+, with the extras ${extras// /, }}"
+  echo "      installing lime_dist and its dependencies${extras:+, with the extras ${extras// /, }}"
   logged "${pip[@]}" -e "$target"
   echo "      importing them once"
   logged env -u PYTHONDONTWRITEBYTECODE "$bin/python" -c "import deepspeed.pipe, pyarrow.parquet, torch._dynamo, torch.utils.tensorboard"
@@ -139,7 +139,7 @@ prepare() {
   else
     if [[ -x "$bin/python" ]]; then require_python "$bin/python"; else require_python "${LIME_PYTHON:-python3}"; fi
     mkdir -p "$venv"
-    # Two scripts started together: the second waits, then finds the work done.
+    # If two scripts start at the same time, the second waits and finds everything installed.
     (
       flock 9
       is_installed "$@" || install "$@"
@@ -148,19 +148,19 @@ prepare() {
   export PATH="$bin:$PATH"
 }
 
-# `deepspeed` dies of a signal without telling its child, and training would go on; the child does tell the workers.
+# A signal ends `deepspeed` but not its child, and training would continue. The child passes the signal on to the workers.
 stop_child() { # stop_child PID
   pkill -TERM -P "$1" || kill -TERM "$1" || true
 }
 
-# Sets $status to a child's exit status, however often signals interrupt the waiting.
+# Sets $status to the exit status of a child, however often signals interrupt the wait.
 await() { # await PID
   local again
   while :; do
     wait "$1" && status=0 || status=$?
     kill -0 "$1" 2>/dev/null || break
   done
-  # It may have ended between an interrupted wait and the question whether it is still there.
+  # The child may have ended after an interrupted `wait` and before `kill -0`.
   wait "$1" 2>/dev/null && again=0 || again=$?
   if ((again != 127)); then status=$again; fi
 }
@@ -172,14 +172,14 @@ run_stoppable() {
   trap 'stopped=true; "$stop" "$child"' INT TERM HUP
   await "$child"
   trap - INT TERM HUP
-  # Not `deepspeed`'s own status: it takes a child that a signal ended for a success.
+  # `deepspeed` exits with 0 if a signal ended its child, so its own status is not used here.
   if $stopped; then return 143; fi
-  # A signal -s reaches us as 256 - s, and nobody has said so yet (9 is often the kernel, out of memory).
+  # A child that signal s ended gives status 256 - s, and no message. (9 is often the kernel: out of memory.)
   if ((status > 192)); then echo "error: a process of pretrain.py was ended by signal $((256 - status))" >&2; fi
   return "$status"
 }
 
-# Sets $quiet: what keeps `deepspeed`'s own messages back unless --verbose is among the arguments.
+# Sets $quiet to the options that silence `deepspeed`, unless --verbose is among the arguments.
 take_quiet() { # take_quiet ARGUMENT ...
   quiet=(--log_level critical)
   if [[ " $* " == *" --verbose "* ]]; then quiet=(); fi
@@ -202,8 +202,8 @@ with socket.socket() as probe:
   fi
   take_quiet "$@"
   echo "      $processes processes, ${DS_ACCELERATOR:-cuda}, $OMP_NUM_THREADS thread(s) each"
-  # A hostfile that is no file: this machine alone, even where DeepSpeed's default hostfile exists.
-  # A free port: a second run on this machine does not collide with the first.
+  # An empty hostfile means this machine only, even if DeepSpeed's default hostfile exists.
+  # A free port, so that two runs on this machine do not collide.
   run_stoppable stop_child "$bin/deepspeed" "${quiet[@]}" --hostfile /dev/null --num_gpus "$processes" \
     --master_port "$port" "$root/pretrain.py" "$@"
 }

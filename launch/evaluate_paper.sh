@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The paper's tasks (arXiv 2502.09245) on an exported model, through the LM Evaluation Harness. Needs a network: the tasks are
-# on the Hugging Face hub.
+# Evaluates an exported model on the paper's tasks (arXiv 2502.09245) with the LM Evaluation Harness. It needs a network,
+# because the tasks are on the Hugging Face hub.
 #
 #   bash launch/evaluate_paper.sh MODEL [--version 1|2] [--dry-run] [LM_EVAL ARGUMENT ...]
 #
-#   MODEL              the --output of lime_dist.checkpoint.export; results go into MODEL-lm_eval
+#   MODEL              the --output folder of lime_dist.checkpoint.export; results are written to MODEL-lm_eval
 #   --version 1        only the tasks of the paper's first version, 1-shot:
 #                      ARC-E, ARC-C, Winogrande, COPA, MultiRC, RTE, HellaSwag, PIQA
-#   --version 2        only those of its second version, 3-shot:
-#                      MultiRC, WiC, QNLI, ARC-E, ARC-C, KV, Induction, LD-3. The paper names the last three no further; they
-#                      are taken for BIG-bench's key_value_maps and mathematical_induction, and for BIG-bench Hard's
-#                      logical_deduction_three_objects, whose chance levels fit its table
-#   --dry-run          print the commands and run nothing
-#   LM_EVAL ARGUMENT   handed to lm_eval, for example --device cuda --batch_size 16 --limit 100
+#   --version 2        only the tasks of its second version, 3-shot:
+#                      MultiRC, WiC, QNLI, ARC-E, ARC-C, KV, Induction, LD-3. The paper does not say what the last three
+#                      are; we take BIG-bench's key_value_maps and mathematical_induction and BIG-bench Hard's
+#                      logical_deduction_three_objects, whose chance levels match the paper's table
+#   --dry-run          print the commands without running them
+#   LM_EVAL ARGUMENT   passed to lm_eval, for example --device cuda --batch_size 16 --limit 100
 #
 # Example:
 #
@@ -21,9 +21,9 @@
 # Variables:
 #
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
-#   LIME_PYTHON        the interpreter that makes it (default: python3); needs Python >= 3.10
+#   LIME_PYTHON        the interpreter that creates it (default: python3); needs Python >= 3.10
 #
-# Exit status: lm_eval's; 2 on a mistake in the call or an export that is not as it was written, with one line that names it.
+# Exit status: that of lm_eval; 2 for a mistake in the call or for an export that has been changed, with a one-line message.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -32,7 +32,7 @@ case "${1:-}" in
   -h | --help) show_help "${BASH_SOURCE[0]}" && exit 0 ;;
   "" | --*) fail "no model given; see bash launch/evaluate_paper.sh --help" ;;
 esac
-[[ -d "$1" ]] || fail "no such folder: $1; give the --output of lime_dist.checkpoint.export"
+[[ -d "$1" ]] || fail "no such folder: $1; give the --output folder of lime_dist.checkpoint.export"
 model="$(absolute "${1%/}")"
 shift
 

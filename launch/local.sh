@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains with any config on this machine: installs if need be, then runs pretrain.py under `deepspeed`.
+# Trains on this machine with any configuration: installs what is missing, then runs pretrain.py under `deepspeed`.
 #
 #   bash launch/local.sh CONFIG [PROCESSES] [--dry-run] [--verbose] [section.key=value ...]
 #
 #   CONFIG             a YAML file
-#   PROCESSES          how many to start (default: 2): parallel.pipeline_stages times the data-parallel width
-#   --dry-run          print what would run, and do nothing
-#   --verbose          show DeepSpeed's messages as well
-#   section.key=value  handed to pretrain.py, over CONFIG
+#   PROCESSES          number of processes (default: 2): parallel.pipeline_stages times the data-parallel width
+#   --dry-run          print what would run without running it
+#   --verbose          show DeepSpeed's messages
+#   section.key=value  replaces a value of CONFIG
 #
 # Example:
 #
@@ -17,11 +17,11 @@
 # Variables:
 #
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
-#   LIME_PYTHON        the interpreter that makes it (default: python3); needs Python >= 3.10
+#   LIME_PYTHON        the interpreter that creates it (default: python3); needs Python >= 3.10
 #   DS_ACCELERATOR     DeepSpeed's accelerator (default: cpu where torch sees fewer CUDA devices than PROCESSES)
-#   OMP_NUM_THREADS    threads of each process (default: cores / PROCESSES)
+#   OMP_NUM_THREADS    threads per process (default: cores / PROCESSES)
 #
-# Exit status: pretrain.py's; 2 on a mistake in the call, with one line that names it.
+# Exit status: that of pretrain.py; 2 for a mistake in the call, with a one-line message.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

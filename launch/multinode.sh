@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# Trains on several hosts: installs if need be, then runs pretrain.py under `deepspeed`, which starts it by pdsh over ssh.
-# Run it on one of the hosts, or on a machine that reaches them; `python -m lime_dist.doctor` looks for trouble beforehand.
+# Trains on several hosts: installs what is missing, then runs pretrain.py under `deepspeed`, which starts it with pdsh over
+# ssh. Run it on one of the hosts, or on a machine that can reach them. `python -m lime_dist.doctor` checks the hosts first.
 #
 #   bash launch/multinode.sh HOSTFILE CONFIG [--dry-run] [--verbose] [section.key=value ...]
 #
-#   HOSTFILE           a line a host: its name and how many processes (GPUs) it runs, "node1 slots=8"; the first is the master
+#   HOSTFILE           one line per host, its name and number of processes (GPUs): "node1 slots=8"; the first is the master
 #   CONFIG             a YAML file
-#   --dry-run          print what would run on which host, and do nothing
-#   --verbose          show DeepSpeed's messages as well
-#   section.key=value  handed to pretrain.py, over CONFIG
+#   --dry-run          print what would run on which host without running it
+#   --verbose          show DeepSpeed's messages
+#   section.key=value  replaces a value of CONFIG
 #
 # Example:
 #
 #   bash launch/multinode.sh launch/hostfile.example configs/cluster/lime_64_2x8.yaml data.path=/shared/shards
 #
-# The repository, the virtual environment, CONFIG, the shards and the run folder have the same path on all hosts. ssh and
-# pdsh work without a password.
+# The repository, the virtual environment, CONFIG, the shards and the run folder must have the same path on all hosts. ssh
+# and pdsh must work without a password.
 #
-# Variables. Those that are set travel to all hosts if their names begin with NCCL, GLOO, TORCH, UCX, OMP or PYTHON, or
-# are listed in LIME_EXPORT; so does what ~/.deepspeed_env and ./.deepspeed_env say.
+# Variables. A variable is sent to all hosts if its name begins with NCCL, GLOO, TORCH, UCX, OMP or PYTHON or is listed in
+# LIME_EXPORT. So are the variables in ~/.deepspeed_env and ./.deepspeed_env.
 #
 #   NCCL_SOCKET_IFNAME the network interface between the hosts, on GPUs (default: NCCL guesses)
-#   GLOO_SOCKET_IFNAME the same on CPUs (default: the one with the address that the host's name stands for)
+#   GLOO_SOCKET_IFNAME the same on CPUs (default: the interface whose address the host's name resolves to)
 #   MASTER_ADDR        the first host's address on that network (default: the first of `hostname -I` there)
-#   MASTER_PORT        a port that is free there (default: 29500); two runs on the same hosts need two
+#   MASTER_PORT        a free port on that host (default: 29500); two runs on the same hosts need different ports
 #   DS_ACCELERATOR     DeepSpeed's accelerator (default: cuda where torch sees GPUs, else cpu)
-#   OMP_NUM_THREADS    threads of each process (default on CPUs: cores / processes of the host)
-#   LIME_EXPORT        names of further variables that are to travel, for example "LD_LIBRARY_PATH"
+#   OMP_NUM_THREADS    threads per process (default on CPUs: cores / processes of the host)
+#   LIME_EXPORT        names of other variables to send to the hosts, for example "LD_LIBRARY_PATH"
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
-#   LIME_PYTHON        the interpreter that makes it (default: python3); needs Python >= 3.10
+#   LIME_PYTHON        the interpreter that creates it (default: python3); needs Python >= 3.10
 #
-# Exit status: the largest of the hosts'; 2 on a mistake in the call, with one line that names it.
+# Exit status: the largest of all hosts; 2 for a mistake in the call, with a one-line message.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -48,13 +48,13 @@ while read -r host slots rest; do
   [[ -z "$host" || "$host" == "#"* ]] && continue
   [[ "$slots" =~ ^slots=[1-9][0-9]*$ && (-z "$rest" || "$rest" == "#"*) ]] ||
     fail "$hostfile: '$host${slots:+ $slots}${rest:+ $rest}' is not 'HOST slots=N'"
-  [[ " $hosts " != *" $host "* ]] || fail "$hostfile: $host stands twice"
+  [[ " $hosts " != *" $host "* ]] || fail "$hostfile: $host is listed twice"
   hosts+="$host " counts+="${slots#slots=} "
 done < <(cat "$hostfile" && echo)
 [[ -n "$hosts" ]] || fail "$hostfile lists no host"
 
-# DeepSpeed takes other variables along from a file, in which blank lines, comments and `export` make it stumble.
-travelling() {
+# DeepSpeed reads the variables to send from a file. Blank lines, comments and `export` in it make DeepSpeed fail.
+exported_variables() {
   local name line files=()
   for name in "$HOME/.deepspeed_env" .deepspeed_env; do
     if [[ -f "$name" ]]; then files+=("$name"); fi
@@ -66,12 +66,12 @@ travelling() {
     if [[ "$name" =~ ^(NCCL|GLOO|TORCH|UCX|OMP)_ || "$name" == DS_ACCELERATOR || " ${LIME_EXPORT:-} " == *" $name "* ]]; then
       line="$name=${!name}"
       [[ "$line" != *[\"\$\`\\]* && "$line" != *$'\n'* ]] ||
-        fail "$name cannot travel to the hosts: its value has a quote, \$, \`, \\ or a line end"
+        fail "$name cannot be sent to the hosts: its value has a quote, \$, \`, \\ or a newline"
       printf '%s\n' "$line"
     fi
   done
 }
-variables="$(travelling)"
+variables="$(exported_variables)"
 
 command=("$bin/deepspeed")
 take_quiet "${arguments[@]}"
@@ -81,10 +81,10 @@ command+=("$root/pretrain.py" "${arguments[@]}")
 
 if $dry_run; then
   show_hosts "$hosts" "$counts" "cd $PWD; $(tr '\n' ' ' <<<"$variables")$bin/python -u $root/pretrain.py ${arguments[*]}"
-  echo "started from here by: ${command[*]}"
+  echo "started here by: ${command[*]}"
   exit 0
 fi
-command -v pdsh >/dev/null || fail "pdsh is not installed here; DeepSpeed starts other hosts by it (Debian: apt-get install pdsh)"
+command -v pdsh >/dev/null || fail "pdsh is not installed here; DeepSpeed needs it to start other hosts (Debian: apt-get install pdsh)"
 # shellcheck disable=SC2119 # no extras
 prepare
 
@@ -92,10 +92,10 @@ file="$(mktemp)"
 trap 'rm -f "$file"' EXIT
 printf '%s\n' "$variables" | sed '/^$/d' >"$file"
 export DS_ENV_FILE="$file"
-# A host that is gone without a word must not hold the others' end up: ssh alone would wait for it for hours.
+# Without these options ssh waits for hours for a host that has disappeared, and the other hosts cannot end.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -oServerAliveInterval=15 -oServerAliveCountMax=3"
 
-# With several hosts `deepspeed` itself listens: it ends what it finds of itself on all of them.
+# With several hosts `deepspeed` handles the signal itself: it ends its processes on all of them.
 stop_hosts() { # stop_hosts PID
   kill -TERM "$1" || true
 }

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# The main job, end to end, on this machine: installs, gathers a corpus of documentation text, trains a tokenizer,
+# Runs everything on this machine, end to end: installs, collects a corpus of documentation text, trains a tokenizer,
 # writes shards, and trains a 16-layer LIMe decoder as a two-stage pipeline.
 #
 #   bash launch/quickstart.sh [--steps N] [--fresh] [--verbose] [section.key=value ...]
 #
-# A second call re-uses whatever is complete, and training goes on from its newest checkpoint.
+# A second call reuses every complete step and resumes training from the newest checkpoint.
 #
 #   --steps N          train N steps (train.steps=N)
-#   --fresh            first delete the data folder and the run folder that an earlier call made
-#   --verbose          show DeepSpeed's messages as well
-#   section.key=value  handed to pretrain.py, over configs/quickstart.yaml
+#   --fresh            first delete the data folder and the run folder of an earlier call
+#   --verbose          show DeepSpeed's messages
+#   section.key=value  replaces a value of configs/quickstart.yaml
 #
-# Example, LLaMA beside LIMe on the same data:
+# Example, LLaMA on the same data, to compare with LIMe:
 #
 #   bash launch/quickstart.sh model.architecture=llama run.directory=runs/quickstart-llama
 #
 # Variables:
 #
 #   LIME_DATA          corpus, tokenizer and shards (default: data/quickstart in the repository)
-#   LIME_RUN           the run folder (default: runs/quickstart in the repository); run.directory=... goes before it
+#   LIME_RUN           the run folder (default: runs/quickstart in the repository); run.directory=... overrides it
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
-#   LIME_PYTHON        the interpreter that makes it (default: python3); needs Python >= 3.10
+#   LIME_PYTHON        the interpreter that creates it (default: python3); needs Python >= 3.10
 #   DS_ACCELERATOR     DeepSpeed's accelerator (default: cpu where torch sees fewer than two CUDA devices)
-#   OMP_NUM_THREADS    threads of each process (default: cores / 2)
+#   OMP_NUM_THREADS    threads per process (default: cores / 2)
 #
-# Exit status: 0 on success; 2 on a mistake in the call, with one line that names it; otherwise that of the step that failed.
+# Exit status: 0 on success; 2 for a mistake in the call, with a one-line message; otherwise that of the step that failed.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -51,7 +51,7 @@ while (($#)); do
   shift
 done
 
-# Only folders that carry our mark (or pretrain.py's config.yaml) are ever deleted.
+# --fresh deletes only folders that have our mark (or pretrain.py's config.yaml).
 mark="$data/.made-by-quickstart"
 if $fresh; then
   [[ ! -e "$data" || -f "$mark" ]] || fail "--fresh: $data was not made by this script; delete it yourself, or set LIME_DATA"
@@ -69,7 +69,7 @@ if [[ ! -e "$data" ]]; then
   touch "$mark"
 fi
 
-# No `||` around the command: bash would ignore every failure inside it.
+# The command has no `||` around it, because bash would then ignore all failures inside it.
 current=""
 step() { # step N TITLE COMMAND ...
   local started=$SECONDS
@@ -82,7 +82,7 @@ step() { # step N TITLE COMMAND ...
 trap 'status=$?; [[ -z "$current" ]] || echo "$current failed with exit status $status after $SECONDS s in all" >&2' EXIT
 
 step 1 "Install" prepare
-step 2 "Gather documentation text as a corpus" \
+step 2 "Collect documentation text as a corpus" \
   "$bin/python" -m data_tools.sources embedded --output "$data/corpus" --max-megabytes 10
 step 3 "Train a tokenizer" \
   "$bin/python" -m data_tools.tokenizer train --input "$data/corpus" --output "$data/tokenizer" --vocab-size 4096

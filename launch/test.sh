@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# The whole test suite on this machine's CPU: installs if need be, then ruff, mypy and pytest; stops at the first that fails.
+# Runs all checks on this machine's CPU: installs what is missing, then runs ruff, mypy and pytest; stops at the first failure.
 #
 #   bash launch/test.sh [PYTEST ARGUMENT ...]
 #
-# Arguments go to pytest; paths are relative to the repository. Example:
+# Arguments are passed to pytest; paths are relative to the repository. Example:
 #
 #   bash launch/test.sh tests/model -k router -x
 #
 # Variables:
 #
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
-#   LIME_PYTHON        the interpreter that makes it (default: python3); needs Python >= 3.10
+#   LIME_PYTHON        the interpreter that creates it (default: python3); needs Python >= 3.10
 #   DS_ACCELERATOR     DeepSpeed's accelerator (default: cpu)
-#   OMP_NUM_THREADS    threads of each process (default: 1)
+#   OMP_NUM_THREADS    threads per process (default: 1)
 #
-# Exit status: 0 when all pass; otherwise that of the tool that failed.
+# Exit status: 0 if all pass; otherwise that of the tool that failed.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can make, and the guard that turns it into one line and exit status 2."""
+"""The exception for users' mistakes, and the function that turns it into one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ import time
 from collections.abc import Callable
 
 GRACE_SECONDS = 5.0
+"""Time that another process has to print the same error first."""
 
 
 class LimeError(Exception):
-    """A mistake of the user's: what was given, where, and what to do instead, in one line."""
+    """A user's mistake. Its message is one line: what was given, where, and what to do instead."""
 
 
 class PeerLost(Exception):
-    """Another process of the job is gone: which one was missed, by whom and doing what, in one line."""
+    """Another process of the job is gone. Its message is one line: which process waited for which, and in what operation."""
 
 
 def run_command(main: Callable[[], None], speaks: bool = True) -> None:
-    """Run a command's ``main``; a LimeError prints ``error: …`` on stderr and exits with status 2, an interrupt with 130.
+    """Run a command's ``main`` and turn its exceptions into exit statuses.
+
+    A LimeError prints ``error: …`` on stderr and exits with 2, a PeerLost likewise with 1; an interrupt exits with 130.
 
     Args:
-        speaks: False on processes whose error another one most likely prints too: they wait before they print theirs.
+        speaks: False on ranks whose error another rank most likely prints too: they wait before they print theirs.
     """
     try:
         main()
     except LimeError as error:
         if not speaks:
-            # Launchers end all processes when the first one ends; one that is alive after this is the only one to know.
+            # A launcher ends all processes when the first one ends. One that is still alive after this is alone with its error.
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except PeerLost as error:  # each process says what it missed; the first line is the nearest to the cause
+    except PeerLost as error:  # every process prints its own; the first line is closest to the cause
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Protects how processes start."""
+"""Tests of how processes start."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from support.workers import WorkerGroup
 
 
 def test_nothing_is_compiled_at_the_start(workers: Callable[[int], WorkerGroup]) -> None:
-    """DeepSpeed would compile an operation for shared memory on CPUs, where there is a compiler; half a minute, for nothing."""
+    """Where there is a compiler, DeepSpeed would spend half a minute on a shared-memory operation that nothing uses."""
     assert workers(1).run("support.cases.compiled_operation") == [None]

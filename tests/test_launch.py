@@ -1,6 +1,6 @@
-"""Protects the scripts of launch/: what they would run where, what travels, and the rank and requeue logic under Slurm.
+"""Tests of the scripts in launch/: what runs where, which variables are sent, and ranks and requeuing under Slurm.
 
-`tests/cluster/` runs them over several hosts, and under a real Slurm.
+`tests/cluster/` runs them on several hosts, and under a real Slurm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/quickstart.yaml"
 
 SRUN = """#!/usr/bin/env bash
-# Starts the command once a task and passes signals on, as srun does; the largest status is its own.
+# Starts the command once per task, passes signals on and exits with the largest status, as srun does.
 while [[ "$1" == --* ]]; do shift; done
 tasks=()
 for ((task = 0; task < SLURM_NTASKS; task++)); do
@@ -29,7 +29,7 @@ trap 'kill -USR1 "${tasks[@]}"' USR1
 largest=0
 for task in "${tasks[@]}"; do
   wait "$task" && status=0 || status=$?
-  ((status > 128)) && { wait "$task" && status=0 || status=$?; } # a signal had come
+  ((status > 128)) && { wait "$task" && status=0 || status=$?; } # a signal interrupted the wait
   ((status > largest)) && largest=$status
 done
 exit "$largest"
@@ -41,7 +41,7 @@ case "$1 $2" in
 esac
 """
 PYTHON = """#!/usr/bin/env bash
-# Stands in for pretrain.py: says its ranks, then ends by itself, or when it is told to, as pretrain.py does.
+# Stands in for pretrain.py: prints its ranks, then ends by itself or, with WAITS, on a signal.
 trap 'echo "rank $RANK saves"; exit 0' USR1
 echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK here, at $MASTER_ADDR:$MASTER_PORT, $OMP_NUM_THREADS threads: $*"
 if [[ -n "${WAITS:-}" ]]; then for ((tick = 0; tick < 300; tick++)); do sleep 0.1; done; fi
@@ -64,7 +64,7 @@ def write(folder: Path, **programs: str) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """With a finished virtual environment and a Slurm that are stand-ins, and an empty home."""
+    """An environment with a fake virtual environment, a fake Slurm and an empty home."""
     write(tmp_path / "venv/bin", python=PYTHON, deepspeed=DEEPSPEED)
     programs = write(tmp_path / "bin", srun=SRUN, scontrol=SCONTROL, pdsh="#!/bin/sh\n")
     key = subprocess.check_output(
@@ -86,7 +86,7 @@ def run(environment: dict[str, str], script: str, *arguments: str, **more: str) 
 
 
 def test_dry_runs(environment: dict[str, str], tmp_path: Path) -> None:
-    """Nothing runs, and every host's line says ranks and command."""
+    """Nothing runs; the line of each host gives its ranks and its command."""
     (tmp_path / "hosts").write_text("# two\nnode1 slots=2\n\nnode2 slots=4 # more\n")
     python = f"{tmp_path}/venv/bin/python -u {ROOT}/pretrain.py --config {CONFIG} train.steps=3"
     local = run(environment, "local.sh", CONFIG, "3", "--dry-run", "train.steps=3")
@@ -96,7 +96,7 @@ def test_dry_runs(environment: dict[str, str], tmp_path: Path) -> None:
     )
     lines = several.stdout.splitlines()
     assert lines[:2] == [f"node1: ranks 0-1: cd {ROOT}; OMP_NUM_THREADS=2 {python}", f"node2: ranks 2-5: cd {ROOT}; OMP_NUM_THREADS=2 {python}"]  # fmt: skip
-    assert lines[2].startswith("started from here by: ") and f"--hostfile {tmp_path / 'hosts'}" in lines[2]
+    assert lines[2].startswith("started here by: ") and f"--hostfile {tmp_path / 'hosts'}" in lines[2]
     for arguments in (("--dry-run", CONFIG, "train.steps=3"), (CONFIG, "train.steps=3", "--dry-run")):
         slurm = run(environment, "slurm.sbatch", *arguments)
         assert slurm.stdout.splitlines() == [
@@ -142,8 +142,8 @@ def test_help_is_the_page_at_the_top(environment: dict[str, str], script: str) -
     )
 
 
-def test_what_travels_to_the_hosts(environment: dict[str, str]) -> None:
-    """The launcher's files without what it stumbles over, and the variables that matter; nothing else."""
+def test_what_is_sent_to_the_hosts(environment: dict[str, str]) -> None:
+    """The variables of the launcher's files, cleaned up, and those variables that matter; nothing else."""
     Path(environment["HOME"], ".deepspeed_env").write_text("A=1\n\n# comment\nexport B=two words\nOMP_NUM_THREADS=1\n")
     more = {
         "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "LD_LIBRARY_PATH": "/x",
@@ -163,7 +163,7 @@ def test_what_travels_to_the_hosts(environment: dict[str, str]) -> None:
         "DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "LD_LIBRARY_PATH=/x", "NCCL_DEBUG=INFO", "OMP_NUM_THREADS=2",
     ]  # fmt: skip
     refused = run(environment, "multinode.sh", "launch/hostfile.example", CONFIG, NCCL_DEBUG_FILE="a$b")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: NCCL_DEBUG_FILE cannot travel to the hosts")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: NCCL_DEBUG_FILE cannot be sent to the hosts")
     without = {
         **environment,
         "PATH": environment["PATH"].replace(str(Path(environment["REQUEUED"]).parent / "bin"), "/none"),
@@ -184,7 +184,7 @@ def requeued(environment: dict[str, str]) -> list[str]:
 
 
 def test_ranks_under_slurm(environment: dict[str, str]) -> None:
-    """Each task becomes a rank; the first node is the master. A job that has ended, well or not, is not queued again."""
+    """Each task becomes a rank; the first node is the master. A job that ends by itself, with or without error, is not requeued."""
     done = run(environment, "slurm.sbatch", CONFIG, "train.steps=3", **JOB)
     assert done.returncode == 0 and not done.stderr
     first, *ranks = done.stdout.splitlines()
@@ -206,7 +206,7 @@ def test_ranks_under_slurm(environment: dict[str, str]) -> None:
     ids=["time limit", "failed at the time limit", "ended by Slurm"],
 )
 def test_a_signal_from_slurm(environment: dict[str, str], sent: int, status: str, expected: list[str]) -> None:
-    """Before the time limit the run saves and the job is queued again, unless saving failed or it is to end."""
+    """Before the time limit the run saves and the job is requeued, unless saving failed or Slurm ends the job."""
     trap = PYTHON.replace("exit 0' USR1", f"exit {status}' USR1")
     write(Path(environment["LIME_VENV"], "bin"), python=trap)
     job = {**environment, **JOB, "WAITS": "1", "SLURM_RESTART_COUNT": "4"}
@@ -221,12 +221,12 @@ def test_a_signal_from_slurm(environment: dict[str, str], sent: int, status: str
         said = process.stdout.read()
     assert process.returncode == int(status) and said.count(" saves") == 2, said
     assert requeued(environment) == expected
-    assert ("goes back into the queue" in said) == bool(expected)
+    assert ("is requeued" in said) == bool(expected)
 
 
 @pytest.mark.slow
 def test_pretrain_under_the_slurm_script(environment: dict[str, str], dataset: Path, tmp_path: Path) -> None:
-    """The real pretrain.py as two tasks of the stand-in srun: a two-stage run from its first line to its last."""
+    """A whole two-stage run of the real pretrain.py as two tasks of the fake srun."""
     write(Path(environment["LIME_VENV"], "bin"), python=f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     overrides = [
         f"data.path={dataset}", f"run.directory={tmp_path / 'run'}", "data.sequence_length=16", "model.vocab_size=320",

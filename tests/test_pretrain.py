@@ -1,4 +1,4 @@
-"""Protects the main command as users run it: real launcher, real processes."""
+"""Tests of pretrain.py as users run it, with a real launcher and real processes."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def losses(directory: Path) -> list[tuple[float, float, float]]:
 
 
 @pytest.mark.slow
-def test_what_a_run_says(dataset: Path, tmp_path: Path) -> None:
-    """One of two ranks speaks. (Kills are in checkpoint/test_chaos.py.)"""
+def test_output_of_a_run(dataset: Path, tmp_path: Path) -> None:
+    """Only one of the two ranks prints. (Kills are tested in checkpoint/test_chaos.py.)"""
     finished = run(*small_run(dataset, tmp_path / "run"), "train.steps=40")
     assert finished.returncode == 0, finished.stderr
     for line in ("validation loss: ", "tokens seen: 2,560", f"run folder: {tmp_path / 'run'}", "tensorboard --logdir "):
-        assert finished.stdout.count(line) == 1, f"one rank says {line!r} once"
-    assert len(re.findall(r"^step \d+/40 \| loss", finished.stdout, re.MULTILINE)) == 4, "one line an interval"
+        assert finished.stdout.count(line) == 1, f"{line!r} is printed once"
+    assert len(re.findall(r"^step \d+/40 \| loss", finished.stdout, re.MULTILINE)) == 4, "one line per interval"
 
 
 @pytest.mark.slow
@@ -70,12 +70,12 @@ def test_a_mistake_is_one_line_and_exit_status_2_under_the_launcher(tmp_path: Pa
 
 @pytest.mark.slow
 def test_alone_and_under_torchrun(dataset: Path, tmp_path: Path) -> None:
-    """One process without a launcher, continued by two under torchrun. Nothing is compiled for it."""
+    """Two processes under torchrun resume the run of one process without a launcher. Nothing is compiled."""
     extensions = tmp_path / "extensions"
     arguments = [*small_run(dataset, tmp_path / "run", 1), "train.steps=20"]
     alone = run(*arguments, launcher=[sys.executable], TORCH_EXTENSIONS_DIR=str(extensions))
     assert alone.returncode == 0, alone.stderr
-    assert not extensions.exists(), "DeepSpeed keeps what it compiles there"
+    assert not extensions.exists(), "DeepSpeed compiles nothing into this folder"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612"]
     both = run(*small_run(dataset, tmp_path / "run", 2), "train.steps=40", launcher=torchrun)
     assert both.returncode == 0, both.stderr

@@ -240,12 +240,12 @@ def change(file: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (shutil.rmtree, "is no run folder: metrics.jsonl cannot be read"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "is no run folder: metrics.jsonl cannot be read"),
+        (shutil.rmtree, "is not a run folder: metrics.jsonl cannot be read"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "is not a run folder: metrics.jsonl cannot be read"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl has no step yet"),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "lo'), "metrics.jsonl has no step yet"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "lo\n{"step": 2, "loss": 1}\n'), "line 1 is no record"),
-        (lambda run: (run / "metrics.jsonl").write_text("3\n"), "line 1 is no record"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "lo\n{"step": 2, "loss": 1}\n'), "line 1 is not a record"),
+        (lambda run: (run / "metrics.jsonl").write_text("3\n"), "line 1 is not a record"),
         (lambda run: (run / "config.yaml").unlink(), "config.yaml cannot be read"),
         (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml is not valid YAML"),
     ],
@@ -268,7 +268,7 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lime_dist.report", str(tmp_path / "none")]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     (line,) = finished.stderr.splitlines()
-    assert finished.returncode == 2 and line.startswith("error: ") and "is no run folder" in line
+    assert finished.returncode == 2 and line.startswith("error: ") and "is not a run folder" in line
 
 
 def test_runs_of_the_same_name_are_told_apart(

@@ -1,4 +1,4 @@
-"""Charts as text: SVG that stands in a page by itself, with a title to hover over where there is something to read off."""
+"""Charts as inline SVG. Hovering over a mark shows its value as a tooltip."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#b
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 44
 POINTS = 600
-"""Most points of a line; more than these are averaged in groups."""
+"""Maximum number of points of a line; longer ones are averaged in groups."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; ``dots``: its points are marked. Points that are not finite are left out."""
+    """A curve. Points that are not finite are left out.
+
+    Attributes:
+        dots: whether its points are marked.
+    """
 
     label: str
     colour: str
@@ -28,7 +32,7 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, size: tuple[int, int] = (WIDTH, HEIGHT)) -> str:
-    """Curves over common axes; empty without a point."""
+    """Curves over common axes; empty if they have no point."""
     kept = [(line, thinned([p for p in line.points if all(map(math.isfinite, p))])) for line in lines]
     xs, ys = ([p[axis] for _, points in kept for p in points] for axis in (0, 1))
     if not xs:
@@ -72,14 +76,14 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, size: tuple[in
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `POINTS` points: means of consecutive ones."""
+    """At most `POINTS` points, each the mean of consecutive ones."""
     size = -(-len(points) // POINTS) or 1
     groups = [points[begin : begin + size] for begin in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def bar_chart(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
-    """A bar a row, in which parts (name, seconds) follow each other; the same colour for the same name."""
+    """One stacked bar per row, of parts (name, seconds); parts of the same name have the same colour."""
     names = list(dict.fromkeys(name for _, parts in rows for name, _ in parts))
     longest = max((sum(value for _, value in parts) for _, parts in rows), default=0.0)
     if longest <= 0:
@@ -103,7 +107,11 @@ def bar_chart(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
 
 
 def heat_map(cells: Sequence[Sequence[float]], titles: Sequence[str], x_label: str, y_label: str) -> tuple[str, float]:
-    """A square map, row 0 on top, with a title for each row; and the value that the darkest colour begins at."""
+    """A square map with row 0 on top, and the value from which on a cell has the darkest colour.
+
+    Args:
+        titles: the tooltip of each row.
+    """
     size, side = len(cells), 320
     pixels, top = coloured(cells)
     picture = base64.b64encode(png([b"".join(row) for row in pixels])).decode()
@@ -130,9 +138,9 @@ def heat_map(cells: Sequence[Sequence[float]], titles: Sequence[str], x_label: s
 
 
 def coloured(cells: Sequence[Sequence[float]]) -> tuple[list[list[bytes]], float]:
-    """A pixel (red, green, blue) for each cell, dark where |value| is great; and the value that the darkest colour begins at.
+    """A pixel (red, green, blue) for each cell, the darker the larger its |value|; and where the scale ends.
 
-    The scale ends where all but one in fifty of the cells that are not 0 lie: a few large ones do not drown the others.
+    The scale ends at the 98th percentile of the cells that are not 0, so that a few large ones do not hide the others.
     """
     values = sorted(abs(value) for row in cells for value in row if value and math.isfinite(value))
     top = values[int(0.98 * (len(values) - 1))] if values else 1.0
@@ -146,13 +154,13 @@ def svg(width: float, height: float, parts: Sequence[str]) -> str:
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """Names with their colours, in a line."""
+    """The names beside their colours, in one line."""
     parts = [f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in entries]
     return f'<p class="legend">{" ".join(parts)}</p>'
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Some six round numbers from about ``low`` to about ``high``."""
+    """About six round numbers that cover ``low`` to ``high``."""
     if high <= low:
         return [low]
     rough = (high - low) / 5
@@ -163,7 +171,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def short(number: float) -> str:
-    """A number on an axis: 1.2, 400k, 3M."""
+    """A number as an axis shows it: 1.2, 400k, 3M."""
     for suffix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= scale:
             return f"{number / scale:.4g}{suffix}"
@@ -171,7 +179,7 @@ def short(number: float) -> str:
 
 
 def png(rows: Sequence[bytes]) -> bytes:
-    """Pixels as a PNG file: three bytes each, no filter."""
+    """Rows of pixels, three bytes each, as a PNG file without filters."""
     raw = b"".join(b"\0" + row for row in rows)
     header = struct.pack(">IIBBBBB", len(rows[0]) // 3, len(rows), 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b"")]

@@ -1,4 +1,4 @@
-"""What a person reads while a run goes on: one line an interval from one rank, a bar when the output is a terminal."""
+"""The console output of a run: one line per interval, and a progress bar if the output is a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from tqdm import tqdm
 
 
 class Console:
-    """Prints on rank 0 and nowhere else; the bar shows steps and time left."""
+    """Prints on one rank only; the progress bar shows the steps and the time left.
+
+    Args:
+        enabled: whether this rank prints.
+    """
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
@@ -28,7 +32,7 @@ class Console:
             self._bar.n = step
 
     def say(self, line: str) -> None:
-        """Nobody who listens (a closed pipe, a log on a full disk) is no reason to stop training."""
+        """Print a line. A closed pipe, or a log on a full disk, does not stop training."""
         if not self._enabled:
             return
         with contextlib.suppress(OSError):
@@ -38,7 +42,7 @@ class Console:
                 print(line, flush=True)
 
     def step_line(self, record: dict[str, float | int], steps: int) -> None:
-        """One line of a training step's record."""
+        """Print the record of a step in one line."""
         left = (steps - record["step"]) * record["step_seconds"]
         self.say(
             f"step {record['step']}/{steps} | loss {record['loss']:.4f} | gradient norm {record['grad_norm']:.3f} | "
@@ -47,7 +51,11 @@ class Console:
         )
 
     def time_split(self, split: dict[str, float]) -> None:
-        """Where the time of a start went, in percent."""
+        """Print how the time of this start divides among kinds of work, in percent.
+
+        Args:
+            split: seconds by kind of work.
+        """
         whole = sum(split.values())
         if whole > 0:
             parts = ", ".join(f"{kind} {100 * seconds / whole:.1f} %" for kind, seconds in split.items())
@@ -60,7 +68,7 @@ class Console:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42s, 3m05s, 2h07m."""
+    """A duration in the form 42s, 3m05s or 2h07m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

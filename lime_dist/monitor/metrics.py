@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line a step and one a validation, whole lines only, continued after a resume without repeats."""
+"""``metrics.jsonl``: one line per step and one per validation. It has whole lines only, and a resume repeats none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MetricsFile:
     """Appends records to a run's ``metrics.jsonl``.
 
     Args:
-        resumed_step: records after this step come from work that a crash undid; they are removed.
+        resumed_step: the step that the run resumes from; later records are removed, because a crash undid their steps.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
@@ -28,10 +28,11 @@ class MetricsFile:
 
     @property
     def waiting(self) -> bool:
+        """Whether some lines are not on disk yet."""
         return self._file.waiting
 
     def write(self, record: dict[str, float | int]) -> None:
-        """Append a record; the validation of a step that has one already, when a finished run is started again, is not."""
+        """Append a record. A second validation of a step, when a finished run is started again, is dropped."""
         if "validation_loss" in record:
             if record["step"] in self._validations:
                 return
@@ -40,19 +41,18 @@ class MetricsFile:
         self._file.flush()
 
     def draw(self, step: int, scalars: Mapping[str, float], pictures: Sequence[Summary]) -> None:
-        """Not here: these lines are what runs are compared by."""
+        """Do nothing: ``metrics.jsonl`` has neither pictures nor the scalars of single stages."""
 
     def best_validation(self) -> tuple[float, float] | None:
-        """The lowest validation loss and its step, of all starts of this run; None: there is none."""
-        best = min(((loss, step) for step, loss in self._validations.items()), default=None)
-        return best
+        """(loss, step) of the lowest validation loss over all starts of this run; None: there was no validation."""
+        return min(((loss, step) for step, loss in self._validations.items()), default=None)
 
     def flush(self) -> None:
-        """Every line goes to the file at once; this tries again what a full disk refused."""
+        """Try again to write the lines that a full disk refused. (All others have been written at once.)"""
         self._file.flush()
 
     def rewind(self, step: int) -> None:
-        """Remove the records after ``step``: training went back to it."""
+        """Remove the records after ``step``, which training went back to."""
         self._file.flush()
         self._validations = _trim(self.path, step)
         self._file.close()
@@ -63,13 +63,13 @@ class MetricsFile:
 
 
 def without_clock(record: dict[str, float | int]) -> dict[str, float | int]:
-    """A record without what the clock decides: two runs of the same work have the same rest."""
-    clock = ("step_seconds", "tokens_per_second", "mfu")
-    return {key: value for key, value in record.items() if key not in clock and not key.startswith("seconds_")}
+    """A record without its timings. Without them, two runs of the same work have equal records."""
+    timings = ("step_seconds", "tokens_per_second", "mfu")
+    return {key: value for key, value in record.items() if key not in timings and not key.startswith("seconds_")}
 
 
 def _trim(path: Path, last: int) -> dict[float, float]:
-    """Remove the records after a step, and a line that a crash cut off; validation losses by step."""
+    """Remove the records after step ``last`` and a truncated line; returns the validation losses that stay, by step."""
     if not path.exists():
         return {}
     kept = [line for line in path.read_text().splitlines() if _step(line) <= last]
@@ -81,7 +81,7 @@ def _trim(path: Path, last: int) -> dict[float, float]:
 
 
 def _step(line: str) -> float:
-    """The step of a line; infinity for a line that a crash cut off."""
+    """The step of a line; infinity for a truncated line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

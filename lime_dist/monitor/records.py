@@ -1,4 +1,4 @@
-"""Where the records of a run go, and what becomes of them when the disk is full."""
+"""The records of a run: writes them to all sinks, and tries again when a disk is full."""
 
 from __future__ import annotations
 
@@ -13,30 +13,35 @@ Record = dict[str, float | int]
 
 
 class RecordSink(Protocol):
-    """Something that keeps records: ``metrics.jsonl``, TensorBoard. What cannot be written (OSError) is tried again later."""
+    """A place for records: ``metrics.jsonl``, TensorBoard.
+
+    A method raises OSError if the disk refuses; the sink keeps what it could not write and tries again later.
+    """
 
     path: Path
 
     @property
     def waiting(self) -> bool:
-        """Whether something of it is not on disk yet."""
+        """Whether some records are not on disk yet."""
         ...
 
     def write(self, record: Record) -> None: ...
 
     def draw(self, step: int, scalars: Mapping[str, float], pictures: Sequence[Summary]) -> None:
-        """What only something with charts has a place for: more scalars, by tag, and pictures."""
+        """Add scalars by tag, and pictures. A sink without charts ignores them."""
         ...
 
     def flush(self) -> None: ...
 
-    def rewind(self, step: int) -> None: ...
+    def rewind(self, step: int) -> None:
+        """Remove or hide the records after ``step``, which training went back to."""
+        ...
 
     def close(self) -> None: ...
 
 
 class Records:
-    """All sinks of this rank; none on most."""
+    """Writes to all sinks of this rank. Rank 0 has them all; the other ranks have none."""
 
     def __init__(self, sinks: Sequence[RecordSink] = ()) -> None:
         self._sinks = sinks
@@ -44,7 +49,7 @@ class Records:
 
     @property
     def problem(self) -> str | None:
-        """Why records do not reach the disk, in one line; None: they do."""
+        """Why records cannot be written, in one line; None: they can."""
         return next(iter(self._problems.values()), None)
 
     def write(self, record: Record) -> None:
@@ -57,7 +62,7 @@ class Records:
         self._all(lambda sink: sink.flush())
 
     def rewind(self, step: int) -> None:
-        """Forget the records after ``step``: training went back to it."""
+        """Remove the records after ``step``, which training went back to."""
         self._all(lambda sink: sink.rewind(step))
 
     def close(self) -> None:

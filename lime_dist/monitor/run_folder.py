@@ -1,4 +1,4 @@
-"""A run folder as it lies on disk, read without starting a process: records, configuration, router weights of its checkpoint."""
+"""Reads a run folder without a process group: records, configuration, and router weights of its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has left.
+    """The records and the configuration of a run.
 
     Attributes:
-        settings: by dotted key, as in its ``config.yaml``.
+        settings: the values of its ``config.yaml`` by dotted key.
         steps: records of training steps, ascending.
         validations: records with a ``validation_loss``.
     """
@@ -39,22 +39,22 @@ def read_run(path: Path) -> RunFolder:
     """Read a run's records and configuration.
 
     Raises:
-        LimeError: it is no run folder, or nothing has been recorded in it.
+        LimeError: ``path`` is not a run folder, or it has no record yet.
     """
     records = list(_records(path / "metrics.jsonl", path))
     steps = [record for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
     if not steps and not validations:
-        raise LimeError(f"{path / 'metrics.jsonl'} has no step yet; report on the run when it has made some")
+        raise LimeError(f"{path / 'metrics.jsonl'} has no step yet; try again when the run has made some")
     return RunFolder(path, _settings(path / "config.yaml"), steps, validations)
 
 
 def _records(file: Path, run: Path) -> Iterator[Record]:
-    """The lines of metrics.jsonl; a last line that was cut off is left out."""
+    """The records of metrics.jsonl without a truncated last line."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise LimeError(f"{run} is no run folder: {file.name} cannot be read ({error.strerror})") from None
+        raise LimeError(f"{run} is not a run folder: {file.name} cannot be read ({error.strerror})") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -63,41 +63,43 @@ def _records(file: Path, run: Path) -> Iterator[Record]:
             if not isinstance(record, dict) or not isinstance(record["step"], int):
                 raise ValueError
         except (ValueError, KeyError):
-            if number == len(lines):  # it has no end of line: a crash, or a run that goes on
+            if number == len(lines):  # no newline: a crash truncated it, or the run is writing it
                 return
-            raise LimeError(f"{file}, line {number} is no record of a step; mend or remove it") from None
+            raise LimeError(f"{file}, line {number} is not a record; repair or remove it") from None
         yield record
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """By dotted key; of any version, so that it is not checked against this one's schema."""
+    """The configuration by dotted key. It may be of any version, so it is not validated."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LimeError(f"{file} cannot be read ({error.strerror}); it belongs to every run") from None
+        raise LimeError(f"{file} cannot be read ({error.strerror}); every run folder has one") from None
     except (yaml.YAMLError, ValueError):
-        raise LimeError(f"{file} is not valid YAML; mend it, or take it from the run's newest checkpoint") from None
+        raise LimeError(
+            f"{file} is not valid YAML; repair it, or copy it from the manifest of the newest checkpoint"
+        ) from None
     return flattened(values) if isinstance(values, dict) else {}
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level of dotted keys."""
-    found: dict[str, Any] = {}
+    """Nested sections as one dictionary with dotted keys."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def read_router_weights(path: Path) -> tuple[int, ModelConfig, dict[str, Any]]:
-    """Step, model and weights of the routers in the newest checkpoint of a run; {}: that model has no map.
+    """Step, model, and router weights of a run's newest checkpoint; {} if the model has no router map.
 
-    Only what is asked for is read, so that the size of the model does not matter.
+    Only these weights are read, whatever the size of the model.
 
     Raises:
-        LimeError: there is no checkpoint, or it cannot be read.
+        LimeError: the run has no checkpoint, or it cannot be read.
     """
-    folders = [(int(found[1]), folder) for folder in (path / "checkpoints").glob("global_step*")
-               if (found := re.fullmatch(r"global_step(\d+)", folder.name))]  # fmt: skip
+    folders = [(int(match[1]), folder) for folder in (path / "checkpoints").glob("global_step*")
+               if (match := re.fullmatch(r"global_step(\d+)", folder.name))]  # fmt: skip
     if not folders:
         raise LimeError(f"{path} has no checkpoint")
     step, folder = max(folders)

@@ -1,7 +1,7 @@
-"""TensorBoard's files of a run, written by rank 0 and flushed at every validation and checkpoint.
+"""Writes a run's TensorBoard events on rank 0; flushed at every validation and checkpoint.
 
-torch's ``SummaryWriter`` writes from a thread, which a full disk ends with a traceback; here events are appended as whole
-records by the caller, who sees what goes wrong.
+torch's ``SummaryWriter`` writes from a thread, which dies with a traceback when the disk is full. Here the caller appends
+whole events and sees the error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lime_dist.data.files import WholeAppends
 from lime_dist.monitor.run_folder import flattened
 
 FLUSH_SECONDS = 60.0
-"""Scalars reach the file at the latest after so long, for somebody who watches."""
+"""Scalars are flushed at least this often, so that one can follow a run."""
 
 TAGS = {
     "loss": "train/loss",
@@ -35,7 +35,7 @@ TAGS = {
     "mfu": "speed/mfu",
     "validation_loss": "validation/loss",
 }
-"""TensorBoard tag of each key of a ``metrics.jsonl`` record that is drawn."""
+"""TensorBoard tag of each key of a ``metrics.jsonl`` record that becomes a scalar."""
 PERPLEXITY = {"loss": "train/perplexity", "validation_loss": "validation/perplexity"}
 LAYOUT = {
     "loss": {
@@ -55,13 +55,18 @@ LAYOUT = {
         "entropy, nats": ["Multiline", [r"entropy/layer\d+"]],
     },
 }  # fmt: skip
-"""What the tab of custom scalars shows together: tags are regular expressions."""
-MOST_NATS = 80.0
-"""A loss above this is drawn with this one's perplexity: float32 has none for it."""
+"""Charts of the custom scalars tab; their tags are regular expressions."""
+MAX_NATS = 80.0
+"""A larger loss is drawn with the perplexity of this one, because its own overflows float32."""
 
 
 class TensorBoardLog:
-    """Scalars, pictures and settings; ``resumed_step`` hides what an interrupted run wrote after its last checkpoint."""
+    """Appends scalars, pictures and the configuration to a new event file.
+
+    Args:
+        config_text: the configuration as YAML.
+        resumed_step: the step that the run resumes from; later events of earlier starts are hidden.
+    """
 
     def __init__(self, directory: Path, config_text: str, resumed_step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -78,6 +83,7 @@ class TensorBoardLog:
 
     @property
     def waiting(self) -> bool:
+        """Whether some events are not on disk yet."""
         return self._file.waiting
 
     def write(self, record: dict[str, float | int]) -> None:
@@ -86,7 +92,7 @@ class TensorBoardLog:
                 self._add(Event(summary=scalar(tag, record[key]), step=int(record["step"])))
         for key, tag in PERPLEXITY.items():
             if key in record:
-                perplexity = math.exp(min(record[key], MOST_NATS))
+                perplexity = math.exp(min(record[key], MAX_NATS))
                 self._add(Event(summary=scalar(tag, perplexity), step=int(record["step"])))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
@@ -100,7 +106,7 @@ class TensorBoardLog:
         self._file.flush()
 
     def rewind(self, step: int) -> None:
-        """Hide what was written after ``step``: training went back to it."""
+        """Hide the events after ``step``, which training went back to."""
         self._add(Event(session_log=SessionLog(status=SessionLog.START), step=step + 1))
 
     def close(self) -> None:
@@ -113,6 +119,6 @@ class TensorBoardLog:
 
 
 def _settings(config_text: str) -> dict[str, float | str | bool]:
-    """By dotted key, as the table of runs can show them: numbers, truth values, and the rest as text."""
+    """The configuration by dotted key, for TensorBoard's table of runs: numbers and booleans as they are, the rest as text."""
     values = flattened(yaml.safe_load(config_text))
     return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values.items()}

@@ -50,11 +50,11 @@ def test_a_run_that_meets_its_time_limit_is_queued_again_and_goes_on(
     assert re.search(rf"^job {number}, start 1: 2 processes, master host-a:\d+$", said, re.MULTILINE), said
     for line in (
         "stages 0 on host-a, 1 on host-b; 1 of 1 boundaries between hosts",
-        "time is running out: stopping after this step",
-        f"saved; job {number} goes back into the queue",
+        "the time limit is near: stopping after this step",
+        f"saved; job {number} is requeued",
         f"job {number}, start 2: 2 processes, master host-a:",
         f"resumed from step {saved} ",
     ):
         assert line in said, said
-    assert said.count("goes back into the queue") == 1
+    assert said.count("is requeued") == 1
     assert [record["step"] for record in numbers(tmp_path / "run")] == list(range(1, saved + 4))

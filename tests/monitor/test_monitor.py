@@ -1,4 +1,4 @@
-"""Protects what is watched while a run goes on: every tag in TensorBoard, read back by its own reader, with true figures."""
+"""Tests of monitoring: every tag, read back with TensorBoard's own reader, has the right values."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Workers = Callable[[int], WorkerGroup]
 
 
 def settings(dataset: Path, directory: Path) -> dict[str, Any]:
-    found = values(dataset, directory, steps=8, pipeline_stages=2)
-    found["train"] |= {"log_interval": 4, "checkpoint_interval": 4, "evaluation_interval": 4}
-    found["monitor"] = {"router_interval": 4, "router_layer": 3, "peak_flops": 1e9}
-    return found
+    configuration = values(dataset, directory, steps=8, pipeline_stages=2)
+    configuration["train"] |= {"log_interval": 4, "checkpoint_interval": 4, "evaluation_interval": 4}
+    configuration["monitor"] = {"router_interval": 4, "router_layer": 3, "peak_flops": 1e9}
+    return configuration
 
 
 @pytest.fixture(scope="module")
 def watched(workers: Workers, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run's folder, and what it printed."""
+    """The folder and the output of a run."""
     directory = tmp_path_factory.mktemp("watched")
     results = workers(2).run("support.runs.observe", values=settings(dataset, directory))
     assert [error for error, _ in results] == ["", ""]
@@ -47,7 +47,7 @@ def events(watched: tuple[Path, str]) -> EventAccumulator:
     return EventAccumulator(str(watched[0] / "tensorboard"), size_guidance={"images": 0}).Reload()
 
 
-def test_every_tag_is_there_once_an_interval(watched: tuple[Path, str], events: EventAccumulator) -> None:
+def test_every_tag_has_one_value_per_interval(watched: tuple[Path, str], events: EventAccumulator) -> None:
     every_step = {
         "train/loss", "train/perplexity", "train/learning_rate", "train/router_learning_rate", "train/gradient_norm",
         "speed/tokens_per_second", "speed/step_seconds",
@@ -73,10 +73,10 @@ def test_every_tag_is_there_once_an_interval(watched: tuple[Path, str], events: 
     assert set(tags["histograms"]) == {f"router_weights/layer{layer}" for layer in range(1, 5)}
     assert all([event.step for event in events.Images(tag)] == [4, 8] for tag in tags["images"])
     assert {"config/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
-    assert len(list((watched[0] / "tensorboard").iterdir())) == 1, "rank 0 alone writes"
+    assert len(list((watched[0] / "tensorboard").iterdir())) == 1, "only rank 0 writes"
 
 
-def test_the_figures_are_true(watched: tuple[Path, str], events: EventAccumulator, dataset: Path) -> None:
+def test_values_are_right(watched: tuple[Path, str], events: EventAccumulator, dataset: Path) -> None:
     def drawn(tag: str) -> float:
         return float(events.Scalars(tag)[-1].value)
 
@@ -84,7 +84,9 @@ def test_the_figures_are_true(watched: tuple[Path, str], events: EventAccumulato
     lines = records(watched[0])
     steps = [line for line in lines if "loss" in line]
     crossing = boundary_bytes(config)[0] * config.train.global_batch_size
-    assert drawn("boundary0/bytes_there") == drawn("boundary0/bytes_back") == crossing, "a step's, no evaluation's"
+    assert drawn("boundary0/bytes_there") == drawn("boundary0/bytes_back") == crossing, (
+        "those of a training step, without evaluations"
+    )
     norms = [drawn(f"stage{stage}/gradient_norm") for stage in range(2)]
     assert math.hypot(*norms) == pytest.approx(steps[-1]["grad_norm"]) and min(norms) > 0
     assert drawn("train/perplexity") == pytest.approx(math.exp(steps[-1]["loss"]))
@@ -94,7 +96,7 @@ def test_the_figures_are_true(watched: tuple[Path, str], events: EventAccumulato
         within = sum(seconds for kind, seconds in split.items() if kind != "checkpoint")
         assert 0.5 * whole < within <= 1.05 * whole and min(split["computation"], split["waiting"], split["data"]) > 0
     assert steps[3]["seconds_checkpoint"] == 0 < steps[7]["seconds_checkpoint"], (
-        "the one of step 4 was saved after its record"
+        "the checkpoint of step 4 was saved after the record of step 4"
     )
     assert [line["seconds_validation"] > 0 for line in lines if "validation_loss" in line] == [True, True]
     for stage in range(2):
@@ -103,8 +105,8 @@ def test_the_figures_are_true(watched: tuple[Path, str], events: EventAccumulato
     assert 0 < drawn("speed/mfu") == pytest.approx(steps[-1]["mfu"])
 
 
-def test_share_of_the_peak_is_flops_over_time(watched: tuple[Path, str], dataset: Path) -> None:
-    """By hand: 6 FLOPs a parameter of a matrix and token, attention and routing beside it."""
+def test_mfu_is_flops_over_time(watched: tuple[Path, str], dataset: Path) -> None:
+    """Computed by hand: 6 FLOPs per token and matrix parameter, plus some for attention and routing."""
     steps = [line for line in records(watched[0]) if "loss" in line]
     seconds = sum(step["step_seconds"] for step in steps[4:8])
     per_token = steps[-1]["mfu"] * 2 * 1e9 * seconds / (4 * 4 * 16)
@@ -113,7 +115,7 @@ def test_share_of_the_peak_is_flops_over_time(watched: tuple[Path, str], dataset
 
 
 def test_the_map_is_drawn_cell_by_cell(events: EventAccumulator, dataset: Path, tmp_path: Path) -> None:
-    """Five layers: 5 × 5 squares; nothing is read from above. A known router gives a known picture."""
+    """Five layers give 5 × 5 squares, and no layer reads a later one. Known weights give a known picture."""
     image = np.asarray(Image.open(io.BytesIO(events.Images("routers/layers")[-1].encoded_image_string)))
     side = image.shape[0] // 5
     assert image.shape == (5 * side, 5 * side, 3) and side >= 4
@@ -124,7 +126,7 @@ def test_the_map_is_drawn_cell_by_cell(events: EventAccumulator, dataset: Path, 
 
     model = make_config(settings(dataset, tmp_path), "a test").model
     weights = {}
-    for layer in range(1, 5):  # layer ℓ reads layer ℓ − 1 alone
+    for layer in range(1, 5):  # layer ℓ reads only layer ℓ − 1
         weight = torch.zeros(2, 2 * (layer + 1))
         weight[:, 2 * layer - 2 : 2 * layer] = 0.5
         weights[f"model.layers.{layer}.self_attn.router.weight"] = weight
@@ -136,7 +138,7 @@ def test_the_map_is_drawn_cell_by_cell(events: EventAccumulator, dataset: Path, 
     assert made["self_retrieval/layer3"].simple_value == 0 and made["entropy/layer0"].simple_value == 0
     heads = made["routers/heads_of_layer2"].image
     assert (heads.width / heads.height) == pytest.approx(5 / 2, abs=0.1)
-    assert picture("wide", [[0.0] * 300]).value[0].image.height == 4, "a cell can be seen however many there are"
+    assert picture("wide", [[0.0] * 300]).value[0].image.height == 4, "a cell has a minimum size"
 
 
 def test_settings_and_layout_are_where_tensorboard_looks(events: EventAccumulator) -> None:
@@ -170,20 +172,19 @@ def test_the_console_says_where_the_time_went(watched: tuple[Path, str]) -> None
 
 
 def test_a_resumed_run_draws_each_step_once(workers: Workers, dataset: Path, tmp_path: Path) -> None:
-    """The best validation is remembered, too: its step is of the first start."""
+    """It also remembers the best validation of the first start."""
     first = settings(dataset, tmp_path)
     stop = {"do": "signal", "step": 6, "rank": 1}
     assert {error for error, _ in workers(2).run("support.runs.observe", values=first, events=[stop])} == {""}
     ((_, said), _) = workers(2).run("support.runs.observe", values=first)
     assert "resumed from step 6" in said and "best validation loss" in said
-    found = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in found.Scalars("stage1/bubble")] == [4, 8]
-    assert [event.step for event in found.Scalars("train/loss")] == list(range(1, 9))
-    assert [event.step for event in found.Images("routers/layers")] == [4, 8]
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Scalars("stage1/bubble")] == [4, 8]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
+    assert [event.step for event in events.Images("routers/layers")] == [4, 8]
 
 
-def test_the_clock_counts_inner_work_apart() -> None:
-
+def test_the_clock_counts_nested_work_separately() -> None:
     clock = Clock(torch.device("cpu"))
     with clock.measuring("computation"):
         time.sleep(0.02)

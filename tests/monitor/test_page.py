@@ -1,4 +1,4 @@
-"""Protects what a person sees: a real TensorBoard server, its pages opened in headless Chromium."""
+"""Tests of what users see: pages of a real TensorBoard server in headless Chromium."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from support.workers import WorkerGroup
 
 pytestmark = pytest.mark.slow
 CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 DARK_BLUE, ORANGE = (8, 48, 107), (255, 112, 67)
-"""Of a map's darkest cells; of TensorBoard's first run in charts."""
+"""The colour of a map's darkest cells, and of the first run in TensorBoard's charts."""
 
 
 @pytest.fixture(scope="module")
 def address(
     workers: Callable[[int], WorkerGroup], dataset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """A server that shows a run of two stages."""
+    """The address of a server that shows a run with two stages."""
     directory = tmp_path_factory.mktemp("shown")
     settings = values(dataset, directory, steps=6, pipeline_stages=2)
     settings["train"]["log_interval"] = settings["train"]["evaluation_interval"] = 2
@@ -50,12 +50,12 @@ def address(
     ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        found = f"http://127.0.0.1:{port}"
+        server_address = f"http://127.0.0.1:{port}"
         until = time.monotonic() + 60
-        while not _tags(found, "scalars"):
+        while not _tags(server_address, "scalars"):
             assert server.poll() is None and time.monotonic() < until, "TensorBoard does not answer"
             time.sleep(0.3)
-        yield found
+        yield server_address
     finally:
         server.kill()
         server.wait()
@@ -64,8 +64,8 @@ def address(
 def _tags(address: str, plugin: str) -> dict[str, object]:
     try:
         with urllib.request.urlopen(f"{address}/data/plugin/{plugin}/tags", timeout=10) as answer:
-            found: dict[str, object] = json.load(answer).get(".", {})
-            return found
+            tags: dict[str, object] = json.load(answer).get(".", {})
+            return tags
     except OSError:
         return {}
 
@@ -91,7 +91,7 @@ def test_the_server_offers_every_kind(address: str) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize(("tab", "colour", "least"), [("images", DARK_BLUE, 2000), ("custom_scalars", ORANGE, 300)])
 def test_a_page_shows_it(address: str, tab: str, colour: tuple[int, int, int], least: int, tmp_path: Path) -> None:
-    """The heat map's dark cells, and the curves' colour, are on the page."""
+    """The page shows the dark cells of the heat map, and the colour of the curves."""
     picture = tmp_path / f"{tab}.png"
     assert CHROMIUM is not None
     command = [

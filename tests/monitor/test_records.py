@@ -1,4 +1,4 @@
-"""Protects records from full disks and from work that is undone: whole lines, each step once, nothing lost."""
+"""Tests of records on a full disk and after going back: whole lines, each step once, nothing lost."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def record(step: int) -> dict[str, float | int]:
     return {"step": step, "loss": 1 / step, "step_seconds": 0.5}
 
 
-def test_records_outlive_a_full_disk_and_forget_what_was_undone(tmp_path: Path) -> None:
+def test_records_survive_a_full_disk_and_drop_undone_steps(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     board = TensorBoardLog(tmp_path / "tensorboard", "a: 1\n", 0)
     records = Records([metrics, board])
@@ -65,7 +65,7 @@ def test_records_outlive_a_full_disk_and_forget_what_was_undone(tmp_path: Path) 
     assert records.problem is not None
     records.write(record(8))
     assert records.problem is not None and str(board.path) in records.problem, (
-        "one file is written again, one is not yet"
+        "one file is complete again, the other is not yet"
     )
     records.flush()
     assert records.problem is None
@@ -83,11 +83,11 @@ def test_records_outlive_a_full_disk_and_forget_what_was_undone(tmp_path: Path) 
     assert events.Tags()["tensors"] == ["config/text_summary", "custom_scalars__config__"]
 
 
-def test_a_line_that_nobody_can_hear_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_output_does_not_stop_training(monkeypatch: pytest.MonkeyPatch) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w", buffering=1) as closed:
         monkeypatch.setattr("sys.stdout", closed)
         Console(True).say("a line")
         monkeypatch.undo()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # so that closing it has somewhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # so that closing the stream succeeds

@@ -1,4 +1,4 @@
-"""Protects that a request to end is noticed, whoever makes it, and that signals mean what they meant before afterwards."""
+"""Tests that every request to stop is noticed, and that signal handlers are restored afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from lime_dist.train.signals import LAUNCHER_GONE, StopSignals, reason
 
 
-def test_signals_are_noted_inside_and_nowhere_else() -> None:
+def test_signals_are_recorded_only_inside_the_context() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with StopSignals() as signals:
         assert signals.received == 0
@@ -38,7 +38,7 @@ with StopSignals() as signals:
 
 
 def test_the_end_of_a_launcher_is_noticed(tmp_path: Path) -> None:
-    """A process that a "deepspeed" started, which another "deepspeed" started: the outer one is killed."""
+    """One "deepspeed" starts another, which starts a rank; the outer one is killed."""
     mark = tmp_path / "came"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}, {str(mark)!r}])  # deepspeed"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])  # deepspeed"

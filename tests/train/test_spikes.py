@@ -1,4 +1,4 @@
-"""Protects what counts as a spike: neither noise nor the first losses do, and a model that always spikes is found out."""
+"""Tests of spike detection: neither noise nor the first losses are spikes, and spikes without a new best are counted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lime_dist.train.spikes import MAX_SPIKES, MIN_LOSSES, WINDOW, Spikes
 
 def test_a_jump_is_a_spike_and_noise_is_not() -> None:
     spikes = Spikes(1.5)
-    assert not spikes.is_spike(50.0), "nothing to compare with"
+    assert not spikes.is_spike(50.0), "there is nothing to compare with"
     for step in range(3 * WINDOW):
         assert not spikes.is_spike(8.0 - step / 50 + 0.3 * math.sin(step)), step
     assert spikes.is_spike(9.8)
     assert not spikes.is_spike(6.2), "a spike does not move the median"
-    assert not spikes.is_spike(math.nan) and not spikes.is_spike(math.inf), "skipped, not judged"
+    assert not spikes.is_spike(math.nan) and not spikes.is_spike(math.inf), "ignored"
     assert spikes.median < 7.0
 
 

@@ -1,4 +1,4 @@
-"""Protects what happens between two steps: whatever one rank meets, all ranks do the same about it, and nothing is lost."""
+"""Tests of the end of a step: whatever happens to one rank, all ranks react in the same way, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ OBSERVE = "support.runs.observe"
 
 
 def settings(dataset: Path, directory: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """20 steps on two stages, a checkpoint every 10; sections are added to."""
-    found = values(dataset, directory, pipeline_stages=2)
+    """20 steps on two stages with a checkpoint every 10 steps; ``sections`` add to its configuration."""
+    configuration = values(dataset, directory, pipeline_stages=2)
     for section, keys in sections.items():
-        found[section] = {**found.get(section, {}), **keys}
-    return found
+        configuration[section] = {**configuration.get(section, {}), **keys}
+    return configuration
 
 
 def observe(workers: Workers, size: int = 2, **arguments: Any) -> tuple[str, str]:
-    """The error line, the same on all ranks, and what rank 0 said."""
+    """The error line, which is the same on all ranks, and the output of rank 0."""
     results = workers(size).run(OBSERVE, **arguments)
     assert len({error for error, _ in results}) == 1, results
-    assert all(not said for _, said in results[1:]), "one rank speaks"
+    assert all(not said for _, said in results[1:]), "only rank 0 prints"
     return results[0]
 
 
@@ -44,15 +44,15 @@ def names(directory: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def straight(workers: Workers, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing disturbs."""
+    """An undisturbed run."""
     directory = tmp_path_factory.mktemp("straight")
     assert observe(workers, values=settings(dataset, directory))[0] == ""
     return directory
 
 
-def assert_same(found: Path, wanted: Path) -> None:
-    assert numbers(found) == numbers(wanted)
-    ours, theirs = weights(found, 20), weights(wanted, 20)
+def assert_same(run: Path, reference: Path) -> None:
+    assert numbers(run) == numbers(reference)
+    ours, theirs = weights(run, 20), weights(reference, 20)
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -73,7 +73,7 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     step: int,
     asynchronous: bool,
 ) -> None:
-    """In a step that is no checkpoint's, in one that is; with and without a thread that writes."""
+    """In a step with and without a checkpoint, which is written in the background or not."""
     changed = settings(dataset, tmp_path, checkpoint={"asynchronous": asynchronous})
     event = {"do": "signal", "signal": number, "rank": rank, "step": step}
     error, said = observe(workers, values=changed, events=[event])
@@ -116,7 +116,7 @@ def test_deepspeeds_own_schedule_stops_and_is_checked_too(workers: Workers, data
 def test_a_loss_that_is_not_finite_is_skipped_and_its_samples_are_named(
     workers: Workers, dataset: Path, tmp_path: Path, zero_stage: int
 ) -> None:
-    """On one replica of two, once with gradients that are not finite and once with good ones."""
+    """On one replica of two, once with gradients that are not finite, and once with finite ones."""
     from lime_dist.data.dataset import TokenSplit
     from lime_dist.data.order import SampleOrder
 
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_its_samples_are_named(
 
 
 def test_too_many_skips_in_a_row_end_the_run(workers: Workers, dataset: Path, tmp_path: Path) -> None:
-    """Two are let pass, three are not; the checkpoint before them stays, and a background save of a good state is finished."""
+    """Two skips in a row are allowed, three are not. A checkpoint of an earlier state that is still being written is finished."""
     changed = settings(dataset, tmp_path, train={"max_consecutive_skips": 3}, checkpoint={"asynchronous": True})
     events = [{"do": "loss", "step": step, "poison": True} for step in (5, 6, 9, 10, 11)]
     events.append({"do": "slow disk", "step": 10, "seconds": 0.5, "rank": 1})
@@ -159,28 +159,30 @@ def test_too_many_skips_in_a_row_end_the_run(workers: Workers, dataset: Path, tm
 
 
 def test_a_spike_goes_back_and_skips_the_data(workers: Workers, dataset: Path, straight: Path, tmp_path: Path) -> None:
-    """From step 14 to the checkpoint of step 10, on with what comes after step 14's samples; the records tell one story."""
+    """From step 14 back to step 10, continuing with the samples after step 14's; the records have each step once."""
     changed = settings(dataset, tmp_path, train={"spike_factor": 2.0})
     events = [{"do": "loss", "step": 14, "add": 20.0}]
-    # A step number comes twice: let the loss be dishonest the first time only.
+    # Step 14 is taken twice; only the first time its loss is changed.
     error, said = observe(workers, values=changed, events=[{**events[0], "once": True}])
     assert error == "" and "step 14: the loss jumped to " in said
     assert (
         f"back to step 10 ({tmp_path}/checkpoints/global_step10), continuing after the 56 samples consumed so far"
         in said
     )
-    found, wanted = numbers(tmp_path), numbers(straight)
-    assert [record["step"] for record in found] == [record["step"] for record in wanted], "each step once"
-    before = [record for record in wanted if record["step"] <= 10]
-    assert found[: len(before)] == before
-    assert [r["consumed_samples"] for r in found if r["step"] > 10 and "loss" in r] == list(range(60, 100, 4))
-    assert all(record["loss"] < 10 for record in found if "loss" in record)
-    first = next(record for record in found if record["step"] == 11)
-    same = next(record for record in wanted if record["step"] == 11)
-    assert first["lr"] == same["lr"] and first["loss"] != same["loss"], "the schedule goes back, the data do not"
+    actual, reference = numbers(tmp_path), numbers(straight)
+    assert [record["step"] for record in actual] == [record["step"] for record in reference], "each step once"
+    before = [record for record in reference if record["step"] <= 10]
+    assert actual[: len(before)] == before
+    assert [r["consumed_samples"] for r in actual if r["step"] > 10 and "loss" in r] == list(range(60, 100, 4))
+    assert all(record["loss"] < 10 for record in actual if "loss" in record)
+    first = next(record for record in actual if record["step"] == 11)
+    same = next(record for record in reference if record["step"] == 11)
+    assert first["lr"] == same["lr"] and first["loss"] != same["loss"], (
+        "the learning-rate schedule goes back, the data do not"
+    )
 
 
-def test_spikes_that_come_again_and_again_end_the_run(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+def test_repeated_spikes_end_the_run(workers: Workers, dataset: Path, tmp_path: Path) -> None:
     changed = settings(dataset, tmp_path, train={"spike_factor": 2.0})
     error, said = observe(workers, values=changed, events=[{"do": "loss", "step": 11, "add": 20.0}])
     assert said.count("; back to step 10") == 3
@@ -188,7 +190,7 @@ def test_spikes_that_come_again_and_again_end_the_run(workers: Workers, dataset:
     assert names(tmp_path) == ["global_step10", "latest"]
 
 
-def test_a_spike_before_the_first_checkpoint_is_let_pass(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+def test_a_spike_before_the_first_checkpoint_is_ignored(workers: Workers, dataset: Path, tmp_path: Path) -> None:
     changed = settings(dataset, tmp_path, train={"spike_factor": 2.0, "steps": 10})
     error, said = observe(workers, values=changed, events=[{"do": "loss", "step": 9, "add": 20.0}])
     assert error == "" and "there is no checkpoint to go back to" in said and records(tmp_path)[-1]["step"] == 10
@@ -200,7 +202,7 @@ def test_a_spike_before_the_first_checkpoint_is_let_pass(workers: Workers, datas
 def test_saving_in_the_background_changes_nothing_and_steps_go_on(
     workers: Workers, dataset: Path, straight: Path, tmp_path: Path
 ) -> None:
-    """One rank's disk is slow: training takes steps meanwhile; the next save waits for this one; the last is waited for."""
+    """One rank has a slow disk. Training continues; the next save, and the end of the run, wait for the one before."""
     changed = settings(dataset, tmp_path, train={"checkpoint_interval": 6}, checkpoint={"asynchronous": True})
     events = [{"do": "slow disk", "rank": 1, "step": step, "seconds": 0.8} for step in (6, 20)]
     error, said = observe(workers, values=changed, events=events)
@@ -208,7 +210,9 @@ def test_saving_in_the_background_changes_nothing_and_steps_go_on(
     lines = said.splitlines()
     saved = [line for line in lines if "| saved" in line]
     assert [line.split(" in ")[0].rpartition("_step")[2] for line in saved] == ["6", "12", "18", "20"]
-    assert 6 < int(saved[0].split("/")[0].removeprefix("step ")) <= 12, "it was named after further steps"
+    assert 6 < int(saved[0].split("/")[0].removeprefix("step ")) <= 12, (
+        "training took more steps before it was finished"
+    )
     assert " in the background in " in saved[0] and "; training waited 0." in saved[0]
     assert_same(tmp_path, straight)
 
@@ -218,7 +222,7 @@ def test_saving_in_the_background_changes_nothing_and_steps_go_on(
 def test_a_disk_that_refuses_a_checkpoint(
     workers: Workers, dataset: Path, straight: Path, tmp_path: Path, on_error: str, asynchronous: bool
 ) -> None:
-    """On the rank that is not the one that names it: the earlier checkpoint stays, and nothing half written."""
+    """On rank 1, while rank 0 publishes checkpoints: the earlier checkpoint stays, and nothing half-written is left."""
     changed = settings(
         dataset, tmp_path, train={"checkpoint_interval": 6},
         checkpoint={"on_error": on_error, "asynchronous": asynchronous},
@@ -235,7 +239,9 @@ def test_a_disk_that_refuses_a_checkpoint(
     assert_same(tmp_path, straight)
 
 
-def test_the_last_checkpoint_is_never_given_up_silently(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+def test_failing_to_save_the_last_checkpoint_is_always_an_error(
+    workers: Workers, dataset: Path, tmp_path: Path
+) -> None:
     changed = settings(dataset, tmp_path, checkpoint={"on_error": "continue"})
     error, _ = observe(workers, values=changed, events=[{"do": "no room", "rank": 0, "step": 20}])
     assert error.startswith("cannot write the checkpoint of step 20: ") and names(tmp_path) == [
@@ -246,7 +252,7 @@ def test_the_last_checkpoint_is_never_given_up_silently(workers: Workers, datase
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """A file system with 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
@@ -262,8 +268,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_full_for_everything(
     workers: Workers, dataset: Path, straight: Path, small_disk: Path, on_error: str
 ) -> None:
-    """Nothing fits any more from step 8 on; with ``continue`` there is room again before step 16, and no record is missing."""
-    often = {"checkpoint_interval": 6, "log_interval": 1}  # so much is written that a file does not end within a block
+    """The disk is full from step 8 on. With ``continue`` it has room again before step 16, and no record is missing."""
+    often = {"checkpoint_interval": 6, "log_interval": 1}  # enough records to fill more than a block of the file system
     changed = settings(dataset, small_disk / "run", train=often, checkpoint={"on_error": on_error})
     ballast = {"do": "file", "rank": 0, "path": str(small_disk / "ballast")}
     events = [{**ballast, "step": 8, "size": 2 << 20}, {**ballast, "step": 16, "size": 0}]
@@ -288,7 +294,7 @@ def test_a_disk_that_is_full_for_everything(
 
 
 def test_stages_that_read_different_tokens_end_the_run(workers: Workers, dataset: Path, tmp_path: Path) -> None:
-    """The last stage of replica 1 has a shard in which one token is another."""
+    """The last stage of replica 1 has a shard in which one token differs."""
     import numpy as np
 
     from lime_dist.data.dataset import TokenSplit
