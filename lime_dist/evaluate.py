@@ -1,4 +1,4 @@
-"""Loss and perplexity of an exported model on shards; on a run's validation samples, the trainer's validation loss."""
+"""Compute loss and perplexity of an exported model on shards. On a run's validation samples, it is the trainer's validation loss."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def evaluate(
     sequence_length: int | None,
     all_tokens: bool = False,
 ) -> float:
-    """Mean cross-entropy in nats per token over the first samples of a split, in order, in float32; over the answers alone of
-    a run that learnt these alone (``data.answer_token``).
+    """Mean cross-entropy in nats per token over the first samples of a split, in order, in float32. For a run that was trained
+    on answers only (``data.answer_token``), over the tokens of answers.
 
     Args:
-        samples: None: as many as the run validated on, at most all; 0: all.
-        sequence_length: None: the run's.
-        all_tokens: also those outside of answers, whatever the run learnt.
+        samples: number of samples; None: as many as the run validated on (or all, if there are fewer); 0: all.
+        sequence_length: tokens per sample; None: the run's.
+        all_tokens: count all tokens, also for a run that was trained on answers only.
 
     Raises:
-        LimeError: the model or the data cannot be read, or do not belong together.
+        LimeError: the model or the data cannot be read, or do not match.
     """
     for flag, value, least in (("--samples", samples, 0), ("--sequence-length", sequence_length, 1)):
         if value is not None and value < least:
@@ -68,14 +68,16 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
-    parser.add_argument("--data", required=True, type=Path, help="folder of shards of the same tokenizer")
+    parser.add_argument("--data", required=True, type=Path, help="folder of shards with the model's tokenizer")
     parser.add_argument("--split", default="validation", help="default: validation")
-    parser.add_argument("--samples", type=int, help="how many, from the first on (default: as the run did; 0: all)")
-    parser.add_argument("--sequence-length", type=int, help="tokens of a sample (default: the run's)")
+    parser.add_argument(
+        "--samples", type=int, help="number of samples, from the first on (default: as the run validated on; 0: all)"
+    )
+    parser.add_argument("--sequence-length", type=int, help="tokens per sample (default: the run's)")
     parser.add_argument(
         "--all-tokens",
         action="store_true",
-        help="of a run that learnt answers alone (data.answer_token): count all tokens",
+        help="count all tokens, also for a run that was trained on answers only (data.answer_token)",
     )
     options = parser.parse_args(arguments)
     given = (options.model, options.data, options.split, options.samples, options.sequence_length, options.all_tokens)

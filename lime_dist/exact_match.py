@@ -1,4 +1,5 @@
-"""How many questions of a split an exported model answers as their documents do, token by token, and how many final answers agree."""
+"""Let an exported model answer the questions of a split; count solutions that equal the document's token by token, and equal final
+answers."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ EXAMPLE = """example:
   python -m lime_dist.exact_match --model exported/arithmetic --data data/arithmetic/shards --show 3"""
 
 LONGER = 2
-"""Times the longest solution of a batch: where a solution that does not end is cut off."""
+"""Solutions are cut off at this multiple of the longest reference solution of the batch."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A document in two: ids up to the mark, which the model is given, and ids after it, without eos."""
+    """A document split at the mark: the ids up to it, which the model gets, and the ids after it, without eos."""
 
     prompt: list[int]
     solution: list[int]
@@ -37,16 +38,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Wrong:
-    """A question that was not answered as its document does."""
+    """A question with a wrong solution."""
 
     question: str
     expected: str
-    found: str
+    actual: str
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of so many questions: whole solutions that are equal, final answers that are, and the other solutions."""
+    """Number of questions, of equal solutions and of equal final answers, and the wrong solutions."""
 
     questions: int
     exact: int
@@ -54,11 +55,12 @@ class Score:
     wrong: list[Wrong]
 
     def summary(self) -> dict[str, Any]:
-        """Shares with their 95 % intervals."""
-        found: dict[str, Any] = {"questions": self.questions}
-        for name, count in (("exact", self.exact), ("final", self.final)):
-            found[name] = {"count": count, "share": count / self.questions, "interval": wilson(count, self.questions)}
-        return found
+        """Counts and shares with their 95 % intervals."""
+        shares = {
+            name: {"count": count, "share": count / self.questions, "interval": wilson(count, self.questions)}
+            for name, count in (("exact", self.exact), ("final", self.final))
+        }
+        return {"questions": self.questions, **shares}
 
 
 def wilson(count: int, trials: int) -> tuple[float, float]:
@@ -70,31 +72,33 @@ def wilson(count: int, trials: int) -> tuple[float, float]:
 
 
 def final_answer(solution: str) -> str:
-    """What stands behind the last ``=`` or line break."""
+    """The text after the last ``=`` or line break."""
     return re.split("[=\n]", solution)[-1]
 
 
 def read_questions(data: Path, split: str, mark: int, eos: int, bos: int, samples: int) -> list[Question]:
-    """The first documents of a split that hold the mark; ``samples`` 0: all.
+    """The first ``samples`` documents of a split that contain the mark; 0: all.
 
     Raises:
-        LimeError: there is none.
+        LimeError: no document contains it.
     """
-    found: list[Question] = []
+    questions: list[Question] = []
     for document in _documents(data, split):
         ids = document.tolist()
         if mark not in ids:
             continue
         place = ids.index(mark) + 1
-        # Documents without bos began after another one's eos.
+        # In training, a document without bos follows the eos of another one.
         begin = [] if ids[0] == bos else [eos]
         solution = ids[place:-1] if ids[-1] == eos else ids[place:]
-        found.append(Question([*begin, *ids[:place]], solution))
-        if len(found) == samples:
+        questions.append(Question([*begin, *ids[:place]], solution))
+        if len(questions) == samples:
             break
-    if not found:
-        raise LimeError(f"{data}: no document of split {split!r} holds the token {mark} (data.answer_token of the run)")
-    return found
+    if not questions:
+        raise LimeError(
+            f"{data}: no document of split {split!r} contains the token {mark} (data.answer_token of the run)"
+        )
+    return questions
 
 
 def _documents(data: Path, split: str) -> Iterator[np.ndarray]:
@@ -108,7 +112,7 @@ def _documents(data: Path, split: str) -> Iterator[np.ndarray]:
 
 
 def answer(model: Any, prompts_BT: torch.Tensor, eos: int, limit: int) -> list[list[int]]:
-    """The likeliest token after the other, up to eos, which is left out, or ``limit`` tokens; keys and values are kept."""
+    """Generate greedily with a key/value cache, up to eos (left out) or ``limit`` tokens."""
     import torch
 
     rows: list[torch.Tensor] = []
@@ -116,8 +120,8 @@ def answer(model: Any, prompts_BT: torch.Tensor, eos: int, limit: int) -> list[l
     ended = torch.zeros(len(prompts_BT), dtype=torch.bool, device=prompts_BT.device)
     with torch.no_grad():
         while len(rows) < limit and not ended.all():
-            found = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            tokens, cache = found.logits[:, -1:].argmax(-1), found.past_key_values
+            output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            tokens, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
             rows.append(tokens)
             ended |= tokens[:, 0] == eos
     solutions = torch.cat(rows, 1).tolist()
@@ -125,7 +129,7 @@ def answer(model: Any, prompts_BT: torch.Tensor, eos: int, limit: int) -> list[l
 
 
 def score(exported: ExportedModel, questions: Sequence[Question], eos: int, batch_size: int) -> Score:
-    """Ask the model. Only prompts of one length share a batch: padding could change a near tie."""
+    """Answer all questions and count. Prompts of different lengths do not share a batch: padding could decide a near tie."""
     import torch
 
     from data_tools.common import progress_bar
@@ -142,13 +146,13 @@ def score(exported: ExportedModel, questions: Sequence[Question], eos: int, batc
                 batch = alike[start : start + batch_size]
                 prompts = torch.tensor([question.prompt for question in batch], device=exported.model.device)
                 limit = LONGER * (max(len(question.solution) for question in batch) + 1)
-                for question, found in zip(batch, answer(exported.model, prompts, eos, limit), strict=True):
-                    if found == question.solution:
+                for question, solution in zip(batch, answer(exported.model, prompts, eos, limit), strict=True):
+                    if solution == question.solution:
                         exact, final = exact + 1, final + 1
                         continue
-                    expected, said = decode(question.solution), decode(found)
-                    final += final_answer(expected) == final_answer(said)
-                    wrong.append(Wrong(decode(question.prompt, skip_special_tokens=True), expected, said))
+                    expected, actual = decode(question.solution), decode(solution)
+                    final += final_answer(expected) == final_answer(actual)
+                    wrong.append(Wrong(decode(question.prompt, skip_special_tokens=True), expected, actual))
                 bar.update(len(batch))
     return Score(len(questions), exact, final, wrong)
 
@@ -159,11 +163,11 @@ def exact_match(
     """Score an export on the documents of a split.
 
     Args:
-        samples: the first so many documents with an answer; 0: all.
-        answer_token: the mark; None: the one that the run was trained with.
+        samples: number of documents with an answer, from the first on; 0: all.
+        answer_token: id of the mark; None: the one that the run was trained with.
 
     Raises:
-        LimeError: the model or the data cannot be read, do not belong together, or the mark is not known.
+        LimeError: the model or the data cannot be read or do not match, or the mark is unknown.
     """
     for flag, value, least in (("--samples", samples, 0), ("--batch-size", batch_size, 1)):
         if value < least:
@@ -178,7 +182,7 @@ def exact_match(
     mark = certificate["training"].get("answer_token") if answer_token is None else answer_token
     answers = find_answers(split, mark)
     if answers is None:
-        raise LimeError(f"{model}: was trained without data.answer_token; give the mark's id as --answer-token")
+        raise LimeError(f"{model}: was trained without data.answer_token; pass the id of the mark as --answer-token")
     bos = read_dataset_json(data).get("bos_id", -1)
     questions = read_questions(data, split_name, answers.mark, answers.eos, bos, samples)
     return score(open_verified(model, certificate), questions, answers.eos, batch_size)
@@ -193,26 +197,30 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
-    parser.add_argument("--data", required=True, type=Path, help="folder of shards of the same tokenizer")
+    parser.add_argument("--data", required=True, type=Path, help="folder of shards with the model's tokenizer")
     parser.add_argument("--split", default="validation", help="default: validation")
-    parser.add_argument("--samples", type=int, default=1000, help="the first so many documents (default 1000; 0: all)")
-    parser.add_argument("--answer-token", type=int, help="id of the mark before an answer (default: the run's)")
-    parser.add_argument("--batch-size", type=int, default=256, help="questions at a time (default 256)")
+    parser.add_argument(
+        "--samples", type=int, default=1000, help="number of documents, from the first on (default 1000; 0: all)"
+    )
+    parser.add_argument(
+        "--answer-token", type=int, help="id of the mark between question and answer (default: the run's)"
+    )
+    parser.add_argument("--batch-size", type=int, default=256, help="questions per batch (default 256)")
     parser.add_argument("--show", type=int, default=0, metavar="K", help="print the first K wrong solutions")
-    parser.add_argument("--json", action="store_true", help="print the numbers alone, as JSON")
+    parser.add_argument("--json", action="store_true", help="print only the numbers, as JSON")
     options = parser.parse_args(arguments)
     given = (options.model, options.data, options.split, options.samples, options.answer_token, options.batch_size)
-    found = exact_match(*given)
+    result = exact_match(*given)
     if options.json:
-        print(json.dumps(found.summary()))
+        print(json.dumps(result.summary()))
         return
-    print(f"{found.questions:,} {options.split} documents of {options.data}")
+    print(f"{result.questions:,} {options.split} documents of {options.data}")
     for name, label in (("exact", "whole solution"), ("final", "final answer")):
-        one = found.summary()[name]
+        one = result.summary()[name]
         low, high = one["interval"]
-        print(f"{label} equal: {one['count']:,}, {one['share']:.2%} (95 % interval {low:.2%} to {high:.2%})")
-    for wrong in found.wrong[: max(0, options.show)]:
-        print(f"question: {wrong.question}\nexpected: {wrong.expected}\nfound:    {wrong.found}")
+        print(f"{label} correct: {one['count']:,}, {one['share']:.2%} (95 % interval {low:.2%} to {high:.2%})")
+    for wrong in result.wrong[: max(0, options.show)]:
+        print(f"question: {wrong.question}\nexpected: {wrong.expected}\nactual:   {wrong.actual}")
 
 
 if __name__ == "__main__":

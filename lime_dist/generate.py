@@ -1,4 +1,4 @@
-"""Continue a prompt with an exported model, printing as it goes."""
+"""Continue a prompt with an exported model; prints tokens as they are generated."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """How the next token is chosen, as keywords of ``generate``.
+    """How to choose the next token, as keyword arguments of the model's ``generate``.
 
     Raises:
-        LimeError: a number is out of range, or means nothing beside the others.
+        LimeError: a value is out of range, or has no effect with the others.
     """
     if options.max_new_tokens < 1:
         raise LimeError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     if options.temperature < 0:
-        raise LimeError(f"--temperature {options.temperature}: must not be negative; 0 takes the likeliest token")
+        raise LimeError(f"--temperature {options.temperature}: must not be negative; 0 takes the most likely token")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise LimeError(f"--top-p {options.top_p}: must be above 0 and at most 1")
     if options.top_k is not None and options.top_k < 1:
@@ -59,7 +59,9 @@ def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
         for name in ("top_p", "top_k", "seed"):
             if getattr(options, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
-                raise LimeError(f"{flag} {getattr(options, name)}: chooses among sampled tokens; add --temperature 1")
+                raise LimeError(
+                    f"{flag} {getattr(options, name)}: has an effect only when sampling; add --temperature 1"
+                )
         return {"do_sample": False}
     return {
         "do_sample": True,
@@ -78,12 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
-    parser.add_argument("--prompt", required=True, help="text to continue; empty: begin a new text")
+    parser.add_argument("--prompt", required=True, help="text to continue; empty: start a new text")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
-    parser.add_argument("--top-k", type=int, help="sample from this many likeliest tokens")
-    parser.add_argument("--seed", type=int, help="of the sampling; without one every call differs")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always take the most likely token")
+    parser.add_argument("--top-p", type=float, help="sample from the most likely tokens with this total probability")
+    parser.add_argument("--top-k", type=int, help="sample from this many most likely tokens")
+    parser.add_argument("--seed", type=int, help="seed of the sampling; without one, results differ between calls")
     generate(parser.parse_args(arguments))
 
 

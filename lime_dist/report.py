@@ -1,4 +1,4 @@
-"""``python -m lime_dist.report``: runs side by side in one HTML page that needs nothing but itself."""
+"""Compare runs in one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SPLIT = {
     "seconds_checkpoint": "checkpoint",
     "seconds_validation": "validation",
 }
-"""Keys of metrics.jsonl that say where the time went; a run whose records have none of them has no bar."""
+"""Keys of metrics.jsonl that split the time of a step, with their labels. A run without any of them has no bar."""
 
 SMALL = (520, 185)
-"""Width and height of the charts beside a map."""
+"""Width and height of the charts beside a map, in pixels."""
 
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 24px auto; padding: 0 16px; }
@@ -48,8 +48,10 @@ def parse() -> argparse.Namespace:
         prog="python -m lime_dist.report", description=__doc__, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="HTML file to write (default: %(default)s)"
+    )
     return parser.parse_args()
 
 
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def make_page(runs: Sequence[RunFolder]) -> str:
-    """The whole page."""
+    """The HTML page."""
     names = distinct_names([run.path for run in runs])
     title = ", ".join(names)
     parts = [
@@ -82,7 +84,7 @@ def make_page(runs: Sequence[RunFolder]) -> str:
 
 
 def html_page(title: str, parts: Sequence[str]) -> str:
-    """A page that needs nothing but itself."""
+    """A self-contained HTML page."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
@@ -92,12 +94,12 @@ def html_page(title: str, parts: Sequence[str]) -> str:
 
 
 def section(title: str, content: str) -> str:
-    """Nothing where there is no content."""
+    """A heading with its content; empty if there is no content."""
     return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Folder names, or paths where two of them are the same."""
+    """Names of the folders, or their paths if two names are the same."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -107,7 +109,7 @@ def colour(index: int) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
-    """Cells after the first have the class ``kind``."""
+    """An HTML table. Cells after the first of a row have the CSS class ``kind``."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join(
         "<tr><td>" + f'</td><td class="{kind}">'.join(escape(cell) for cell in row) + "</td></tr>" for row in rows
@@ -116,7 +118,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> st
 
 
 def figures(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    """By run: how far it came, its last losses, its speed."""
+    """A row per run: model, progress, last losses, speed."""
     rows = []
     for run, name in zip(runs, names, strict=True):
         last = (run.steps or run.validations)[-1]
@@ -149,7 +151,7 @@ def figures(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
 def loss_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     """Training and validation loss against tokens."""
     charts, answers = [], [run.settings.get("data.answer_token") is not None for run in runs]
-    of = (
+    unit = (
         "answer token" if all(answers) else "token" + (" (answer token with data.answer_token)" if any(answers) else "")
     )
     for key, title, dots in (("loss", "Training", False), ("validation_loss", "Validation", True)):
@@ -157,7 +159,7 @@ def loss_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
             Line(name, colour(index), points(run.validations if dots else run.steps, key), dots)
             for index, (run, name) in enumerate(zip(runs, names, strict=True))
         ]
-        chart = line_chart(lines, "tokens", f"{title.lower()} loss, nats per {of}")
+        chart = line_chart(lines, "tokens", f"{title.lower()} loss, nats per {unit}")
         charts += [f"<h3>{title}</h3>\n{chart}"] if chart else []
     return "\n".join([*charts, legend([(name, colour(index)) for index, name in enumerate(names)])])
 
@@ -167,7 +169,7 @@ def points(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, flo
 
 
 def time_split(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    """Seconds of all steps by what they went into, of the runs that recorded it."""
+    """A bar per run that recorded it: the seconds of all steps by kind of work."""
     rows = []
     for run, name in zip(runs, names, strict=True):
         totals = {
@@ -179,7 +181,7 @@ def time_split(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
 
 
 def router_picture(run: RunFolder, name: str) -> str:
-    """The map of a run's newest checkpoint, or why there is none."""
+    """The router map of a run's newest checkpoint, or the reason why there is none."""
     try:
         step, config, weights = read_router_weights(run.path)
     except LimeError as error:
@@ -191,25 +193,27 @@ def router_picture(run: RunFolder, name: str) -> str:
     from lime_dist.monitor.routers import entropy, router_map, self_retrieval
 
     try:
-        found = router_map(config, weights)
+        map_LL = router_map(config, weights)
     except (KeyError, RuntimeError) as error:
         return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: the checkpoint of step {step} is damaged ({error}).')}</div>"
-    own, wide = self_retrieval(found), entropy(found)
+    own, wide = self_retrieval(map_LL), entropy(map_LL)
     titles = []
-    for layer, row in enumerate(found):
+    for layer, row in enumerate(map_LL):
         values, sources = row.sort(descending=True)
-        most = ", ".join(
+        largest = ", ".join(
             f"{source} ({value:.3g})"
             for value, source in zip(values[:3].tolist(), sources[:3].tolist(), strict=True)
             if value
         )
-        titles.append(f"layer {layer}: itself {100 * own[layer]:.0f} %, entropy {wide[layer]:.2f} nats; most: {most}")
-    picture, top = heat_map(found.tolist(), titles, "layer that is read", "layer that reads")
+        titles.append(
+            f"layer {layer}: itself {100 * own[layer]:.0f} %, entropy {wide[layer]:.2f} nats; most: {largest}"
+        )
+    picture, top = heat_map(map_LL.tolist(), titles, "layer that is read", "layer that reads")
     lines = [
         line_chart([Line("share of its own", colour(0), list(enumerate(own)), True)], "layer", "self-retrieval", SMALL),
         line_chart([Line("entropy", colour(1), list(enumerate(wide)), True)], "layer", "entropy, nats", SMALL),
     ]
-    caption = f"Step {step:,}. Mean |weight| over heads; darkest from {top:.3g} on."
+    caption = f"Step {step:,}. Mean |weight| over heads; the darkest colour is {top:.3g} and above."
     return f"<div><h3>{escape(name)}</h3>\n{picture}\n{note(caption)}</div>\n<div>{lines[0]}\n{lines[1]}</div>"
 
 
@@ -218,7 +222,7 @@ def note(text: str) -> str:
 
 
 def settings_table(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    """The keys in which the runs differ; of a single run all of them."""
+    """The settings in which the runs differ; all settings of a single run."""
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     rows = [[key, *(shown(run, key) for run in runs)] for key in keys]
     if len(runs) > 1:

@@ -81,14 +81,14 @@ def test_right_solutions_count_and_wrong_ones_do_not(shards: Path) -> None:
 
     found, prompts, tokenizer = ask(shards, change)
     assert (found.questions, found.exact, found.final) == (30, 16, 24) and len(found.wrong) == 14
-    assert all(wrong.found != wrong.expected and wrong.question.endswith(MARK) for wrong in found.wrong)
+    assert all(wrong.actual != wrong.expected and wrong.question.endswith(MARK) for wrong in found.wrong)
     assert all(prompt[0] == tokenizer.eos_id and prompt.count(tokenizer.eos_id) == 1 for prompt in prompts)
     assert ask(shards, lambda solution, _: solution)[0].exact == 30
 
 
 def test_a_solution_that_does_not_end_is_cut_off_and_wrong(shards: Path) -> None:
     found, *_ = ask(shards, lambda solution, _: solution + "=1" * 500)
-    assert found.exact == 0 and max(len(wrong.found) for wrong in found.wrong) < 200
+    assert found.exact == 0 and max(len(wrong.actual) for wrong in found.wrong) < 200
 
 
 def test_final_answers_stand_after_the_last_sign_or_line() -> None:
@@ -126,7 +126,7 @@ def test_the_command(exported: Path, shards: Path, capsys: pytest.CaptureFixture
     exact_match.main([*command, "--show", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"20 validation documents of {shards}"
-    assert lines[1] == "whole solution equal: 0, 0.00% (95 % interval 0.00% to 16.11%)"
+    assert lines[1] == "whole solution correct: 0, 0.00% (95 % interval 0.00% to 16.11%)"
     assert [line.split(":")[0] for line in lines[3::3]] == ["question", "question"]
     exact_match.main([*command, "--json", "--split", "train", "--samples", "0"])
     found = json.loads(capsys.readouterr().out)
@@ -145,9 +145,11 @@ def test_mistakes_are_one_line(exported: Path, shards: Path, dataset: Path, tmp_
     assert line("--batch-size", "0") == "--batch-size 0: must be at least 1"
     assert "no split 'test'; it has train, validation" in line("--split", "test")
     assert "its tokens are of another vocabulary than" in line(data=dataset)
-    assert "no document of split 'validation' holds the token 250" in line("--answer-token", "250")
+    assert "no document of split 'validation' contains the token 250" in line("--answer-token", "250")
     plain = task_values(shards, tmp_path / "run")
     plain["data"]["answer_token"] = None
     write_random(plain)
     export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
-    assert "was trained without data.answer_token; give the mark's id as --answer-token" in line(model=tmp_path / "out")
+    assert "was trained without data.answer_token; pass the id of the mark as --answer-token" in line(
+        model=tmp_path / "out"
+    )
