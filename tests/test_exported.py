@@ -91,7 +91,7 @@ def test_generate_continues_the_prompt(trained: tuple[Path, float], capsys: pyte
         (["--temperature", "1", "--top-p", "0"], "--top-p 0.0: must be above 0"),
         (["--temperature", "1", "--top-k", "0"], "--top-k 0: must be at least 1"),
         (["--top-k", "5"], "--top-k 5: has an effect only when sampling; add --temperature 1"),
-        (["--seed", "5"], "--seed 5: chooses among sampled tokens"),
+        (["--seed", "5"], "--seed 5: has an effect only when sampling"),
         (["--prompt", "\udcff"], "--prompt: is not UTF-8 text"),
     ],
 )
