@@ -89,7 +89,9 @@ def _draw_map(figure: Any, axes: Any, layers: Tensor) -> None:
     import numpy as np
 
     values = np.ma.masked_where(np.triu(np.ones(layers.shape), 1) > 0, layers.numpy())
-    image = axes.imshow(100 * values, cmap="YlGnBu", vmin=0, vmax=100 * min(1.0, float(np.percentile(values.compressed(), 95))))
+    image = axes.imshow(
+        100 * values, cmap="YlGnBu", vmin=0, vmax=100 * min(1.0, float(np.percentile(values.compressed(), 95)))
+    )
     figure.colorbar(image, ax=axes, extend="max", label="share of the router's weight, %", shrink=0.9)
     axes.set_xticks(axes.get_yticks()[1:-1])
     axes.set_xlabel("layer that is read")

@@ -1,1 +1,1 @@
-"""What trained models do inside, side by side: ``python -m lime_dist.analysis``."""
+"""Compares the internals of trained models: ``python -m lime_dist.analysis``."""

@@ -1,4 +1,4 @@
-"""Look into exported models, side by side: all pictures, their numbers, and a page that shows them."""
+"""Compare the internals of exported models: pictures, their numbers, and a page that shows them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lime_dist.analysis.pictures import (
 )
 from lime_dist.analysis.representations import EntropyByLayer, representations
 from lime_dist.analysis.routes import DynamicWeights, frequent_types, routes_of
-from lime_dist.analysis.words import LEAST, Occurrences, WordStates, count_words, find_words, word_tokens
+from lime_dist.analysis.words import MIN_OCCURRENCES, Occurrences, WordStates, count_words, find_words, word_tokens
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.files import json_bytes, write_atomic
 from lime_dist.errors import LimeError, run_command
@@ -33,9 +33,9 @@ from lime_dist.report import distinct_names
 
 WORDS = "is,are,was,were"
 LONGEST = 512
-"""Tokens of a sample, unless more are asked for: an entropy takes the eigenvalues of a matrix of that size."""
+"""Most tokens per sample by default: an entropy computes the eigenvalues of a matrix of that size."""
 CLOUDS = 4
-"""Layers whose clouds are drawn."""
+"""Number of layers whose t-SNE clouds are drawn."""
 PICTURES = ("entropy.png", "separability.png", "clouds.png", "routers.png", "retrieval.png")
 EXAMPLE = """example:
   python -m lime_dist.analysis exported/quickstart exported/quickstart-llama --data data/quickstart/shards --output analysis
@@ -43,14 +43,14 @@ EXAMPLE = """example:
   entropy.png        matrix entropy of values and hidden states by layer
   separability.png   how well a linear classifier tells the words apart, by layer (k-fold cross-validation)
   clouds.png         t-SNE of the words' values
-  routers.png        what layers read, a map a LIMe model; retrieval.png: the maps' figures by layer
-  index.html         all of them, and the tokens that turn a dynamic router; analysis.json: the numbers"""
+  routers.png        what layers read, one map per LIMe model; retrieval.png: statistics of the maps by layer
+  index.html         all pictures, and the tokens to which a dynamic router responds; analysis.json: the numbers"""
 
 
-def look_into(
+def analyse_model(
     exported: ExportedModel, name: str, samples: Sequence[Tensor], words: Occurrences | None, seed: int
 ) -> Findings:
-    """Run one model over the samples, [T] each."""
+    """Run one model over the samples, [T] each, and summarise its representations."""
     entropies, dynamic = EntropyByLayer(), DynamicWeights(frequent_types(samples))
     states = None if words is None else WordStates(words)
     for sample in tqdm(representations(exported, iter(samples)), name, total=len(samples), unit="sample", disable=None):
@@ -70,11 +70,11 @@ def look_into(
 
 
 def draw(output: Path, findings: dict[str, Findings], words: Occurrences | None) -> dict[str, Path]:
-    """All pictures that there is something for, by title."""
+    """Draw all pictures for which there is data; returns their paths by title."""
     palette = make_palette(findings)
     entropies = {name: one.entropy for name, one in findings.items()}
     for name in PICTURES:
-        (output / name).unlink(missing_ok=True)  # of an earlier analysis
+        (output / name).unlink(missing_ok=True)  # left by an earlier analysis
     drawn = {"Matrix entropy": draw_entropy(output / "entropy.png", entropies, palette)}
     if words is not None:
         separable = {name: one.separability for name, one in findings.items() if one.separability}
@@ -90,37 +90,36 @@ def draw(output: Path, findings: dict[str, Findings], words: Occurrences | None)
     return drawn
 
 
-def look_for_words(
+def locate_words(
     exported: ExportedModel, samples: Sequence[Tensor], words: Sequence[str], most: int
 ) -> Occurrences | None:
-    """Where the words stand, once for all models; what cannot be found is said."""
+    """Find the words in the samples, once for all models; prints which words cannot be used."""
     tokens, split_up = word_tokens(exported, words)
     if split_up:
-        print(f"words left out, as this vocabulary has no single token for them behind a space: {', '.join(split_up)}")
-    found = find_words(samples, tokens, most)
+        print(f"words left out (more than one token after a space in this vocabulary): {', '.join(split_up)}")
+    occurrences = find_words(samples, tokens, most)
     counts = count_words(samples, tokens)
-    rare = [f"{word} {count}" for word, count in counts.items() if count < LEAST]
-    if found is None and tokens:
+    rare = [f"{word} {count}" for word, count in counts.items() if count < MIN_OCCURRENCES]
+    if occurrences is None and tokens:
         seen = ", ".join(f"{word} {count}" for word, count in counts.items())
         print(
-            f"no pictures of words: two of them must occur {LEAST} times each, these samples hold: {seen}; raise --samples or "
-            "give other --words"
+            f"no pictures of words: at least two words must occur {MIN_OCCURRENCES} times, but the samples contain: {seen}; raise "
+            "--samples or pass other --words"
         )
-    elif found is None:
-        print("no pictures of words: give other --words")
+    elif occurrences is None:
+        print("no pictures of words: pass other --words")
     else:
         if rare:
-            print(f"words left out, as they occur fewer than {LEAST} times in these samples: {', '.join(rare)}")
-        print(f"words: {', '.join(found.words)}, {found.each} occurrences of each")
-    return found
+            print(f"words left out (fewer than {MIN_OCCURRENCES} occurrences in the samples): {', '.join(rare)}")
+        print(f"words: {', '.join(occurrences.words)}, {occurrences.each} occurrences of each")
+    return occurrences
 
 
 def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """The first samples of the split, [T] each; T is the shortest of the runs' sequence lengths, at most
-    `LONGEST`, unless it is given.
+    """The first samples of the split, [T] each. By default T is the shortest sequence length of the runs, at most `LONGEST`.
 
     Raises:
-        LimeError: the data cannot be read, or are not of the models' vocabulary.
+        LimeError: the data cannot be read, or have another vocabulary than the models.
     """
     split = TokenSplit(options.data, options.split)
     for folder, certificate in zip(options.models, certificates, strict=True):
@@ -133,11 +132,11 @@ def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, A
 
 
 def analyse(options: argparse.Namespace) -> None:
-    """Write everything into ``--output``."""
+    """Analyse all models and write everything into ``--output``."""
     for flag, value, least in (
         ("--samples", options.samples, 1),
         ("--sequence-length", options.sequence_length, 2),
-        ("--occurrences", options.occurrences, LEAST),
+        ("--occurrences", options.occurrences, MIN_OCCURRENCES),
     ):
         if value is not None and value < least:
             raise LimeError(f"{flag} {value}: must be at least {least}")
@@ -145,27 +144,27 @@ def analyse(options: argparse.Namespace) -> None:
         raise LimeError(f"--seed {options.seed}: must be from 0 to {2**32 - 1}")
     asked = list(dict.fromkeys(word.strip() for word in options.words.split(",") if word.strip()))
     if len(asked) < 2:
-        raise LimeError(f"--words {options.words}: give at least two, as in --words {WORDS}")
+        raise LimeError(f"--words {options.words}: pass at least two, as in --words {WORDS}")
     require_libraries()
     require_transformers()
     for index, folder in enumerate(options.models):
         if folder.resolve() in [other.resolve() for other in options.models[:index]]:
-            raise LimeError(f"{folder}: is given twice")
+            raise LimeError(f"{folder}: is listed twice")
     names = distinct_names(options.models)
     certificates = [verify(folder) for folder in options.models]
     samples = read_samples(options, certificates)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LimeError(f"--output {options.output} cannot be made: {error.strerror}") from None
+        raise LimeError(f"--output {options.output} cannot be created: {error.strerror}") from None
     findings: dict[str, Findings] = {}
     words: Occurrences | None = None
     for name, folder, certificate in zip(names, options.models, certificates, strict=True):
         exported = open_verified(folder, certificate)
         if not findings:
-            words = look_for_words(exported, samples, asked, options.occurrences)
-        findings[name] = look_into(exported, name, samples, words, options.seed)
-        del exported  # before the next one is read
+            words = locate_words(exported, samples, asked, options.occurrences)
+        findings[name] = analyse_model(exported, name, samples, words, options.seed)
+        del exported  # free it before the next one is loaded
     try:
         drawn = draw(options.output, findings, words)
         write_atomic(options.output / "analysis.json", json_bytes(numbers(findings, samples, words)))
@@ -185,15 +184,23 @@ def main(arguments: list[str] | None = None) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="--output of lime_dist.checkpoint.export")
-    parser.add_argument("--data", required=True, type=Path, help="folder of shards of the models' tokenizer")
+    parser.add_argument(
+        "models", nargs="+", type=Path, metavar="MODEL", help="the --output of lime_dist.checkpoint.export"
+    )
+    parser.add_argument("--data", required=True, type=Path, help="folder of shards with the models' tokenizer")
     parser.add_argument("--output", type=Path, default=Path("analysis"), help="folder (default: %(default)s)")
     parser.add_argument("--split", default="validation", help="default: %(default)s")
-    parser.add_argument("--samples", type=int, default=128, help="at most, from the first on (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=int, help=f"tokens (default: the runs', at most {LONGEST})")
-    parser.add_argument("--words", default=WORDS, help="words that are nearly the same (default: %(default)s)")
-    parser.add_argument("--occurrences", type=int, default=200, help="of each word at most (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of folds and t-SNE (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=128, help="most samples, from the first on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, help=f"tokens per sample (default: the runs', at most {LONGEST})"
+    )
+    parser.add_argument("--words", default=WORDS, help="similar words to tell apart (default: %(default)s)")
+    parser.add_argument(
+        "--occurrences", type=int, default=200, help="most occurrences of each word (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of folds and t-SNE (default: %(default)s)")
     analyse(parser.parse_args(arguments))
 
 

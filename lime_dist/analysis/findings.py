@@ -1,4 +1,4 @@
-"""All that is found of one model, and its form in analysis.json."""
+"""The results for one model, and their form in analysis.json."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from lime_dist.analysis.words import Occurrences
 
 @dataclass(frozen=True)
 class Findings:
-    """Of one model; what it has none of is None or empty.
+    """Results for one model; None or empty where they do not apply.
 
     Attributes:
         entropy: by kind, by layer: mean and standard error over samples, in nats.
-        separability: by kind, by layer: mean and standard deviation over folds of an accuracy.
+        separability: by kind, by layer: mean and standard deviation of the accuracy over folds.
         clouds: layers, and the points [n, 2] of each.
+        routes: what layers read.
         dynamic: the routes of a dynamic router that depend most on the token.
     """
 
@@ -32,7 +33,7 @@ class Findings:
 
 
 def numbers(findings: Mapping[str, Findings], samples: Sequence[Tensor], words: Occurrences | None) -> dict[str, Any]:
-    """As JSON takes it: what was read, and by model what was found."""
+    """The content of analysis.json: what was read, and the results by model."""
     models = {}
     for name, one in findings.items():
         routes = None if one.routes is None else {**vars(one.routes), "map": one.routes.map.tolist()}

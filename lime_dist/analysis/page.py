@@ -1,4 +1,4 @@
-"""The page that shows an analysis: pictures within it, and the tokens that turn dynamic routers."""
+"""The HTML page of an analysis: its pictures, and the tokens to which dynamic routers respond."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 from torch import Tensor
 
 from lime_dist.analysis.findings import Findings
-from lime_dist.analysis.routes import LEAST
+from lime_dist.analysis.routes import MIN_OCCURRENCES
 from lime_dist.analysis.words import FOLDS, Occurrences
 from lime_dist.report import html_page, note, section, table
 
 EXPLAINED = {
-    "Matrix entropy": "Of Z·Zᵀ over its trace, Z: the representations of a sample's tokens; mean over samples, with its "
-    "standard error. 0: all tokens look alike.",
-    "Linear separability of words": "Accuracy of logistic regression that tells the words apart by one layer's "
-    "representation, over {folds} folds: mean, and standard deviation.",
+    "Matrix entropy": "Entropy of Z·Zᵀ divided by its trace, where Z holds the representations of a sample's tokens: mean over "
+    "samples with its standard error. 0: all tokens have the same direction.",
+    "Linear separability of words": "Accuracy of a logistic regression that tells the words apart by the representation in "
+    "one layer: mean and standard deviation over {folds} folds.",
     "Values of words (t-SNE)": "Each point is a word in its context.",
-    "What layers read": "Each row divided by its sum. Of routers over keys and values: mean |weight| over pairs of heads; "
-    "of dynamic ones: the mean over all tokens.",
-    "Retrieval": "The rows of the maps in figures.",
+    "What layers read": "Each row is divided by its sum. Routers over keys and values: mean |weight| over pairs of heads; "
+    "dynamic routers: mean over all tokens.",
+    "Retrieval": "Statistics of the rows of the maps.",
 }
 
 
 def make_page(
     drawn: Mapping[str, Path], findings: Mapping[str, Findings], samples: Sequence[Tensor], words: Occurrences | None
 ) -> str:
-    """The whole page, which needs nothing but itself."""
+    """The self-contained HTML page."""
     read = f"{len(samples):,} samples of {len(samples[0]):,} tokens"
     if words is not None:
         read += f"; {words.each} occurrences each of: {', '.join(words.words)}"
@@ -38,7 +38,7 @@ def make_page(
         image = base64.b64encode(path.read_bytes()).decode()
         shown = f'<img alt="{escape(title)}" style="max-width: 100%" src="data:image/png;base64,{image}">'
         parts.append(section(title, shown + note(EXPLAINED[title].format(folds=FOLDS))))
-    parts += [section(f"Tokens that turn the router: {name}", _routes(one)) for name, one in findings.items()]
+    parts += [section(f"Tokens to which the router responds: {name}", _routes(one)) for name, one in findings.items()]
     return html_page(", ".join(findings), parts)
 
 
@@ -55,6 +55,8 @@ def _routes(one: Findings) -> str:
         ]
         for route in one.dynamic
     ]
-    explained = f"Routes whose weight depends most on the type of token, of types that occur {LEAST} times or more."
-    header = ["reads", "from", "mean weight", "deviation over types", "largest for, with the mean weight there"]
+    explained = (
+        f"Routes whose weight depends most on the token type, among types that occur at least {MIN_OCCURRENCES} times."
+    )
+    header = ["reads", "from", "mean weight", "deviation over types", "largest for, with mean weight"]
     return table(header, rows, "value") + note(explained)

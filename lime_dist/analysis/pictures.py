@@ -1,4 +1,4 @@
-"""The pictures of an analysis, as PNG: a line or a panel a model."""
+"""The pictures of an analysis as PNG files, with a line or a panel per model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from lime_dist.monitor.routers import shares
 DPI = 110
 ByLayer = Sequence[tuple[float, float]]
 Palette = Mapping[str, str]
-"""By model: its colour, the same in all pictures."""
+"""Colour of each model, the same in all pictures."""
 
 
 def require_libraries() -> None:
-    """Raises LimeError unless matplotlib and scikit-learn are installed."""
+    """Check that matplotlib and scikit-learn are installed, and select the backend.
+
+    Raises:
+        LimeError: one of them is missing.
+    """
     try:
         for name in ("matplotlib", "sklearn"):
             import_module(name)
@@ -46,17 +50,17 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def make_palette(models: Iterable[str]) -> Palette:
-    """Colours in the order of the models."""
+    """Assign colours in the order of the models."""
     return {model: COLOURS[index % len(COLOURS)] for index, model in enumerate(models)}
 
 
-def _by_kind(found: Mapping[str, Mapping[str, ByLayer]], palette: Palette, label: str) -> tuple[Any, Any]:
-    """A panel a kind, a line a model: mean and error against the layer."""
+def _by_kind(curves: Mapping[str, Mapping[str, ByLayer]], palette: Palette, label: str) -> tuple[Any, Any]:
+    """A panel per kind, a line per model: mean and error against the layer."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(KINDS), figsize=(12, 4.2), sharey=True, layout="constrained")
     for axis, (kind, name) in zip(axes, KINDS.items(), strict=True):
-        for model, kinds in found.items():
+        for model, kinds in curves.items():
             mean, error = np.asarray(kinds[kind]).T
             axis.plot(mean, color=palette[model], marker="o", markersize=3, label=model)
             band = (range(len(mean)), mean - error, mean + error)
@@ -69,15 +73,17 @@ def _by_kind(found: Mapping[str, Mapping[str, ByLayer]], palette: Palette, label
     return figure, axes
 
 
-def draw_entropy(path: Path, found: Mapping[str, Mapping[str, ByLayer]], palette: Palette) -> Path:
-    """``found``: by model, by kind, by layer: mean and standard error."""
-    figure, _ = _by_kind(found, palette, "matrix entropy, nats")
+def draw_entropy(path: Path, entropies: Mapping[str, Mapping[str, ByLayer]], palette: Palette) -> Path:
+    """``entropies``: by model, by kind, by layer: mean and standard error."""
+    figure, _ = _by_kind(entropies, palette, "matrix entropy, nats")
     return _save(figure, path)
 
 
-def draw_separability(path: Path, found: Mapping[str, Mapping[str, ByLayer]], palette: Palette, chance: float) -> Path:
-    """``found``: by model, by kind, by layer: mean accuracy and its standard deviation; ``chance``: what guessing gives."""
-    figure, axes = _by_kind(found, palette, "accuracy of a linear classifier")
+def draw_separability(
+    path: Path, accuracies: Mapping[str, Mapping[str, ByLayer]], palette: Palette, chance: float
+) -> Path:
+    """``accuracies``: by model, by kind, by layer: mean and standard deviation; ``chance``: the accuracy of guessing."""
+    figure, axes = _by_kind(accuracies, palette, "accuracy of a linear classifier")
     for axis in axes:
         axis.axhline(chance, color="grey", linestyle=":", label="chance")
     axes[0].set_ylim(top=1.02)
@@ -87,25 +93,25 @@ def draw_separability(path: Path, found: Mapping[str, Mapping[str, ByLayer]], pa
 
 def draw_clouds(
     path: Path,
-    found: Mapping[str, tuple[Sequence[int], Sequence[np.ndarray]]],
+    clouds: Mapping[str, tuple[Sequence[int], Sequence[np.ndarray]]],
     labels: np.ndarray,
     words: Sequence[str],
 ) -> Path:
-    """A row a model, a column a layer, a colour a word.
+    """A row per model, a column per layer, a colour per word.
 
     Args:
-        found: by model: layers, and the points [n, 2] of each.
+        clouds: by model: layers, and the points [n, 2] of each.
         labels: [n], the word of each point.
     """
     from matplotlib import pyplot
 
-    columns = max(len(layers) for layers, _ in found.values())
-    size = (3 * columns, 3 * len(found) + 0.5)
-    figure, axes = pyplot.subplots(len(found), columns, figsize=size, squeeze=False, layout="constrained")
+    columns = max(len(layers) for layers, _ in clouds.values())
+    size = (3 * columns, 3 * len(clouds) + 0.5)
+    figure, axes = pyplot.subplots(len(clouds), columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
-    for row, (model, (layers, clouds)) in zip(axes, found.items(), strict=True):
-        for axis, layer, points in zip(row, layers, clouds, strict=False):
+    for row, (model, (layers, points_by_layer)) in zip(axes, clouds.items(), strict=True):
+        for axis, layer, points in zip(row, layers, points_by_layer, strict=False):
             axis.axis("on")
             axis.set_xticks([])
             axis.set_yticks([])
@@ -118,22 +124,22 @@ def draw_clouds(
     return _save(figure, path)
 
 
-def draw_maps(path: Path, found: Mapping[str, Routes]) -> Path:
-    """A map a model, each row divided by its sum."""
+def draw_maps(path: Path, routes: Mapping[str, Routes]) -> Path:
+    """A map per model, each row divided by its sum."""
     from matplotlib import pyplot
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
 
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
+    columns = min(3, len(routes))
+    rows = -(-len(routes) // columns)
     size = (4.6 * columns, 4.2 * rows)
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    norm = PowerNorm(0.5, 0, 1)  # small shares are to be seen
+    norm = PowerNorm(0.5, 0, 1)  # makes small shares visible
     colours = ScalarMappable(norm, "Blues")
-    for axis in axes.flat[len(found) :]:
+    for axis in axes.flat[len(routes) :]:
         axis.axis("off")
-    for axis, (model, routes) in zip(axes.flat, found.items(), strict=False):
-        axis.imshow(colours.to_rgba(shares(routes.map).numpy()), interpolation="nearest")
+    for axis, (model, one) in zip(axes.flat, routes.items(), strict=False):
+        axis.imshow(colours.to_rgba(shares(one.map).numpy()), interpolation="nearest")
         axis.set_title(model)
         axis.set_xlabel("layer that is read")
         axis.set_ylabel("layer that reads")
@@ -141,8 +147,8 @@ def draw_maps(path: Path, found: Mapping[str, Routes]) -> Path:
     return _save(figure, path)
 
 
-def draw_retrieval(path: Path, found: Mapping[str, Routes], palette: Palette) -> Path:
-    """Three panels against the layer, a line a model."""
+def draw_retrieval(path: Path, routes: Mapping[str, Routes], palette: Palette) -> Path:
+    """Three panels against the layer, with a line per model."""
     from matplotlib import pyplot
 
     panels = {
@@ -152,8 +158,8 @@ def draw_retrieval(path: Path, found: Mapping[str, Routes], palette: Palette) ->
     }
     figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 4), layout="constrained")
     for axis, (name, label) in zip(axes, panels.items(), strict=True):
-        for model, routes in found.items():
-            axis.plot(getattr(routes, name), color=palette[model], marker="o", markersize=3, label=model)
+        for model, one in routes.items():
+            axis.plot(getattr(one, name), color=palette[model], marker="o", markersize=3, label=model)
         axis.set_xlabel("layer that reads")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""What an exported model makes of text, layer by layer: the values that attention reads, and the hidden states."""
+"""The representations of text in an exported model, by layer: the values that attention reads, and the hidden states."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from lime_dist.export.exported import ExportedModel
 
 KINDS = {"values": "values that attention reads", "states": "hidden states"}
-"""What is looked at. Values: of a layer, [T, G·d], after the mixture over layers. States: each layer's input, then the last
-norm's output, [T, D], so one more than there are layers; the sum of the streams with Hyper-Connections."""
+"""Kinds of representations. Values: of each layer, [T, G·d], after the mixture over layers. States: the input of each layer and
+the output of the last norm, [T, D], so one more than there are layers; with Hyper-Connections the sum of the streams."""
 
 
 @dataclass(frozen=True)
 class Representations:
-    """Of one sample of T tokens.
+    """Representations of one sample of T tokens.
 
     Attributes:
         tokens: [T].
         layers: by kind (`KINDS`), by layer, [T, elements] in float32.
-        routing: by layer with a dynamic router, [T, H, entries read].
+        routing: weights by layer with a dynamic router, [T, H, entries read].
     """
 
     tokens: Tensor
@@ -32,11 +32,11 @@ class Representations:
 
 
 def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Iterator[Representations]:
-    """Run a model over samples of tokens, [T] each, one by one."""
+    """Run a model over samples of tokens, [T] each, one at a time."""
     from transformers import DynamicCache
 
     class Recorder(DynamicCache):
-        """The key/value cache of one sample; keeps the values that each layer hands over."""
+        """The key/value cache of one sample; records the values that each layer stores."""
 
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *more: Any, **other: Any) -> Any:
             values[layer_idx] = value_states[0].transpose(0, 1).flatten(1)
@@ -56,7 +56,7 @@ def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Itera
         for tokens in samples:
             values: dict[int, Tensor] = {}
             with torch.no_grad():
-                found = exported.model(
+                output = exported.model(
                     tokens.unsqueeze(0).to(exported.model.device),
                     past_key_values=Recorder(),
                     use_cache=True,
@@ -65,7 +65,7 @@ def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Itera
                 )
             layers = {
                 "values": [values[layer].cpu() for layer in sorted(values)],
-                "states": [state[0].cpu() for state in found.hidden_states],
+                "states": [state[0].cpu() for state in output.hidden_states],
             }
             yield Representations(tokens, layers, {layer: weights.cpu() for layer, weights in routing.items()})
     finally:
@@ -74,19 +74,19 @@ def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Itera
 
 
 def dynamic_routers(exported: ExportedModel) -> dict[int, Any]:
-    """By layer: the router whose weights depend on the token."""
-    found = {}
+    """Routers whose weights depend on the token, by layer."""
+    routers = {}
     for layer, module in enumerate(exported.model.model.layers):
         router = getattr(module.self_attn, "router", None)
         if getattr(router, "is_dynamic", False):
-            found[layer] = router
-    return found
+            routers[layer] = router
+    return routers
 
 
 def matrix_entropy(rows: Tensor) -> float:
-    """The von Neumann entropy, in nats, of Z·Zᵀ / tr(Z·Zᵀ) for Z [T, elements]: of its eigenvalues, which sum up to 1.
+    """The von Neumann entropy, in nats, of Z·Zᵀ / tr(Z·Zᵀ) for Z [T, elements]: the entropy of its eigenvalues, whose sum is 1.
 
-    0: all rows lie on one line; ln(min(T, elements)), the most: they spread over all directions alike. (Giraldo et al.,
+    0: all rows lie on one line; ln(min(T, elements)), the maximum: they spread evenly over all directions. (Giraldo et al.,
     arXiv 1211.2459, in the limit α → 1, as used by Skean et al., arXiv 2502.02013.)
     """
     rows = rows.double()
@@ -95,25 +95,27 @@ def matrix_entropy(rows: Tensor) -> float:
     return torch.special.entr(eigenvalues / eigenvalues.sum().clamp_min(torch.finfo(rows.dtype).tiny)).sum().item()
 
 
-def mean_and_error(found: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(numbers: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error."""
-    values = torch.tensor(found, dtype=torch.float64)
-    return values.mean().item(), values.std().item() / len(found) ** 0.5 if len(found) > 1 else 0.0
+    values = torch.tensor(numbers, dtype=torch.float64)
+    return values.mean().item(), values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 class EntropyByLayer:
     """The mean `matrix_entropy` over samples, by kind and layer."""
 
     def __init__(self) -> None:
-        self._found: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+        self._entropies: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
 
     def add(self, sample: Representations) -> None:
         for kind, layers in sample.layers.items():
-            by_layer = self._found[kind]
+            by_layer = self._entropies[kind]
             by_layer += [[] for _ in range(len(layers) - len(by_layer))]
             for entropies, rows in zip(by_layer, layers, strict=True):
                 entropies.append(matrix_entropy(rows))
 
     def summary(self) -> dict[str, list[tuple[float, float]]]:
         """By kind, by layer: mean and standard error over samples, in nats."""
-        return {kind: [mean_and_error(entropies) for entropies in by_layer] for kind, by_layer in self._found.items()}
+        return {
+            kind: [mean_and_error(entropies) for entropies in by_layer] for kind, by_layer in self._entropies.items()
+        }

@@ -1,4 +1,4 @@
-"""What layers read: maps and their figures for every LIMe model, and which tokens turn a dynamic router to which layer."""
+"""What layers read: a map with its statistics for every LIMe model, and for dynamic routers how reads depend on the token."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lime_dist.model.policies import Entry, make_policy
 from lime_dist.monitor.routers import entropy, router_map, self_retrieval, shares
 
 FREQUENT = 512
-"""Token types, the most frequent ones of the samples, whose routes are looked at."""
-LEAST = 8
+"""Number of token types, the most frequent ones in the samples, whose routes are compared."""
+MIN_OCCURRENCES = 8
 """Occurrences that a token type needs."""
 ROUTES, TOKENS = 20, 8
-"""How many routes are listed, and how many token types of each."""
+"""Number of routes to list, and of token types for each."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Routes:
     """What the layers of one model read.
 
     Attributes:
-        map: [L, L], see `router_map`; of a dynamic router with its mean weights over all tokens of the samples.
-        self_retrieval: by layer, the share of what it reads that is its own.
-        entropy: by layer, how widely it reads, in nats.
-        distance: by layer, how many layers back it reads on average.
+        map: [L, L], see `router_map`; of the mean weights over all tokens of the samples if the router is dynamic.
+        self_retrieval: by layer, the share of its reads that comes from the layer itself.
+        entropy: by layer, the entropy of its reads, in nats.
+        distance: by layer, the mean distance of its reads, in layers.
     """
 
     map: Tensor
@@ -42,12 +42,12 @@ class Routes:
 
 @dataclass(frozen=True)
 class Route:
-    """From one entry of the history to one head of a layer, in a dynamic router.
+    """A connection from one entry of the history to one head of a layer, in a dynamic router.
 
     Attributes:
-        mean: the weight over all tokens.
-        spread: the standard deviation of the weight's means by token type.
-        tokens: (text, mean weight) of the token types that it is largest for.
+        mean: mean weight over all tokens.
+        spread: standard deviation, over token types, of the mean weight.
+        tokens: (text, mean weight) of the token types with the largest mean weights.
     """
 
     layer: int
@@ -59,16 +59,16 @@ class Route:
 
 
 class DynamicWeights:
-    """Sums of a dynamic router's weights, over all tokens and by type of token.
+    """Sums of a dynamic router's weights, over all tokens and by token type.
 
     Args:
-        types: the token types that are told apart.
+        types: token types to sum separately.
     """
 
     def __init__(self, types: Sequence[int]) -> None:
         self.types = types
-        self._place = torch.full((max(types, default=0) + 1,), -1)
-        self._place[list(types)] = torch.arange(len(types))
+        self._index = torch.full((max(types, default=0) + 1,), -1)
+        self._index[list(types)] = torch.arange(len(types))
         self._all: dict[int, Tensor] = {}
         self._by_type: dict[int, Tensor] = {}
         self._tokens = 0
@@ -76,40 +76,40 @@ class DynamicWeights:
 
     def add(self, sample: Representations) -> None:
         self._tokens += len(sample.tokens)
-        known = sample.tokens < len(self._place)
-        place = torch.where(known, self._place[sample.tokens.clamp_max(len(self._place) - 1)], -1)
-        told = place >= 0
-        self._counts += torch.bincount(place[told], minlength=len(self.types))
+        in_table = sample.tokens < len(self._index)
+        index = torch.where(in_table, self._index[sample.tokens.clamp_max(len(self._index) - 1)], -1)
+        selected = index >= 0
+        self._counts += torch.bincount(index[selected], minlength=len(self.types))
         for layer, weights in sample.routing.items():
             weights = weights.double()
             zeros = weights.new_zeros
             everything = self._all.setdefault(layer, zeros(weights.shape[1:]))
             everything += weights.sum(0)
             by_type = self._by_type.setdefault(layer, zeros((len(self.types), *weights.shape[1:])))
-            by_type.index_add_(0, place[told], weights[told])
+            by_type.index_add_(0, index[selected], weights[selected])
 
     def means(self) -> dict[int, Tensor]:
-        """By layer, [H, entries read]."""
+        """Mean weights over all tokens by layer, [H, entries read]."""
         return {layer: total / self._tokens for layer, total in self._all.items()}
 
     def routes(self, exported: ExportedModel) -> list[Route]:
-        """The `ROUTES` routes whose weight depends most on the type of token, those first that do so most."""
+        """The `ROUTES` routes whose weight depends most on the token type, in descending order of that."""
         policy = make_policy(model_config(exported).lime)
-        enough = self._counts >= LEAST
+        enough = self._counts >= MIN_OCCURRENCES
         if enough.sum() < 2:
             return []
         types = torch.tensor(self.types)[enough]
-        found = []
+        candidates = []
         for layer, total in self._by_type.items():
             means = total[enough] / self._counts[enough].view(-1, 1, 1)
             spread = means.std(0)
             for flat in spread.flatten().argsort(descending=True)[:ROUTES].tolist():
                 head, column = divmod(flat, spread.shape[1])
-                found.append((spread[head, column].item(), layer, head, column, means[:, head, column]))
-        found.sort(key=lambda route: -route[0])
+                candidates.append((spread[head, column].item(), layer, head, column, means[:, head, column]))
+        candidates.sort(key=lambda route: -route[0])
         overall = self.means()
         listed = []
-        for deviation, layer, head, column, by_type in found[:ROUTES]:
+        for deviation, layer, head, column, by_type in candidates[:ROUTES]:
             order = by_type.argsort(descending=True)[:TOKENS].tolist()
             tokens = [(_text(exported, int(types[i])), by_type[i].item()) for i in order]
             name = _entry_name(policy.reads(layer)[column])
@@ -125,23 +125,23 @@ def frequent_types(samples: Sequence[Tensor]) -> list[int]:
 
 
 def routes_of(exported: ExportedModel, dynamic: DynamicWeights) -> Routes | None:
-    """None of a model without routers."""
+    """What the layers of a model read; None if it has no routers."""
     config = model_config(exported)
     if config.architecture != "lime":
         return None
-    found = router_map(config, _weights(config, exported.model.state_dict(), dynamic.means()))
-    parts = shares(found)
-    layers = torch.arange(len(found), dtype=parts.dtype)
+    map_LL = router_map(config, _weights(config, exported.model.state_dict(), dynamic.means()))
+    parts = shares(map_LL)
+    layers = torch.arange(len(map_LL), dtype=parts.dtype)
     distance = (parts * (layers.unsqueeze(1) - layers)).sum(-1).tolist()
-    return Routes(found, self_retrieval(found), entropy(found), distance)
+    return Routes(map_LL, self_retrieval(map_LL), entropy(map_LL), distance)
 
 
 def _weights(config: ModelConfig, weights: Mapping[str, Any], dynamic: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """A map takes logits; those of mean weights are their logarithms."""
-    found = {name: weight.cpu() for name, weight in weights.items()}
+    """The weights for a map, with those of a dynamic router replaced by logits: the logarithms of its mean weights."""
+    for_map = {name: weight.cpu() for name, weight in weights.items()}
     for layer, mean in dynamic.items():
-        found[f"model.layers.{layer}.self_attn.router.weight"] = mean.log()
-    return found
+        for_map[f"model.layers.{layer}.self_attn.router.weight"] = mean.log()
+    return for_map
 
 
 def _entry_name(entry: Entry) -> str:
@@ -151,6 +151,6 @@ def _entry_name(entry: Entry) -> str:
 
 
 def _text(exported: ExportedModel, token: int) -> str:
-    """A token as it stands in text; of one that is a part of a character, or none, its name in the vocabulary."""
+    """The text of a token, or its name in the vocabulary if it is empty or only a part of a character."""
     text: str = exported.tokenizer.decode([token])
     return text if text and "\ufffd" not in text else str(exported.tokenizer.convert_ids_to_tokens(token))

@@ -1,4 +1,4 @@
-"""How far apart a model keeps words that are nearly the same: linear separability by layer, and clouds to look at."""
+"""How well a model separates similar words: linear separability by layer, and t-SNE clouds."""
 
 from __future__ import annotations
 
@@ -15,92 +15,100 @@ from lime_dist.analysis.representations import KINDS, Representations
 from lime_dist.export.exported import ExportedModel
 
 FOLDS = 5
-LEAST = 2 * FOLDS
-"""Occurrences that a word needs: two in each fold."""
+MIN_OCCURRENCES = 2 * FOLDS
+"""Occurrences that a word needs: two per fold."""
 
 
 def word_tokens(exported: ExportedModel, words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """The token of each word as it stands within a sentence, behind a space; and the words that have none of their own."""
-    found, split = {}, []
+    """The token of each word as in a sentence, after a space; and the words that are more than one token."""
+    tokens, split = {}, []
     for word in words:
         ids = exported.tokenizer.encode(f" {word}", add_special_tokens=False)
         if len(ids) == 1:
-            found[word] = int(ids[0])
+            tokens[word] = int(ids[0])
         else:
             split.append(word)
-    return found, split
+    return tokens, split
 
 
 @dataclass(frozen=True)
 class Occurrences:
-    """Where words stand in samples: of each word the first ones, as many as of every other.
+    """The first occurrences of words in the samples, the same number of each word.
 
     Attributes:
-        words: those that occur often enough.
+        words: the words that occur often enough.
         labels: [n], the word of each occurrence, sample by sample.
-        places: by sample, positions in it, ascending.
+        positions: by sample, the positions of its occurrences, ascending.
     """
 
     words: Sequence[str]
     labels: np.ndarray
-    places: Sequence[Tensor]
+    positions: Sequence[Tensor]
 
     @property
     def each(self) -> int:
-        """Occurrences of every word."""
+        """Number of occurrences of each word."""
         return len(self.labels) // len(self.words)
 
 
 def count_words(samples: Sequence[Tensor], words: Mapping[str, int]) -> dict[str, int]:
-    """Occurrences of each word, given its token, in samples [T]."""
+    """Number of occurrences of each word, given its token, in samples [T]."""
     everything = torch.cat(list(samples))
     return {word: int((everything == token).sum()) for word, token in words.items()}
 
 
 def find_words(samples: Sequence[Tensor], words: Mapping[str, int], most: int) -> Occurrences | None:
-    """At most ``most`` occurrences of each word (given its token) that has `LEAST`; None if fewer than two words have."""
-    counts = {word: count for word, count in count_words(samples, words).items() if count >= LEAST}
+    """At most ``most`` occurrences of each word (given its token) that occurs `MIN_OCCURRENCES` times; None if fewer than two words
+    do."""
+    counts = {word: count for word, count in count_words(samples, words).items() if count >= MIN_OCCURRENCES}
     if len(counts) < 2:
         return None
     each = min(most, *counts.values())
     left = dict.fromkeys(counts, each)
     names = {words[word]: word for word in counts}
-    labels, places = [], []
+    labels, positions = [], []
     for tokens in samples:
         kept = []
-        for place, token in enumerate(tokens.tolist()):
+        for position, token in enumerate(tokens.tolist()):
             word = names.get(token)
             if word is not None and left[word]:
                 left[word] -= 1
-                kept.append(place)
+                kept.append(position)
                 labels.append(word)
-        places.append(torch.tensor(kept, dtype=torch.long))
-    return Occurrences(list(counts), np.asarray(labels), places)
+        positions.append(torch.tensor(kept, dtype=torch.long))
+    return Occurrences(list(counts), np.asarray(labels), positions)
 
 
 class WordStates:
-    """One model's representations of words in their contexts: by kind, by layer, [n, elements]."""
+    """A model's representations of words in context: by kind, by layer, [n, elements]."""
 
-    def __init__(self, found: Occurrences) -> None:
-        self.found = found
-        self._places = iter(found.places)
+    def __init__(self, occurrences: Occurrences) -> None:
+        self.occurrences = occurrences
+        self._positions = iter(occurrences.positions)
         self._rows: dict[str, list[list[Tensor]]] = {kind: [] for kind in KINDS}
 
     def add(self, sample: Representations) -> None:
-        """Samples come in the order in which the words were looked for."""
-        places = next(self._places)
+        """Add a sample. Samples must come in the order of those in which the words were found."""
+        positions = next(self._positions)
         for kind, layers in sample.layers.items():
             columns = self._rows[kind]
             columns += [[] for _ in range(len(layers) - len(columns))]
             for column, rows in zip(columns, layers, strict=True):
-                column.append(rows[places])
+                column.append(rows[positions])
 
     def layers(self, kind: str) -> list[np.ndarray]:
         return [torch.cat(column).numpy() for column in self._rows[kind]]
 
     def separability(self, seed: int, name: str = "") -> dict[str, list[tuple[float, float]]]:
-        """Accuracy of logistic regression on standardised representations, stratified k-fold cross-validation: by kind, by
-        layer, its mean and standard deviation over the folds. Guessing gives 1 / number of words. ``name``: the bar's."""
+        """Accuracy of logistic regression on standardised representations in stratified k-fold cross-validation.
+
+        Args:
+            seed: of the folds.
+            name: label of the progress bar.
+
+        Returns:
+            By kind, by layer: mean and standard deviation over the folds. Guessing gives 1 / number of words.
+        """
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -111,19 +119,19 @@ class WordStates:
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
         accuracies: dict[str, list[tuple[float, float]]] = {}
         with warnings.catch_warnings():
-            # Where rows can be separated the weights would grow on and on; the classes are apart long before.
+            # If the rows are separable, the weights grow without bound; the accuracy has converged long before.
             warnings.simplefilter("ignore", ConvergenceWarning)
             for kind in KINDS:
                 bar = tqdm(self.layers(kind), f"{name}: words by {kind}", unit="layer", disable=None)
-                scores = [cross_val_score(classifier, rows, self.found.labels, cv=folds) for rows in bar]
+                scores = [cross_val_score(classifier, rows, self.occurrences.labels, cv=folds) for rows in bar]
                 accuracies[kind] = [(float(score.mean()), float(score.std())) for score in scores]
         return accuracies
 
     def clouds(self, kind: str, layers: Sequence[int], seed: int) -> list[np.ndarray]:
-        """t-SNE of some layers, [n, 2] each, started from the first two principal components."""
+        """t-SNE of some layers, [n, 2] each, initialised with the first two principal components."""
         from sklearn.manifold import TSNE
 
-        perplexity = min(30.0, (len(self.found.labels) - 1) / 3)
+        perplexity = min(30.0, (len(self.occurrences.labels) - 1) / 3)
         rows = self.layers(kind)
         return [
             TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows[layer]) for layer in layers

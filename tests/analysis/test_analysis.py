@@ -23,7 +23,7 @@ from lime_dist.analysis.representations import (
     representations,
 )
 from lime_dist.analysis.routes import DynamicWeights, frequent_types, routes_of
-from lime_dist.analysis.words import LEAST, WordStates, count_words, find_words
+from lime_dist.analysis.words import MIN_OCCURRENCES, WordStates, count_words, find_words
 from lime_dist.checkpoint import export
 from lime_dist.config.load import make_config
 from lime_dist.data.files import json_bytes
@@ -205,14 +205,14 @@ def test_words_are_found_evenly() -> None:
     found = find_words(given, words, 200)
     assert found is not None and found.words == ["one", "two"] and found.each == 18
     labels = iter(found.labels)
-    for tokens, places in zip(given, found.places, strict=True):
+    for tokens, places in zip(given, found.positions, strict=True):
         assert places.tolist() == sorted(places.tolist())
         assert [words[next(labels)] for _ in places] == tokens[places].tolist()
     assert next(labels, None) is None
     capped = find_words(given, words, 12)
     assert capped is not None and (capped.labels == "one").sum() == (capped.labels == "two").sum() == 12
-    assert capped.places[0].tolist()[:4] == [0, 1, 2, 4], "the first ones"
-    assert find_words(given, {"one": 1, "three": 3}, 200) is None and LEAST > 6
+    assert capped.positions[0].tolist()[:4] == [0, 1, 2, 4], "the first ones"
+    assert find_words(given, {"one": 1, "three": 3}, 200) is None and MIN_OCCURRENCES > 6
 
 
 def test_separability_and_clouds() -> None:
@@ -261,7 +261,7 @@ def test_the_command_draws_all_models_side_by_side(
 ) -> None:
     call(exports, dataset, tmp_path / "out", "--words", "eta,xi,alphabeta", "--samples", "40", "--occurrences", "15")
     said = capsys.readouterr().out
-    assert "words left out, as this vocabulary has no single token for them behind a space: alphabeta" in said
+    assert "words left out (more than one token after a space in this vocabulary): alphabeta" in said
     assert "words: eta, xi, 15 occurrences of each" in said
     pictures = ["clouds.png", "entropy.png", "retrieval.png", "routers.png", "separability.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
@@ -272,7 +272,7 @@ def test_the_command_draws_all_models_side_by_side(
         image = (tmp_path / "out" / name).read_bytes()
         assert image.startswith(b"\x89PNG") and name in said
     assert page.count("data:image/png;base64,") == len(pictures)
-    assert "Tokens that turn the router: dynamic" in page and "router: kv" not in page
+    assert "Tokens to which the router responds: dynamic" in page and "responds: kv" not in page
     found = json.loads((tmp_path / "out/analysis.json").read_text())
     assert found["samples"] == 40 and found["sequence_length"] == 64
     assert found["words"] == {"words": ["eta", "xi"], "occurrences_of_each": 15}
@@ -300,7 +300,7 @@ def test_words_that_are_too_rare_leave_the_rest(
 ) -> None:
     call(exports[:1], dataset, tmp_path / "out", "--words", "eta,xi", "--samples", "1")
     said = capsys.readouterr().out
-    assert "no pictures of words: two of them must occur 10 times each, these samples hold: eta " in said
+    assert "no pictures of words: at least two words must occur 10 times, but the samples contain: eta " in said
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["entropy.png"]
 
 
@@ -312,16 +312,16 @@ def test_mistakes(exports: list[Path], dataset: Path, tmp_path: Path, monkeypatc
         (["--occurrences", "9"], "--occurrences 9: must be at least 10"),
         (["--split", "other"], "no split 'other'"),
         (["--seed", "-1"], "--seed -1: must be from 0 to 4294967295"),
-        (["--words", "mu"], "--words mu: give at least two"),
+        (["--words", "mu"], "--words mu: pass at least two"),
     ):
         with pytest.raises(LimeError, match=message):
             call(exports, dataset, out, *more)
-    with pytest.raises(LimeError, match="llama: is given twice"):
+    with pytest.raises(LimeError, match="llama: is listed twice"):
         call([*exports, exports[0]], dataset, out)
     with pytest.raises(LimeError, match="absent: no such folder"):
         call([*exports, tmp_path / "absent"], dataset, out)
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(LimeError, match=r"--output .*file cannot be made"):
+    with pytest.raises(LimeError, match=r"--output .*file cannot be created"):
         call(exports, dataset, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
     with pytest.raises(LimeError, match="tokens are of another vocabulary than"):
