@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it must hold to be believed, and its checksum."""
+"""The manifest of a checkpoint: how it is made, what it must hold to be valid, and its checksum."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import lime_dist
+from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes
+from lime_dist.data.state import TrainState
+from lime_dist.model.optimizer_states import States, optimizer_states
 
 MANIFEST, LATEST = "manifest.json", "latest"
 FORMAT = "lime_dist checkpoint 1"
-STATES = ("weight", "exp_avg", "exp_avg_sq")
-"""What is kept of a parameter: the names are AdamW's."""
 
 
 class _Strict(BaseModel):
@@ -41,7 +43,7 @@ class _Layout(_Strict):
 
 
 class _Manifest(_Strict):
-    """``checksum`` is of the manifest's other values: a flipped bit in a number of samples would be believed without it."""
+    """``checksum`` covers all other values: without it a flipped bit in the number of samples would go unnoticed."""
 
     format: Literal["lime_dist checkpoint 1"]
     version: str
@@ -54,8 +56,46 @@ class _Manifest(_Strict):
     checksum: str
 
 
+def make_manifest(
+    config: Config,
+    state: TrainState,
+    *,
+    optimizer_steps: int,
+    num_samples: int,
+    layout: dict[str, int],
+    files: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Args:
+        config: configuration of the run that is saved.
+        optimizer_steps: number of updates that the optimizer has applied.
+        num_samples: number of samples of the training split.
+        layout: ``pipeline_stages``, ``replicas`` and ``zero_stage`` of the processes that wrote it, for the reader's information.
+        files: one entry per file, as `folder.write_tensors` returns it.
+    """
+    manifest = {
+        "format": FORMAT,
+        "version": lime_dist.__version__,
+        "state": state.as_dict(),
+        "optimizer_steps": optimizer_steps,
+        "num_samples": num_samples,
+        "config": config.model_dump(mode="json"),
+        "layout": layout,
+        "files": files,
+    }
+    return {**manifest, "checksum": manifest_checksum(manifest)}
+
+
 def read_manifest(path: Path, step: int | None = None) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with the manifest in a checkpoint folder, or None and the manifest; it must be of ``step``, if given."""
+    """Read and check the manifest of a checkpoint folder.
+
+    Args:
+        step: the step that the manifest must be of; None accepts any.
+
+    Returns:
+        What is wrong with it, or None; and the manifest, empty if something is wrong.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         checked = _Manifest.model_validate(manifest)
@@ -74,10 +114,23 @@ def read_manifest(path: Path, step: int | None = None) -> tuple[str | None, dict
     if step is not None and checked.state.step != step:
         return f"{MANIFEST} is of step {checked.state.step}", {}
     if len(set(files)) < len(files) or len(set(names)) < len(names):
-        return f"{MANIFEST} has a file or a parameter twice", {}
+        return f"{MANIFEST} lists a file or a parameter twice", {}
     return None, manifest
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all of a manifest but its ``checksum``."""
+    """SHA-256 of all values of a manifest except ``checksum``."""
     return hashlib.sha256(json_bytes({**manifest, "checksum": None})).hexdigest()
+
+
+def saved_states(manifest: dict[str, Any]) -> States | None:
+    """The optimizer states that a checkpoint holds of each parameter, as the optimizer in its configuration declares them.
+
+    Returns:
+        None if this version cannot tell, because it does not know the configuration.
+    """
+    names = [name for entry in manifest["files"] for name in entry["parameters"]]
+    try:
+        return optimizer_states(Config.model_validate(manifest["config"]), names)
+    except ValueError:  # pydantic's ValidationError is one
+        return None

@@ -1,6 +1,6 @@
-"""A whole checkpoint read by one process, without a process group and without DeepSpeed: verified first, then its weights.
+"""Reading the weights of a checkpoint in one process, without a process group and without DeepSpeed.
 
-What the trainer does differently: it passes over a damaged checkpoint, while a reader was asked for this one and refuses it.
+The trainer passes over a damaged checkpoint. Here the caller has asked for this one, so a damaged one is an error.
 """
 
 from __future__ import annotations
@@ -18,25 +18,29 @@ from lime_dist.data.files import sha256_file
 from lime_dist.data.state import TrainState
 from lime_dist.errors import LimeError
 from lime_dist.model.decoder import Decoder, build_decoder, decoder_layers
+from lime_dist.model.optimizer_states import WEIGHT
 
 Weights = dict[str, Tensor]
-"""By exported name, float32, in the order of the model's flat list."""
+"""Float32 weights by exported name, in the order of the model's flat list."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights were read from: the folder of one checkpoint, and the SHA-256 of its manifest."""
+    """Where weights were read from: the folder of a checkpoint, and the SHA-256 of its manifest."""
 
     path: Path
     manifest_sha256: str
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder ``global_stepN`` that a run folder, its ``checkpoints`` or that folder itself stands for: the one that
-    ``latest`` names, else the one of the most steps.
+    """The folder ``global_stepN`` of the checkpoint that ``path`` stands for.
+
+    Args:
+        path: such a folder; or a run folder or its ``checkpoints``, for the checkpoint that ``latest`` names or, without
+            ``latest``, the one with most steps.
 
     Raises:
-        LimeError: there is none.
+        LimeError: there is no checkpoint.
     """
     if (path / MANIFEST).is_file():
         return path
@@ -44,20 +48,20 @@ def find_checkpoint(path: Path) -> Path:
     latest = folder / LATEST
     if latest.is_file():
         return folder / latest.read_text().strip()
-    names = [found.name.removeprefix("global_step") for found in folder.glob("global_step*")]
+    names = [child.name.removeprefix("global_step") for child in folder.glob("global_step*")]
     steps = [int(name) for name in names if name.isdecimal()]
     if not steps:
         raise LimeError(
-            f"{path}: no checkpoint there; give a run folder, its checkpoints folder, or one global_stepN of it"
+            f"{path}: no checkpoint there; give a run folder, its checkpoints folder, or one global_stepN in it"
         )
     return folder / f"global_step{max(steps)}"
 
 
 def read_weights(path: str | Path) -> tuple[Config, TrainState, Weights]:
-    """The configuration that a checkpoint was written with, how far it had come, and its weights; see `find_checkpoint`.
+    """Configuration, state and weights of a checkpoint; `find_checkpoint` says what ``path`` may be.
 
     Raises:
-        LimeError: there is no checkpoint, or it is not whole, or not of this version.
+        LimeError: there is no checkpoint, it is damaged, or this version does not know its configuration.
     """
     folder = find_checkpoint(Path(path))
     advice = "give another checkpoint, global_stepN, of the run"
@@ -76,24 +80,24 @@ def read_weights(path: str | Path) -> tuple[Config, TrainState, Weights]:
         if file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
             raise LimeError(f"{file} is damaged: its size or SHA-256 differs from {MANIFEST}; {advice}")
     shapes = parameter_shapes(config.model)
-    found: Weights = {}
+    weights: Weights = {}
     for entry in manifest["files"]:
         values = torch.load(folder / entry["file"], map_location="cpu", weights_only=True, mmap=True)
-        found.update({parameter: states["weight"].float() for parameter, states in values.items()})
+        weights.update({parameter: states[WEIGHT].float() for parameter, states in values.items()})
     for parameter, shape in shapes.items():
-        if parameter not in found or found[parameter].shape != shape:
+        if parameter not in weights or weights[parameter].shape != shape:
             raise LimeError(f"{folder} has no {parameter} of shape {list(shape)}; {advice}")
-    return config, state, {parameter: found[parameter] for parameter in shapes}
+    return config, state, {parameter: weights[parameter] for parameter in shapes}
 
 
 def source_of(path: str | Path) -> Source:
-    """What to note of a checkpoint that `read_weights` has read."""
+    """The source of weights that `read_weights` reads from ``path``."""
     folder = find_checkpoint(Path(path))
     return Source(folder.resolve(), sha256_file(folder / MANIFEST))
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The shape of every parameter by exported name, in the order of the model's flat list; a tied weight stands once."""
+    """Shape of every parameter by exported name, in the order of the model's flat list; a tied weight is listed once."""
     shapes: dict[str, torch.Size] = {}
     for spec in decoder_layers(config):
         with torch.device("meta"):
@@ -104,7 +108,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def load_decoder(config: ModelConfig, weights: Weights) -> Decoder:
-    """The trainer's single-process decoder with these weights, which it shares; for inference."""
+    """The trainer's decoder in one process, in evaluation mode. It shares the memory of ``weights``."""
     decoder = build_decoder(config, device="meta")
     decoder.load_state_dict(weights, assign=True)
     return decoder.eval()

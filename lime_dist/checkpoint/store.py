@@ -1,13 +1,14 @@
-"""Layout-free checkpoints on disk: by exported name the weight, both moments and the step; found, verified and read.
+"""Checkpoints that do not depend on the layout of processes: finding, verifying and loading them.
 
-    checkpoints/latest                           the name of the folder that a run goes on from
-    checkpoints/global_step100/manifest.json     step, consumed samples, configuration, layout; size, SHA-256 and names per file
-    checkpoints/global_step100/stage000-replica000.pt   {name: {weight, exp_avg, exp_avg_sq}} of one owner
+    checkpoints/latest                           name of the folder that the run resumes from
+    checkpoints/global_step100/manifest.json     step, consumed samples, configuration, layout; per file size, SHA-256, parameters
+    checkpoints/global_step100/stage000-replica000.pt   one owner's {name: {weight, optimizer states…}}; with AdamW
+                                                        {name: {weight, exp_avg, exp_avg_sq}}
 
-Which one a run goes on from: the one that ``latest`` names if it is whole, else the newest whole one; whatever is passed over
-gets a line. Writing another name into ``latest`` goes back to that one. Whole means: the manifest makes sense, every file has
-its size and hash, and holds the tensors that the manifest says. Files are read as tensors alone, never as objects.
-`saver.py` writes them.
+A run resumes from the checkpoint that ``latest`` names if that one is whole, else from the newest whole one; a line tells of
+each that is passed over. Writing another name into ``latest`` makes the run go back to that checkpoint. A checkpoint is whole
+if its manifest is valid and every file has the listed size and hash and holds the listed tensors. Files are read as tensors
+only; nothing is unpickled. `saver.py` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from lime_dist.checkpoint.manifest import LATEST, MANIFEST, STATES, read_manifest
+from lime_dist.checkpoint.folder import folder_name
+from lime_dist.checkpoint.manifest import LATEST, MANIFEST, read_manifest, saved_states
 from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.config.schema import Config
 from lime_dist.data.files import sha256_file
 from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree
+from lime_dist.model.optimizer_states import WEIGHT
 
 _NAME = re.compile(r"global_step(0|[1-9]\d*)")
 
@@ -43,22 +46,18 @@ class Checkpoint:
         return TrainState(**self.manifest["state"])
 
 
-def folder_name(step: int) -> str:
-    return f"global_step{step}"
-
-
 def saved_steps(directory: Path) -> list[int]:
-    """The steps of which there are folders, whole or not, ascending."""
+    """The steps whose folders exist, whole or not, in ascending order."""
     return sorted(int(match[1]) for path in directory.glob("global_step*") if (match := _NAME.fullmatch(path.name)))
 
 
 def find_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, and lines about those that were passed over; called by all ranks together.
+    """The checkpoint to resume from, and lines about those that were passed over. All ranks call it together.
 
-    Every rank reads the manifest; the files are shared out over the ranks to be verified.
+    Every rank reads the manifest; the ranks divide the files among themselves to verify them.
     """
     lines: list[str] = []
-    steps, named, problem = _same_everywhere(_candidates(directory))
+    steps, named, problem = _of_main_process(_candidates(directory))
     if problem is not None:
         lines.append(f"{directory / LATEST} {problem}; looking for the newest whole checkpoint")
     for step in ([] if named is None else [named]) + [step for step in reversed(steps) if step != named]:
@@ -75,13 +74,13 @@ def find_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def load(checkpoint: Checkpoint, config: Config, num_samples: int, optimizer: CheckpointedOptimizer) -> None:
-    """Read this rank's share of a checkpoint into the optimizer and the weights; called by all ranks together.
+    """Load this rank's part of a checkpoint into the optimizer and the weights. All ranks call it together.
 
     Args:
-        num_samples: of the training split; the order of samples is a function of it.
+        num_samples: number of samples of the training split; the order of samples is a function of it.
 
     Raises:
-        LimeError: the checkpoint is of another model, or of other data; nothing has been loaded then.
+        LimeError: the checkpoint is of another model, optimizer or dataset. Nothing has been loaded then.
     """
     index: dict[str, dict[str, Any]] = {}
     for entry in checkpoint.manifest["files"]:
@@ -104,7 +103,7 @@ def _read(path: Path) -> Any:
 
 
 def _candidates(directory: Path) -> tuple[list[int], int | None, str | None]:
-    """Steps with a folder; the one that ``latest`` names; what is wrong with ``latest``, if there is anything to name."""
+    """Steps that have a folder; the step that ``latest`` names; what is wrong with ``latest``, unless there are no folders."""
     steps = saved_steps(directory)
     try:
         name = (directory / LATEST).read_text().strip()
@@ -116,22 +115,37 @@ def _candidates(directory: Path) -> tuple[list[int], int | None, str | None]:
     if match is None:
         return steps, None, f"names no checkpoint ({name[:40]!r})"
     step = int(match[1])
-    return (steps, step, None) if step in steps else (steps, None, f"names {name}, which is not there")
+    return (steps, step, None) if step in steps else (steps, None, f"names {name}, which does not exist")
+
+
+def _of_main_process(
+    candidates: tuple[list[int], int | None, str | None],
+) -> tuple[list[int], int | None, str | None]:
+    """The candidates that rank 0 sees, on all ranks."""
+    shared: list[Any] = [candidates]
+    dist.broadcast_object_list(shared, src=0)
+    steps, named, problem = shared[0]
+    return steps, named, problem
 
 
 def _verify(path: Path, step: int) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with a checkpoint folder, the same answer on every rank; and its manifest."""
     problem, manifest = read_manifest(path, step)
     if problem is None:
+        states = saved_states(manifest)
         share = manifest["files"][dist.get_rank() :: dist.get_world_size()]
-        problem = next((line for entry in share if (line := _file_problem(path, entry)) is not None), None)
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problem)
-    return next((line for line in found if line is not None), None), manifest
+        problem = next((line for entry in share if (line := _file_problem(path, entry, states)) is not None), None)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((line for line in problems if line is not None), None), manifest
 
 
-def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a file that a valid manifest lists: its bytes first, and only then what they hold."""
+def _file_problem(path: Path, entry: dict[str, Any], states: dict[str, tuple[str, ...]] | None) -> str | None:
+    """What is wrong with a file that a valid manifest lists. Its bytes are checked before its content is read.
+
+    Args:
+        states: optimizer states of each parameter; None if they are not known, which is reported when it is loaded.
+    """
     name, file = entry["file"], path / entry["file"]
     try:
         if not file.is_file():
@@ -141,25 +155,17 @@ def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     try:
-        held = _read(file)
-        described = {
-            name: {key: (list(tensor.shape), str(tensor.dtype)) for key, tensor in state.items()}
-            for name, state in held.items()
+        held = {
+            parameter: {key: (list(tensor.shape), str(tensor.dtype)) for key, tensor in tensors.items()}
+            for parameter, tensors in _read(file).items()
         }
-    except Exception as error:  # whatever torch makes of a file that is not one of ours
+    except Exception as error:  # torch raises many kinds of errors for a file that it has not written
         return f"{name} holds no tensors ({type(error).__name__})"
-    wanted = {
-        name: dict.fromkeys(STATES, (shape, f"torch.{entry['dtype']}")) for name, shape in entry["parameters"].items()
-    }
-    return None if described == wanted else f"{name} holds other tensors than {MANIFEST} says"
-
-
-def _same_everywhere(found: tuple[list[int], int | None, str | None]) -> tuple[list[int], int | None, str | None]:
-    """What rank 0 found."""
-    shared: list[Any] = [found]
-    dist.broadcast_object_list(shared, src=0)
-    steps, named, problem = shared[0]
-    return steps, named, problem
+    listed = {}
+    for parameter, shape in entry["parameters"].items():
+        keys = (WEIGHT, *states[parameter]) if states is not None else held.get(parameter, ())
+        listed[parameter] = dict.fromkeys(keys, (shape, f"torch.{entry['dtype']}"))
+    return None if held == listed else f"{name} holds other tensors than {MANIFEST} says"
 
 
 def _mismatch(
@@ -178,8 +184,9 @@ def _mismatch(
     differences = [
         f"{section}.{key}: {there[key]} there, {here[key]} here"
         for section, there, here in (
-            ("model", _canonical(saved), _canonical(config)),
+            ("model", _model_settings(saved), _model_settings(config)),
             ("data", _order_settings(saved), _order_settings(config)),
+            ("optimizer", {"name": saved.optimizer.name}, {"name": config.optimizer.name}),
         )
         for key in here
         if there[key] != here[key]
@@ -194,13 +201,16 @@ def _mismatch(
     return None
 
 
-def _canonical(config: Config) -> dict[str, Any]:
+def _model_settings(config: Config) -> dict[str, Any]:
+    """The model's settings in one form: the number of key/value heads is given even if the configuration leaves it out."""
     return {**config.model.model_dump(mode="json"), "num_key_value_heads": config.model.key_value_heads}
 
 
 def _order_settings(config: Config) -> dict[str, Any]:
-    """What decides which samples come when, beside their number, and which tokens the losses are of; another path may hold
-    the same data."""
+    """What decides, beside the number of samples, which samples come when and which tokens losses count.
+
+    ``data.path`` is not among them: the same data may lie elsewhere.
+    """
     weights = None if config.data.blend is None else [entry.weight for entry in config.data.blend]
     data = config.data
     return {

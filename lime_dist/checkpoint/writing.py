@@ -1,77 +1,58 @@
-"""A checkpoint made of weights alone, by one process, without a process group: for models that no run of ours has trained.
+"""Writing a checkpoint of weights alone from one process, without a process group: for imported and compressed models.
 
-Moments are zero, and so is the number of updates, so that a run starts its schedule from these weights.
+Optimizer states are zero and no updates are counted, so a run starts its schedule from these weights.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import torch
 
-import lime_dist
-from lime_dist.checkpoint.manifest import FORMAT, LATEST, MANIFEST, manifest_checksum
+from lime_dist.checkpoint.folder import file_name, folder_name, partial_folder, publish, write_tensors
+from lime_dist.checkpoint.manifest import make_manifest
 from lime_dist.checkpoint.reading import Weights
 from lime_dist.config.schema import Config
-from lime_dist.data.files import json_bytes, sha256_file, sync_folder, write_atomic
 from lime_dist.data.state import TrainState
 from lime_dist.errors import LimeError
-
-FILE = "stage000-replica000.pt"
+from lime_dist.model.optimizer_states import WEIGHT, optimizer_states
 
 
 def write_checkpoint(
     directory: Path, config: Config, num_samples: int, weights: Weights, consumed_samples: int = 0
 ) -> Path:
-    """Write ``directory/global_step0``, which is whole or absent; returns it.
+    """Write the checkpoint of step 0 into ``directory`` and return its folder. After an error the folder is absent.
 
     Args:
-        num_samples: of the training split.
-        consumed_samples: where in the order of samples the run begins.
+        num_samples: number of samples of the training split.
+        consumed_samples: position in the order of samples at which the run starts.
 
     Raises:
-        LimeError: there are checkpoints already, or the disk refuses.
+        LimeError: ``directory`` holds a checkpoint already, or cannot be written.
     """
     if any(directory.glob("global_step*")):
         raise LimeError(f"{directory}: holds checkpoints already; give another run.directory, or delete them")
-    partial, final = directory / ".global_step0.partial", directory / "global_step0"
+    partial, final = partial_folder(directory, 0), directory / folder_name(0)
     values = {}
-    for name, weight in weights.items():
-        exact = weight.to(torch.float32)
-        zeros = torch.zeros_like(exact, memory_format=torch.contiguous_format)
-        values[name] = {"weight": exact.contiguous().clone(), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    for name, states in optimizer_states(config, weights).items():
+        weight = weights[name].to(torch.float32)
+        zeros = {state: torch.zeros_like(weight, memory_format=torch.contiguous_format) for state in states}
+        values[name] = {WEIGHT: weight.contiguous().clone(), **zeros}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        with (partial / FILE).open("wb") as file:
-            torch.save(values, file)
-            file.flush()
-            os.fsync(file.fileno())
-        manifest = {
-            "format": FORMAT,
-            "version": lime_dist.__version__,
-            "state": TrainState(0, consumed_samples).as_dict(),
-            "optimizer_steps": 0,
-            "num_samples": num_samples,
-            "config": config.model_dump(mode="json"),
-            "layout": {"pipeline_stages": 1, "replicas": 1, "zero_stage": 0},
-            "files": [
-                {
-                    "file": FILE,
-                    "bytes": (partial / FILE).stat().st_size,
-                    "sha256": sha256_file(partial / FILE),
-                    "dtype": "float32",
-                    "parameters": {name: list(weight.shape) for name, weight in weights.items()},
-                }
-            ],
-        }
-        write_atomic(partial / MANIFEST, json_bytes({**manifest, "checksum": manifest_checksum(manifest)}))
-        partial.rename(final)
-        sync_folder(directory)
-        write_atomic(directory / LATEST, f"{final.name}\n".encode())
+        entry = write_tensors(partial, file_name(0, 0), values)
+        manifest = make_manifest(
+            config,
+            TrainState(0, consumed_samples),
+            optimizer_steps=0,
+            num_samples=num_samples,
+            layout={"pipeline_stages": 1, "replicas": 1, "zero_stage": 0},
+            files=[entry],
+        )
+        publish(partial, final, manifest)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise LimeError(f"{directory}: cannot be written ({error.strerror or error}); nothing was kept") from None

@@ -173,7 +173,7 @@ def test_a_file_that_holds_something_else_is_never_unpickled(
     ("text", "step", "said"),
     [
         ("global_step1\n", 1, ["latest names global_step1; the newer global_step2 is left aside"]),
-        ("global_step9", 2, ["latest names global_step9, which is not there; looking for"]),
+        ("global_step9", 2, ["latest names global_step9, which does not exist; looking for"]),
         ("../elsewhere", 2, ["latest names no checkpoint ('../elsewhere'); looking for"]),
         ("", 2, ["latest names no checkpoint (''); looking for"]),
         (b"\xff\xfe\x00", 2, ["latest cannot be read"]),

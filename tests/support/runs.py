@@ -50,7 +50,7 @@ def observe(
     for section, keys in (per_rank or {}).get(rank, {}).items():
         values[section] |= keys
     own = [event for event in events or [] if event.get("rank") in (None, rank)]
-    train_step, write_file = LimeEngine.train_step, saver._write_file
+    train_step, write_file = LimeEngine.train_step, saver.write_tensors
 
     def disturbed_step(engine: Any, *arguments: Any) -> float:
         with contextlib.ExitStack() as stack:
@@ -68,12 +68,12 @@ def observe(
             return write_file(folder, *arguments)
 
     said = io.StringIO()
-    LimeEngine.train_step, saver._write_file = disturbed_step, disturbed_write
+    LimeEngine.train_step, saver.write_tensors = disturbed_step, disturbed_write
     try:
         with contextlib.redirect_stdout(said):
             return run(values), said.getvalue()
     finally:
-        LimeEngine.train_step, saver._write_file = train_step, write_file
+        LimeEngine.train_step, saver.write_tensors = train_step, write_file
 
 
 # -- in a step ------------------------------------------------------------------------------------------------------------
