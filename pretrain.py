@@ -20,24 +20,21 @@ import torch
 from lime_dist import load_config
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.schema import Config
-from lime_dist.data.files import lock_folder
 from lime_dist.distributed import check_versions, is_main_process, quiet, start_processes, together, world_size
 from lime_dist.errors import GRACE_SECONDS, LimeError, run_command
+from lime_dist.monitor.run_lock import hold_directory, wait_for_predecessor
 
 if TYPE_CHECKING:  # at run time these imports wait until `start_processes` has chosen DeepSpeed's accelerator
     from lime_dist.checkpoint.store import Checkpoint
     from lime_dist.data.run_data import RunData
     from lime_dist.data.state import TrainState
     from lime_dist.monitor.console import Console
+    from lime_dist.monitor.metrics import MetricsFile
     from lime_dist.monitor.records import Records
-    from lime_dist.monitor.run_files import RunFiles
     from lime_dist.pipeline.engine import LimeEngine
     from lime_dist.train.loop import Outcome
     from lime_dist.train.optim import StageOptimizer
     from lime_dist.train.run import Run
-
-LOCK_TIMEOUT = 60.0
-"""Seconds to wait for another run that writes into the same folder."""
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 pretrain.py --config configs/quickstart.yaml
@@ -80,7 +77,7 @@ def main() -> None:
 
 
 def train(config: Config, verbose: bool) -> None:
-    """Run a training from its data to its closing lines. Rank 0 holds the run folder. All ranks must call it."""
+    """Run a training from its data to its closing lines, and hold the run folder meanwhile. All ranks must call it."""
     from lime_dist.data.run_data import open_run_data
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.run_files import open_run_files
@@ -97,16 +94,16 @@ def train(config: Config, verbose: bool) -> None:
             engine, optimizer = build_engine(config, verbose, data.counted_shares)
         resumed = resume(config, data, optimizer, console)
         files = together(lambda: open_run_files(directory, config, resumed.state.step))
-        announce(config, data, engine, resumed.state, console)
         run = assemble(config, data, engine, optimizer, resumed, files.records, console)
+        announce(run, data, resumed.state)
         try:
             outcome = loop.train(run, resumed.state)
         finally:
             run.close()
-        if files.records.problem is not None:
-            console.say(files.records.problem)
+        if run.records.problem is not None:
+            console.say(run.records.problem)
         if outcome.stopped_by is None:
-            report(config, data, engine, outcome, files, console)
+            report(run, data, outcome, files.metrics)
 
 
 @dataclass(frozen=True)
@@ -146,27 +143,6 @@ def checkpoint_folder(config: Config) -> Path:
     return Path(config.run.directory) / "checkpoints"
 
 
-def announce(config: Config, data: RunData, engine: LimeEngine, state: TrainState, console: Console) -> None:
-    """Print what is about to be trained, on what, and where."""
-    from lime_dist.data.blend import BlendOrder
-    from lime_dist.pipeline.placement import describe_placement
-
-    settings = config.train
-    console.say(
-        f"{config.model.architecture}: {config.model.num_hidden_layers} layers in {engine.num_stages} stage(s) × "
-        f"{data.replicas} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
-        f"{settings.global_batch_size * data.sequence_length:,} tokens a step; {data.order.num_samples:,} training samples"
-    )
-    if data.counted_shares.training is not None:
-        console.say(f"the loss counts answers only: {data.counted_shares.training:.1%} of all tokens")
-    if isinstance(data.order, BlendOrder):
-        shares = data.order.shares(data.batch_sizes.consumed_after(settings.steps))
-        for entry, share in zip(config.data.blend or [], shares, strict=True):
-            console.say(f"{entry.path}: {share}")
-    if engine.placement.several:
-        console.say(describe_placement(engine.grid.topology(), engine.placement.hosts))
-
-
 def assemble(
     config: Config,
     data: RunData,
@@ -176,7 +152,7 @@ def assemble(
     records: Records,
     console: Console,
 ) -> Run:
-    """Make the parts that are still missing, and hand all of them to the loop."""
+    """Make the remaining parts of the run and put all of them together. All ranks must call it."""
     from lime_dist.checkpoint.saver import Saver
     from lime_dist.train.control import Control
     from lime_dist.train.run import Run
@@ -184,7 +160,7 @@ def assemble(
     replica = engine.grid.get_data_parallel_rank()
     reads_data = engine.is_first_stage() or engine.is_last_stage()
     validation = data.validation_batches(replica)
-    run = Run(
+    return Run(
         config=config,
         engine=engine,
         optimizer=optimizer,
@@ -201,65 +177,53 @@ def assemble(
         console=console,
         records=records,
     )
-    if resumed.state.step >= config.train.steps:
-        console.say(f"nothing to train: {resumed.state.step} steps are done and train.steps={config.train.steps}")
-    return run
 
 
-def report(
-    config: Config, data: RunData, engine: LimeEngine, outcome: Outcome, files: RunFiles, console: Console
-) -> None:
-    """Print how the run ended and where its results are. All ranks must call it."""
+def announce(run: Run, data: RunData, state: TrainState) -> None:
+    """Print what is about to be trained, on what, and where."""
+    from lime_dist.data.blend import BlendOrder
+    from lime_dist.pipeline.placement import describe_placement
+
+    config, settings, engine, say = run.config, run.config.train, run.engine, run.console.say
+    say(
+        f"{config.model.architecture}: {config.model.num_hidden_layers} layers in {engine.num_stages} stage(s) × "
+        f"{data.replicas} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
+        f"{settings.global_batch_size * data.sequence_length:,} tokens per step; {data.order.num_samples:,} training samples"
+    )
+    if data.counted_shares.training is not None:
+        say(f"the loss counts answers only: {data.counted_shares.training:.1%} of all tokens")
+    if isinstance(data.order, BlendOrder):
+        shares = data.order.shares(data.batch_sizes.consumed_after(settings.steps))
+        for entry, share in zip(config.data.blend or [], shares, strict=True):
+            say(f"{entry.path}: {share}")
+    if engine.placement.several:
+        say(describe_placement(engine.grid.topology(), engine.placement.hosts))
+    if state.step >= settings.steps:
+        say(f"nothing to train: {state.step} steps are done and train.steps={settings.steps}")
+
+
+def report(run: Run, data: RunData, outcome: Outcome, metrics: MetricsFile | None) -> None:
+    """Print how the run ended and where its results are. All ranks must call it.
+
+    Args:
+        metrics: on rank 0, the file with the validation losses of all starts.
+    """
     from lime_dist.train.measurements import describe_boundaries
 
-    directory, vocab_size, loss = config.run.directory, config.model.vocab_size, outcome.validation_loss
-    console.time_split(outcome.time_split)
-    if loss is not None:
-        console.say(
+    directory, vocab_size, say = Path(run.config.run.directory), run.config.model.vocab_size, run.console.say
+    run.console.time_split(outcome.time_split)
+    if (loss := outcome.validation_loss) is not None:
+        say(
             f"validation loss: {loss:.4f} nats per {'token' if data.answers is None else 'answer token'} "
             f"({math.log(vocab_size) - loss:.2f} below ln({vocab_size}))"
         )
-    if files.metrics is not None and (best := files.metrics.best_validation()) is not None:
-        console.say(f"best validation loss {best[0]:.4f} at step {best[1]}")
-    for line in describe_boundaries(engine):
-        console.say(line)
-    console.say(f"tokens seen: {outcome.state.consumed_samples * data.sequence_length:,}")
-    console.say(f"run folder: {Path(directory)}")
-    console.say(f"view it with: tensorboard --logdir {Path(directory) / 'tensorboard'}")
-
-
-def wait_for_predecessor(directory: Path) -> None:
-    """On rank 0, wait for the processes of an earlier start to end.
-
-    They save and stop when their launcher is gone, and until then they hold its port.
-    """
-    if not is_main_process() or not (directory / ".lock").exists():
-        return
-    try:
-        with lock_folder(directory):
-            return
-    except LimeError:
-        print(f"another run is still writing into {directory}; waiting for it to end", flush=True)
-    with lock_folder(directory, LOCK_TIMEOUT):
-        pass
-
-
-def hold_directory(directory: Path, held: contextlib.ExitStack) -> None:
-    """On rank 0, create the run folder and lock it, before anything expensive is built.
-
-    Raises:
-        LimeError: it cannot be written, or another run holds it.
-    """
-    if not is_main_process():
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise LimeError(f"run.directory={directory}: {error.strerror}; give a folder that can be written") from None
-    held.enter_context(lock_folder(directory, LOCK_TIMEOUT))
+    if metrics is not None and (best := metrics.best_validation()) is not None:
+        say(f"best validation loss {best[0]:.4f} at step {best[1]}")
+    for line in describe_boundaries(run.engine):
+        say(line)
+    say(f"tokens seen: {outcome.state.consumed_samples * data.sequence_length:,}")
+    say(f"run folder: {directory}")
+    say(f"view it with: tensorboard --logdir {directory / 'tensorboard'}")
 
 
 def leave(status: int) -> NoReturn:

@@ -45,11 +45,11 @@ LAYOUT = {
     "stages": {
         title: ["Multiline", [rf"stage\d+/{name}"]]
         for title, name in {
-            "bubble": "bubble", "waiting, seconds a step": "waiting_seconds", "memory, bytes": "memory_bytes",
+            "bubble": "bubble", "waiting, seconds per step": "waiting_seconds", "memory, bytes": "memory_bytes",
             "gradient norm": "gradient_norm",
         }.items()
     },
-    "boundaries": {"bytes a step": ["Multiline", [r"boundary\d+/bytes_there", r"boundary\d+/bytes_back"]]},
+    "boundaries": {"bytes per step": ["Multiline", [r"boundary\d+/bytes_there", r"boundary\d+/bytes_back"]]},
     "layers": {
         "self-retrieval": ["Multiline", [r"self_retrieval/layer\d+"]],
         "entropy, nats": ["Multiline", [r"entropy/layer\d+"]],

@@ -72,14 +72,14 @@ def test_a_second_start_waits_for_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Not for ever, and a folder that nobody holds is not waited for."""
-    import pretrain
     from lime_dist.data.files import lock_folder
     from lime_dist.errors import LimeError
+    from lime_dist.monitor import run_lock
 
-    monkeypatch.setattr(pretrain, "LOCK_TIMEOUT", 0.3)
-    pretrain.wait_for_predecessor(tmp_path)
+    monkeypatch.setattr(run_lock, "TIMEOUT", 0.3)
+    run_lock.wait_for_predecessor(tmp_path)
     with lock_folder(tmp_path), pytest.raises(LimeError, match="another run is writing here"):
-        pretrain.wait_for_predecessor(tmp_path)
+        run_lock.wait_for_predecessor(tmp_path)
     assert capsys.readouterr().out == f"another run is still writing into {tmp_path}; waiting for it to end\n"
-    pretrain.wait_for_predecessor(tmp_path)
+    run_lock.wait_for_predecessor(tmp_path)
     assert capsys.readouterr().out == ""
