@@ -1,6 +1,6 @@
-"""Protects what is said before a long job: each finding from facts alone, and the command on this machine.
+"""Protects the doctor: each finding from facts alone, and the command on this machine.
 
-`tests/cluster/test_cluster.py` has it on several hosts.
+`tests/cluster/test_cluster.py` runs it on several hosts.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ def job(*overrides: str, slots: int = 1) -> Job:
     return Job(load_config(None, [*SMALL, *overrides]), {"node1": slots, "node2": slots})
 
 
-def found(first: Facts = GOOD, second: Facts = OTHER, on: Job | None = None) -> list[Finding]:
+def findings_for(first: Facts = GOOD, second: Facts = OTHER, on: Job | None = None) -> list[Finding]:
     known = [first, second]
     return [*checks.check_hosts(on or job(), known), *network.check_network(known)]
 
 
-def said(findings: Sequence[Finding]) -> list[str]:
+def problems(findings: Sequence[Finding]) -> list[str]:
     """The lines that are not ok."""
     return [str(finding) for finding in findings if finding.level != "ok"]
 
 
-def test_nothing_to_say_of_good_hosts() -> None:
-    assert said(found()) == [] and len(found()) >= 9
+def test_good_hosts_have_no_problems() -> None:
+    assert problems(findings_for()) == [] and len(findings_for()) >= 9
 
 
 ONE_CHECKPOINT = 12 * count_parameters(load_config(None, SMALL).model)
@@ -116,43 +116,43 @@ ONE_CHECKPOINT = 12 * count_parameters(load_config(None, SMALL).model)
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_one_host(second: dict[str, Any], lines: list[str]) -> None:
-    got = said(found(second=replace(OTHER, **second)))
+    got = problems(findings_for(second=replace(OTHER, **second)))
     assert len(got) == len(lines), got
     for line, beginning in zip(got, lines, strict=True):
         assert line.startswith(beginning), line
 
 
 def test_what_is_wrong_with_the_first_host() -> None:
-    (line,) = said(found(replace(GOOD, first_address="192.168.7.1")))
+    (line,) = problems(findings_for(replace(GOOD, first_address="192.168.7.1")))
     assert (
         line.startswith("warning: `hostname -I` on node1 begins with 192.168.7.1") and "resolve it to 10.0.0.1" in line
     )
-    (line,) = said(found(replace(GOOD, port_is_free=False)))
+    (line,) = problems(findings_for(replace(GOOD, port_is_free=False)))
     assert line.startswith("error: the master port is in use on node1")
-    (line,) = said(found(replace(GOOD, variables={"GLOO_SOCKET_IFNAME": "ib0"})))
+    (line,) = problems(findings_for(replace(GOOD, variables={"GLOO_SOCKET_IFNAME": "ib0"})))
     assert line == (
         "warning: node1: GLOO_SOCKET_IFNAME=ib0 selects ib0, but the route to the other hosts uses eth0; set "
         "GLOO_SOCKET_IFNAME=eth0"
     )
-    (line,) = said(found(replace(GOOD, sees_probe=None)))
+    (line,) = problems(findings_for(replace(GOOD, sees_probe=None)))
     assert line.startswith("warning: run.directory=runs/default cannot be written here")
 
 
 def test_gpus() -> None:
-    """Nothing but GPUs' memory and number counts there; DS_ACCELERATOR=cpu takes them out."""
+    """With GPUs, their number and memory count and the host's memory does not; DS_ACCELERATOR=cpu excludes them."""
     good, other = (replace(fact, gpus=[10**11] * 2, free_memory=1000) for fact in (GOOD, OTHER))
-    assert said(found(good, other, job(slots=2))) == []
-    (line,) = said(found(good, other, job(slots=4)))[:1]
+    assert problems(findings_for(good, other, job(slots=2))) == []
+    (line,) = problems(findings_for(good, other, job(slots=4)))[:1]
     assert line == "error: node1: 2 GPUs for 4 processes; lower its slots in the hostfile"
-    (line,) = said(found(good, replace(other, gpus=[1000, 1000])))
+    (line,) = problems(findings_for(good, replace(other, gpus=[1000, 1000])))
     assert line.startswith("error: node2: needs up to 0.") and "of GPU memory, but only 0.0 MB is available" in line
     assert network.ring_devices([good, other], 2) == ["cuda:0", "cuda:0"]
     assert network.ring_devices([good], 2) == ["cuda:0", "cuda:1"]
     on_cpu = replace(good, variables={"DS_ACCELERATOR": "cpu"})
     assert network.ring_devices([on_cpu], 2) == network.ring_devices([replace(good, gpus=[1])], 2) == ["cpu", "cpu"]
     assert (
-        "error: node1: needs up to" in said(found(on_cpu, other))[-1]
-        or "would train on CPUs" in said(found(on_cpu, other))[-1]
+        "error: node1: needs up to" in problems(findings_for(on_cpu, other))[-1]
+        or "would train on CPUs" in problems(findings_for(on_cpu, other))[-1]
     )
 
 
@@ -171,14 +171,14 @@ def test_how_nccl_reads_its_variable(told: str, chosen: set[str]) -> None:
 
 
 def test_what_does_not_divide_or_leaves_stages_waiting() -> None:
-    (line,) = said(found(on=job("parallel.pipeline_stages=3")))
+    (line,) = problems(findings_for(on=job("parallel.pipeline_stages=3")))
     assert line.startswith("error: parallel.pipeline_stages=3 does not divide the 2 processes")
-    (line,) = said(found(on=job("train.global_batch_size=1", "train.micro_batch_size=1")))
+    (line,) = problems(findings_for(on=job("train.global_batch_size=1", "train.micro_batch_size=1")))
     assert line.startswith("warning: 1 micro-batches for 2 stages")
 
 
 def test_bytes_between_hosts() -> None:
-    """Counted by hand for two hosts of two processes; and the better order of ranks is named."""
+    """Counted by hand for two hosts of two processes; a finding names the better order of ranks."""
     overrides = [
         "train.global_batch_size=8",
         "train.micro_batch_size=1",
@@ -190,15 +190,15 @@ def test_bytes_between_hosts() -> None:
     hosts = ["node1", "node1", "node2", "node2"]
     sizes = [sum(stage_parameters(config.model, layers).values()) for layers in (range(2), range(2, 4))]
     assert sum(sizes) == count_parameters(config.model)
-    # Rings of two: each process sends its whole gradient once, over one of the two ways between the hosts.
+    # Rings of two: each process sends its whole gradient once, over one of the two links between the hosts.
     assert bytes_between_hosts(config, hosts, "stages_together") == 2 * 4 * sum(sizes)
     payload = payload_bytes(config.model, 2, 4, 4)
     assert bytes_between_hosts(config, hosts, "replicas_together") == 2 * 2 * 4 * payload
-    (line,) = said(found(on=job(*overrides, slots=2)))
+    (line,) = problems(findings_for(on=job(*overrides, slots=2)))
     assert (
         line.startswith("warning: parallel.topology=stages_together sends 0.2 MB") and "replicas_together would" in line
     )
-    assert said(found(on=job(*overrides, "parallel.topology=replicas_together", slots=2))) == []
+    assert problems(findings_for(on=job(*overrides, "parallel.topology=replicas_together", slots=2))) == []
 
 
 def test_a_slow_link_stands_out() -> None:
@@ -224,12 +224,12 @@ LINES = {
     "NAME='value'": ("warning", "'value'"),
     "NAME=$HOME/x": ("warning", "/home/me/x"),
 }
-"""A line of `.deepspeed_env`, what is said of it, and what becomes of NAME."""
+"""A line of `.deepspeed_env`, the level of its finding, and the value that NAME gets."""
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_a_line_of_the_launchers_file(line: str, tmp_path: Path) -> None:
-    """The verdict, and what really happens: DeepSpeed's own code makes the command, a shell runs it."""
+    """The finding agrees with what happens: DeepSpeed's own code builds the command, a shell runs it."""
     level, outcome = LINES[line]
     levels = [finding.level for finding in environment.environment_file("file", f"A=b\n{line}\n")]
     assert levels == [level]
@@ -250,12 +250,12 @@ def test_a_line_of_the_launchers_file(line: str, tmp_path: Path) -> None:
 
 
 def test_the_end_of_the_launchers_file() -> None:
-    """A last line without an end, and an empty file, are no blank lines; a blank last line is one."""
+    """A last line without a line break, and an empty file, are not blank lines; a blank last line is one."""
     for text, levels in (("A=b", ["ok"]), ("A=b\n", ["ok"]), ("", ["ok"]), ("A=b\n\n", ["error"])):
         assert [finding.level for finding in environment.environment_file("file", text)] == levels
 
 
-def test_variables_that_stay_behind(tmp_path: Path) -> None:
+def test_variables_that_are_not_forwarded(tmp_path: Path) -> None:
     here = {"NCCL_DEBUG": "INFO", "PYTHONPATH": "/x", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "LANG": "C"}
     forwarded = forwarded_variables(here, [])
     assert set(forwarded) == set(here) - {"LANG"}
@@ -289,7 +289,7 @@ def test_a_hostfile() -> None:
 
 
 def test_facts_of_this_machine(dataset: Path, tmp_path: Path) -> None:
-    """What is gathered is what is there; it survives the way through JSON."""
+    """The facts are right, and survive a round trip through JSON."""
     shards = tmp_path / "shards"
     shutil.copytree(dataset, shards)
     overrides = [*SMALL, f"data.path={shards}", f"run.directory={tmp_path / 'a/b'}"]
@@ -341,14 +341,14 @@ def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_command_on_this_machine(dataset: Path, tmp_path: Path) -> None:
-    """Its lines, a ring over two processes, and the exit status with and without an error."""
+    """Checks its lines, a ring of two processes, and the exit status with and without an error."""
     arguments = ["--config", "configs/quickstart.yaml", *SMALL, f"run.directory={tmp_path}"]
     good = doctor(*arguments, f"data.path={dataset}")
     lines = good.stdout.splitlines()
     assert good.returncode == 0 and not good.stderr, good.stdout + good.stderr
     assert all(line.startswith("ok: ") for line in lines), lines
     assert sum("MB/s, latency" in line for line in lines) == 2
-    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+    assert not list(tmp_path.iterdir()), "it leaves no file"
     bad = doctor(*arguments, f"data.path={tmp_path / 'none'}")
     assert bad.returncode == 2 and "error: " in bad.stdout and "no such folder" in bad.stdout and not bad.stderr
 
@@ -374,7 +374,7 @@ def test_help_has_an_example() -> None:
     assert finished.returncode == 0 and "python -m lime_dist.doctor --config configs/quickstart.yaml" in finished.stdout
 
 
-def test_the_answers_are_read_with_care() -> None:
+def test_answers_that_cannot_be_parsed() -> None:
     from lime_dist.doctor.hosts import Answer, parse_answers
 
     answers = {

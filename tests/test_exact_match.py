@@ -1,4 +1,4 @@
-"""Protects exact match: right and wrong solutions are told apart, prompts are those of training, and mistakes are one line."""
+"""Protects exact match: it tells right from wrong solutions, prompts are as in training, and mistakes give one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights."""
+    """A model with random weights."""
     folder = tmp_path_factory.mktemp("model")
     write_random(task_values(shards, folder / "run"))
     export.main(["--checkpoint", str(folder / "run"), "--output", str(folder / "out")])
@@ -39,7 +39,7 @@ def exported(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stub:
-    """Says what a function of the prompt says, token by token, then eos for ever; keeps its place in the cache."""
+    """Generates what a function of the prompt returns, token by token, then eos; keeps its position in the cache."""
 
     device = torch.device("cpu")
 
@@ -58,7 +58,7 @@ class Stub:
 
 
 def ask(shards: Path, change: Callable[[str, int], str]) -> tuple[exact_match.Score, list[list[int]], Tokenizer]:
-    """Score a model that gives each question's own solution, changed by its text and number."""
+    """Score a model that gives each question's solution after ``change(solution, index)``."""
     tokenizer = Tokenizer(shards / "tokenizer")
     mark = tokenizer.facts["symbols"][MARK]
     questions = exact_match.read_questions(shards, "validation", mark, tokenizer.eos_id, tokenizer.bos_id, 30)
@@ -73,25 +73,25 @@ def ask(shards: Path, change: Callable[[str, int], str]) -> tuple[exact_match.Sc
 
 
 def test_right_solutions_count_and_wrong_ones_do_not(shards: Path) -> None:
-    """Every third has another way to its answer, every fifth ends otherwise."""
+    """Every third solution reaches its answer another way, every fifth has another answer."""
 
     def change(solution: str, number: int) -> str:
         changed = "7=" + solution if number % 3 == 0 else solution
         return changed + "0" if number % 5 == 0 else changed
 
-    found, prompts, tokenizer = ask(shards, change)
-    assert (found.questions, found.exact, found.final) == (30, 16, 24) and len(found.wrong) == 14
-    assert all(wrong.actual != wrong.expected and wrong.question.endswith(MARK) for wrong in found.wrong)
+    score, prompts, tokenizer = ask(shards, change)
+    assert (score.questions, score.exact, score.final) == (30, 16, 24) and len(score.wrong) == 14
+    assert all(wrong.actual != wrong.expected and wrong.question.endswith(MARK) for wrong in score.wrong)
     assert all(prompt[0] == tokenizer.eos_id and prompt.count(tokenizer.eos_id) == 1 for prompt in prompts)
     assert ask(shards, lambda solution, _: solution)[0].exact == 30
 
 
 def test_a_solution_that_does_not_end_is_cut_off_and_wrong(shards: Path) -> None:
-    found, *_ = ask(shards, lambda solution, _: solution + "=1" * 500)
-    assert found.exact == 0 and max(len(wrong.actual) for wrong in found.wrong) < 200
+    score, *_ = ask(shards, lambda solution, _: solution + "=1" * 500)
+    assert score.exact == 0 and max(len(wrong.actual) for wrong in score.wrong) < 200
 
 
-def test_final_answers_stand_after_the_last_sign_or_line() -> None:
+def test_a_final_answer_follows_the_last_sign_or_line_break() -> None:
     assert exact_match.final_answer("4+16/2=4+8=12") == "12" and exact_match.final_answer("3") == "3"
     assert exact_match.final_answer("Eva is a bo.\nEvery bo is a ru.\nEva is a ru.") == "Eva is a ru."
 
@@ -107,13 +107,13 @@ def test_the_interval_is_wilsons() -> None:
 
 
 def test_answers_with_a_cache_are_those_of_whole_rows(exported: Path, shards: Path) -> None:
-    """The real model, asked alone and in a batch."""
+    """The real model, with prompts one by one and in a batch."""
     from lime_dist.export.exported import open_export
 
     model = open_export(exported).model
     prompts = torch.tensor([[2, 10, 20, 5], [2, 30, 7, 5], [2, 11, 12, 5]])
-    found = exact_match.answer(model, prompts, -1, 12)
-    for prompt, ids in zip(prompts, found, strict=True):
+    answers = exact_match.answer(model, prompts, -1, 12)
+    for prompt, ids in zip(prompts, answers, strict=True):
         row = prompt.tolist()
         for _ in range(12):
             with torch.no_grad():
@@ -129,9 +129,11 @@ def test_the_command(exported: Path, shards: Path, capsys: pytest.CaptureFixture
     assert lines[1] == "whole solution correct: 0, 0.00% (95 % interval 0.00% to 16.11%)"
     assert [line.split(":")[0] for line in lines[3::3]] == ["question", "question"]
     exact_match.main([*command, "--json", "--split", "train", "--samples", "0"])
-    found = json.loads(capsys.readouterr().out)
+    numbers = json.loads(capsys.readouterr().out)
     documents = json.loads((shards / "dataset.json").read_text())["splits"]["train"]["shards"][0]["documents"]
-    assert found["questions"] == documents and found["exact"]["count"] == 0 and len(found["final"]["interval"]) == 2
+    assert (
+        numbers["questions"] == documents and numbers["exact"]["count"] == 0 and len(numbers["final"]["interval"]) == 2
+    )
 
 
 def test_mistakes_are_one_line(exported: Path, shards: Path, dataset: Path, tmp_path: Path) -> None:

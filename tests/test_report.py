@@ -1,4 +1,4 @@
-"""Protects the report: it holds what the runs recorded, asks nobody for anything, and says in a line what it cannot use."""
+"""Protects the report: it shows what the runs recorded, loads nothing from elsewhere, and names in one line what it cannot use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYERS = 6
 def runs(
     workers: Callable[[int], WorkerGroup], dataset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Short runs on two stages: with a map, with weights that depend on the token, and without a history."""
+    """Short runs on two stages: with a router map, with weights that depend on the token, and without a history."""
     folder = tmp_path_factory.mktemp("runs")
     models: dict[str, dict[str, Any]] = {
         "chunked": {"lime": {"history": {"policy": "chunked", "chunk_size": 2, "rank": 1, "first": 1}}},
@@ -60,14 +60,14 @@ def runs(
 
 
 def make(monkeypatch: pytest.MonkeyPatch, output: Path, *paths: Path) -> str:
-    """What the command writes."""
+    """Run the command and return the page."""
     monkeypatch.setattr(sys, "argv", ["report", *map(str, paths), "--output", str(output)])
     report.main()
     return output.read_text()
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page; complains about tags that do not close in order."""
+    """Tags, attributes and text of a page; fails if tags do not close in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -114,19 +114,19 @@ def test_a_page_of_several_runs(monkeypatch: pytest.MonkeyPatch, runs: dict[str,
     assert "Where the time went" in words and any(word.startswith("computation: ") for word in words)
 
 
-def test_a_page_asks_nobody(monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], tmp_path: Path) -> None:
-    """No script, no frame, and no address but what is inside the page."""
-    found = Page(make(monkeypatch, tmp_path / "page.html", *runs.values()))
-    assert {tag for tag, _ in found.tags}.isdisjoint(
+def test_a_page_is_self_contained(monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], tmp_path: Path) -> None:
+    """No script, no frame, and only data: addresses."""
+    page = Page(make(monkeypatch, tmp_path / "page.html", *runs.values()))
+    assert {tag for tag, _ in page.tags}.isdisjoint(
         {"script", "iframe", "img", "object", "embed", "base", "form", "audio", "video"}
     )
     addresses = [
-        value for _, attributes in found.tags for name, value in attributes.items()
+        value for _, attributes in page.tags for name, value in attributes.items()
         if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster", "background")
     ]  # fmt: skip
     assert len(addresses) >= 2 and all(address is not None and address.startswith("data:") for address in addresses)
     styles = "".join(
-        value or "" for _, attributes in found.tags for name, value in attributes.items() if name == "style"
+        value or "" for _, attributes in page.tags for name, value in attributes.items() if name == "style"
     )
     assert "url(" not in styles + report.STYLE and "@import" not in report.STYLE
 
@@ -142,13 +142,13 @@ def test_the_map_is_that_of_the_newest_checkpoint(
         own, wide = self_retrieval(layers)[layer], entropy(layers)[layer]
         expected = f"layer {layer}: itself {100 * own:.0f} %, entropy {wide:.2f} nats; most: "
         assert any(word.startswith(expected) for word in page.words)
-    assert "Settings" in page.words and "model.hidden_size" in page.words, "a single run shows all of them"
+    assert "Settings" in page.words and "model.hidden_size" in page.words, "a single run shows all settings"
 
 
 def test_time_is_split_where_it_is_recorded(
     monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A run whose records say nothing of it, an old one, has no bar."""
+    """An old run, which did not record it, has no bar."""
 
     def rewrite(name: str, **seconds: float) -> Path:
         copy = tmp_path / name
@@ -173,7 +173,7 @@ def test_time_is_split_where_it_is_recorded(
 
 @pytest.fixture
 def broken(runs: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy to harm."""
+    """A copy of a run for a test to damage."""
     shutil.copytree(runs["chunked"], tmp_path / "broken")
     return tmp_path / "broken"
 
@@ -230,7 +230,7 @@ def overwrite(file: Path) -> None:
 
 
 def change(file: Path, old: str, new: str) -> None:
-    """Of a manifest, with the checksum that it has then: nothing but the change can be seen."""
+    """Change a manifest and update its checksum, so that only the change itself can be detected."""
     text = re.sub(r":\s*", ": ", file.read_text())
     assert old in text
     manifest = json.loads(text.replace(old, new))
@@ -280,7 +280,7 @@ def test_runs_of_the_same_name_are_told_apart(
     assert str(twin) in words and str(runs["llama"]) in words
 
 
-def test_what_people_write_is_text(monkeypatch: pytest.MonkeyPatch, broken: Path, tmp_path: Path) -> None:
+def test_names_are_escaped(monkeypatch: pytest.MonkeyPatch, broken: Path, tmp_path: Path) -> None:
     odd = tmp_path / "<script>&"
     broken.rename(odd)
     assert "<script>&" in Page(make(monkeypatch, tmp_path / "page.html", odd)).words
@@ -290,7 +290,7 @@ def test_what_people_write_is_text(monkeypatch: pytest.MonkeyPatch, broken: Path
 
 
 def test_losses_of_answers_are_called_so(monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], broken: Path) -> None:
-    """They are not of the same tokens as a run's that counts all."""
+    """They are over other tokens than the loss of a run that counts all."""
     settings = broken / "config.yaml"
     values = yaml.safe_load(settings.read_text())
     settings.write_text(yaml.safe_dump({**values, "data": {**values["data"], "answer_token": 5}}))
@@ -310,8 +310,8 @@ def test_a_line_is_where_its_points_are() -> None:
 
 
 def test_many_points_become_means() -> None:
-    found = thinned([(float(i), float(i % 2)) for i in range(10_001)])
-    assert len(found) <= 600 and found[0] == (8.0, 8 / 17) and found[-1][0] > 9990
+    points = thinned([(float(i), float(i % 2)) for i in range(10_001)])
+    assert len(points) <= 600 and points[0] == (8.0, 8 / 17) and points[-1][0] > 9990
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_bars_are_as_long_as_their_parts() -> None:
 
 
 def test_a_map_is_a_picture_of_its_cells() -> None:
-    """Read back: 0 is white, what is above the scale's end as dark as the end."""
+    """Decoded: 0 is white, and values above the end of the scale have the colour of its end."""
     cells = [[1.0, 0, 0], [0.5, 1.0, 0], [9.0, 0.25, float("nan")]]
     drawn, top = heat_map(cells, ["r0", "r1", "r2"], "x", "y")
     assert top == 1.0 and [f"<title>r{row}</title>" in drawn for row in range(3)] == [True] * 3

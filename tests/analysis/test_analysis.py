@@ -1,4 +1,4 @@
-"""Protects what is said of trained models: representations, their measures, routes, and the command that draws them."""
+"""Protects the analysis of trained models: representations, their measures, routes, and the command that draws them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 class Letters:
-    """A tokenizer whose tokens are numbers in words."""
+    """A tokenizer whose tokens decode to their ids."""
 
     def decode(self, ids: list[int]) -> str:
         return f" t{ids[0]}"
@@ -97,23 +97,21 @@ def test_representations_are_those_of_the_trainers_decoder(
         )
     decoder.get_submodule("model.norm").register_forward_hook(lambda module, given, out: states.append(out[0]))
     given = samples(2)
-    for tokens, found in zip(given, representations(exported, iter(given)), strict=True):
+    for tokens, sample in zip(given, representations(exported, iter(given)), strict=True):
         values.clear()
         states.clear()
         with torch.no_grad():
             decoder(tokens.unsqueeze(0))
-        assert torch.equal(found.tokens, tokens)
-        assert len(found.layers["values"]) == 5 and len(found.layers["states"]) == 6
+        assert torch.equal(sample.tokens, tokens)
+        assert len(sample.layers["values"]) == 5 and len(sample.layers["states"]) == 6
         for kind, wanted in (("values", values), ("states", states)):
-            for one, other in zip(found.layers[kind], wanted, strict=True):
+            for one, other in zip(sample.layers[kind], wanted, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert not any(router._forward_hooks for router in dynamic_routers(exported).values()), (
-        "the model is left as it was"
-    )
+    assert not any(router._forward_hooks for router in dynamic_routers(exported).values()), "all hooks are removed"
 
 
 def test_matrix_entropy() -> None:
-    """By the definition, and at both ends of its range; for more rows than columns and for fewer."""
+    """Agrees with the definition and at both ends of its range, with more rows than columns and with fewer."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((40, 7), (7, 40)):
         rows = torch.randn(shape, generator=generator)
@@ -128,12 +126,12 @@ def test_matrix_entropy() -> None:
 
 
 def test_entropy_by_layer() -> None:
-    found = EntropyByLayer()
+    entropy = EntropyByLayer()
     for scale in (1.0, 0.0):  # two orthogonal rows, then two equal ones
         rows = torch.tensor([[1.0, 0.0], [1.0 - scale, scale]])
-        found.add(Representations(torch.zeros(2), {"values": [rows], "states": [rows, torch.eye(2)]}, {}))
+        entropy.add(Representations(torch.zeros(2), {"values": [rows], "states": [rows, torch.eye(2)]}, {}))
     one = (pytest.approx(math.log(2) / 2), pytest.approx(math.log(2) / 2))
-    assert found.summary() == {
+    assert entropy.summary() == {
         "values": [one],
         "states": [one, (pytest.approx(math.log(2)), pytest.approx(0, abs=1e-9))],
     }
@@ -141,7 +139,7 @@ def test_entropy_by_layer() -> None:
 
 @pytest.mark.parametrize("name", ["dynamic", "dynamic-chunked"])
 def test_dynamic_routes(name: str, tmp_path: Path) -> None:
-    """Mean weights over all tokens and by type, against a loop; the routes listed are those that vary most."""
+    """Mean weights over all tokens and by type equal those of a loop; the listed routes are those that vary most."""
     exported, _ = exported_and_decoder(name, tmp_path)
     given = samples(8, 60)
     dynamic = DynamicWeights(frequent_types(given))
@@ -156,13 +154,15 @@ def test_dynamic_routes(name: str, tmp_path: Path) -> None:
     means = dynamic.means()
     assert list(means) == list(range(first, 5))
     for layer, mean in means.items():
-        everything = [weight for (at, _), found in by_type.items() if at == layer for weight in found]
+        everything = [weight for (at, _), of_type in by_type.items() if at == layer for weight in of_type]
         torch.testing.assert_close(mean, torch.stack(everything).mean(0).double(), rtol=1e-5, atol=1e-7)
     listed = dynamic.routes(exported)
     assert len(listed) == 20 and all(a.spread >= b.spread > 0 for a, b in zip(listed, listed[1:], strict=False))
     spreads = []
     for layer in means:
-        enough = [torch.stack(found).mean(0) for (at, _), found in by_type.items() if at == layer and len(found) >= 8]
+        enough = [
+            torch.stack(of_type).mean(0) for (at, _), of_type in by_type.items() if at == layer and len(of_type) >= 8
+        ]
         spreads += torch.stack(enough).double().std(0).flatten().tolist()
     assert [route.spread for route in listed] == pytest.approx(sorted(spreads, reverse=True)[:20], rel=1e-4)
     for route in listed:
@@ -178,50 +178,50 @@ def test_dynamic_routes(name: str, tmp_path: Path) -> None:
 
 
 def test_maps(tmp_path: Path) -> None:
-    """Every LIMe model has one: with a dynamic router of the mean weights; LLaMA and Hyper-Connections have none."""
+    """Every LIMe model has a map (of the mean weights if the router is dynamic); LLaMA and Hyper-Connections have none."""
     for name in MODELS:
         exported, _ = exported_and_decoder(name, tmp_path)
         given = samples(2)
         dynamic = DynamicWeights(frequent_types(given))
         for sample in representations(exported, iter(given)):
             dynamic.add(sample)
-        found = routes_of(exported, dynamic)
+        routes = routes_of(exported, dynamic)
         if name in ("llama", "hyper"):
-            assert found is None
+            assert routes is None
             continue
-        assert found is not None and found.map.shape == (5, 5)
-        assert found.self_retrieval[0] == 1 and found.distance[0] == 0 and found.entropy[0] == 0
-        assert (found.map.triu(1) == 0).all() and 0 < found.distance[4] < 4
+        assert routes is not None and routes.map.shape == (5, 5)
+        assert routes.self_retrieval[0] == 1 and routes.distance[0] == 0 and routes.entropy[0] == 0
+        assert (routes.map.triu(1) == 0).all() and 0 < routes.distance[4] < 4
         if name == "dynamic":
             rows = torch.stack([dynamic.means()[layer].mean(0).sum() for layer in range(1, 5)])
-            torch.testing.assert_close(found.map[1:].sum(1).double(), rows, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(found.map[4].double(), dynamic.means()[4].mean(0), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(routes.map[1:].sum(1).double(), rows, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(routes.map[4].double(), dynamic.means()[4].mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_words_are_found_evenly() -> None:
     given = [torch.tensor([1, 2, 1, 3, 1] * 6), torch.tensor([2, 1, 1, 4, 2] * 6)]
     words = {"one": 1, "two": 2, "three": 3, "five": 5}
     assert count_words(given, words) == {"one": 30, "two": 18, "three": 6, "five": 0}
-    found = find_words(given, words, 200)
-    assert found is not None and found.words == ["one", "two"] and found.each == 18
-    labels = iter(found.labels)
-    for tokens, places in zip(given, found.positions, strict=True):
-        assert places.tolist() == sorted(places.tolist())
-        assert [words[next(labels)] for _ in places] == tokens[places].tolist()
+    occurrences = find_words(given, words, 200)
+    assert occurrences is not None and occurrences.words == ["one", "two"] and occurrences.each == 18
+    labels = iter(occurrences.labels)
+    for tokens, positions in zip(given, occurrences.positions, strict=True):
+        assert positions.tolist() == sorted(positions.tolist())
+        assert [words[next(labels)] for _ in positions] == tokens[positions].tolist()
     assert next(labels, None) is None
     capped = find_words(given, words, 12)
     assert capped is not None and (capped.labels == "one").sum() == (capped.labels == "two").sum() == 12
-    assert capped.positions[0].tolist()[:4] == [0, 1, 2, 4], "the first ones"
+    assert capped.positions[0].tolist()[:4] == [0, 1, 2, 4], "the first occurrences"
     assert find_words(given, {"one": 1, "three": 3}, 200) is None and MIN_OCCURRENCES > 6
 
 
 def test_separability_and_clouds() -> None:
-    """Certain where the words lie apart, chance where nothing tells them apart."""
+    """Accuracy is 1 where words are far apart, and chance where nothing separates them."""
     generator = torch.Generator().manual_seed(1)
     given = [torch.tensor([1, 2] * 20) for _ in range(5)]
-    found = find_words(given, {"one": 1, "two": 2}, 200)
-    assert found is not None
-    states = WordStates(found)
+    occurrences = find_words(given, {"one": 1, "two": 2}, 200)
+    assert occurrences is not None
+    states = WordStates(occurrences)
     for tokens in given:
         noise = torch.randn(len(tokens), 3, generator=generator)
         apart = noise + 9 * (tokens == 2).unsqueeze(1)
@@ -233,14 +233,14 @@ def test_separability_and_clouds() -> None:
     assert states.separability(seed=0) == accuracies
     (cloud,) = states.clouds("values", [0], seed=0)
     assert cloud.shape == (200, 2)
-    centres = [cloud[found.labels == word].mean(0) for word in found.words]
-    within = max(cloud[found.labels == word].std() for word in found.words)
+    centres = [cloud[occurrences.labels == word].mean(0) for word in occurrences.words]
+    within = max(cloud[occurrences.labels == word].std() for word in occurrences.words)
     assert np.linalg.norm(centres[0] - centres[1]) > 1.5 * within
 
 
 @pytest.fixture(scope="module")
 def exports(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """LLaMA, LIMe over keys and values, LIMe Dynamic; random weights."""
+    """LLaMA, LIMe over keys and values, LIMe Dynamic, with random weights."""
     folder = tmp_path_factory.mktemp("analysis")
     made = []
     for name in ("llama", "kv", "dynamic"):
@@ -273,20 +273,20 @@ def test_the_command_draws_all_models_side_by_side(
         assert image.startswith(b"\x89PNG") and name in said
     assert page.count("data:image/png;base64,") == len(pictures)
     assert "Tokens to which the router responds: dynamic" in page and "responds: kv" not in page
-    found = json.loads((tmp_path / "out/analysis.json").read_text())
-    assert found["samples"] == 40 and found["sequence_length"] == 64
-    assert found["words"] == {"words": ["eta", "xi"], "occurrences_of_each": 15}
-    assert list(found["models"]) == ["llama", "kv", "dynamic"]
-    for name, one in found["models"].items():
+    numbers = json.loads((tmp_path / "out/analysis.json").read_text())
+    assert numbers["samples"] == 40 and numbers["sequence_length"] == 64
+    assert numbers["words"] == {"words": ["eta", "xi"], "occurrences_of_each": 15}
+    assert list(numbers["models"]) == ["llama", "kv", "dynamic"]
+    for name, one in numbers["models"].items():
         assert len(one["entropy"]["values"]) == 5 and len(one["entropy"]["states"]) == 6
         assert all(0 <= mean <= 1 for mean, _ in one["separability"]["values"])
         assert (one["routes"] is None) == (name == "llama")
         assert bool(one["dynamic_routes"]) == (name == "dynamic")
-    # Once more: the same numbers.
+    # A second call gives the same numbers.
     before = (tmp_path / "out/analysis.json").read_bytes()
     call(exports, dataset, tmp_path / "out", "--words", "eta,xi,alphabeta", "--samples", "40", "--occurrences", "15")
     assert (tmp_path / "out/analysis.json").read_bytes() == before
-    # Without words: no pictures of them stay.
+    # Without words, their pictures are removed.
     call(exports[:2], dataset, tmp_path / "out", "--words", "eta,alphabeta", "--samples", "2")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
         "entropy.png",

@@ -1,4 +1,4 @@
-"""Protects the program's first promise: a pipeline computes what one process computes, whatever the cut."""
+"""Protects the main guarantee: a pipeline computes what one process computes, for every cut into stages."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lime_dist.config.load import make_config
 
 STEPS = 5
 EVALUATION_MICRO_BATCH_SIZE = 4
-"""Not the training's: between training steps a pipeline carries payloads of another shape."""
+"""Differs from training: between training steps, payloads have another shape."""
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2}
-"""Largest ‖Δ‖∞/‖g‖∞ per tensor of gradients and parameters. bf16: 8 bits, rounded at every boundary again."""
+"""Largest ‖Δ‖∞/‖g‖∞ per tensor of gradients and parameters. bf16 has 8 significant bits and rounds at every boundary."""
 UPDATE_TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 1e-1}
-"""The same of what the float32 masters moved in all steps: a difference of near numbers; doing nothing would show as 1."""
+"""The same for the total update of the float32 master weights, a difference of close numbers. A missing update gives 1."""
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 
 
 def policy_settings(routes: str, policy: str, precision: str, **parallel: Any) -> dict[str, Any]:
-    """`settings` with 9 layers, so that chunks of 3 and 4 layers are cut, and 8 micro-batches."""
+    """`settings` with 9 layers, so that stages cut chunks of 3 and 4 layers, and 8 micro-batches."""
     values = settings("lime", 2 if routes == "kv" else 4, True, precision, **parallel)
     lime = {**ROUTES[routes], "history": POLICIES[policy]}
     values["model"] = {**values["model"], "num_hidden_layers": 9, "lime": lime}
@@ -54,7 +54,7 @@ def policy_settings(routes: str, policy: str, precision: str, **parallel: Any) -
 
 
 def settings(model: str, heads: int, tied: bool, precision: str, **parallel: Any) -> dict[str, Any]:
-    """Five layers (a number that no stage count here divides), 4 micro-batches, a clip that every step hits."""
+    """Five layers (not divisible by any stage count used here), 4 micro-batches, and clipping in every step."""
     return {
         "model": {
             **MODELS[model], "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24,
@@ -65,8 +65,8 @@ def settings(model: str, heads: int, tied: bool, precision: str, **parallel: Any
         "optimizer": {
             "warmup_steps": 2,
             "max_grad_norm": 0.05,
-            # With ε far above the clipped gradients an update is about lr · g / ε: it shows a wrong clip, which AdamW's
-            # normalisation would hide, and does not blow rounding errors of vanishing gradients up.
+            # With ε far above the clipped gradients an update is about lr · g / ε. So wrong clipping shows, which AdamW's
+            # normalisation would hide, and rounding errors of tiny gradients are not amplified.
             "lr": 0.01,
             "router_lr": 0.1,
             "eps": 0.01,
@@ -88,15 +88,15 @@ def check_equal(
     evaluation: int = EVALUATION_MICRO_BATCH_SIZE,
     as_precise_as: str = "",
 ) -> list[dict[str, Any]]:
-    """Losses, validation, gradients, norms and parameters of every rank against one process, with the tolerance of the
-    run's precision or of a lower one."""
+    """Compare losses, validation, gradients, norms and parameters of every rank with one process, with the tolerance of the
+    run's precision or of a lower one. Returns the results of the ranks."""
     results = group.run("support.cases.train_steps", values=values, steps=steps, evaluation_micro_batch_size=evaluation)
     train = {**values["train"], "compile": False}
     expected = reference(yaml.safe_dump({**values, "parallel": {}, "pipeline": {}, "train": train}), steps, evaluation)
     precision = as_precise_as or values["precision"]
     tolerance = TOLERANCE[precision]
     assert min(expected["norms"]) > values["optimizer"]["max_grad_norm"], (
-        "every step must clip, or clipping is not tested"
+        "every step must clip, otherwise clipping is not tested"
     )
     covered: set[str] = set()
     for result in results:
@@ -109,12 +109,12 @@ def check_equal(
             ("parameters", TOLERANCE[precision]),
             ("updates", UPDATE_TOLERANCE[precision]),
         ):
-            for name, found in result[kind].items():
+            for name, actual in result[kind].items():
                 wanted = expected[kind][name].double()
-                error = (found.double() - wanted).abs().max() / wanted.abs().max()
+                error = (actual.double() - wanted).abs().max() / wanted.abs().max()
                 assert error <= tolerance, f"{kind} of {name} on stage {result['stage']}: {error:.1e}"
         covered |= set(result["gradients"])
-    assert covered == set(expected["gradients"]), "every parameter's gradient must have been compared"
+    assert covered == set(expected["gradients"]), "every parameter's gradient must be compared"
     return results
 
 
@@ -141,7 +141,7 @@ def test_bf16_pipeline_equals_one_bf16_process(
 @pytest.mark.parametrize("cut", [[1, 4], [4, 1], [2, 3]], ids=str)
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
 def test_a_stage_without_a_router(workers: Callable[[int], WorkerGroup], cut: list[int], precision: str) -> None:
-    """Layer 0 has no router: the stage that holds it alone has an empty router group (DeepSpeed's ZeRO 1 hangs there)."""
+    """Layer 0 has no router: a stage that holds only it has an empty router group (where DeepSpeed's ZeRO-1 hangs)."""
     values = settings("lime", 2, True, precision, pipeline_stages=2, stage_layers=cut)
     results = check_equal(values, workers(2))
     assert [result["routers"] for result in results] == [cut[0] - 1, cut[1]]
@@ -165,7 +165,7 @@ def test_two_replicas_of_two_stages(
 def test_either_order_of_ranks(
     workers: Callable[[int], WorkerGroup], topology: str, order: list[int], engine: str
 ) -> None:
-    """Which ranks are neighbours, a replica's stages or a stage's replicas, changes nothing but where they are."""
+    """Whether neighbouring ranks are stages of a replica or replicas of a stage changes only where they run."""
     values = settings("lime", 2, True, "fp64", pipeline_stages=2, zero_stage=1, topology=topology)
     values["pipeline"] = {"engine": engine}
     results = check_equal(values, workers(4))
@@ -179,8 +179,8 @@ def test_either_order_of_ranks(
 @pytest.mark.parametrize("topology", ["stages_together", "replicas_together"])
 @pytest.mark.parametrize("policy", ["full", "first_last", "chunked"])
 def test_everything_together(workers: Callable[[int], WorkerGroup], policy: str, topology: str) -> None:
-    """2 stages × 2 replicas × ZeRO-1 × bf16 with float32 accumulation over micro-batches × activation checkpointing, as the
-    configurations for clusters have it; two steps, since what a rounding changes grows from step to step."""
+    """2 stages × 2 replicas × ZeRO-1 × bf16 with float32 accumulation over micro-batches × activation checkpointing, as in the
+    configurations for clusters. Two steps, since the effect of rounding grows from step to step."""
     values = policy_settings(
         "kv", policy, "bf16", pipeline_stages=2, zero_stage=1, activation_checkpointing=True, topology=topology
     )
@@ -194,7 +194,7 @@ def test_everything_together(workers: Callable[[int], WorkerGroup], policy: str,
 def test_copies_of_a_tied_weight_stay_the_same_over_three_replicas(
     workers: Callable[[int], WorkerGroup], zero_stage: int, precision: str
 ) -> None:
-    """Three replicas add up in an order that depends on where a weight lies, and it lies elsewhere on each stage."""
+    """The order in which three replicas are summed depends on a weight's position, which differs between the stages."""
     values = settings("lime", 2, True, precision, pipeline_stages=2, zero_stage=zero_stage)
     values["train"] = {**values["train"], "global_batch_size": 12}
     results = check_equal(values, workers(6))
@@ -243,12 +243,12 @@ def test_every_model_of_the_paper(
 
 @pytest.mark.parametrize("model", list(MODELS)[2:])
 def test_every_model_of_the_paper_in_bf16_with_two_replicas(workers: Callable[[int], WorkerGroup], model: str) -> None:
-    """Three steps: what a rounding changes grows from step to step."""
+    """Three steps, since the effect of rounding grows from step to step."""
     check_equal(settings(model, 4, True, "bf16", pipeline_stages=2, zero_stage=1), workers(4), steps=3)
 
 
 CUTS = {1: [9], 2: [5, 4], 3: [2, 5, 2], 4: [1, 3, 3, 2]}
-"""Layers of the stages: ends inside chunks of 3 and of 4, a stage with a whole chunk, one without a router."""
+"""Layers per stage: boundaries inside chunks of 3 and of 4, a stage with a whole chunk, one without a router."""
 
 
 POLICY_CASES = [
@@ -258,15 +258,15 @@ POLICY_CASES = [
     for stages in CUTS
     for turn in [p + r + stages]
 ]
-"""Policy, routes, stages, activation checkpointing, extra micro-batches in flight. The last two go round."""
+"""Policy, routes, stages, activation checkpointing, extra micro-batches in flight. The last two alternate."""
 
 
 def test_the_policy_cases_cover_every_triple() -> None:
-    """Of policy, routes, stages and checkpointing every three values meet; the extra micro-batches meet each of their values."""
+    """All triples of policy, routes, stages and checkpointing occur, and all pairs that include the extra micro-batches."""
     for count, factors in ((3, range(4)), (2, range(5))):
         for chosen in combinations(factors, count):
-            found = {tuple(case[i] for i in chosen) for case in POLICY_CASES}
-            assert found == set(product(*({case[i] for case in POLICY_CASES} for i in chosen))), chosen
+            covered = {tuple(case[i] for i in chosen) for case in POLICY_CASES}
+            assert covered == set(product(*({case[i] for case in POLICY_CASES} for i in chosen))), chosen
     values = [len({case[i] for case in POLICY_CASES}) for i in range(5)]
     assert values == [len(POLICIES) - 1, len(ROUTES), len(CUTS), 2, 3]
 
@@ -275,7 +275,7 @@ def test_the_policy_cases_cover_every_triple() -> None:
 def test_every_policy(
     workers: Callable[[int], WorkerGroup], policy: str, routes: str, stages: int, checkpointing: bool, extra: int
 ) -> None:
-    """8 micro-batches. Every policy with every route and stage count; the test above says what else meets."""
+    """Every policy with every route and stage count, with 8 micro-batches; the test above checks the other combinations."""
     values = policy_settings(
         routes,
         policy,
@@ -297,7 +297,7 @@ def test_every_policy(
 def test_every_schedule(
     workers: Callable[[int], WorkerGroup], stages: int, extra: int, routes: str, micro_batches: int
 ) -> None:
-    """Fewer micro-batches than stages included."""
+    """Includes fewer micro-batches than stages."""
     values = policy_settings(routes, "chunked", "fp64", pipeline_stages=stages, stage_layers=CUTS[stages])
     values["train"] = {**values["train"], "global_batch_size": micro_batches}
     values["pipeline"] = {"extra_in_flight": extra}
@@ -317,7 +317,7 @@ def test_the_stock_engine(workers: Callable[[int], WorkerGroup], routes: str, po
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("routes", ROUTES)
 def test_payloads_in_bf16(workers: Callable[[int], WorkerGroup], routes: str, policy: str, stages: int) -> None:
-    """Both engines round the same payloads: equal in all but the order of sums, and near one process, which rounds none."""
+    """Both engines round the same payloads: they are equal up to the order of sums, and close to one process, which rounds none."""
     losses, gradients = [], []
     for engine in ("overlap", "stock"):
         values = policy_settings(routes, policy, "fp64", pipeline_stages=stages, stage_layers=CUTS[stages])
@@ -326,8 +326,8 @@ def test_payloads_in_bf16(workers: Callable[[int], WorkerGroup], routes: str, po
         losses.append(results[0]["losses"] + results[0]["evaluations"])
         gradients.append({name: g for result in results for name, g in result["gradients"].items()})
     assert losses[0] == pytest.approx(losses[1], rel=1e-13)
-    for name, found in gradients[0].items():
-        assert (found - gradients[1][name]).abs().max() <= 1e-12 * found.abs().max(), name
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).abs().max() <= 1e-12 * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize("routes", ROUTES)
@@ -335,7 +335,7 @@ def test_payloads_in_bf16(workers: Callable[[int], WorkerGroup], routes: str, po
 def test_every_policy_in_low_precision_with_two_replicas(
     workers: Callable[[int], WorkerGroup], policy: str, routes: str
 ) -> None:
-    """bf16: five layers, for the stated tolerance; two steps, since what a rounding changes grows from step to step."""
+    """bf16: five layers, for the tolerance above; two steps, since the effect of rounding grows from step to step."""
     check_equal(policy_settings(routes, policy, "fp32", pipeline_stages=2, zero_stage=1), workers(4), steps=3)
     bf16 = policy_settings(routes, policy, "bf16", pipeline_stages=2, activation_checkpointing=True)
     bf16["model"]["num_hidden_layers"] = 5
