@@ -1,10 +1,10 @@
-"""A cluster on one machine: hosts from `benchmarks/links.py`, each with an sshd of its own, for the real launcher to run over.
+"""A cluster on one machine: hosts from `benchmarks/links.py`, each with its own sshd, for the real launcher.
 
     python tests/cluster/bed.py [--hosts 2] [--slots 1] [--rate 200mbit] [--delay 0.02] [COMMAND ...]
 
-runs COMMAND (by default a shell) on the first host. There, ``ssh host-b`` works, ``$HOSTFILE`` names a hostfile, and
-``deepspeed --hostfile $HOSTFILE pretrain.py …`` trains over all hosts. Keys live in a temporary folder; nobody's ~/.ssh is
-read or written. Needs root, and on Debian the packages openssh-server, openssh-client, pdsh, iproute2, util-linux.
+runs COMMAND (by default a shell) on the first host. There, ``ssh host-b`` works, ``$HOSTFILE`` is the path of a hostfile, and
+``deepspeed --hostfile $HOSTFILE pretrain.py …`` trains on all hosts. Keys are in a temporary folder; ~/.ssh is neither read nor
+written. Needs root, and on Debian the packages openssh-server, openssh-client, pdsh, iproute2, util-linux.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ LogLevel ERROR
 
 @dataclass(frozen=True)
 class Bed:
-    """Hosts with an sshd each.
+    """Hosts with an sshd on each.
 
     Attributes:
         folder: keys, hostfile, and in ``bin`` an `ssh` that uses them.
-        slots: processes a host, as the hostfile has it.
+        slots: processes per host, as in the hostfile.
     """
 
     hosts: list[Host]
@@ -72,22 +72,22 @@ class Bed:
         return self.folder / "hostfile"
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Of somebody who is logged in on a host: no launcher's variables, and a home of their own."""
+        """Environment of a login on a host: no variables of a launcher, and its own home."""
         launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         kept = {key: value for key, value in os.environ.items() if key not in launched}
         path = f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{kept.get('PATH', '')}"
         return {**kept, "PATH": path, "HOME": str(self.folder), "HOSTFILE": str(self.hostfile), **more}
 
     def start(self, *words: str, host: int = 0, directory: str | None = None, **more: str) -> subprocess.Popen[str]:
-        """Start a command on a host, its output together in a pipe; further arguments are environment variables."""
+        """Start a command on a host, with stdout and stderr in one pipe; further arguments are environment variables."""
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         command = self.hosts[host].command(*words, directory=directory)
         return subprocess.Popen(command, env=self.environment(**more), text=True, **pipes)
 
     def processes(self, host: int) -> dict[int, str]:
-        """Number (as seen here) and command line of what runs on a host beside its init and sshd; nothing that is dead."""
+        """The live processes of a host except its init and sshd: process id (as seen here) and command line."""
         init = self.hosts[host].init
-        found = {}
+        processes = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 same = os.readlink(folder / "ns/pid") == os.readlink(f"/proc/{init}/ns/pid")
@@ -101,22 +101,22 @@ class Bed:
                 and line != "sleep infinity"
                 and not line.startswith("sshd: ")
             ):
-                found[int(folder.name)] = line
-        return {number: line for number, line in found.items() if not line.startswith(SSHD)}
+                processes[int(folder.name)] = line
+        return {number: line for number, line in processes.items() if not line.startswith(SSHD)}
 
     def kill_everything(self, host: int) -> None:
-        """End all processes of a host but its init and sshd, at once and without a word."""
+        """Kill all processes of a host except its init and sshd."""
         for number in self.processes(host):
             os.kill(number, signal.SIGKILL)
 
     def set_link(self, host: int, state: str) -> None:
-        """Take a host's link ``down`` or ``up``. (Its address and its routes come back with it.)"""
+        """Take a host's link ``down`` or ``up``. (``up`` restores its address and routes.)"""
         self.hosts[host].run("ip", "link", "set", "dev", "eth0", state)
 
 
 @contextmanager
 def bed(folder: Path, count: int = 2, slots: int = 1, rate: str | None = None, delay: float = 0.0) -> Iterator[Bed]:
-    """Hosts host-a, host-b, … ; gone with all that runs on them when the block ends, or this process, however it ends.
+    """Hosts host-a, host-b, … They end, with everything that runs on them, when the block or this process ends in any way.
 
     Raises:
         NoNamespaces: rights or programs are missing.
@@ -129,17 +129,17 @@ def bed(folder: Path, count: int = 2, slots: int = 1, rate: str | None = None, d
         _make_keys(folder, names)
         (folder / "hostfile").write_text("".join(f"{name} slots={slots}\n" for name in names))
         for host in made:
-            # sshd refuses a locked account, as root's often is; here it is not.
+            # sshd refuses a locked account, which root's often is; unlock it on this host.
             host.run(
                 "sh",
                 "-c",
                 "sed 's/^root:[^:]*:/root:*:/' /etc/shadow >/run/shadow && mount --bind /run/shadow /etc/shadow",
             )
             host.run(SSHD, "-f", str(folder / f"{host.name}.sshd"))
-        found = Bed(made, folder, slots)
+        cluster = Bed(made, folder, slots)
         for host in made:
-            _await_ssh(found, host.name)
-        yield found
+            _await_ssh(cluster, host.name)
+        yield cluster
 
 
 def _make_keys(folder: Path, names: list[str]) -> None:
@@ -176,11 +176,11 @@ def main() -> None:
     from lime_dist.errors import run_command
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, default=2, help="how many, at most 26")
-    parser.add_argument("--slots", type=int, default=1, help="processes a host, as the hostfile has it")
-    parser.add_argument("--rate", help="of each link, as tc takes it")
+    parser.add_argument("--hosts", type=int, default=2, help="number of hosts, at most 26")
+    parser.add_argument("--slots", type=int, default=1, help="processes per host, as in the hostfile")
+    parser.add_argument("--rate", help="rate of each link, in the form of tc")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds from one host to another")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="runs on host-a; by default a shell")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="command to run on host-a; by default a shell")
     given = parser.parse_args()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""The test bed as fixtures: hosts joined by a fast network, and by a slow one."""
+"""Fixtures of the test bed: hosts on a fast network, and on a slow one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.bed import ROOT, Bed, NoNamespaces, bed
 
 @contextmanager
 def needed() -> Iterator[None]:
-    """A skip that says why where this machine cannot have hosts."""
+    """Skip with the reason if this machine cannot have hosts."""
     try:
         yield
     except NoNamespaces as reason:
@@ -27,17 +27,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
     """Two hosts."""
     with ExitStack() as stack:
         with needed():
-            found = stack.enter_context(bed(tmp_path_factory.mktemp("bed")))
-        yield found
+            cluster = stack.enter_context(bed(tmp_path_factory.mktemp("bed")))
+        yield cluster
 
 
 @pytest.fixture(scope="module")
 def slow_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
-    """Two hosts, 200 Mbit/s and 20 ms each way between them."""
+    """Two hosts with 200 Mbit/s and 20 ms in each direction between them."""
     with ExitStack() as stack:
         with needed():
-            found = stack.enter_context(bed(tmp_path_factory.mktemp("slow-bed"), rate="200mbit", delay=0.02))
-        yield found
+            cluster = stack.enter_context(bed(tmp_path_factory.mktemp("slow-bed"), rate="200mbit", delay=0.02))
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def queue(cluster: Bed, tmp_path_factory: pytest.TempPathFactory) -> slurm.Slurm
 
 @pytest.fixture(scope="session")
 def virtual_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The environment that runs the tests, in the form in which the scripts of launch/ take it for finished."""
+    """The environment that runs the tests, in a form that the scripts in launch/ accept as installed."""
     folder = tmp_path_factory.mktemp("venv")
     for name in ("bin", "lib", "pyvenv.cfg"):
         (folder / name).symlink_to(Path(sys.prefix) / name)

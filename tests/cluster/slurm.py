@@ -1,4 +1,4 @@
-"""Slurm on the test bed: a controller on the first host, and every host a node of its own; Debian's packages."""
+"""Slurm (Debian's packages) on the test bed: a controller on the first host; every host is a node."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ MUNGE = (
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running Slurm; it ends with the bed."""
+    """A running Slurm, which ends with the bed."""
 
     bed: Bed
     folder: Path
 
     def run(self, *words: str, host: int = 0, **more: str) -> str:
-        """A command's output, of one that must succeed."""
+        """Run a command, which must succeed; returns its output."""
         with self.bed.start(*words, host=host, SLURM_CONF=str(self.folder / "slurm.conf"), **more) as process:
             said: str = process.communicate(timeout=30)[0]
         assert process.returncode == 0, f"{' '.join(words)}: {said}"
         return said
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm says of a job, by its names for it."""
+        """The fields of `scontrol show job`."""
         return dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", number).split() if "=" in word)
 
 

@@ -1,4 +1,4 @@
-"""Protects runs over several hosts: the real launcher over ssh, one network namespace a host (`bed.py`)."""
+"""Protects runs over several hosts: the real launcher over ssh, one network namespace per host (`bed.py`)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def values(dataset: Path, directory: Path, steps: int, **train: int) -> dict[str
 
 
 def numbers(directory: Path) -> list[dict[str, float]]:
-    """Records of a run without what the clock decides."""
+    """Records of a run without the fields that depend on the clock."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [without_clock(json.loads(line)) for line in lines]
 
@@ -65,7 +65,7 @@ def write(settings: dict[str, Any], path: Path) -> Path:
 
 @contextmanager
 def running(cluster: Bed, virtual_environment: Path, config: Path) -> Iterator[Any]:
-    """`launch/multinode.sh` on the first host."""
+    """Run `launch/multinode.sh` on the first host."""
     script = ["bash", str(ROOT / "launch/multinode.sh"), str(cluster.hostfile), str(config)]
     more = {
         "LIME_VENV": str(virtual_environment), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
@@ -89,10 +89,10 @@ def wait_for_lines(process: Any, metrics: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-def test_nothing_is_left_of_a_bed_whose_maker_is_killed(cluster: Bed) -> None:
-    """``kill -9`` of the process that made the hosts ends them and all that runs on them."""
-    del cluster  # for its skip
-    mark = "86399"  # a duration, to know the process by
+def test_a_bed_ends_with_the_process_that_made_it(cluster: Bed) -> None:
+    """``kill -9`` of the process that made the hosts ends them and everything that runs on them."""
+    del cluster  # requested only to skip where hosts are impossible
+    mark = "86399"  # a duration that identifies the process
     command = [sys.executable, str(ROOT / "tests/cluster/bed.py"), "--delay", "0.001", "sleep", mark]
 
     def sleepers() -> list[str]:
@@ -115,8 +115,8 @@ def test_nothing_is_left_of_a_bed_whose_maker_is_killed(cluster: Bed) -> None:
 def test_a_slow_link_between_two_stages_changes_no_bit_and_no_byte(
     slow_cluster: Bed, workers: Workers, dataset: Path, tmp_path: Path
 ) -> None:
-    """Two hosts under `deepspeed --hostfile`, 200 Mbit/s and 20 ms between them: every record of one host's run, bit for bit;
-    and what crosses the boundary is what is predicted, as the run counts it and as the network interface does."""
+    """Two hosts under `deepspeed --hostfile`, with 200 Mbit/s and 20 ms between them, give every record of a run on one host, bit
+    for bit. The boundary bytes are as predicted, both as the run counts them and as the network interface does."""
     settings = values(dataset, tmp_path / "run", 8, global_batch_size=64, micro_batch_size=4)
     settings["data"]["sequence_length"] = 64
     config = write(settings, tmp_path / "run.yaml")
@@ -130,19 +130,19 @@ def test_a_slow_link_between_two_stages_changes_no_bit_and_no_byte(
 
     (payload,) = boundary_bytes(make_config(settings, "a test"))
     back = 8 * 16 * payload
-    there = back + payload  # and one micro-batch of evaluation
+    there = back + payload  # one micro-batch of evaluation
     assert f"stage 0 to 1: {there / 1e6:,.1f} MB there, {back / 1e6:,.1f} MB back" in said
     (link,) = json.loads(slow_cluster.hosts[0].run("ip", "-json", "-statistics", "link", "show", "eth0"))
     for counted, predicted in ((link["stats64"]["tx"], there), (link["stats64"]["rx"], back)):
-        assert predicted < counted["bytes"] < 1.2 * predicted  # headers; the launcher's and ssh's own talk
+        assert predicted < counted["bytes"] < 1.2 * predicted  # headers, and traffic of the launcher and ssh
     seconds = [json.loads(line).get("step_seconds", 9) for line in (tmp_path / "run/metrics.jsonl").open()]
-    assert min(seconds) > 16 * payload * 8 / 200e6, "no step is faster than its payloads fit through the link"
+    assert min(seconds) > 16 * payload * 8 / 200e6, "a step takes at least as long as its payloads need on the link"
 
 
 def test_two_replicas_of_two_stages_with_zero(
     cluster: Bed, virtual_environment: Path, workers: Workers, dataset: Path, tmp_path: Path
 ) -> None:
-    """Two hosts, four ranks, one replica a host, equal to one process on the joined batch."""
+    """Two hosts, four ranks, one replica per host: equal to one process on the joined batch."""
     settings = values(dataset, tmp_path / "run", 12)
     settings["parallel"] = {"pipeline_stages": 2, "zero_stage": 1}
     hostfile = cluster.hostfile.read_text()
@@ -155,23 +155,23 @@ def test_two_replicas_of_two_stages_with_zero(
     assert process.returncode == 0, said
     assert "replica 0: stages 0-1 on host-a; replica 1: stages 0-1 on host-b; 0 of 2 boundaries between hosts" in said
     settings["parallel"] = {}
-    for found, wanted in zip(
+    for actual, expected in zip(
         numbers(tmp_path / "run"), on_one_host(workers, 1, settings, tmp_path / "one"), strict=True
     ):
-        assert found == pytest.approx(wanted, rel=1e-4)
+        assert actual == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_lost_host_ends_the_job_and_the_run_goes_on(
+def test_a_lost_host_ends_the_job_and_the_run_resumes(
     cluster: Bed, virtual_environment: Path, workers: Workers, dataset: Path, tmp_path: Path
 ) -> None:
-    """A host's processes are killed; in the next start its link is taken down; the next is stopped by a signal to the script.
-    Each time all processes end on both hosts in time, with the host named; and the run ends as if nothing had been."""
+    """The first start ends when a host's processes are killed, the second when its link goes down, the third by a signal to the
+    script. Each time all processes on both hosts end in time and name the host. The run ends as if it had not been disturbed."""
     directory = tmp_path / "run"
     settings = values(dataset, directory, 100)
     config, metrics = write(settings, tmp_path / "run.yaml"), directory / "metrics.jsonl"
 
     def ended(process: Any) -> str:
-        """What the script said, after all of the job has ended on both hosts."""
+        """Wait until the job has ended on both hosts; returns the output of the script."""
         begin = time.monotonic()
         while any(left := [cluster.processes(0), cluster.processes(1)]):
             assert time.monotonic() - begin < TIMEOUT + 10, left
@@ -211,14 +211,14 @@ def test_a_lost_host_ends_the_job_and_the_run_goes_on(
 
 
 def examine(cluster: Bed, config: Path, *overrides: str, **more: str) -> tuple[int, list[str]]:
-    """The doctor's exit status and lines, asked on the first host."""
+    """Run the doctor on the first host; returns its exit status and lines."""
     command = ["python", "-m", "lime_dist.doctor", "--config", str(config), "--hostfile", str(cluster.hostfile)]
     with cluster.start(*command, *overrides, directory=str(ROOT), DS_ACCELERATOR="cpu", **more) as process:
         said = process.communicate(timeout=120)[0]
     return process.returncode, said.splitlines()
 
 
-def test_the_doctor_measures_links_and_finds_nothing(slow_cluster: Bed, dataset: Path, tmp_path: Path) -> None:
+def test_the_doctor_measures_links_and_finds_no_problem(slow_cluster: Bed, dataset: Path, tmp_path: Path) -> None:
     config = write(values(dataset, tmp_path / "run", 10), tmp_path / "run.yaml")
     (slow_cluster.folder / ".deepspeed_env").write_text(
         "DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n"
@@ -232,15 +232,15 @@ def test_the_doctor_measures_links_and_finds_nothing(slow_cluster: Bed, dataset:
     assert status == 0 and all(line.startswith("ok: ") for line in lines), lines
     assert any("stages 0 on host-a, 1 on host-b; 1 of 1 boundaries between hosts" in line for line in lines)
     measured = [re.search(r"ok: host-. to host-.: ([\d.]+) MB/s, latency ([\d.]+) ms", line) for line in lines]
-    bandwidths = [(float(found[1]), float(found[2])) for found in measured if found]
+    bandwidths = [(float(match[1]), float(match[2])) for match in measured if match]
     assert len(bandwidths) == 2
     for megabytes, milliseconds in bandwidths:
         assert 10 < megabytes < 25.5 and 20 < milliseconds < 40, "200 Mbit/s, 20 ms"
 
 
-def test_the_doctor_finds_what_is_wrong_with_a_host(cluster: Bed, dataset: Path, tmp_path: Path) -> None:
-    """On one of two hosts: another configuration file, a shard less, a DeepSpeed that trains wrongly, a disk that is full
-    and its own; on both an interface that does not exist."""
+def test_the_doctor_finds_the_problems_of_a_host(cluster: Bed, dataset: Path, tmp_path: Path) -> None:
+    """One of two hosts has another configuration file, a missing shard, a broken DeepSpeed, and a small disk of its own; on both,
+    the interface does not exist."""
     config = write(values(dataset, tmp_path / "run", 10), tmp_path / "run.yaml")
     host_b = tmp_path / "host-b"
     shutil.copytree(dataset, host_b / "shards")

@@ -1,4 +1,4 @@
-"""Protects the Slurm script under a real Slurm: ranks over two nodes, the time limit, the queue, and where it goes on."""
+"""Protects the Slurm script under a real Slurm: ranks on two nodes, the time limit, requeueing, and resuming."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cluster.test_cluster import numbers, values, write
 
 
 @pytest.mark.slow
-def test_a_run_that_meets_its_time_limit_is_queued_again_and_goes_on(
+def test_a_run_at_its_time_limit_is_requeued_and_resumes(
     queue: Slurm, virtual_environment: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """Two nodes, a stage each, and a minute, of which Slurm tells the script when fifty seconds are left."""
+    """Two nodes with a stage each. The time limit is one minute; Slurm signals the script when fifty seconds are left."""
     settings = values(dataset, tmp_path / "run", 100_000, checkpoint_interval=0, evaluation_samples=0)
     config, log = write(settings, tmp_path / "run.yaml"), tmp_path / "log"
-    # Nodes without GPUs, of one process each; everything else as the script has it.
+    # Nodes without GPUs, one process each; everything else as in the script.
     options = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=1", "--signal=B:USR1@50"]
     command = [
         "sbatch",

@@ -1,4 +1,4 @@
-"""Protects what the engines need of DeepSpeed and torch: after an upgrade, a name that is gone or has changed fails here."""
+"""Protects what the engines need of DeepSpeed and torch: after an upgrade, a name that is missing or has changed fails here."""
 
 from __future__ import annotations
 
