@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs all checks on this machine's CPU: installs what is missing, then runs ruff, mypy and pytest; stops at the first failure.
+# Runs all checks on this machine's CPU: installs what is missing, then runs ruff, mypy and pytest. Stops at a failure.
 #
 #   bash launch/test.sh [PYTEST ARGUMENT ...]
 #

@@ -15,7 +15,7 @@ class LimeError(Exception):
 
 
 class PeerLost(Exception):
-    """Another process of the job is gone. Its message is one line: which process waited for which, and in what operation."""
+    """Another process of the job is gone. The one-line message says which process waited for which, and in what."""
 
 
 def run_command(main: Callable[[], None], speaks: bool = True) -> None:
@@ -30,7 +30,7 @@ def run_command(main: Callable[[], None], speaks: bool = True) -> None:
         main()
     except LimeError as error:
         if not speaks:
-            # A launcher ends all processes when the first one ends. One that is still alive after this is alone with its error.
+            # A launcher ends all processes when one ends. If this one is still alive, no other has printed the error.
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -184,7 +184,7 @@ def requeued(environment: dict[str, str]) -> list[str]:
 
 
 def test_ranks_under_slurm(environment: dict[str, str]) -> None:
-    """Each task becomes a rank; the first node is the master. A job that ends by itself, with or without error, is not requeued."""
+    """Each task becomes a rank; the first node is the master. A job that ends by itself is not requeued."""
     done = run(environment, "slurm.sbatch", CONFIG, "train.steps=3", **JOB)
     assert done.returncode == 0 and not done.stderr
     first, *ranks = done.stdout.splitlines()

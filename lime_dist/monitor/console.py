@@ -20,14 +20,17 @@ class Console:
         self._bar: tqdm[None] | None = None
 
     def start(self, step: int, steps: int) -> None:
+        """Show the progress bar, if the output is a terminal."""
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
+        """Advance the progress bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def go_back(self, step: int) -> None:
+        """Set the progress bar back to a step."""
         if self._bar is not None:
             self._bar.n = step
 

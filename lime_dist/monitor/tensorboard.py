@@ -119,6 +119,6 @@ class TensorBoardLog:
 
 
 def _settings(config_text: str) -> dict[str, float | str | bool]:
-    """The configuration by dotted key, for TensorBoard's table of runs: numbers and booleans as they are, the rest as text."""
+    """The configuration by dotted key, for TensorBoard's table of runs. Lists and null become text."""
     values = flattened(yaml.safe_load(config_text))
     return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values.items()}

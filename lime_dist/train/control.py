@@ -1,6 +1,6 @@
 """The status that all ranks exchange after every step: one small all-reduce over the CPU.
 
-It has a gloo process group of its own, so that it neither waits for the GPU nor mixes with transfers of payloads or gradients.
+It has its own gloo process group, so that it neither waits for the GPU nor mixes with other transfers.
 (Between hosts, gloo uses the network interface that the host's name resolves to, or ``GLOO_SOCKET_IFNAME``.)
 """
 
@@ -58,8 +58,8 @@ class Control:
     Args:
         replica: index of this rank's replica, of ``replicas``.
         is_first, is_last: whether this rank holds the first, or the last, stage of its replica.
-        timeout: ``pipeline.timeout`` in seconds. The group's own timeout is longer, so that the watchdog, whose message says
-            more, ends the process first.
+        timeout: ``pipeline.timeout`` in seconds. The group's own timeout is longer, so that the watchdog ends the process
+            first: its message says more.
     """
 
     def __init__(self, replica: int, replicas: int, is_first: bool, is_last: bool, timeout: float) -> None:

@@ -1,4 +1,4 @@
-"""What every rank measures between two console lines, gathered once an interval, and the figures that rank 0 derives from it."""
+"""What every rank measures between two console lines, and the metrics that rank 0 derives from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Interval:
         tokens: of the steps, over all replicas.
         step_seconds: sum over the steps.
         seconds: by kind of work (`pipeline.clock`), in the steps and between them.
-        bytes: transferred over the boundary behind the stage in the steps, by direction; {} if the engine does not count.
+        bytes: transferred over the boundary behind the stage in the steps, by direction; {} if they are not counted.
         gradient_norm: of this stage's parameters in the newest step, before clipping.
         memory: peak memory of the device so far, in bytes; on a CPU, of the process.
         peak_flops: peak FLOPs per second of the device.
@@ -77,7 +77,7 @@ class Measurements:
             now.bytes[direction] = now.bytes.get(direction, 0) + count - before[direction]
 
     def gather(self, step: int) -> list[Interval]:
-        """End the interval; returns those of all ranks on rank 0, an empty list on the others. All ranks must call it."""
+        """End the interval. Returns the intervals of all ranks on rank 0, [] on the others; all ranks must call it."""
         run, now = self._run, self._now
         totals = run.engine.clock.totals()
         now.seconds = {kind: totals[kind] - self._last[kind] for kind in KINDS}
@@ -89,9 +89,9 @@ class Measurements:
             return run.control.gather(now)
 
     def time_split(self) -> dict[str, float]:
-        """Seconds since training began by kind of work and for the ``rest``, the mean over ranks; {} on ranks other than 0.
+        """Seconds since training began, by kind of work and for the ``rest``: the mean over ranks.
 
-        All ranks must call it.
+        Returned on rank 0; {} on the others. All ranks must call it.
         """
         totals = self._run.engine.clock.totals()
         own = {kind: totals[kind] - self._start[kind] for kind in KINDS}
@@ -147,7 +147,10 @@ def stage_scalars(intervals: Sequence[Interval]) -> dict[str, float]:
 
 
 def describe_boundaries(engine: LimeEngine) -> list[str]:
-    """A line for each boundary of replica 0: the bytes that crossed it, and how long its ends waited. All ranks must call it."""
+    """A line for each boundary of replica 0: the bytes that crossed it, and how long its ends waited.
+
+    All ranks must call it.
+    """
     own = (engine.grid.get_data_parallel_rank(), engine.stage_id, engine.traffic())
     gathered: list[tuple[int, int, dict[str, Traffic]] | None] = [None] * dist.get_world_size()
     with engine.watching("the end of the run"):

@@ -1,4 +1,7 @@
-"""The finished parts of a run, which the entry builds and the loop uses, and what `train` needs of checkpoints and monitor."""
+"""The finished parts of a run, and what `lime_dist.train` needs of checkpoints and of the monitor.
+
+``pretrain.py`` builds them; the loop uses them.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,7 @@ class Run:
     Attributes:
         train_batches, validation_batches: None on the stages between the first and the last, which read no data.
         evaluation_micro_batches: of each replica in a validation; 0: the run has no validation.
-        restore: loads the newest whole checkpoint. Returns it, None if there is none, and lines about those passed over.
+        restore: loads the newest whole checkpoint; returns it, or None, and a line for each one that it passed over.
     """
 
     config: Config

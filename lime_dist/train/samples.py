@@ -1,4 +1,4 @@
-"""Which samples a step read, for messages that name them and for the check that both ends of a pipeline read the same."""
+"""Which samples a step read: for messages, and to check that both ends of a pipeline read the same."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def combine(checksums: Sequence[int]) -> int:
 def describe_not_finite(
     config: Config, order: Order, consumed: int, replica: int, replicas: int, losses: Sequence[float]
 ) -> str:
-    """Which micro-batches of the step after ``consumed`` samples have a loss that is not finite; all ranks must call it.
+    """Name the micro-batches of the step after ``consumed`` samples whose loss is not finite; all ranks must call it.
 
     Args:
         losses: of this rank's micro-batches, on the last stage; empty on the others.
@@ -68,7 +68,7 @@ def describe_difference(
     different: int,
     own: tuple[int, str, Sequence[int]] | None,
 ) -> str:
-    """Where the first and the last stage of replica ``different`` read different tokens; all ranks must call it.
+    """Name the sample for which the two ends of replica ``different`` read different tokens; all ranks must call it.
 
     Args:
         own: (stage, data folder, checksum of each micro-batch) on these two ranks; None on all others.

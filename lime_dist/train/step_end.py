@@ -1,4 +1,4 @@
-"""The end of a training step: joint decisions, checkpoints, skipped updates, going back after a loss spike, and stopping.
+"""The end of a training step: joint decisions, checkpoints, skipped updates, loss spikes, and stopping.
 
 What only one rank notices (a signal, a full disk, different tokens) becomes here something that all ranks do together.
 """
@@ -64,7 +64,7 @@ class StepEnd:
             )
 
     def finish(self, state: TrainState, loss: float) -> TrainState:
-        """Exchange the ranks' status, save if a checkpoint is due, stop if asked to; returns the state to continue from.
+        """Exchange the status of all ranks, save if it is time, stop if asked to; returns the state to continue from.
 
         Raises:
             LimeError: the two ends of a replica read different tokens, or something cannot be written.
@@ -94,7 +94,7 @@ class StepEnd:
         """Make sure that the last state is on disk.
 
         Raises:
-            LimeError: it cannot be written. ``checkpoint.on_error`` does not matter: without it nothing could be resumed.
+            LimeError: it cannot be written, whatever ``checkpoint.on_error`` is; the steps since the last one would be lost.
         """
         self._settle(state, last=True)
         if self._saved_step != state.step:
@@ -207,7 +207,10 @@ class StepEnd:
     def _go_back(self, state: TrainState, loss: float) -> TrainState:
         """Restore the model of the newest checkpoint and continue with the samples that come next."""
         run, factor = self._run, self._run.config.train.spike_factor
-        spike = f"step {state.step}: the loss jumped to {loss:.4f} (train.spike_factor={factor}, recent median {self._spikes.median:.4f})"
+        spike = (
+            f"step {state.step}: the loss jumped to {loss:.4f} "
+            f"(train.spike_factor={factor}, recent median {self._spikes.median:.4f})"
+        )
         if self._spikes.too_many:
             self._fail(
                 state,

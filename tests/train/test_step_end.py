@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_its_samples_are_named(
 
 
 def test_too_many_skips_in_a_row_end_the_run(workers: Workers, dataset: Path, tmp_path: Path) -> None:
-    """Two skips in a row are allowed, three are not. A checkpoint of an earlier state that is still being written is finished."""
+    """Two skips in a row are allowed, three are not. A checkpoint that is still being written is finished."""
     changed = settings(dataset, tmp_path, train={"max_consecutive_skips": 3}, checkpoint={"asynchronous": True})
     events = [{"do": "loss", "step": step, "poison": True} for step in (5, 6, 9, 10, 11)]
     events.append({"do": "slow disk", "step": 10, "seconds": 0.5, "rank": 1})
