@@ -15,7 +15,7 @@ class LimeError(Exception):
 
 
 class PeerLost(Exception):
-    """Another process of the job is gone. The one-line message says which process waited for which, and in what."""
+    """Another process of the job is gone. The one-line message says who waited for whom, and in which operation."""
 
 
 def run_command(main: Callable[[], None], speaks: bool = True) -> None:
