@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import mean
 
 import torch
@@ -23,7 +23,7 @@ SENT, RETURNED = "sent to next", "received from next"
 """The two directions of the boundary behind a stage, as the engine names them: payloads, and their gradients."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Interval:
     """What one rank measured in the steps since the last interval.
 
@@ -39,14 +39,14 @@ class Interval:
 
     stage: int
     replica: int
-    steps: int = 0
-    tokens: int = 0
-    step_seconds: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=dict)
-    gradient_norm: float = 0.0
-    memory: int = 0
-    peak_flops: float = 0.0
+    steps: int
+    tokens: int
+    step_seconds: float
+    seconds: dict[str, float]
+    bytes: dict[str, int]
+    gradient_norm: float
+    memory: int
+    peak_flops: float
 
 
 class Measurements:
@@ -57,36 +57,44 @@ class Measurements:
     """
 
     def __init__(self, run: Run, peak_flops: float) -> None:
-        self._run, self._begin, self._peak = run, time.perf_counter(), peak_flops
-        self._start = self._last = run.engine.clock.totals()
-        self._now = self._new_interval()
+        self._run, self._begin, self._peak_flops = run, time.perf_counter(), peak_flops
+        self._first_totals = run.engine.clock.totals()
+        self._begin_interval(self._first_totals)
 
-    def _new_interval(self) -> Interval:
-        return Interval(self._run.engine.stage_id, self._run.replica)
+    def _begin_interval(self, totals: dict[str, float]) -> None:
+        self._totals = totals  # of the clock, when the interval began
+        self._steps, self._tokens, self._step_seconds = 0, 0, 0.0
+        self._bytes: dict[str, int] = {}
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
         """Measure a step over ``tokens`` tokens, counted over all replicas."""
         begin, before = time.perf_counter(), transferred_bytes(self._run.engine)
         yield
-        now = self._now
-        now.step_seconds += time.perf_counter() - begin
-        now.steps += 1
-        now.tokens += tokens
+        self._step_seconds += time.perf_counter() - begin
+        self._steps += 1
+        self._tokens += tokens
         for direction, count in transferred_bytes(self._run.engine).items():
-            now.bytes[direction] = now.bytes.get(direction, 0) + count - before[direction]
+            self._bytes[direction] = self._bytes.get(direction, 0) + count - before[direction]
 
     def gather(self, step: int) -> list[Interval]:
         """End the interval. Returns the intervals of all ranks on rank 0, [] on the others; all ranks must call it."""
-        run, now = self._run, self._now
-        totals = run.engine.clock.totals()
-        now.seconds = {kind: totals[kind] - self._last[kind] for kind in KINDS}
-        now.gradient_norm = run.optimizer.stage_gradient_norm.item()
-        now.memory = peak_memory(run.optimizer.flat_weights.device)
-        now.peak_flops = self._peak
-        self._last, self._now = totals, self._new_interval()
+        run, totals = self._run, self._run.engine.clock.totals()
+        interval = Interval(
+            stage=run.engine.stage_id,
+            replica=run.replica,
+            steps=self._steps,
+            tokens=self._tokens,
+            step_seconds=self._step_seconds,
+            seconds={kind: totals[kind] - self._totals[kind] for kind in KINDS},
+            bytes=self._bytes,
+            gradient_norm=run.optimizer.stage_gradient_norm.item(),
+            memory=peak_memory(run.optimizer.flat_weights.device),
+            peak_flops=self._peak_flops,
+        )
+        self._begin_interval(totals)
         with run.engine.watching(f"gathering the measurements of step {step}"):
-            return run.control.gather(now)
+            return run.control.gather(interval)
 
     def time_split(self) -> dict[str, float]:
         """Seconds since training began, by kind of work and for the ``rest``: the mean over ranks.
@@ -94,7 +102,7 @@ class Measurements:
         Returned on rank 0; {} on the others. All ranks must call it.
         """
         totals = self._run.engine.clock.totals()
-        own = {kind: totals[kind] - self._start[kind] for kind in KINDS}
+        own = {kind: totals[kind] - self._first_totals[kind] for kind in KINDS}
         own["rest"] = time.perf_counter() - self._begin - sum(own.values())
         with self._run.engine.watching("the end of the run"):
             by_rank = self._run.control.gather(own)
