@@ -34,6 +34,7 @@ from results import read_results, write, write_results
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
+from lime_dist.pipeline.schedules.base import make_schedule
 from lime_dist.plan.simulate import Link, StageTimes, boundary_bytes, simulate
 
 CHUNKED = "model.lime.history={policy: chunked, chunk_size: 16, rank: 2, first: 2}"
@@ -44,6 +45,8 @@ MODELS: dict[str, list[str]] = {
     "chunked": [CHUNKED],
     "dilated": ["model.lime.history={policy: dilated, stride: 4, first: 1, last: 1}"],
 }
+SCHEDULES = {"overlap": "1f1b", "stock": "stock", "stock-tuple": "stock"}
+"""By engine: its pipeline.schedule."""
 VARIANTS = {f"{engine} {model}": (engine, model) for engine in ("overlap", "stock") for model in MODELS}
 VARIANTS["stock-tuple full"] = ("stock-tuple", "full")
 LINKS = ("loopback", "slow")
@@ -106,7 +109,7 @@ def make_config(settings: dict[str, Any], engine: str, model: str, stages: int) 
         "data.sequence_length": settings["length"], "train.micro_batch_size": settings["batch"],
         "train.global_batch_size": settings["batch"] * settings["micro_batches"],
         "parallel.pipeline_stages": stages, "pipeline.extra_in_flight": settings["extra"],
-        "pipeline.engine": "overlap" if engine == "overlap" else "stock",
+        "pipeline.schedule": SCHEDULES[engine],
     }  # fmt: skip
     return load_config(None, [*(f"{key}={value}" for key, value in shape.items()), *MODELS[model]])
 
@@ -143,13 +146,12 @@ def simulated(settings: dict[str, Any], variant: str, links: dict[str, dict[str,
     engine, model = VARIANTS[variant]
     stages = links["loopback" if "loopback" in links else name]["variants"][variant]["stages"]
     times = [StageTimes(stage["forward"], stage["backward"]) for stage in stages]
+    config = make_config(settings, engine, model, 2)
     trace = simulate(
         times,
-        boundary_bytes(make_config(settings, engine, model, 2)),
+        boundary_bytes(config),
         Link(links[name]["bandwidth"], links[name]["latency"]),
-        settings["micro_batches"],
-        extra=settings["extra"],
-        engine="overlap" if engine == "overlap" else "stock",
+        make_schedule(config, settings["micro_batches"]),
         update=max(stage["update"] for stage in stages),
     )
     return trace.seconds
@@ -166,7 +168,7 @@ def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, A
     ]  # fmt: skip
     seconds = {variant: found["variants"][variant]["seconds"] for variant in VARIANTS}
     for variant, (engine, model) in VARIANTS.items():
-        base = seconds[f"{'overlap' if engine == 'overlap' else 'stock'} llama"]
+        base = seconds[f"{engine.removesuffix('-tuple')} llama"]
         config = make_config(settings, engine, model, 2)
         predicted = boundary_bytes(config)[0] * settings["micro_batches"]
         expected = simulated(settings, variant, links, name)
@@ -194,13 +196,13 @@ def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> s
     for variant, (engine, model) in VARIANTS.items():
         stages = links["loopback"]["variants"][variant]["stages"]
         forward, backward = (sum(stage[key] for stage in stages) / 4 for key in ("forward", "backward"))
-        sizes = boundary_bytes(make_config(settings, engine, model, 4))
+        config = make_config(settings, engine, model, 4)
+        sizes, schedule = boundary_bytes(config), make_schedule(config, settings["micro_batches"])
         cells = []
         for found in links.values():
             trace = simulate(
-                [StageTimes(forward, backward)] * 4, sizes, Link(found["bandwidth"], found["latency"]),
-                settings["micro_batches"], extra=settings["extra"], engine="overlap" if engine == "overlap" else "stock",
-            )  # fmt: skip
+                [StageTimes(forward, backward)] * 4, sizes, Link(found["bandwidth"], found["latency"]), schedule
+            )
             cells.append(f"{trace.seconds:.2f}")
         lines.append(f"| {variant} | {', '.join(f'{size:,}' for size in sizes)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -18,6 +18,7 @@ from deepspeed.runtime.pipe import schedule
 from pipeline_cost import VARIANTS, make_config
 from torch import Tensor
 
+from lime_dist.config.registry import SCHEDULES
 from lime_dist.distributed import quiet, start_processes
 from lime_dist.model.decoder import apply_head, embed
 from lime_dist.pipeline.clock import Clock
@@ -79,10 +80,10 @@ def build(settings: dict[str, Any], variant: str) -> LimeEngine:
     engine_name, model = VARIANTS[variant]
     config = make_config(settings, engine_name, model, 2)
     module = (TupleModule if engine_name == "stock-tuple" else LimePipelineModule)(config)
-    kinds = {"overlap": OverlapEngine, "stock": LimeEngine, "stock-tuple": TupleEngine}
     clock = Clock(next(module.parameters()).device)
     optimizer = make_stage_optimizer(config, module.exported_parameters, stage_process_groups(module), clock)
-    engine: LimeEngine = kinds[engine_name](module, config, optimizer, clock)
+    engine_class = TupleEngine if engine_name == "stock-tuple" else SCHEDULES[config.pipeline.schedule].engine_class()
+    engine: LimeEngine = engine_class(module, config, optimizer, clock)
     return engine
 
 
@@ -194,7 +195,7 @@ def main() -> None:
 def sent_forwards(engine: LimeEngine, counts: dict[str, int]) -> int:
     """Bytes that this process has sent so far; the first one sends payloads alone."""
     if isinstance(engine, OverlapEngine):
-        return sum(found.bytes for name, found in engine.traffic().items() if name.startswith("sent"))
+        return sum(found.bytes for name, found in engine.transfer_stats().items() if name.startswith("sent"))
     return counts.get("sent", 0)
 
 

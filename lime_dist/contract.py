@@ -119,8 +119,6 @@ NAMES: Mapping[str, Entries] = {
     },
     "deepspeed.runtime.pipe.schedule.PipeSchedule": {
         "__init__": ("(self, micro_batches, stages, stage_id)", "the arguments of every schedule"),
-        "is_first_stage": (PROPERTY, "whether the schedule is the first stage's"),
-        "is_last_stage": (PROPERTY, "whether the schedule is the last stage's"),
         "micro_batches": (INSTANCE, "of the step"),
         "num_pipe_buffers": ("(self)", "overridden: what _reserve_pipe_buffers gets"),
         "steps": ("(self)", "overridden: yields lists of instructions"),

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
+import lime_dist.pipeline.schedule as schedules
 import pytest
 from deepspeed.runtime.pipe.schedule import PipeInstruction
+from lime_dist.pipeline.schedule import OverlapSchedule
 
-import lime_dist.pipeline.schedule as schedules
 from lime_dist import load_config
 from lime_dist.model.cost import head_flops, layer_flops
-from lime_dist.pipeline.schedule import OverlapSchedule
 from lime_dist.plan.simulate import (
     Interval,
     Link,

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS, choice_of
+from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS, SCHEDULES, choice_of
 
 if TYPE_CHECKING:
     OptimizerName = str
     LearningRateName = str
+    ScheduleName = str
 else:
     OptimizerName = choice_of(OPTIMIZERS)
     LearningRateName = choice_of(LEARNING_RATES)
+    ScheduleName = choice_of(SCHEDULES)
 
 
 class Section(BaseModel):
@@ -400,10 +402,15 @@ class ParallelConfig(Section):
 class PipelineConfig(Section):
     """How payloads travel between stages."""
 
+    schedule: ScheduleName = Field(
+        "1f1b",
+        description="order of forward and backward passes: `1f1b` alternates them, with transfers that overlap the "
+        "computation; `stock` is DeepSpeed's own, with blocking transfers",
+    )
     engine: Literal["overlap", "stock"] = Field(
         "overlap",
-        description="`overlap` transfers payloads while stages compute; `stock` is DeepSpeed's schedule with blocking "
-        "transfers",
+        description="`overlap` transfers payloads while stages compute; `stock` is DeepSpeed's, with its schedule. If either "
+        "`engine` or `schedule` is given, the other follows",
     )
     extra_in_flight: int = Field(
         1,
@@ -417,6 +424,30 @@ class PipelineConfig(Section):
     timeout: float = Field(
         600.0, gt=0, le=1e6, description="seconds without progress after which a stage ends the job (hang detection)"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Fill in the engine that runs the given schedule, or the first schedule that the given engine runs."""
+        if not isinstance(values, dict) or ("schedule" in values) == ("engine" in values):
+            return values
+        if "schedule" in values:
+            schedule = values["schedule"]
+            known = isinstance(schedule, str) and schedule in SCHEDULES
+            return {**values, "engine": SCHEDULES[schedule].engine} if known else values
+        names = [cls.model_fields["schedule"].default, *SCHEDULES]
+        fitting = [name for name in names if SCHEDULES[name].engine == values["engine"]]
+        return {**values, "schedule": fitting[0]} if fitting else values
+
+    @model_validator(mode="after")
+    def _engine_runs_schedule(self) -> PipelineConfig:
+        engine = SCHEDULES[self.schedule].engine
+        if engine != self.engine:
+            raise ValueError(
+                f"pipeline.engine={self.engine} does not run pipeline.schedule={self.schedule}; set pipeline.engine={engine}, "
+                "or leave one of the two out"
+            )
+        return self
 
 
 class MonitorConfig(Section):
@@ -443,7 +474,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
-    pipeline: PipelineConfig = PipelineConfig()
+    pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     monitor: MonitorConfig = MonitorConfig()
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32",

@@ -27,7 +27,7 @@ from lime_dist.pipeline.clock import INSTRUCTIONS, VALIDATION, WAITING, Clock
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.placement import gather_placement
 from lime_dist.pipeline.process_groups import tied_communicators
-from lime_dist.pipeline.transfer import Traffic
+from lime_dist.pipeline.transfer import TransferStats
 from lime_dist.pipeline.watchdog import Watchdog
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -119,7 +119,7 @@ class LimeEngine(PipelineEngine):
         """Losses of the last step's micro-batches on the last stage; empty on the others."""
         return [loss.item() for loss in self.fwd_outputs] if self.is_last_stage() else []
 
-    def traffic(self) -> dict[str, Traffic]:
+    def transfer_stats(self) -> dict[str, TransferStats]:
         """Transfers of this stage so far, by direction; the stock engine does not count them."""
         return {}
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from lime_dist.config.precision import ITEM_BYTES
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.layout import block_ranges, block_size
 from lime_dist.model.parameters import EMBEDDING, Sizes, chunk_ends
 from lime_dist.model.policies import make_policy
-from lime_dist.pipeline.in_flight import AHEAD, warm_up_micro_batches
 from lime_dist.pipeline.optimizer_memory import optimizer_bytes
+from lime_dist.pipeline.schedules.base import BoundaryBytes, Schedule
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,12 @@ class MicroBatchBytes:
         """The stage's entries."""
         return self.crossing[layers.start] + sum(self.made[layers.start : layers.stop])
 
+    def boundary(self, layers: range) -> BoundaryBytes:
+        """What a stage that holds ``layers`` exchanges with its neighbours."""
+        received = self.sent[layers.start]
+        landing = received + (self.history(layers) - self.crossing[layers.start] if self.lands else 0)
+        return BoundaryBytes(received, self.sent[layers.stop], landing if layers.start else 0)
+
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -114,7 +118,7 @@ def stage_memory(
     sizes: Sizes,
     bounds: Sequence[int],
     stage: int,
-    micro_batches: int,
+    schedule: Schedule,
     replicas: int,
 ) -> StageMemory:
     """Memory of a stage at its peak.
@@ -122,14 +126,14 @@ def stage_memory(
     Args:
         sizes: of the stage's parameters.
         bounds: as of `partition.stage_bounds`.
-        micro_batches: of one replica and step.
+        schedule: of the step.
         replicas: of the pipeline.
     """
     layers = range(bounds[stage], bounds[stage + 1])
     is_tied = config.model.tie_word_embeddings and len(bounds) > 2
     weights, optimizer = optimizer_bytes(config, sizes, {EMBEDDING} if is_tied else set(), replicas)
     activations, history = kept.activations(layers), kept.history(layers)
-    held, transfers = _held(config, kept, layers, stage, len(bounds) - 1, micro_batches)
+    held, transfers = schedule.memory_in_flight(stage, kept.boundary(layers))
     worst = int((held * (activations + history) + transfers).argmax())
     return StageMemory(
         weights=weights,
@@ -142,28 +146,6 @@ def stage_memory(
     )
 
 
-def _held(
-    config: Config, kept: MicroBatchBytes, layers: range, stage: int, stages: int, micro_batches: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """By backward pass: micro-batches whose activations are held in it, and bytes of payloads and their gradients.
-
-    Before backward pass k a stage has made w + 1 + k forward passes, or all. What is sent is held until so many more have
-    been sent that it has arrived for certain (`transfer.Sender.window`); receives are posted ``AHEAD``.
-    """
-    overlaps, extra = config.pipeline.engine == "overlap", config.pipeline.extra_in_flight
-    warm_up = warm_up_micro_batches(micro_batches, stages, stage, extra if overlaps else 0)
-    done = np.arange(micro_batches)
-    forward = np.minimum(micro_batches, warm_up + 1 + done)
-    held = forward - done
-    sent_in, sent_out = kept.sent[layers.start], kept.sent[layers.stop]
-    if not overlaps:  # each micro-batch keeps what it received and sends; one of each kind is on its way
-        return held, held * (sent_in + sent_out) + sent_in + sent_out
-    on_their_way = np.minimum(forward, warm_up + 1 + AHEAD) * sent_out
-    on_their_way += (1 + np.minimum(AHEAD, micro_batches - 1 - done)) * sent_out
-    on_their_way += np.minimum(done, extra + 2 + AHEAD) * sent_in
-    landing = sent_in + (kept.history(layers) - kept.crossing[layers.start] if kept.lands else 0)
-    on_their_way += np.minimum(AHEAD, micro_batches - forward) * (landing if stage else 0)
-    return held, on_their_way
 
 
 def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:

@@ -1,8 +1,8 @@
 """The engine whose transfers overlap the computation (``pipeline.engine: overlap``).
 
-A payload is received straight into the memory of the history that it belongs to, and what leaves is freed once it has left:
-of a micro-batch in flight a stage keeps the autograd graph alone. Shapes follow from the configuration, so nothing is agreed
-on between stages, and an evaluation may have another micro-batch size than training.
+A payload is received into the memory of the history that it belongs to, and a sent payload is freed once its send has
+completed: of a micro-batch in flight a stage keeps the autograd graph only. Shapes follow from the configuration, so stages do
+not negotiate them, and an evaluation may have another micro-batch size than training.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.model.history import LayerHistory
 from lime_dist.pipeline.clock import TRANSFER, Clock
 from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
-from lime_dist.pipeline.in_flight import AHEAD
 from lime_dist.pipeline.module import LimePipelineModule
-from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule
-from lime_dist.pipeline.transfer import Receiver, Sender, Traffic
+from lime_dist.pipeline.schedules.base import make_schedule
+from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
+from lime_dist.pipeline.stage_schedule import EvaluationStage, TrainingStage
+from lime_dist.pipeline.transfer import Receiver, Sender, TransferStats
 
 
 @dataclass
@@ -33,12 +35,12 @@ class MicroBatch:
     """What a stage holds of a micro-batch in flight.
 
     Attributes:
-        inputs: tokens [B, T], or the payload received; its ``.grad`` is what is sent back.
-        history: the one whose memory the payload landed in.
+        inputs: tokens [B, T], or the received payload; its ``.grad`` is sent to the previous stage.
+        history: the history whose memory the payload was received into.
         labels: [B, T], on the last stage.
-        payload: what the next stage is to have; None once it is on its way.
-        gradient: of the payload, come back from there.
-        edge: where the backward pass begins: the output's place in the autograd graph, without its memory.
+        payload: the output for the next stage; None once its send has been posted.
+        gradient: of the payload, received from the next stage.
+        edge: the output's place in the autograd graph, without the output's memory; the backward pass starts from it.
         loss: on the last stage.
     """
 
@@ -52,7 +54,7 @@ class MicroBatch:
 
 
 class OverlapEngine(LimeEngine):
-    """Runs `OverlapSchedule`. The buffer id of an instruction is its micro-batch."""
+    """Runs any `OverlappedSchedule`. The buffer of an instruction is its micro-batch."""
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class OverlapEngine(LimeEngine):
     ) -> None:
         super().__init__(module, config, optimizer, clock, counted_shares)
         self._in_flight: dict[int, MicroBatch] = {}
+        self._receives_ahead: int = SCHEDULES[config.pipeline.schedule].receives_ahead
         self._failed = False
         self._from_previous: Receiver[LayerHistory | None] | None = None
         self._from_next: Receiver[None] | None = None
@@ -73,17 +76,18 @@ class OverlapEngine(LimeEngine):
             self._connect(stage)
 
     def _connect(self, stage: int) -> None:
-        """Make the two directions over the boundary behind ``stage``, of all replicas; called by all ranks together."""
-        # The watchdog speaks first: it knows more than the library's own time-out would say.
+        """Connect both directions of the boundary behind ``stage``, for all replicas. All ranks must call this together."""
+        # The groups' own time-out is longer than the watchdog's, whose message says more.
         patience = timedelta(seconds=2 * self.lime_config.pipeline.timeout + 60)
+        ahead = self._receives_ahead
         for ranks in self.grid.pipe_groups:
             ends = [ranks[stage], ranks[stage + 1]]
             there, back = (dist.new_group(ends, timeout=patience) for _ in range(2))
             if self.global_rank == ends[0]:
-                self._to_next, self._from_next = Sender(ends[1], there), Receiver(ends[1], back)
+                self._to_next, self._from_next = Sender(ends[1], there), Receiver(ends[1], back, ahead)
             if self.global_rank == ends[1]:
-                self._from_previous, self._to_previous = Receiver(ends[0], there), Sender(ends[0], back)
-            # Libraries connect at the first transfer, which both ends must be at: let that not be an early receive.
+                self._from_previous, self._to_previous = Receiver(ends[0], there, ahead), Sender(ends[0], back)
+            # Libraries connect at the first transfer and need both ends there. A receive posted ahead must not be the first.
             greeting = torch.zeros(1, device=self.device)
             for group, sender, receiver in ((there, *ends), (back, *reversed(ends))):
                 if self.global_rank == sender:
@@ -91,26 +95,26 @@ class OverlapEngine(LimeEngine):
                 if self.global_rank == receiver:
                     dist.recv(greeting, sender, group=group)
 
-    def traffic(self) -> dict[str, Traffic]:
-        """What this stage has sent and received since it was made, by direction; those that it has."""
+    def transfer_stats(self) -> dict[str, TransferStats]:
+        """What this stage has sent and received since the engine was made, by direction. Ends of the pipeline have two of four."""
         ends = {
             "sent to next": self._to_next,
             "received from previous": self._from_previous,
             "sent to previous": self._to_previous,
             "received from next": self._from_next,
         }
-        return {name: end.traffic for name, end in ends.items() if end is not None}
+        return {name: end.stats for name, end in ends.items() if end is not None}
 
     def _train_schedule(self) -> schedule.PipeSchedule:
-        return OverlapSchedule(
-            self.micro_batches, self.num_stages, self.stage_id, self.lime_config.pipeline.extra_in_flight
-        )
+        configured = make_schedule(self.lime_config, self.micro_batches)
+        assert isinstance(configured, OverlappedSchedule)
+        return TrainingStage(configured, self.stage_id)
 
     def _inference_schedule(self, micro_batches: int) -> schedule.PipeSchedule:
-        return ForwardSchedule(micro_batches, self.num_stages, self.stage_id)
+        return EvaluationStage(micro_batches, self.num_stages, self.stage_id)
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
-        """Raises RuntimeError after a step that an exception ended: its transfers would be taken for this one's."""
+        """Raises RuntimeError if an exception ended an earlier step: its pending transfers would be taken for this step's."""
         if self._failed:
             raise RuntimeError(
                 "an earlier step ended with an exception and left transfers half done; make a new engine"
@@ -132,65 +136,63 @@ class OverlapEngine(LimeEngine):
         self._failed = False
 
     def _begin(self, pipe_schedule: schedule.PipeSchedule) -> None:
-        """Post the first receives, and say how much may be under way: so much that the oldest has arrived for certain when
-        the window is full, since what follows from it has come back."""
+        """Post the first receives and set the windows of the senders."""
         assert self._shape is not None
         shape, count = self._shape, pipe_schedule.micro_batches
-        training = isinstance(pipe_schedule, OverlapSchedule)
+        payload_window = pipe_schedule.num_pipe_buffers() + self._receives_ahead
         if self._from_previous is not None:
             self._from_previous.begin(count, lambda: self.module.landing(*shape))
-        if self._from_next is not None and training:
-            returning = self.module.payload_shape(self.stage_id + 1, *shape)
-            self._from_next.begin(count, lambda: (self._empty(returning), None))
+        if isinstance(pipe_schedule, TrainingStage):
+            payload_window = pipe_schedule.schedule.payload_window(self.stage_id)
+            if self._from_next is not None:
+                returning = self.module.payload_shape(self.stage_id + 1, *shape)
+                self._from_next.begin(count, lambda: (self._empty(returning), None))
+            if self._to_previous is not None:
+                self._to_previous.window = pipe_schedule.schedule.gradient_window(self.stage_id)
         if self._to_next is not None:
-            self._to_next.window = pipe_schedule.num_pipe_buffers() + AHEAD
-        if self._to_previous is not None:
-            self._to_previous.window = self.lime_config.pipeline.extra_in_flight + 2 + AHEAD
+            self._to_next.window = payload_window
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.module.wire_dtype, device=self.device)
 
-    def _micro_batch(self, index: int) -> MicroBatch:
-        return self._in_flight.setdefault(index, MicroBatch())
-
     # -- instructions -------------------------------------------------------------------------------------------------
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
-        found = self._micro_batch(buffer_id)
+        micro_batch = self._in_flight.setdefault(buffer_id, MicroBatch())
         tokens, labels = next(self.data_iterator)
         if self.is_first_stage():
-            found.inputs = tokens.to(self.device)
+            micro_batch.inputs = tokens.to(self.device)
         if self.is_last_stage():
-            found.labels = labels.to(self.device)
+            micro_batch.labels = labels.to(self.device)
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
         assert self._from_previous is not None
-        found = self._micro_batch(buffer_id)
-        found.inputs, found.history = self._from_previous.take()
+        micro_batch = self._in_flight.setdefault(buffer_id, MicroBatch())
+        micro_batch.inputs, micro_batch.history = self._from_previous.take()
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
-        found = self._in_flight[buffer_id]
-        assert found.inputs is not None
+        micro_batch = self._in_flight[buffer_id]
+        assert micro_batch.inputs is not None
         training = torch.is_grad_enabled()
         if training and not self.is_first_stage():
-            found.inputs.requires_grad_()
-        output = self.module(found.inputs, found.history)
-        found.history = None  # the graph holds it as long as it needs it
+            micro_batch.inputs.requires_grad_()
+        output = self.module(micro_batch.inputs, micro_batch.history)
+        micro_batch.history = None  # the graph holds it as long as it needs it
         if self.is_last_stage():
-            assert found.labels is not None
-            found.loss = self._add_loss(output, found.labels)
+            assert micro_batch.labels is not None
+            micro_batch.loss = self._add_loss(output, micro_batch.labels)
         else:
-            found.payload = output.detach()
-            found.edge = get_gradient_edge(output) if training else None
+            micro_batch.payload = output.detach()
+            micro_batch.edge = get_gradient_edge(output) if training else None
         if not training and self.is_last_stage():
             del self._in_flight[buffer_id]
 
     def _exec_send_activations(self, buffer_id: int) -> None:
-        found = self._in_flight[buffer_id]
-        assert self._to_next is not None and found.payload is not None
-        self._to_next.post(found.payload)
-        found.payload = None
-        if found.edge is None:  # an evaluation
+        micro_batch = self._in_flight[buffer_id]
+        assert self._to_next is not None and micro_batch.payload is not None
+        self._to_next.post(micro_batch.payload)
+        micro_batch.payload = None
+        if micro_batch.edge is None:  # an evaluation
             del self._in_flight[buffer_id]
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
@@ -198,20 +200,20 @@ class OverlapEngine(LimeEngine):
         self._in_flight[buffer_id].gradient, _ = self._from_next.take()
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
-        found = self._in_flight[buffer_id]
-        if found.loss is not None:
-            (found.loss / self.micro_batches).backward()
+        micro_batch = self._in_flight[buffer_id]
+        if micro_batch.loss is not None:
+            (micro_batch.loss / self.micro_batches).backward()
         else:
-            assert found.edge is not None
-            torch.autograd.backward([found.edge], [found.gradient])
-        found.loss = found.edge = found.gradient = None
+            assert micro_batch.edge is not None
+            torch.autograd.backward([micro_batch.edge], [micro_batch.gradient])
+        micro_batch.loss = micro_batch.edge = micro_batch.gradient = None
         if self.is_first_stage():
             del self._in_flight[buffer_id]
 
     def _exec_send_grads(self, buffer_id: int) -> None:
-        found = self._in_flight.pop(buffer_id)
-        assert self._to_previous is not None and found.inputs is not None and found.inputs.grad is not None
-        self._to_previous.post(found.inputs.grad)
+        micro_batch = self._in_flight.pop(buffer_id)
+        assert self._to_previous is not None and micro_batch.inputs is not None and micro_batch.inputs.grad is not None
+        self._to_previous.post(micro_batch.inputs.grad)
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **LimeEngine._INSTRUCTION_MAP,

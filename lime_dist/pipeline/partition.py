@@ -15,9 +15,9 @@ import numpy.typing as npt
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.parameters import EMBEDDING, layer_parameters, summary_parameters
-from lime_dist.pipeline.in_flight import AHEAD, micro_batches_in_flight
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes
 from lime_dist.pipeline.optimizer_memory import parameter_bytes
+from lime_dist.pipeline.schedules.base import make_schedule
 
 TOLERANCE = 0.05
 """How much costlier than with the best cut by compute the costliest stage may be, for the sake of cuts at chunk ends."""
@@ -91,9 +91,7 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     if model.architecture == "lime" and model.lime.routes == "hidden":
         fixed += history * max(size, 4) / size  # gradients, of the micro-batch that is walked backwards
 
-    overlaps = config.pipeline.engine == "overlap"
-    extra = config.pipeline.extra_in_flight if overlaps else 0
-    micro_batches = max(1, train.global_batch_size // train.micro_batch_size)
+    schedule = make_schedule(config, max(1, train.global_batch_size // train.micro_batch_size))
     embedding = parameter_bytes(config, {EMBEDDING: model.vocab_size * model.hidden_size})
     norm = parameter_bytes(config, {"model.norm.weight": model.hidden_size})
     head = parameter_bytes(
@@ -111,10 +109,10 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
             once += norm
             if stage > 0 or not model.tie_word_embeddings:
                 once += head
-        found: Costs = (activations + own) * micro_batches_in_flight(micro_batches, stages, stage, extra) + fixed + once
-        if stage > 0 and overlaps:
-            found = found + AHEAD * landing
-        return found
+        costs: Costs = (activations + own) * schedule.micro_batches_in_flight(stage) + fixed + once
+        if stage > 0 and schedule.receives_ahead:
+            costs = costs + schedule.receives_ahead * landing
+        return costs
 
     return of_stage
 

@@ -1,8 +1,8 @@
-"""Payloads and gradients on their way over a stage boundary, each direction on its own: sends that do not block, receives
-that are posted before they are needed.
+"""Transfers of payloads and gradients over a stage boundary: sends that do not block, and receives posted ahead.
 
-Each direction of each boundary has a process group of its two ranks: with NCCL the operations of a group run in the order in
-which they were issued, and an early receive would hold up a send, over another boundary too, for ever.
+Each direction of each boundary has a process group of its own with its two ranks. With NCCL the operations of a group run in
+the order in which they were issued: in a shared group, a receive that is posted early would block later sends, also those
+over other boundaries, and the pipeline would deadlock.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from typing import Any, Generic, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from lime_dist.pipeline.in_flight import AHEAD
-
 T = TypeVar("T")
 
 
 @dataclass
-class Traffic:
-    """What crossed a boundary in one direction, seen from one end.
+class TransferStats:
+    """What crossed a boundary in one direction, as one end counts it.
 
     Attributes:
         bytes: of tensors.
-        transfers: how many.
-        waited: seconds that this end waited for transfers. On a GPU a wait is queued, not waited for, and does not show.
+        transfers: number of tensors.
+        waited: seconds that this end waited for transfers. On a GPU the host queues a wait and goes on, so that it counts 0.
     """
 
     bytes: int = 0
@@ -38,50 +36,53 @@ class Traffic:
 
 @dataclass
 class Sender:
-    """One direction, the end that sends.
+    """The sending end of one direction.
 
     Args:
-        peer: global rank of the other end.
+        peer: global rank of the receiving end.
 
     Attributes:
-        window: tensors that may be under way at a time; one more waits for the oldest. (gloo says that a send has ended
-            only to those who wait for it, so that memory is given back no sooner.)
+        window: tensors that may be under way at a time; another send first waits for the oldest. (gloo frees a tensor only
+            once its send has been waited for.)
     """
 
     peer: int
     group: dist.ProcessGroup
-    traffic: Traffic = field(default_factory=Traffic)
-    window: int = 1 + AHEAD
+    stats: TransferStats = field(default_factory=TransferStats)
+    window: int = 1
     _under_way: deque[tuple[Any, Tensor]] = field(default_factory=deque)
 
     def post(self, tensor: Tensor) -> None:
-        """Send a contiguous tensor, which nobody may write to any more; returns at once unless the window is full."""
+        """Send a contiguous tensor, which must not be written to afterwards. Returns at once unless the window is full."""
         begin = time.perf_counter()
         while len(self._under_way) >= self.window:
             self._under_way.popleft()[0].wait()
-        self.traffic.waited += time.perf_counter() - begin
+        self.stats.waited += time.perf_counter() - begin
         self._under_way.append((dist.isend(tensor, self.peer, group=self.group), tensor))
-        self.traffic.bytes += tensor.nbytes
-        self.traffic.transfers += 1
+        self.stats.bytes += tensor.nbytes
+        self.stats.transfers += 1
 
     def drain(self) -> None:
-        """Wait until everything has left."""
+        """Wait until all sends have completed."""
         begin = time.perf_counter()
         while self._under_way:
             self._under_way.popleft()[0].wait()
-        self.traffic.waited += time.perf_counter() - begin
+        self.stats.waited += time.perf_counter() - begin
 
 
 @dataclass
 class Receiver(Generic[T]):
-    """One direction, the end that receives.
+    """The receiving end of one direction. Call ``begin``, then ``take`` once per announced tensor.
 
-    Use: ``begin``, then ``take`` as often as announced.
+    Args:
+        peer: global rank of the sending end.
+        ahead: receives that are posted beyond the one that is waited for.
     """
 
     peer: int
     group: dist.ProcessGroup
-    traffic: Traffic = field(default_factory=Traffic)
+    ahead: int
+    stats: TransferStats = field(default_factory=TransferStats)
     _posted: deque[tuple[Any, Tensor, T]] = field(default_factory=deque)
     _left: int = 0
 
@@ -89,7 +90,7 @@ class Receiver(Generic[T]):
         """Announce ``count`` tensors and post the first receive.
 
         Args:
-            allocate: gives the memory of the next one, and what it belongs to.
+            allocate: returns memory for the next tensor, and the object that the memory belongs to.
         """
         self._left, self._allocate = count, allocate
         self._post(1)
@@ -101,12 +102,12 @@ class Receiver(Generic[T]):
             self._left -= 1
 
     def take(self) -> tuple[Tensor, T]:
-        """The next tensor, once it is there; the one after it can come meanwhile."""
-        self._post(1 + AHEAD)
+        """Wait for the next tensor and return it with its owner. The tensors after it can arrive meanwhile."""
+        self._post(1 + self.ahead)
         work, tensor, owner = self._posted.popleft()
         begin = time.perf_counter()
         work.wait()
-        self.traffic.waited += time.perf_counter() - begin
-        self.traffic.bytes += tensor.nbytes
-        self.traffic.transfers += 1
+        self.stats.waited += time.perf_counter() - begin
+        self.stats.bytes += tensor.nbytes
+        self.stats.transfers += 1
         return tensor, owner

@@ -1,7 +1,7 @@
-"""What a configuration will cost, before it runs: per stage parameters, FLOPs, memory and bytes, and the time of a step.
+"""Forecast what a configuration costs: parameters, FLOPs, memory and bytes per stage, and the time of a step.
 
-Nothing of the model's size is allocated, and neither torch nor DeepSpeed is imported (but for ``pipeline.engine: stock``, whose
-schedule is DeepSpeed's).
+Nothing of the model's size is allocated. Neither torch nor DeepSpeed is imported, except for ``pipeline.schedule: stock``,
+which is DeepSpeed's own.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from lime_dist.model import traffic
 from lime_dist.model.parameters import stage_parameters
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.pipeline.schedules.base import make_schedule
 from lime_dist.plan.simulate import Link, StageTimes, boundary_bytes, simulate, stage_times
 from lime_dist.plan.wavefront import step_seconds
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process has, and what joins it to others.
+    """The resources of a process and its links to other processes.
 
     Attributes:
-        flops: that it reaches in matrix products, per second.
-        memory_bandwidth: bytes per second between it and its memory.
+        flops: FLOPs per second that it reaches in matrix products.
+        memory_bandwidth: bytes per second to and from its memory.
         bandwidth: bytes per second to any other process, in each direction.
-        latency: seconds until a transfer's last byte is there after it has left.
-        memory: bytes; None: as much as it takes.
+        latency: seconds from when a transfer's last byte leaves to its arrival.
+        memory: bytes, or None for no limit.
     """
 
     flops: float
@@ -48,10 +49,10 @@ class StageForecast:
     """One stage.
 
     Attributes:
-        layers: the decoder layers that it holds.
-        parameters: elements, with embedding and output projection where they are.
+        layers: its decoder layers.
+        parameters: number of elements, including the embedding and the output projection on their stages.
         forward_flops, backward_flops: of one micro-batch.
-        boundary_bytes: of one micro-batch's payload to the next stage; its gradient, which comes back, has as many.
+        boundary_bytes: of one micro-batch's payload to the next stage; the gradient that comes back has as many.
     """
 
     layers: range
@@ -64,17 +65,17 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the seconds of a step go; they add up to it.
+    """The seconds of a step by cause; their sum is the step.
 
-    Passes set the pace where they would take longer without transfers than transfers without passes, else links do.
+    Passes set the pace if the step without transfers takes longer than the step without passes. Otherwise links do.
 
     Attributes:
-        computation: of a stage, on average; where links set the pace, what passes add to the step.
-        imbalance: what the busiest stage computes beyond the average; 0 where links set the pace.
-        link: what transfers add to the step; where they set the pace, the step without passes.
-        bubble: filling and draining the pipeline with passes; 0 where links set the pace.
-        latency: what it adds.
-        reduction: gradients over the replicas and tied weights, ZeRO-1's weights back.
+        computation: of a stage, on average. If links set the pace: what passes add to the step.
+        imbalance: of the busiest stage, beyond the average. 0 if links set the pace.
+        link: what transfers add to the step. If links set the pace: the step without passes.
+        bubble: filling and draining the pipeline. 0 if links set the pace.
+        latency: what the latency of transfers adds.
+        reduction: of gradients over the replicas and of tied weights, and with ZeRO-1 the exchange of updated weights.
     """
 
     computation: float
@@ -90,11 +91,11 @@ class Forecast:
     """One step of a configuration on a machine.
 
     Attributes:
-        parameters: of the whole model, a tied weight once.
-        micro_batches: of one replica and step.
-        tokens: of a step, over all replicas.
-        seconds: of a step.
-        bubble: the share of the step in which stages do not compute, on average.
+        parameters: of the whole model; a tied weight counts once.
+        micro_batches: per replica and step.
+        tokens: per step, over all replicas.
+        seconds: per step.
+        bubble: the fraction of the step in which stages do not compute, on average.
     """
 
     stages: list[StageForecast]
@@ -108,18 +109,18 @@ class Forecast:
 
     @property
     def flops(self) -> float:
-        """Of a step, over all replicas."""
+        """Per step, over all replicas."""
         passes = self.micro_batches * self.replicas
         return passes * sum(stage.forward_flops + stage.backward_flops for stage in self.stages)
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of the stage that needs most."""
+        """Bytes of the stage that needs the most memory."""
         return max(stage.memory.peak for stage in self.stages)
 
     @property
     def limit(self) -> str:
-        """The part that takes most of the step."""
+        """The name of the largest part of the step."""
         parts = vars(self.parts)
         return max(parts, key=lambda name: parts[name])
 
@@ -128,21 +129,21 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
     """Forecast one training step.
 
     Raises:
-        LimeError: the processes do not divide into stages, or the batch does not factor.
+        LimeError: the number of processes is no multiple of the stages, or the batch does not divide into micro-batches.
     """
     replicas, micro_batches = batch_split(config, processes)
     bounds = stage_bounds(config)
     flops = stage_times(config, 1.0, bounds)
     sizes = boundary_bytes(config, bounds)
     parameters = [stage_parameters(config.model, range(start, stop)) for start, stop in pairwise(bounds)]
-    kept = MicroBatchBytes.of(config)
+    kept, schedule = MicroBatchBytes.of(config), make_schedule(config, micro_batches)
     stages = [
         StageForecast(
             layers=range(bounds[stage], bounds[stage + 1]),
             parameters=sum(parameters[stage].values()),
             forward_flops=flops[stage].forward,
             backward_flops=flops[stage].backward,
-            memory=stage_memory(config, kept, parameters[stage], bounds, stage, micro_batches, replicas),
+            memory=stage_memory(config, kept, parameters[stage], bounds, stage, schedule, replicas),
             boundary_bytes=[*sizes, 0][stage],
         )
         for stage in range(len(flops))
@@ -154,7 +155,7 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
     busy = micro_batches * fmean(each.forward + each.backward for each in times)
     return Forecast(
         stages=stages,
-        parameters=sum({name: size for found in parameters for name, size in found.items()}.values()),
+        parameters=sum({name: size for sizes in parameters for name, size in sizes.items()}.values()),
         replicas=replicas,
         micro_batches=micro_batches,
         tokens=config.train.global_batch_size * config.data.sequence_length,
@@ -167,15 +168,15 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
 def machine_times(
     config: Config, machine: Machine, bounds: Sequence[int], flops: Sequence[StageTimes]
 ) -> list[StageTimes]:
-    """Seconds by stage of one micro-batch's passes: matrix products, then what else moves memory.
+    """Seconds by stage of one micro-batch's passes: matrix products, and then all other memory traffic.
 
     Args:
-        flops: by stage, as of `stage_times` at one FLOP a second.
+        flops: by stage; the result of `stage_times` at one FLOP per second.
     """
     model, size = config.model, ITEM_BYTES[config.precision]
     tokens = config.train.micro_batch_size * config.data.sequence_length
     moved = [traffic.layer_traffic(model, layer, tokens, size) for layer in range(model.num_hidden_layers)]
-    found = []
+    times = []
     for (start, stop), each in zip(pairwise(bounds), flops, strict=True):
         parts = moved[start:stop]
         forward, backward = (sum(part) for part in zip(*parts, strict=True))
@@ -184,13 +185,13 @@ def machine_times(
         if stop == model.num_hidden_layers:
             head = traffic.head_traffic(model, tokens, size)
             forward, backward = forward + head[0], backward + head[1]
-        found.append(
+        times.append(
             StageTimes(
                 each.forward / machine.flops + forward / machine.memory_bandwidth,
                 each.backward / machine.flops + backward / machine.memory_bandwidth,
             )
         )
-    return found
+    return times
 
 
 def step_parts(
@@ -201,7 +202,7 @@ def step_parts(
     micro_batches: int,
     reduction: float,
 ) -> Parts:
-    """Where a step's seconds go: the same step simulated as it is, without latency, without transfers, and without passes."""
+    """Attribute the seconds of a step, by evaluating it as it is, without latency, without transfers, and without passes."""
     transfers = [size / machine.bandwidth for size in sizes]
     as_it_is, without_latency, without_transfers, without_passes = _scenarios(
         config, times, transfers, machine.latency, micro_batches
@@ -214,45 +215,47 @@ def step_parts(
         computation, imbalance = without_latency - without_passes, 0.0
         link, bubble = without_passes, 0.0
     latency = as_it_is - without_latency
-    return Parts(*(max(0.0, found) for found in (computation, imbalance, link, bubble, latency, reduction)))
+    return Parts(*(max(0.0, seconds) for seconds in (computation, imbalance, link, bubble, latency, reduction)))
 
 
 def _scenarios(
     config: Config, times: Sequence[StageTimes], transfers: Sequence[float], latency: float, micro_batches: int
 ) -> list[float]:
-    """Seconds of the step: as it is, without latency, without transfers, and without latency and passes."""
-    if config.pipeline.engine == "stock":
-        payloads, nothing = [round(found * 1e12) for found in transfers], [StageTimes(0.0, 0.0)] * len(times)
+    """Seconds of the step: as it is, without latency, without transfers, and without latency and passes.
+
+    A schedule without diagonals is simulated, which gives the same seconds and takes longer.
+    """
+    schedule = make_schedule(config, micro_batches)
+    if schedule.diagonals() is None:
+        payloads, nothing = [round(seconds * 1e12) for seconds in transfers], [StageTimes(0.0, 0.0)] * len(times)
         settings = [(times, 1e12, latency), (times, 1e12, 0.0), (times, float("inf"), 0.0), (nothing, 1e12, 0.0)]
         return [
-            simulate(each, payloads, Link(bandwidth, delay), micro_batches, engine="stock").seconds
-            for each, bandwidth, delay in settings
+            simulate(each, payloads, Link(bandwidth, delay), schedule).seconds for each, bandwidth, delay in settings
         ]
     forward, backward = (
         np.outer([getattr(each, name) for each in times], [1.0, 1.0, 1.0, 0.0]) for name in ("forward", "backward")
     )
     durations = np.outer(transfers, [1.0, 1.0, 0.0, 1.0])
     latencies = np.outer(np.full(len(transfers), latency), [1.0, 0.0, 0.0, 0.0])
-    found = step_seconds(forward, backward, durations, latencies, micro_batches, config.pipeline.extra_in_flight)
-    return [float(seconds) for seconds in found]
+    return [float(seconds) for seconds in step_seconds(schedule, forward, backward, durations, latencies)]
 
 
 def reduction_seconds(config: Config, parameters: Sequence[int], machine: Machine, replicas: int) -> float:
-    """Seconds in which gradients are reduced after the last pass, on the stage that takes longest.
+    """Seconds of the reduction of gradients after the last pass, on the stage that takes longest.
 
-    Over replicas as around a ring, in which each sends (replicas − 1) / replicas of the bytes for the sum, and as much to hand
-    it out (with ZeRO-1 weights are handed out); then the tied weight between first and last stage.
+    Over replicas it is a ring: each sends (replicas − 1) / replicas of the bytes for the sum, and as much to distribute it (with
+    ZeRO-1 the weights are distributed). The gradient of a tied weight between first and last stage comes after it.
 
     Args:
         parameters: by stage.
     """
     model, size = config.model, ITEM_BYTES[config.precision]
-    exact = max(4, size)
-    handed_out = size if config.parallel.zero_stage == 1 else exact
-    ring = (replicas - 1) / replicas * max(parameters) * (exact + handed_out)
+    accumulation_bytes = max(4, size)
+    distributed = size if config.parallel.zero_stage == 1 else accumulation_bytes
+    ring = (replicas - 1) / replicas * max(parameters) * (accumulation_bytes + distributed)
     seconds = ring / machine.bandwidth + 2 * (replicas - 1) * machine.latency
     if model.tie_word_embeddings and len(parameters) > 1:
-        seconds += model.vocab_size * model.hidden_size * exact / machine.bandwidth + 2 * machine.latency
+        seconds += model.vocab_size * model.hidden_size * accumulation_bytes / machine.bandwidth + 2 * machine.latency
     return seconds
 
 

@@ -1,13 +1,13 @@
-"""How long one training step of a pipeline takes: the engines' own schedules, played over given stage and link times.
+"""Seconds of one training step of a pipeline: a schedule's instructions, performed with given stage and link times.
 
 Every stage performs its instructions in order. A boundary has a link in each direction, which carries its transfers in
-order, one at a time: a transfer occupies the link for bytes / bandwidth seconds and is there ``latency`` seconds later.
+order, one at a time: a transfer occupies the link for bytes / bandwidth seconds and arrives ``latency`` seconds later.
 
-overlap: a send returns at once; receives are posted as `pipeline/transfer.py` posts them, ``AHEAD`` beyond the one that
-is waited for. A transfer starts when both ends have posted it and the link is free.
-stock: sends and receives block. A transfer starts when both ends are at it; the sender goes on when the bytes are out.
+If transfers overlap the computation, a send returns at once and receives are posted as `pipeline/transfer.py` posts them,
+``receives_ahead`` beyond the one that is waited for. A transfer starts when both ends have posted it and the link is free.
+If transfers block, a transfer starts when both ends have reached it, and the sender continues when the bytes are out.
 
-Left out: the loss's way to all ranks, data-parallel reductions, and whatever transfers take from the processors.
+Left out: broadcasting the loss, data-parallel reductions, and processor time that transfers take.
 """
 
 from __future__ import annotations
@@ -16,28 +16,39 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import NamedTuple
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.pipeline.in_flight import AHEAD
 from lime_dist.pipeline.memory import ITEM_BYTES
 from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.pipeline.schedules.base import (
+    BACKWARD_PASS,
+    FORWARD_PASS,
+    LOAD_MICRO_BATCH,
+    OPTIMIZER_STEP,
+    RECEIVES,
+    RECV_ACTIVATION,
+    RECV_GRAD,
+    REDUCE_GRADS,
+    REDUCE_TIED_GRADS,
+    SEND_ACTIVATION,
+    SEND_GRAD,
+    SENDS,
+    Schedule,
+)
 
-if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.schedule import PipeSchedule
-
-SENDS = frozenset({"SendActivation", "SendGrad"})
-RECEIVES = frozenset({"RecvActivation", "RecvGrad"})
+WITHOUT_TIME = frozenset({LOAD_MICRO_BATCH, REDUCE_TIED_GRADS, REDUCE_GRADS})
+"""Instructions that the simulation skips."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """One boundary, the same in both directions (full duplex).
+    """A boundary's link, the same in both directions (full duplex).
 
     Args:
         bandwidth: bytes per second, above 0; ``math.inf`` for transfers that take no time.
-        latency: seconds between a transfer's last byte leaving and its arrival.
+        latency: seconds from when a transfer's last byte leaves to its arrival.
     """
 
     bandwidth: float
@@ -46,16 +57,17 @@ class Link:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds that one micro-batch's passes take on one stage."""
+    """Seconds of one micro-batch's passes on one stage."""
 
     forward: float
     backward: float
 
 
 class Interval(NamedTuple):
-    """What a stage did from ``begin`` to ``end``, in seconds from the step's start.
+    """What a stage did from ``begin`` to ``end``, in seconds from the start of the step.
 
-    ``instruction`` is DeepSpeed's name of it: a pass, a transfer (for as long as it holds the stage up) or OptimizerStep.
+    ``instruction`` is the kind of instruction: a pass, a transfer (for as long as the stage waits for it) or OptimizerStep,
+    whose ``micro_batch`` is 0.
     """
 
     instruction: str
@@ -71,8 +83,8 @@ class StepTrace:
     Attributes:
         seconds: until the last stage has finished.
         busy: by stage, seconds of passes and update.
-        waiting: by stage, seconds in sends and receives. The rest up to ``seconds`` it is done and idle.
-        bubble: by stage, the share of the step in which it does not compute, 1 − busy / seconds.
+        waiting: by stage, seconds in sends and receives. For the rest of ``seconds`` the stage has finished and is idle.
+        bubble: by stage, the fraction of the step in which it does not compute, 1 − busy / seconds.
         intervals: by stage, in order and without gaps.
     """
 
@@ -85,12 +97,12 @@ class StepTrace:
 
 @dataclass
 class _Direction:
-    """One direction of one boundary. Lists are by micro-batch, in seconds from the step's start.
+    """One direction of one boundary. Lists are in the order of its transfers, in seconds from the start of the step.
 
     Attributes:
         duration: seconds that a transfer occupies the link.
-        sends, receives: when they were posted.
-        out: when a transfer's last byte had left; known as soon as both ends have posted.
+        sends, receives: when each end posted them.
+        out: when a transfer's last byte had left; known as soon as both ends have posted it.
     """
 
     duration: float
@@ -100,99 +112,96 @@ class _Direction:
     out: list[float] = field(default_factory=list)
 
     def post(self, end: list[float], clock: float) -> None:
-        """Post the next transfer at an end, ``sends`` or ``receives``."""
+        """Post the next transfer at one end, ``sends`` or ``receives``."""
         end.append(clock)
-        micro_batch = len(self.out)
-        if micro_batch < min(len(self.sends), len(self.receives)):
+        transfer = len(self.out)
+        if transfer < min(len(self.sends), len(self.receives)):
             free = self.out[-1] if self.out else 0.0
-            start = max(self.sends[micro_batch], self.receives[micro_batch], free)
+            start = max(self.sends[transfer], self.receives[transfer], free)
             self.out.append(start + self.duration)
 
-    def settled(self, micro_batch: int) -> bool:
-        return len(self.out) > micro_batch
+    def is_settled(self, transfer: int) -> bool:
+        return len(self.out) > transfer
 
 
-_Wait = tuple[str, int, _Direction]  # kind of instruction, micro-batch, and what is not settled yet
+class _Wait(NamedTuple):
+    """An instruction that cannot end yet, and the transfer that it waits for."""
 
+    instruction: str
+    micro_batch: int
+    direction: _Direction
+    transfer: int
 
-def _schedule(engine: str, micro_batches: int, stages: int, stage: int, extra: int) -> PipeSchedule:
-    """The engine's own. (Imported here: DeepSpeed takes seconds to import, and not all who plan simulate.)"""
-    from deepspeed.runtime.pipe.schedule import TrainSchedule
-
-    from lime_dist.pipeline.schedule import OverlapSchedule
-
-    if engine == "stock":
-        return TrainSchedule(micro_batches, stages, stage)
-    return OverlapSchedule(micro_batches, stages, stage, extra)
-
-
-def _instructions(schedule: PipeSchedule) -> Iterator[tuple[str, int]]:
-    """Kind and micro-batch, which is the count of the kind so far: the stock schedule's buffer ids are used again."""
-    count: Counter[str] = Counter()
-    for instructions in schedule.steps():
-        for instruction in instructions:
-            kind = type(instruction).__name__
-            yield kind, count[kind]
-            count[kind] += 1
+    @property
+    def is_over(self) -> bool:
+        return self.direction.is_settled(self.transfer)
 
 
 def _perform(
-    schedule: PipeSchedule, compute: Mapping[str, float], directions: Mapping[str, _Direction], blocking: bool
+    schedule: Schedule, stage: int, compute: Mapping[str, float], directions: Mapping[str, _Direction]
 ) -> Iterator[_Wait | Interval]:
-    """Perform a stage's step: yields each interval, and before it, as long as its end is not known, what it waits for.
+    """Perform a stage's step: yield each interval; before it, yield what it waits for as long as its end is not known.
 
     Args:
         compute: seconds by kind of instruction.
-        directions: by kind of instruction, for those that transfer.
+        directions: by kind of instruction, for transfers.
+
+    Raises:
+        ValueError: an instruction that is neither a transfer of this stage nor has a duration.
     """
-    clock = 0.0
-    if not blocking:
+    clock, blocks = 0.0, schedule.is_blocking
+    if not blocks:
         for kind in RECEIVES & directions.keys():
             directions[kind].post(directions[kind].receives, clock)
-    for kind, micro_batch in _instructions(schedule):
-        begin = clock
+    transfers: Counter[str] = Counter()
+    for kind, micro_batch in schedule.instructions(stage):
+        begin, index = clock, micro_batch or 0
         if kind in compute:
             clock += compute[kind]
-        elif kind in SENDS | RECEIVES:
-            direction, sends = directions[kind], kind in SENDS
+        elif kind in directions:
+            direction, sends, transfer = directions[kind], kind in SENDS, transfers[kind]
+            transfers[kind] += 1
             posted = direction.sends if sends else direction.receives
-            ahead = 0 if sends or blocking else AHEAD
-            while len(posted) < min(micro_batch + 1 + ahead, schedule.micro_batches):
+            ahead = 0 if sends else schedule.receives_ahead
+            while len(posted) < min(transfer + 1 + ahead, schedule.micro_batches):
                 direction.post(posted, clock)
-            if blocking or not sends:
-                while not direction.settled(micro_batch):
-                    yield kind, micro_batch, direction
-                clock = max(clock, direction.out[micro_batch] + (0.0 if sends else direction.latency))
-        else:  # LoadMicroBatch, Reduce*: take no time
+            if blocks or not sends:
+                while not direction.is_settled(transfer):
+                    yield _Wait(kind, index, direction, transfer)
+                clock = max(clock, direction.out[transfer] + (0.0 if sends else direction.latency))
+        elif kind in WITHOUT_TIME:
             continue
-        yield Interval(kind, micro_batch, begin, clock)
+        else:
+            raise ValueError(f"the schedule {schedule.name} has {kind} on stage {stage}, whose duration is unknown")
+        yield Interval(kind, index, begin, clock)
 
 
 def _run(stages: Sequence[Iterator[_Wait | Interval]]) -> list[list[Interval]]:
-    """Advance every stage as far as it can go, again when its wait is over: only what a neighbour does can end it.
+    """Advance every stage as far as possible, and again when its wait is over, which only a neighbour can bring about.
 
     Raises:
-        RuntimeError: all stages that are left wait for each other.
+        RuntimeError: all unfinished stages wait for each other.
     """
     intervals: list[list[Interval]] = [[] for _ in stages]
     waits: dict[int, _Wait] = {}
     ready = deque(range(len(stages)))
     while ready:
         stage = ready.popleft()
-        for found in stages[stage]:
-            if not isinstance(found, Interval):
-                waits[stage] = found
+        for event in stages[stage]:
+            if isinstance(event, _Wait):
+                waits[stage] = event
                 break
-            intervals[stage].append(found)
+            intervals[stage].append(event)
         for neighbour in (stage - 1, stage + 1):
-            if neighbour in waits:
-                _, micro_batch, direction = waits[neighbour]
-                if direction.settled(micro_batch):
-                    del waits[neighbour]
-                    ready.append(neighbour)
+            if neighbour in waits and waits[neighbour].is_over:
+                del waits[neighbour]
+                ready.append(neighbour)
     if waits:
-        left = (f"stage {stage} in {kind} of micro-batch {index}" for stage, (kind, index, _) in sorted(waits.items()))
-        raise RuntimeError(f"deadlock, no stage can advance: {', '.join(left)}")
+        where = (
+            f"stage {stage} in {wait.instruction} of micro-batch {wait.micro_batch}"
+            for stage, wait in sorted(waits.items())
+        )
+        raise RuntimeError(f"deadlock, no stage can advance: {', '.join(where)}")
     return intervals
 
 
@@ -200,10 +209,8 @@ def simulate(
     times: Sequence[StageTimes],
     payload_bytes: Sequence[int],
     links: Sequence[Link] | Link,
-    micro_batches: int,
+    schedule: Schedule,
     *,
-    extra: int = 0,
-    engine: Literal["overlap", "stock"] = "overlap",
     update: float = 0.0,
 ) -> StepTrace:
     """Simulate one training step.
@@ -211,34 +218,34 @@ def simulate(
     Args:
         times: by stage.
         payload_bytes: by boundary, of one micro-batch's payload; its gradient has as many.
-        links: by boundary, or one that all boundaries are like.
-        micro_batches: of one replica and step.
-        extra: ``pipeline.extra_in_flight``; the stock engine has none.
-        update: seconds that each stage spends on the optimizer's step. (That it needs all stages' gradient norms changes
-            when it runs, but not when the last stage has finished.)
+        links: by boundary, or one for all boundaries.
+        schedule: of the step; it has the number of micro-batches.
+        update: seconds that each stage spends on the optimizer's step. (It waits for the gradient norms of all stages. That
+            changes when it runs, but not when the last stage has finished.)
 
     Raises:
-        ValueError: lengths that do not fit, no stages, no micro-batches, a bandwidth of 0, anything below 0.
-        RuntimeError: the schedule deadlocks. The two that are simulated do not.
+        ValueError: lengths that do not match, no stages, no micro-batches, a bandwidth of 0, a negative value, or an
+            instruction of unknown duration.
+        RuntimeError: the schedule deadlocks.
     """
-    if extra < 0:
-        raise ValueError(f"extra={extra} must be at least 0")
-    boundaries = _boundaries(times, payload_bytes, links, micro_batches, update)
+    boundaries = _boundaries(times, payload_bytes, links, schedule.micro_batches, update)
+    if schedule.stages != len(times):
+        raise ValueError(f"the schedule has {schedule.stages} stages, but times are given for {len(times)}")
     forwards, backwards = ([_Direction(seconds, latency) for seconds, latency in boundaries] for _ in range(2))
-    count, stages = len(times), []
+    stages = []
     for stage, time in enumerate(times):
-        compute = {"ForwardPass": time.forward, "BackwardPass": time.backward, "OptimizerStep": update}
+        compute = {FORWARD_PASS: time.forward, BACKWARD_PASS: time.backward, OPTIMIZER_STEP: update}
         directions: dict[str, _Direction] = {}
         if stage > 0:
-            directions |= {"RecvActivation": forwards[stage - 1], "SendGrad": backwards[stage - 1]}
-        if stage < count - 1:
-            directions |= {"SendActivation": forwards[stage], "RecvGrad": backwards[stage]}
-        schedule = _schedule(engine, micro_batches, count, stage, extra)
-        stages.append(_perform(schedule, compute, directions, blocking=engine == "stock"))
+            directions |= {RECV_ACTIVATION: forwards[stage - 1], SEND_GRAD: backwards[stage - 1]}
+        if stage < len(times) - 1:
+            directions |= {SEND_ACTIVATION: forwards[stage], RECV_GRAD: backwards[stage]}
+        stages.append(_perform(schedule, stage, compute, directions))
     intervals = _run(stages)
-    seconds = max(found[-1].end for found in intervals)
-    busy = [sum(x.end - x.begin for x in found if x.instruction not in SENDS | RECEIVES) for found in intervals]
-    waiting = [sum(x.end - x.begin for x in found if x.instruction in SENDS | RECEIVES) for found in intervals]
+    seconds = max(own[-1].end for own in intervals)
+    transfers = SENDS | RECEIVES
+    busy = [sum(x.end - x.begin for x in own if x.instruction not in transfers) for own in intervals]
+    waiting = [sum(x.end - x.begin for x in own if x.instruction in transfers) for own in intervals]
     bubble = [1 - value / seconds if seconds else 0.0 for value in busy]
     return StepTrace(seconds, busy, waiting, bubble, intervals)
 
@@ -251,28 +258,33 @@ def lower_bound(
     *,
     update: float = 0.0,
 ) -> float:
-    """Seconds that no schedule can beat, however many micro-batches it keeps in flight; arguments as for `simulate`.
+    """Seconds that no schedule can beat, however many micro-batches it keeps in flight.
 
     The largest of these, plus the update:
 
-    · The way of one micro-batch through all passes and transfers, there and back, and (M − 1) · d for the slowest single
-      thing d: a stage's forward or backward pass, or a boundary's transfer. The first micro-batch cannot get there
-      sooner than its way there takes, M of them go one after the other, and the last has the rest of the way before it.
-    · For each stage, M · (forward + backward), and one micro-batch's passes and transfers before that stage, there and
-      back. The stage has nothing to do until a micro-batch has come through the stages before it, and the last thing it
-      does is a backward pass, after which that micro-batch goes the same way back.
+    · The path of one micro-batch through all passes and transfers in both directions, plus (M − 1) · d, where d is the slowest
+      single item on it: a stage's forward or backward pass, or a boundary's transfer. The first micro-batch cannot reach
+      that item before the path up to it is done, all M pass it one after the other, and the last one has the rest of the
+      path left.
+    · For each stage, M · (forward + backward), plus one micro-batch's passes and transfers before that stage, in both
+      directions. The stage has no work until a micro-batch has come through the stages before it, and it ends with a
+      backward pass, after which that micro-batch returns the same way.
+
+    Args:
+        times, payload_bytes, links, update: as in `simulate`.
+        micro_batches: per replica and step.
 
     Raises:
-        ValueError: as `simulate`.
+        ValueError: as in `simulate`.
     """
     boundaries = _boundaries(times, payload_bytes, links, micro_batches, update)
     passes = [time.forward + time.backward for time in times]
     crossings = [2 * (duration + latency) for duration, latency in boundaries]
     before = [0.0, *accumulate(a + b for a, b in zip(passes[:-1], crossings, strict=True))]
     slowest = max([max(time.forward, time.backward) for time in times] + [duration for duration, _ in boundaries])
-    way = before[-1] + passes[-1]
+    path = before[-1] + passes[-1]
     by_stage = [fill + micro_batches * work for fill, work in zip(before, passes, strict=True)]
-    return max(way + (micro_batches - 1) * slowest, *by_stage) + update
+    return max(path + (micro_batches - 1) * slowest, *by_stage) + update
 
 
 def _boundaries(
@@ -282,32 +294,32 @@ def _boundaries(
     micro_batches: int,
     update: float,
 ) -> list[tuple[float, float]]:
-    """By boundary: seconds that a transfer occupies its link, and latency; ValueError for arguments that do not fit."""
+    """By boundary: seconds that a transfer occupies its link, and latency. ValueError for impossible arguments."""
     count = len(times) - 1
     links = [links] * count if isinstance(links, Link) else list(links)
     if count < 0 or len(payload_bytes) != count or len(links) != count:
         raise ValueError(
-            f"{len(times)} stages, {len(payload_bytes)} payloads, {len(links)} links: n stages have n − 1 of each"
+            f"{len(times)} stages, {len(payload_bytes)} payloads, {len(links)} links: n stages need n − 1 of each"
         )
     if micro_batches < 1:
         raise ValueError(f"micro_batches={micro_batches} must be at least 1")
     seconds = [value for time in times for value in (time.forward, time.backward)]
     if min([*seconds, *payload_bytes, *(link.latency for link in links), update]) < 0:
-        raise ValueError(f"below 0: one of {times}, payload_bytes={payload_bytes}, {links}, update={update}")
+        raise ValueError(f"negative: one of {times}, payload_bytes={payload_bytes}, {links}, update={update}")
     if any(link.bandwidth <= 0 for link in links):
         raise ValueError(f"bandwidths must be above 0: {links}")
     return [(size / link.bandwidth, link.latency) for size, link in zip(payload_bytes, links, strict=True)]
 
 
 def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] | None = None) -> list[StageTimes]:
-    """Seconds by stage of ``config``'s cuts, at a speed that is the same for all of them.
+    """Seconds by stage of a micro-batch's passes, at the same speed on all stages.
 
-    Counts what cost.py counts: matrix products, with the head on the last stage; with activation checkpointing, the
-    forward pass of the decoder layers once more in backward. (`forecast.machine_times` adds what else moves memory.)
+    Counts the matrix products that cost.py counts, with the head on the last stage; with activation checkpointing, the
+    backward pass repeats the forward pass of the decoder layers. (`forecast.machine_times` adds memory traffic.)
 
     Args:
-        flops_per_second: what one stage reaches.
-        bounds: the cuts, where they are known.
+        flops_per_second: speed of one stage.
+        bounds: the cuts, if they are known.
 
     Raises:
         ValueError: a speed that is not above 0.
@@ -317,19 +329,19 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
     model, length = config.model, config.data.sequence_length
     scale = config.train.micro_batch_size * length / flops_per_second
     bounds = stage_bounds(config) if bounds is None else bounds
-    found = []
+    times = []
     for start, stop in pairwise(bounds):
         flops = sum(cost.layer_flops(model, length, range(start, stop)), cost.Flops(0.0, 0.0))
         if config.parallel.activation_checkpointing:
             flops += cost.Flops(0.0, flops.forward)
         if stop == bounds[-1]:
             flops += cost.head_flops(model)
-        found.append(StageTimes(flops.forward * scale, flops.backward * scale))
-    return found
+        times.append(StageTimes(flops.forward * scale, flops.backward * scale))
+    return times
 
 
 def boundary_bytes(config: Config, bounds: Sequence[int] | None = None) -> list[int]:
-    """Bytes by boundary of one micro-batch's payload, in the type that it travels in."""
+    """Bytes by boundary of one micro-batch's payload, in the type in which it is sent."""
     item_size = ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
     num_tokens = config.train.micro_batch_size * config.data.sequence_length
     bounds = stage_bounds(config) if bounds is None else bounds

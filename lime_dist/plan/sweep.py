@@ -1,4 +1,4 @@
-"""Which stages × micro-batch × history policy makes a step shortest within the memory that there is."""
+"""Search for the stages, micro-batch size and history policy with the shortest step that fits in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLOSE = 0.01
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting; ``policy`` is None for a model without a history."""
+    """One combination of settings. ``policy`` is None for a model without a history."""
 
     stages: int
     micro_batch_size: int
@@ -28,26 +28,26 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All settings that were tried.
+    """All combinations that were tried.
 
     Attributes:
-        fitting: those within the memory, the shortest step first.
-        too_large: the others, the one that needs least first.
+        fitting: those that fit in memory, shortest step first.
+        too_large: the others, least memory first.
     """
 
     fitting: list[Candidate]
     too_large: list[Candidate]
 
     def best(self, count: int) -> list[Candidate]:
-        """The fastest that fit; of micro-batch sizes between which the time decides by less than `CLOSE`, the largest alone:
-        it is at least as efficient."""
+        """The fastest that fit. Of micro-batch sizes whose times differ by less than a fraction `CLOSE`, only the largest: it is
+        at least as efficient."""
         kept: list[tuple[float, Candidate]] = []
         for candidate in self.fitting:
-            for place, (seconds, other) in enumerate(kept):
+            for index, (seconds, other) in enumerate(kept):
                 same = (candidate.stages, candidate.policy) == (other.stages, other.policy)
                 if same and candidate.forecast.seconds <= (1 + CLOSE) * seconds:
                     if candidate.micro_batch_size > other.micro_batch_size:
-                        kept[place] = (seconds, candidate)
+                        kept[index] = (seconds, candidate)
                     break
             else:
                 kept.append((candidate.forecast.seconds, candidate))
@@ -55,33 +55,34 @@ class Sweep:
 
 
 def sweep(config: Config, machine: Machine, processes: int) -> Sweep:
-    """Try all stage counts that divide the processes, micro-batches of 1, 2, 4, … samples that divide the batch, and all
-    policies with their default keys (the configured one as it is). Everything else stays; stages are cut anew.
+    """Forecast all combinations of stage counts that divide the processes, micro-batches of 1, 2, 4, … samples that divide the
+    batch, and all policies with their default keys (the configured policy with its own). All other settings stay the same,
+    except that the stages are cut again.
 
     Raises:
-        LimeError: no setting divides processes and batch.
+        LimeError: no combination divides both the processes and the batch.
     """
-    found = []
+    candidates = []
     for candidate in settings(config, processes):
         stages, micro_batch_size = candidate.parallel.pipeline_stages, candidate.train.micro_batch_size
         policy = None
         if candidate.model.architecture == "lime":
             policy = candidate.model.lime.history.model_dump(exclude_none=True)
-        found.append(Candidate(stages, micro_batch_size, policy, candidate, forecast(candidate, machine, processes)))
-    if not found:
+        candidates.append(Candidate(stages, micro_batch_size, policy, candidate, forecast(candidate, machine, processes)))
+    if not candidates:
         raise LimeError(
-            f"--processes {processes}: no number of stages and replicas divides train.global_batch_size="
-            f"{config.train.global_batch_size}; change one of them"
+            f"--processes {processes}: no combination of stages and replicas divides train.global_batch_size="
+            f"{config.train.global_batch_size}; change one of the two"
         )
     limit = machine.memory if machine.memory is not None else float("inf")
     return Sweep(
-        fitting=sorted((c for c in found if c.forecast.peak_memory <= limit), key=lambda c: c.forecast.seconds),
-        too_large=sorted((c for c in found if c.forecast.peak_memory > limit), key=lambda c: c.forecast.peak_memory),
+        fitting=sorted((c for c in candidates if c.forecast.peak_memory <= limit), key=lambda c: c.forecast.seconds),
+        too_large=sorted((c for c in candidates if c.forecast.peak_memory > limit), key=lambda c: c.forecast.peak_memory),
     )
 
 
 def settings(config: Config, processes: int) -> Iterator[Config]:
-    """The configurations that are tried."""
+    """The configurations to try."""
     batch = config.train.global_batch_size
     models = [with_policy(config, policy).model for policy in policies(config)]
     for stages in range(1, min(processes, config.model.num_hidden_layers) + 1):

@@ -1,4 +1,4 @@
-"""A picture of one simulated step: what each stage does when."""
+"""Draw one simulated step: what each stage does at which time."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from pathlib import Path
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError
 from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.pipeline.schedules.base import RECEIVES, SENDS, make_schedule
 from lime_dist.plan.forecast import Machine, machine_times
 from lime_dist.plan.simulate import Link, boundary_bytes, simulate, stage_times
 
-KINDS = {
-    "ForwardPass": ("forward", "#4477aa"),
-    "BackwardPass": ("backward", "#66aa77"),
-    "RecvActivation": ("waiting for a payload", "#eecc66"),
-    "RecvGrad": ("waiting for a gradient", "#ee8866"),
-    "SendActivation": ("sending a payload", "#bb5566"),
-    "SendGrad": ("sending a gradient", "#994477"),
-}
-"""By instruction: what it is called, and its colour. Sends hold a stage up with `pipeline.engine: stock` alone."""
-
 
 def draw_timeline(config: Config, machine: Machine, micro_batches: int, path: Path) -> None:
-    """Write a PNG of one step: a row a stage; what is blank is idle.
+    """Write a PNG of one step, with a row per stage. A stage is idle where its row is blank.
 
     Raises:
         LimeError: matplotlib is missing, or the file cannot be written.
@@ -36,13 +27,12 @@ def draw_timeline(config: Config, machine: Machine, micro_batches: int, path: Pa
     from matplotlib.patches import Patch
 
     bounds = stage_bounds(config)
+    schedule = make_schedule(config, micro_batches)
     trace = simulate(
         machine_times(config, machine, bounds, stage_times(config, 1.0, bounds)),
         boundary_bytes(config, bounds),
         Link(machine.bandwidth, machine.latency),
-        micro_batches,
-        extra=config.pipeline.extra_in_flight if config.pipeline.engine == "overlap" else 0,
-        engine=config.pipeline.engine,
+        schedule,
     )
     scale, unit = (1.0, "s") if trace.seconds >= 1 else (1e3, "ms") if trace.seconds >= 1e-3 else (1e6, "µs")
     stages = len(trace.intervals)
@@ -50,29 +40,29 @@ def draw_timeline(config: Config, machine: Machine, micro_batches: int, path: Pa
     used = set()
     is_numbered = stages * micro_batches <= 160
     for stage, intervals in enumerate(trace.intervals):
-        for kind, (_, colour) in KINDS.items():
-            found = [x for x in intervals if x.instruction == kind and x.end > x.begin]
-            if not found:
+        for kind, (_, colour) in schedule.legend.items():
+            shown = [x for x in intervals if x.instruction == kind and x.end > x.begin]
+            if not shown:
                 continue
             used.add(kind)
-            bars = [(scale * x.begin, scale * (x.end - x.begin)) for x in found]
+            bars = [(scale * x.begin, scale * (x.end - x.begin)) for x in shown]
             edge = {"edgecolor": "white", "linewidth": 0.4} if is_numbered else {"linewidth": 0}
             axes.broken_barh(bars, (stage - 0.42, 0.84), facecolors=colour, **edge)
-            if is_numbered and kind.endswith("Pass"):
-                for x in found:
+            if is_numbered and kind not in SENDS | RECEIVES:
+                for x in shown:
                     place = (scale * (x.begin + x.end) / 2, stage)
                     axes.annotate(str(x.micro_batch), place, ha="center", va="center", fontsize=7, color="white")
     axes.set_ylim(stages - 0.5, -0.5)
     axes.set_xlim(0, scale * trace.seconds)
     axes.set_yticks(range(0, stages, max(1, stages // 32)))
     axes.set_ylabel("stage")
-    axes.set_xlabel(f"{unit} from the step's start")
+    axes.set_xlabel(f"{unit} from the start of the step")
     idle = 1 - sum(trace.busy) / (stages * trace.seconds)
     axes.set_title(
         f"{stages} stages, {micro_batches} micro-batches, {scale * trace.seconds:.3g} {unit}; "
-        f"not computing: {100 * idle:.1f} %"
+        f"idle or waiting: {100 * idle:.1f} %"
     )
-    legend = [Patch(color=colour, label=name) for kind, (name, colour) in KINDS.items() if kind in used]
+    legend = [Patch(color=colour, label=name) for kind, (name, colour) in schedule.legend.items() if kind in used]
     figure.legend(handles=legend, loc="lower center", ncols=len(legend), frameon=False)
     figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     try:

@@ -1,10 +1,8 @@
-"""How long an overlapped step takes, without its trace: `simulate.simulate` for all stages at once, diagonal by diagonal.
+"""Seconds of a step without its trace: what `simulate.simulate` computes, for all stages at once, one diagonal after the other.
 
-The passes of a step fall into diagonals such that no pass of a diagonal needs another one of it. With w warm-up passes on
-stage s of P, forward pass m < w + 1 is on diagonal s + m; after these, backward pass m is on diagonal −s + 2m, and forward
-pass m > w on −s + 2(m − w) − 1. So a step is some 2·(micro-batches + stages) operations on arrays, whatever the number of
-stages, and several scenarios go along in one. Sums and maxima are those of `simulate`, so that the result is the same to
-the last bit (tests/test_wavefront.py).
+A schedule groups its passes into diagonals: no pass depends on another pass of its diagonal (`Schedule.diagonals`). Each
+diagonal is a few operations on arrays, whatever the number of stages, and several scenarios are evaluated together. Sums and
+maxima are those of `simulate`, so the result is the same to the last bit (tests/test_wavefront.py).
 """
 
 from __future__ import annotations
@@ -12,78 +10,74 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lime_dist.pipeline.in_flight import AHEAD, warm_up_micro_batches
+from lime_dist.pipeline.schedules.base import BACKWARD_PASS, FORWARD_PASS, Integers, Schedule
 
 Seconds = npt.NDArray[np.float64]
 
 
 class _Pass:
-    """One kind of pass on all stages: receives from the neighbour, computes, and has sent when it ends.
+    """One kind of pass on all stages: receive from a neighbour, compute, send.
 
     Args:
-        source: −1 or +1: where the stage that it receives from is.
-        duration, latency, compute: [stages, scenarios]; no transfer comes in at the end of the pipeline: 0 there.
+        source: offset of the stage that it receives from, −1 or +1.
+        duration, latency: [stages, scenarios], of the transfer that a stage receives; 0 at the end of the pipeline, which
+            receives none.
+        compute: [stages, scenarios].
+        ahead: receives that are posted beyond the one that is waited for.
     """
 
-    def __init__(self, source: int, duration: Seconds, latency: Seconds, compute: Seconds, micro_batches: int) -> None:
+    def __init__(
+        self, source: int, duration: Seconds, latency: Seconds, compute: Seconds, micro_batches: int, ahead: int
+    ) -> None:
         stages, scenarios = compute.shape
         self.source, self.duration, self.latency, self.compute = source, duration, latency, compute
-        self.began = np.zeros((stages, micro_batches, scenarios))  # when a stage turned to its receive
-        self.ended = np.zeros((stages + 2, micro_batches, scenarios))  # by stage + 1; beyond the ends all is there at 0
+        self.ahead = ahead
+        self.began = np.zeros((stages, micro_batches, scenarios))  # when a stage began to wait for its receive
+        self.ended = np.zeros(
+            (stages + 2, micro_batches, scenarios)
+        )  # by stage + 1; 0 beyond both ends of the pipeline
         self.out = np.zeros((stages, scenarios))  # when the link was free again
 
-    def perform(self, clock: Seconds, stages: npt.NDArray[np.int64], index: npt.NDArray[np.int64]) -> None:
-        """Pass ``index`` of each of ``stages``; moves their clocks on."""
+    def perform(self, clock: Seconds, stages: Integers, micro_batches: Integers) -> None:
+        """Perform the passes of one diagonal and advance the clocks of its stages."""
         now = clock[stages]
-        posted = self.began[stages, np.maximum(0, index - AHEAD)]  # the first ones at 0, or with the first receive
-        self.began[stages, index] = now
-        start = np.maximum(np.maximum(self.ended[stages + 1 + self.source, index], posted), self.out[stages])
+        posted = self.began[stages, np.maximum(0, micro_batches - self.ahead)]
+        self.began[stages, micro_batches] = now
+        start = np.maximum(np.maximum(self.ended[stages + 1 + self.source, micro_batches], posted), self.out[stages])
         out = start + self.duration[stages]
         self.out[stages] = out
         now = np.maximum(now, out + self.latency[stages]) + self.compute[stages]
-        self.ended[stages + 1, index] = now
+        self.ended[stages + 1, micro_batches] = now
         clock[stages] = now
 
 
 def step_seconds(
-    forward: Seconds, backward: Seconds, durations: Seconds, latencies: Seconds, micro_batches: int, extra: int
+    schedule: Schedule, forward: Seconds, backward: Seconds, durations: Seconds, latencies: Seconds
 ) -> Seconds:
-    """Seconds until the last stage has finished, by scenario, without an update.
+    """Seconds until the last stage has finished, by scenario, without the optimizer's update.
 
     Args:
+        schedule: one that has diagonals.
         forward, backward: [stages, scenarios], of one micro-batch.
-        durations, latencies: [stages − 1, scenarios], of the transfers over each boundary, there and back alike.
-        micro_batches: of one replica and step.
-        extra: ``pipeline.extra_in_flight``.
+        durations, latencies: [stages − 1, scenarios], of a transfer over each boundary, the same in both directions.
+
+    Raises:
+        ValueError: the schedule has no diagonals.
     """
+    if (diagonals := schedule.diagonals()) is None:
+        raise ValueError(f"the schedule {schedule.name} has no diagonals; simulate it")
     stages, scenarios = forward.shape
     none = np.zeros((1, scenarios))
     durations_there, durations_back = np.concatenate([none, durations]), np.concatenate([durations, none])
     latencies_there, latencies_back = np.concatenate([none, latencies]), np.concatenate([latencies, none])
-    there = _Pass(-1, durations_there, latencies_there, forward, micro_batches)
-    back = _Pass(+1, durations_back, latencies_back, backward, micro_batches)
+    micro_batches, ahead = schedule.micro_batches, schedule.receives_ahead
+    passes = {
+        FORWARD_PASS: _Pass(-1, durations_there, latencies_there, forward, micro_batches, ahead),
+        BACKWARD_PASS: _Pass(+1, durations_back, latencies_back, backward, micro_batches, ahead),
+    }
     clock = np.zeros((stages, scenarios))
-    warm_up = np.array([warm_up_micro_batches(micro_batches, stages, stage, extra) for stage in range(stages)])
-    every = np.arange(stages)
-
-    for diagonal in range(int((every + warm_up).max()) + 1):
-        index = diagonal - every
-        _perform(there, clock, every, index, (index >= 0) & (index <= warm_up))
-    for diagonal in range(1 - stages, 2 * micro_batches - 1):
-        index, is_forward = np.divmod(diagonal + every, 2)  # of forward passes: one less than how many after w
-        _perform(back, clock, every, index, (is_forward == 0) & (index >= 0) & (index < micro_batches))
-        index = warm_up + index + 1
-        _perform(there, clock, every, index, (is_forward == 1) & (index > warm_up) & (index < micro_batches))
+    for diagonal in diagonals:
+        if len(diagonal.stages):
+            passes[diagonal.kind].perform(clock, diagonal.stages, diagonal.micro_batches)
     result: Seconds = clock.max(0)
     return result
-
-
-def _perform(
-    kind: _Pass,
-    clock: Seconds,
-    stages: npt.NDArray[np.int64],
-    index: npt.NDArray[np.int64],
-    chosen: npt.NDArray[np.bool_],
-) -> None:
-    if chosen.any():
-        kind.perform(clock, stages[chosen], index[chosen])

@@ -16,7 +16,7 @@ from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.pipeline.clock import COMPUTATION, KINDS, TRANSFER, VALIDATION, WAITING
 from lime_dist.pipeline.engine import LimeEngine
-from lime_dist.pipeline.transfer import Traffic
+from lime_dist.pipeline.transfer import TransferStats
 from lime_dist.train.run import Run
 
 SENT, RETURNED = "sent to next", "received from next"
@@ -111,7 +111,7 @@ class Measurements:
 
 def transferred_bytes(engine: LimeEngine) -> dict[str, int]:
     """Bytes that have crossed the boundary behind this stage, by direction."""
-    return {name: stats.bytes for name, stats in engine.traffic().items() if name in (SENT, RETURNED)}
+    return {name: stats.bytes for name, stats in engine.transfer_stats().items() if name in (SENT, RETURNED)}
 
 
 def peak_memory(device: torch.device) -> int:
@@ -159,8 +159,8 @@ def describe_boundaries(engine: LimeEngine) -> list[str]:
 
     All ranks must call it.
     """
-    own = (engine.grid.get_data_parallel_rank(), engine.stage_id, engine.traffic())
-    gathered: list[tuple[int, int, dict[str, Traffic]] | None] = [None] * dist.get_world_size()
+    own = (engine.grid.get_data_parallel_rank(), engine.stage_id, engine.transfer_stats())
+    gathered: list[tuple[int, int, dict[str, TransferStats]] | None] = [None] * dist.get_world_size()
     with engine.watching("the end of the run"):
         dist.all_gather_object(gathered, own)
     stages = {stage: stats for replica, stage, stats in filter(None, gathered) if replica == 0}

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS
+from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from lime_dist.config.schema import Config, OptimizerConfig
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.model.groups import Group, optimizer_group
@@ -32,7 +32,6 @@ from lime_dist.model.optimizer_states import WEIGHT
 from lime_dist.pipeline.clock import WAITING, Clock
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
-from lime_dist.pipeline.overlap import OverlapEngine
 from lime_dist.pipeline.process_groups import ProcessGroups, stage_process_groups
 from lime_dist.train.flat_layout import Place, owner_ranges, place_parameters
 from lime_dist.train.learning_rates.base import LearningRate
@@ -291,5 +290,5 @@ def build_engine(
     module = LimePipelineModule(config, verbose)
     clock = Clock(next(module.parameters()).device)
     optimizer = make_stage_optimizer(config, module.exported_parameters, stage_process_groups(module), clock)
-    engine_class = LimeEngine if config.pipeline.engine == "stock" else OverlapEngine
+    engine_class: type[LimeEngine] = SCHEDULES[config.pipeline.schedule].engine_class()
     return engine_class(module, config, optimizer, clock, counted_shares), optimizer

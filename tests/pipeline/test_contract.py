@@ -18,7 +18,7 @@ import torch
 from lime_dist import contract
 from lime_dist.contract import ATTRIBUTE, CLASS, INSTANCE, NAMES, PROPERTY, Entries, unsupported
 from lime_dist.errors import LimeError
-from lime_dist.pipeline import engine, module, overlap, schedule
+from lime_dist.pipeline import engine, module, overlap, stage_schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "pretrain.py", *sorted((ROOT / "lime_dist").rglob("*.py"))]
@@ -131,7 +131,7 @@ def derived_classes() -> list[type]:
     """Our classes that derive from one of DeepSpeed's."""
     return [
         value
-        for part in (engine, overlap, module, schedule)
+        for part in (engine, overlap, module, stage_schedule)
         for value in vars(part).values()
         if isinstance(value, type) and value.__module__ == part.__name__ and bases(value, "deepspeed")
     ]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lime_dist.pipeline.in_flight import micro_batches_in_flight
+from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule
 from support import victims
 from support.policies import POLICIES
 from support.workers import WorkerGroup
 
 from lime_dist import load_config
 from lime_dist.errors import LimeError
-from lime_dist.pipeline.in_flight import micro_batches_in_flight
-from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule
 
 INSTRUCTIONS = [
     "LoadMicroBatch", "RecvActivation", "ForwardPass", "SendActivation", "RecvGrad", "BackwardPass", "SendGrad", "ReduceGrads", "OptimizerStep",

@@ -9,11 +9,11 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+from lime_dist.pipeline.in_flight import micro_batches_in_flight
 
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.pipeline.in_flight import micro_batches_in_flight
 from lime_dist.pipeline.partition import TOLERANCE, balance, compute_costs, memory_costs, range_sums, stage_bounds
 
 

@@ -17,7 +17,7 @@ def measure_stage(values: dict[str, Any]) -> dict[str, Any]:
     losses_of(config, engine, range(1))
     kept = [optimizer.flat_weights, optimizer.flat_gradients, optimizer.masters]
     kept += [state for group in optimizer.parameter_groups for state in group.states.values()]
-    before = {name: traffic.bytes for name, traffic in engine.traffic().items()}
+    before = {name: stats.bytes for name, stats in engine.transfer_stats().items()}
     gc.collect()
     with LiveBytes() as count:
         for tensor in kept:
@@ -29,5 +29,5 @@ def measure_stage(values: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in optimizer.parameters.values()),
         "static": static,
         "peak": count.peak,
-        "sent": {name: traffic.bytes - before[name] for name, traffic in engine.traffic().items()},
+        "sent": {name: stats.bytes - before[name] for name, stats in engine.transfer_stats().items()},
     }

@@ -42,7 +42,9 @@ def count_traffic(values: dict[str, Any], steps: int) -> dict[str, tuple[int, in
         return payload_bytes(config.model, engine.module.bounds[boundary], tokens, itemsize)
 
     boundary = {"sent to next": stage + 1, "received from next": stage + 1}
-    return {name: (found.bytes, predicted(boundary.get(name, stage))) for name, found in engine.traffic().items()}
+    return {
+        name: (found.bytes, predicted(boundary.get(name, stage))) for name, found in engine.transfer_stats().items()
+    }
 
 
 def most_under_way(values: dict[str, Any]) -> tuple[int, int]:

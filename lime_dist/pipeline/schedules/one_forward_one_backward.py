@@ -1,0 +1,79 @@
+"""One forward, one backward (1F1B), with transfers that overlap the computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lime_dist.config.registry import SCHEDULES
+from lime_dist.config.schema import Config
+from lime_dist.pipeline.schedules.base import BACKWARD_PASS, FORWARD_PASS, Diagonal, Instruction, Integers
+from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
+
+
+@SCHEDULES.register("1f1b")
+@dataclass(frozen=True)
+class OneForwardOneBackward(OverlappedSchedule):
+    """Stage s of P makes `warm_up` forward passes, then alternates forward and backward, then makes the remaining backward passes.
+
+    With ``extra_in_flight`` 0 a stage needs the gradient of a micro-batch at the earliest moment at which it can arrive, so
+    that it waits for every transfer. Each extra micro-batch per boundary downstream gives a transfer there and back as much time
+    as a forward and a backward pass take. (With 1 the schedule is known as eager 1F1B, arXiv 2211.05322.)
+    """
+
+    extra_in_flight: int = 0
+
+    name: ClassVar[str] = "1f1b"
+
+    def __post_init__(self) -> None:
+        if self.extra_in_flight < 0:
+            raise ValueError(f"extra_in_flight={self.extra_in_flight} must be at least 0")
+
+    @classmethod
+    def from_config(cls, config: Config, micro_batches: int) -> OneForwardOneBackward:
+        return cls(micro_batches, config.parallel.pipeline_stages, config.pipeline.extra_in_flight)
+
+    def instructions(self, stage: int) -> Iterator[Instruction]:
+        warm_up = self.warm_up(stage)
+        for micro_batch in range(warm_up):
+            yield from self.forward(stage, micro_batch)
+        for micro_batch in range(warm_up, self.micro_batches):
+            yield from self.forward(stage, micro_batch)
+            yield from self.backward(stage, micro_batch - warm_up)
+        for micro_batch in range(self.micro_batches - warm_up, self.micro_batches):
+            yield from self.backward(stage, micro_batch)
+        yield from self.update()
+
+    def warm_up(self, stage: int) -> int:
+        return min(self.micro_batches - 1, (self.stages - 1 - stage) * (1 + self.extra_in_flight))
+
+    def forwards_before_backwards(self, stage: int) -> Integers:
+        return one_to_one(self.micro_batches, self.warm_up(stage))
+
+    def gradient_window(self, stage: int) -> int:
+        return self.extra_in_flight + 2 + self.receives_ahead
+
+    def diagonals(self) -> Iterator[Diagonal]:
+        """With w warm-up passes on stage s, forward pass m < w + 1 is on diagonal s + m. After these, backward pass m is on
+        diagonal −s + 2m, and forward pass m > w on −s + 2(m − w) − 1. A step has some 2·(micro-batches + stages) diagonals."""
+        stages = np.arange(self.stages)
+        warm_up = np.array([self.warm_up(stage) for stage in range(self.stages)])
+        for diagonal in range(int((stages + warm_up).max()) + 1):
+            index = diagonal - stages
+            chosen = (index >= 0) & (index <= warm_up)
+            yield Diagonal(FORWARD_PASS, stages[chosen], index[chosen])
+        for diagonal in range(1 - self.stages, 2 * self.micro_batches - 1):
+            index, is_forward = np.divmod(diagonal + stages, 2)
+            chosen = (is_forward == 0) & (index >= 0) & (index < self.micro_batches)
+            yield Diagonal(BACKWARD_PASS, stages[chosen], index[chosen])
+            index = warm_up + index + 1
+            chosen = (is_forward == 1) & (index > warm_up) & (index < self.micro_batches)
+            yield Diagonal(FORWARD_PASS, stages[chosen], index[chosen])
+
+
+def one_to_one(micro_batches: int, warm_up: int) -> Integers:
+    """Forward passes before each backward pass if one follows the other after ``warm_up`` forward passes, [micro-batches]."""
+    return np.minimum(micro_batches, warm_up + 1 + np.arange(micro_batches))

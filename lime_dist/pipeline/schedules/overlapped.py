@@ -1,0 +1,109 @@
+"""What all schedules share that `lime_dist.pipeline.overlap` runs: transfers that overlap the computation.
+
+A payload leaves right after its forward pass and a gradient right after its backward pass. Sends do not block, and receives are
+posted ahead of the passes that need them (`lime_dist.pipeline.transfer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from lime_dist.config.schema import Config
+from lime_dist.pipeline.schedules.base import (
+    BACKWARD_PASS,
+    FORWARD_PASS,
+    LOAD_MICRO_BATCH,
+    MARKS,
+    OPTIMIZER_STEP,
+    RECV_ACTIVATION,
+    RECV_GRAD,
+    REDUCE_GRADS,
+    SEND_ACTIVATION,
+    SEND_GRAD,
+    BoundaryBytes,
+    Instruction,
+    MemoryInFlight,
+    Schedule,
+)
+
+if TYPE_CHECKING:
+    from lime_dist.pipeline.engine import LimeEngine
+
+
+@dataclass(frozen=True)
+class OverlappedSchedule(Schedule):
+    """A schedule whose transfers overlap the computation. A subclass gives ``name`` and ``instructions``."""
+
+    micro_batches: int
+    stages: int
+
+    engine: ClassVar[str] = "overlap"
+    is_blocking: ClassVar[bool] = False
+    receives_ahead: ClassVar[int] = 1
+    legend = {kind: MARKS[kind] for kind in (FORWARD_PASS, BACKWARD_PASS, RECV_ACTIVATION, RECV_GRAD)}
+
+    @classmethod
+    def from_config(cls, config: Config, micro_batches: int) -> OverlappedSchedule:
+        return cls(micro_batches, config.parallel.pipeline_stages)
+
+    @classmethod
+    def engine_class(cls) -> type[LimeEngine]:
+        from lime_dist.pipeline.overlap import OverlapEngine
+
+        return OverlapEngine
+
+    def payload_window(self, stage: int) -> int:
+        """Payloads that ``stage`` may have under way at a time.
+
+        A full window implies that its oldest send has completed: what depends on that payload has come back.
+        """
+        return self.micro_batches_in_flight(stage) + self.receives_ahead
+
+    def gradient_window(self, stage: int) -> int:
+        """Gradients that ``stage`` may have under way at a time, likewise. By default all gradients of a step."""
+        return self.micro_batches
+
+    def memory_in_flight(self, stage: int, boundary: BoundaryBytes) -> MemoryInFlight:
+        """A stage keeps what it sends until a later send has to wait for it, and the memory of the receives that it has posted."""
+        backwards = np.arange(self.micro_batches)
+        forwards = self.forwards_before_backwards(stage)
+        left = self.micro_batches - 1 - backwards
+        transfers = np.minimum(forwards, self.payload_window(stage)) * boundary.sent
+        transfers += (1 + np.minimum(self.receives_ahead, left)) * boundary.sent  # gradients that come back
+        transfers += np.minimum(backwards, self.gradient_window(stage)) * boundary.received
+        transfers += np.minimum(self.receives_ahead, self.micro_batches - forwards) * boundary.landing
+        return MemoryInFlight(forwards - backwards, transfers)
+
+    # -- parts of a step, from which subclasses make their instructions -----------------------------------------------
+
+    def forward(self, stage: int, micro_batch: int) -> Iterator[Instruction]:
+        """One micro-batch through ``stage``, forwards."""
+        return forward_instructions(self.stages, stage, micro_batch)
+
+    def backward(self, stage: int, micro_batch: int) -> Iterator[Instruction]:
+        """One micro-batch through ``stage``, backwards."""
+        if stage < self.stages - 1:
+            yield Instruction(RECV_GRAD, micro_batch)
+        yield Instruction(BACKWARD_PASS, micro_batch)
+        if stage > 0:
+            yield Instruction(SEND_GRAD, micro_batch)
+
+    def update(self) -> Iterator[Instruction]:
+        """The end of a step."""
+        yield Instruction(REDUCE_GRADS)
+        yield Instruction(OPTIMIZER_STEP)
+
+
+def forward_instructions(stages: int, stage: int, micro_batch: int) -> Iterator[Instruction]:
+    """One micro-batch through ``stage`` of ``stages``, forwards. The last stage loads the labels."""
+    if stage > 0:
+        yield Instruction(RECV_ACTIVATION, micro_batch)
+    if stage in (0, stages - 1):
+        yield Instruction(LOAD_MICRO_BATCH, micro_batch)
+    yield Instruction(FORWARD_PASS, micro_batch)
+    if stage < stages - 1:
+        yield Instruction(SEND_ACTIVATION, micro_batch)
