@@ -19,6 +19,7 @@ from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS
 from lime_dist.errors import LimeError
 from lime_dist.model import cost, traffic
+from lime_dist.pipeline.schedules.base import make_schedule
 from lime_dist.plan import __main__ as plan
 from lime_dist.plan import text
 from lime_dist.plan.forecast import Machine, forecast, machine_times
@@ -135,9 +136,8 @@ def test_a_step_takes_what_is_simulated(engine: str, bandwidth: float) -> None:
     config = load_config(None, [*SIZE, f"pipeline.engine={engine}", "model.tie_word_embeddings=false"])
     found = forecast(config, Machine(1e12, 1e18, bandwidth, 1e-5), 4)
     trace = simulate(
-        stage_times(config, 1e12), boundary_bytes(config), Link(bandwidth, 1e-5), 32,
-        extra=config.pipeline.extra_in_flight if engine == "overlap" else 0, engine=config.pipeline.engine,
-    )  # fmt: skip
+        stage_times(config, 1e12), boundary_bytes(config), Link(bandwidth, 1e-5), make_schedule(config, 32)
+    )
     assert found.seconds == pytest.approx(trace.seconds)
     assert found.bubble == pytest.approx(sum(trace.bubble) / 4)
 

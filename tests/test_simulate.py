@@ -1,4 +1,4 @@
-"""Protects the simulated step: numbers worked out by hand, laws that hold for any times, and bounds that nothing beats."""
+"""Protects the simulated step: numbers computed by hand, laws that hold for any times, and bounds that nothing beats."""
 
 from __future__ import annotations
 
@@ -7,30 +7,41 @@ import random
 import time
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Literal
+from typing import Any
 
-import lime_dist.pipeline.schedule as schedules
 import pytest
-from deepspeed.runtime.pipe.schedule import PipeInstruction
-from lime_dist.pipeline.schedule import OverlapSchedule
 
 from lime_dist import load_config
 from lime_dist.model.cost import head_flops, layer_flops
-from lime_dist.plan.simulate import (
-    Interval,
-    Link,
-    StageTimes,
-    StepTrace,
-    boundary_bytes,
-    lower_bound,
-    simulate,
-    stage_times,
-)
+from lime_dist.pipeline.schedules.base import Instruction, Schedule, make_schedule
+from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
+from lime_dist.pipeline.schedules.stock import StockSchedule
+from lime_dist.plan import simulate as simulator
+from lime_dist.plan.simulate import Interval, Link, StageTimes, StepTrace, boundary_bytes, lower_bound, stage_times
 
-Engine = Literal["overlap", "stock"]
 Setting = tuple[list[StageTimes], list[int], list[Link], int]
 NO_TIME = Link(math.inf)
 CLOSE = 1e-9  # seconds, for sums of floats in another order
+
+
+def one_schedule(name: str, micro_batches: int, stages: int, extra: int) -> Schedule:
+    if name == StockSchedule.name:
+        return StockSchedule(micro_batches, stages)
+    return OneForwardOneBackward(micro_batches, stages, extra)
+
+
+def simulate(
+    times: list[StageTimes],
+    payloads: list[int],
+    links: list[Link] | Link,
+    micro_batches: int,
+    *,
+    extra: int = 0,
+    schedule: str = "1f1b",
+    **options: Any,
+) -> StepTrace:
+    chosen = one_schedule(schedule, micro_batches, len(times), extra)
+    return simulator.simulate(times, payloads, links, chosen, **options)
 
 
 def random_setting(generator: random.Random) -> Setting:
@@ -43,12 +54,12 @@ def random_setting(generator: random.Random) -> Setting:
     return times, payloads, links, micro_batches
 
 
-def settings(seed: int, count: int) -> Iterator[tuple[random.Random, Setting, int, Engine]]:
-    """Random settings, each with a number of extra micro-batches and an engine."""
+def settings(seed: int, count: int) -> Iterator[tuple[random.Random, Setting, int, str]]:
+    """Random settings, each with a number of extra micro-batches and a schedule."""
     generator = random.Random(seed)
     for _ in range(count):
-        engine: Engine = generator.choice(["overlap", "stock"])
-        yield generator, random_setting(generator), generator.randint(0, 3), engine
+        schedule = generator.choice(["1f1b", "stock"])
+        yield generator, random_setting(generator), generator.randint(0, 3), schedule
 
 
 def passes(trace: StepTrace, stage: int) -> list[tuple[str, int]]:
@@ -58,9 +69,9 @@ def passes(trace: StepTrace, stage: int) -> list[tuple[str, int]]:
 # -- by hand --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["overlap", "stock"])
-def test_one_stage_computes_all_the_time(engine: Engine) -> None:
-    trace = simulate([StageTimes(1, 2)], [], NO_TIME, 4, engine=engine, update=5)
+@pytest.mark.parametrize("schedule", ["1f1b", "stock"])
+def test_one_stage_computes_all_the_time(schedule: str) -> None:
+    trace = simulate([StageTimes(1, 2)], [], NO_TIME, 4, schedule=schedule, update=5)
     assert trace.seconds == 4 * 3 + 5
     assert (trace.busy, trace.waiting, trace.bubble) == ([17], [0], [0])
     assert trace.intervals[0][1:3] == [("BackwardPass", 0, 1, 3), ("ForwardPass", 1, 3, 4)]
@@ -89,15 +100,15 @@ def test_equal_stages_without_transfers_fill_and_drain_once(stages: int, micro_b
 #    beside F1; then B1 10–11, gradient 11–13: 6 a micro-batch. M = 1: B0 is 7–8. The last one's gradient comes without a
 #    payload after it, so 8 + 6·(M − 1): 38.
 @pytest.mark.parametrize(
-    ("engine", "extra", "seconds"), [("overlap", 0, 26), ("overlap", 1, 20), ("overlap", 2, 18), ("stock", 0, 38)]
+    ("schedule", "extra", "seconds"), [("1f1b", 0, 26), ("1f1b", 1, 20), ("1f1b", 2, 18), ("stock", 0, 38)]
 )
-def test_transfers_as_long_as_both_passes(engine: Engine, extra: int, seconds: float) -> None:
-    trace = simulate([StageTimes(1, 1)] * 2, [20], Link(10), 6, extra=extra, engine=engine)
+def test_transfers_as_long_as_both_passes(schedule: str, extra: int, seconds: float) -> None:
+    trace = simulate([StageTimes(1, 1)] * 2, [20], Link(10), 6, extra=extra, schedule=schedule)
     assert trace.seconds == seconds
     assert trace.busy == [12, 12]
     assert trace.intervals[1][:2] == [("RecvActivation", 0, 0, 3), ("ForwardPass", 0, 3, 4)]
     sent = next(x for x in trace.intervals[0] if x.instruction == "SendActivation")
-    assert (sent.begin, sent.end) == (1, 3 if engine == "stock" else 1)
+    assert (sent.begin, sent.end) == (1, 3 if schedule == "stock" else 1)
 
 
 def test_latency_delays_but_does_not_occupy() -> None:
@@ -129,8 +140,8 @@ def test_more_in_flight_can_cost() -> None:
 
 def test_time_adds_up() -> None:
     """Intervals follow each other without gaps; computing, waiting and idling are the whole step."""
-    for _, (times, payloads, links, micro_batches), extra, engine in settings(0, 150):
-        trace = simulate(times, payloads, links, micro_batches, extra=extra, engine=engine, update=3)
+    for _, (times, payloads, links, micro_batches), extra, schedule in settings(0, 150):
+        trace = simulate(times, payloads, links, micro_batches, extra=extra, schedule=schedule, update=3)
         for stage, found in enumerate(trace.intervals):
             assert found[0].begin == 0 and all(a.end == b.begin and a.begin <= a.end for a, b in pairwise(found))
             idle = trace.seconds - found[-1].end
@@ -143,8 +154,8 @@ def test_time_adds_up() -> None:
 
 def test_every_micro_batch_goes_there_and_back() -> None:
     """Once through every pass, each as long as it takes, and never before the transfer that it needs can have arrived."""
-    for _, (times, payloads, links, micro_batches), extra, engine in settings(1, 150):
-        trace = simulate(times, payloads, links, micro_batches, extra=extra, engine=engine)
+    for _, (times, payloads, links, micro_batches), extra, schedule in settings(1, 150):
+        trace = simulate(times, payloads, links, micro_batches, extra=extra, schedule=schedule)
         places = {(s, x.instruction, x.micro_batch): x for s, found in enumerate(trace.intervals) for x in found}
         assert len(places) == sum(map(len, trace.intervals))
         for micro_batch in range(micro_batches):
@@ -159,8 +170,8 @@ def test_every_micro_batch_goes_there_and_back() -> None:
 
 def test_nothing_beats_the_lower_bound() -> None:
     reached = 0
-    for _, (times, payloads, links, micro_batches), extra, engine in settings(2, 300):
-        trace = simulate(times, payloads, links, micro_batches, extra=extra, engine=engine, update=1)
+    for _, (times, payloads, links, micro_batches), extra, schedule in settings(2, 300):
+        trace = simulate(times, payloads, links, micro_batches, extra=extra, schedule=schedule, update=1)
         bound = lower_bound(times, payloads, links, micro_batches, update=1)
         assert trace.seconds >= bound - CLOSE
         reached += trace.seconds <= bound + CLOSE
@@ -169,20 +180,20 @@ def test_nothing_beats_the_lower_bound() -> None:
 
 def test_better_links_and_faster_stages_never_slow_a_step_down() -> None:
     """Exactly: a step is made of sums and maxima of its times."""
-    for generator, (times, payloads, links, micro_batches), extra, engine in settings(3, 150):
-        before = simulate(times, payloads, links, micro_batches, extra=extra, engine=engine).seconds
+    for generator, (times, payloads, links, micro_batches), extra, schedule in settings(3, 150):
+        before = simulate(times, payloads, links, micro_batches, extra=extra, schedule=schedule).seconds
         better = [Link(link.bandwidth * generator.choice([1, 2]), link.latency / 2) for link in links]
-        after = simulate(times, payloads, better, micro_batches, extra=extra, engine=engine).seconds
+        after = simulate(times, payloads, better, micro_batches, extra=extra, schedule=schedule).seconds
         assert after <= before
         faster = [StageTimes(each.forward * generator.random(), each.backward) for each in times]
-        assert simulate(faster, payloads, better, micro_batches, extra=extra, engine=engine).seconds <= after
+        assert simulate(faster, payloads, better, micro_batches, extra=extra, schedule=schedule).seconds <= after
 
 
 def test_overlap_is_never_slower_than_stock() -> None:
     """With extra 0 for any times: the same passes in the same order, and transfers that start no later."""
     for _, (times, payloads, links, micro_batches), _, _ in settings(4, 150):
         ours = simulate(times, payloads, links, micro_batches)
-        stock = simulate(times, payloads, links, micro_batches, engine="stock")
+        stock = simulate(times, payloads, links, micro_batches, schedule="stock")
         assert ours.seconds <= stock.seconds
         for stage in range(len(times)):
             assert passes(ours, stage) == passes(stock, stage)
@@ -192,7 +203,7 @@ def test_extra_micro_batches_are_no_slower_than_stock_with_equal_stages() -> Non
     """Observed, not proved; it is false of stages that are not equal (`test_more_in_flight_can_cost`)."""
     for _, (times, payloads, links, micro_batches), _, _ in settings(5, 100):
         equal = [times[0]] * len(times)
-        stock = simulate(equal, payloads, links, micro_batches, engine="stock").seconds
+        stock = simulate(equal, payloads, links, micro_batches, schedule="stock").seconds
         for extra in (1, 2, 3):
             assert simulate(equal, payloads, links, micro_batches, extra=extra).seconds <= stock
 
@@ -208,18 +219,37 @@ def test_many_stages_take_seconds() -> None:
 # -- what is refused ------------------------------------------------------------------------------------------------------
 
 
-def test_a_deadlock_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A schedule whose first stage wants a gradient before it sends the payload."""
+class FirstStageWaitsForGradients(OneForwardOneBackward):
+    """The first stage waits for gradients before it sends the payloads that they follow from."""
 
-    class Backwards(OverlapSchedule):
-        def steps(self) -> Iterator[list[PipeInstruction]]:
-            return reversed(list(super().steps())) if self.is_first_stage else super().steps()
+    def instructions(self, stage: int) -> Iterator[Instruction]:
+        instructions = list(super().instructions(stage))
+        if stage == 0:
+            instructions.sort(key=lambda instruction: instruction.kind != "RecvGrad")
+        return iter(instructions)
 
-    monkeypatch.setattr(schedules, "OverlapSchedule", Backwards)
+
+class WithAnUnknownInstruction(OneForwardOneBackward):
+    def instructions(self, stage: int) -> Iterator[Instruction]:
+        yield Instruction("WeightPass", 0)
+        yield from super().instructions(stage)
+
+
+def test_a_deadlock_is_an_error() -> None:
     with pytest.raises(
         RuntimeError, match="no stage can advance: stage 0 in RecvGrad of micro-batch 0, stage 1 in RecvA"
     ):
-        simulate([StageTimes(1, 1)] * 2, [1], Link(1), 2)
+        simulator.simulate([StageTimes(1, 1)] * 2, [1], Link(1), FirstStageWaitsForGradients(2, 2))
+
+
+def test_an_unknown_instruction_is_an_error() -> None:
+    with pytest.raises(ValueError, match="1f1b has WeightPass on stage 0, whose duration is unknown"):
+        simulator.simulate([StageTimes(1, 1)] * 2, [1], Link(1), WithAnUnknownInstruction(2, 2))
+
+
+def test_a_schedule_of_other_stages_is_an_error() -> None:
+    with pytest.raises(ValueError, match="the schedule has 3 stages, but times are given for 2"):
+        simulator.simulate([StageTimes(1, 1)] * 2, [1], Link(1), OneForwardOneBackward(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -229,9 +259,9 @@ def test_a_deadlock_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         ([StageTimes(1, 1)] * 2, [], NO_TIME, 1, "2 stages, 0 payloads"),
         ([StageTimes(1, 1)] * 2, [1], [], 1, "1 payloads, 0 links"),
         ([StageTimes(1, 1)], [], NO_TIME, 0, "micro_batches=0"),
-        ([StageTimes(1, -1)], [], NO_TIME, 1, "below 0"),
-        ([StageTimes(1, 1)] * 2, [-1], NO_TIME, 1, "below 0"),
-        ([StageTimes(1, 1)] * 2, [1], Link(1, -1), 1, "below 0"),
+        ([StageTimes(1, -1)], [], NO_TIME, 1, "negative"),
+        ([StageTimes(1, 1)] * 2, [-1], NO_TIME, 1, "negative"),
+        ([StageTimes(1, 1)] * 2, [1], Link(1, -1), 1, "negative"),
         ([StageTimes(1, 1)] * 2, [1], Link(0), 1, "bandwidths must be above 0"),
     ],
 )
@@ -245,7 +275,7 @@ def test_impossible_arguments(
 
 
 def test_impossible_options() -> None:
-    with pytest.raises(ValueError, match="extra=-1"):
+    with pytest.raises(ValueError, match="extra_in_flight=-1"):
         simulate([StageTimes(1, 1)], [], NO_TIME, 1, extra=-1)
     with pytest.raises(ValueError, match="update=-1"):
         simulate([StageTimes(1, 1)], [], NO_TIME, 1, update=-1)
@@ -300,5 +330,7 @@ def test_boundary_bytes(overrides: list[str], item_size: int) -> None:
 
 def test_a_configuration_can_be_simulated() -> None:
     config = load_config(None, SHAPE)
-    trace = simulate(stage_times(config, 1e9), boundary_bytes(config), Link(1e8, 1e-5), 8)
+    trace = simulator.simulate(
+        stage_times(config, 1e9), boundary_bytes(config), Link(1e8, 1e-5), make_schedule(config, 8)
+    )
     assert len(trace.intervals) == 3 and 0 < trace.seconds < math.inf

@@ -146,8 +146,6 @@ def stage_memory(
     )
 
 
-
-
 def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     """What one backward pass makes beyond what is kept: the most of what its moments need, less what has been given back.
 

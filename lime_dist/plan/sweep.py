@@ -68,7 +68,9 @@ def sweep(config: Config, machine: Machine, processes: int) -> Sweep:
         policy = None
         if candidate.model.architecture == "lime":
             policy = candidate.model.lime.history.model_dump(exclude_none=True)
-        candidates.append(Candidate(stages, micro_batch_size, policy, candidate, forecast(candidate, machine, processes)))
+        candidates.append(
+            Candidate(stages, micro_batch_size, policy, candidate, forecast(candidate, machine, processes))
+        )
     if not candidates:
         raise LimeError(
             f"--processes {processes}: no combination of stages and replicas divides train.global_batch_size="
@@ -77,7 +79,9 @@ def sweep(config: Config, machine: Machine, processes: int) -> Sweep:
     limit = machine.memory if machine.memory is not None else float("inf")
     return Sweep(
         fitting=sorted((c for c in candidates if c.forecast.peak_memory <= limit), key=lambda c: c.forecast.seconds),
-        too_large=sorted((c for c in candidates if c.forecast.peak_memory > limit), key=lambda c: c.forecast.peak_memory),
+        too_large=sorted(
+            (c for c in candidates if c.forecast.peak_memory > limit), key=lambda c: c.forecast.peak_memory
+        ),
     )
 
 

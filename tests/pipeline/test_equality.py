@@ -87,10 +87,15 @@ def check_equal(
     steps: int = STEPS,
     evaluation: int = EVALUATION_MICRO_BATCH_SIZE,
     as_precise_as: str = "",
+    worker: str = "support.cases.train_steps",
 ) -> list[dict[str, Any]]:
     """Compare losses, validation, gradients, norms and parameters of every rank with one process, with the tolerance of the
-    run's precision or of a lower one. Returns the results of the ranks."""
-    results = group.run("support.cases.train_steps", values=values, steps=steps, evaluation_micro_batch_size=evaluation)
+    run's precision or of a lower one. Returns the results of the ranks.
+
+    Args:
+        worker: the function that the ranks run.
+    """
+    results = group.run(worker, values=values, steps=steps, evaluation_micro_batch_size=evaluation)
     train = {**values["train"], "compile": False}
     expected = reference(yaml.safe_dump({**values, "parallel": {}, "pipeline": {}, "train": train}), steps, evaluation)
     precision = as_precise_as or values["precision"]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lime_dist.pipeline.in_flight import micro_batches_in_flight
-from lime_dist.pipeline.schedule import ForwardSchedule, OverlapSchedule
 from support import victims
 from support.policies import POLICIES
 from support.workers import WorkerGroup
 
 from lime_dist import load_config
 from lime_dist.errors import LimeError
+from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
+from lime_dist.pipeline.stage_schedule import EvaluationStage, TrainingStage
 
 INSTRUCTIONS = [
     "LoadMicroBatch", "RecvActivation", "ForwardPass", "SendActivation", "RecvGrad", "BackwardPass", "SendGrad", "ReduceGrads", "OptimizerStep",
@@ -39,7 +39,7 @@ def settings(stages: int, policy: str = "full", precision: str = "fp64", **pipel
 
 def instructions(schedule: Any) -> list[tuple[str, int]]:
     """(kind, micro-batch) in order; −1 for what is about none."""
-    return [(type(found).__name__, found.kwargs.get("buffer_id", -1)) for step in schedule.steps() for found in step]
+    return [(type(each).__name__, each.kwargs.get("buffer_id", -1)) for step in schedule.steps() for each in step]
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2, 5])
@@ -47,8 +47,9 @@ def test_schedules_fit_together(extra: int) -> None:
     """Every micro-batch passes every stage once in each direction; what one stage sends the next expects, in that order; and
     no stage holds more micro-batches than announced."""
     for stages, micro_batches in product(range(1, 6), range(1, 12)):
-        found = [instructions(OverlapSchedule(micro_batches, stages, stage, extra)) for stage in range(stages)]
-        for stage, listed in enumerate(found):
+        schedule = OneForwardOneBackward(micro_batches, stages, extra)
+        by_stage = [instructions(TrainingStage(schedule, stage)) for stage in range(stages)]
+        for stage, listed in enumerate(by_stage):
 
             def order(kind: str, listed: list[tuple[str, int]] = listed) -> list[int]:
                 return [index for name, index in listed if name == kind]
@@ -64,13 +65,13 @@ def test_schedules_fit_together(extra: int) -> None:
                 most = max(most, in_flight)
                 if name == "SendActivation":
                     assert listed[listed.index((name, index)) - 1] == ("ForwardPass", index), "it leaves at once"
-            assert most == micro_batches_in_flight(micro_batches, stages, stage, extra)
-        assert all(listed[-2:] == [("ReduceGrads", -1), ("OptimizerStep", -1)] for listed in found)
+            assert most == schedule.micro_batches_in_flight(stage) == schedule.buffers(stage)
+        assert all(listed[-2:] == [("ReduceGrads", -1), ("OptimizerStep", -1)] for listed in by_stage)
 
 
 def test_an_evaluation_goes_forwards_alone() -> None:
     for stage in range(3):
-        kinds = {name for name, _ in instructions(ForwardSchedule(4, 3, stage))}
+        kinds = {name for name, _ in instructions(EvaluationStage(4, 3, stage))}
         assert not kinds & {"BackwardPass", "RecvGrad", "SendGrad", "OptimizerStep"}
 
 

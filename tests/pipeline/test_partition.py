@@ -9,12 +9,12 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from lime_dist.pipeline.in_flight import micro_batches_in_flight
 
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.pipeline.partition import TOLERANCE, balance, compute_costs, memory_costs, range_sums, stage_bounds
+from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
 
 
 def every_cut(count: int, parts: int) -> Iterator[list[int]]:
@@ -148,7 +148,7 @@ def test_cut_by_memory(model: str, precision: str, stages: int) -> None:
     more = [f"precision={precision}", f"parallel.pipeline_stages={stages}", "parallel.balance=memory"]
     config = config_of(model, *more)
     costs = memory_costs(config)
-    in_flight = [micro_batches_in_flight(5, stages, stage, 1) for stage in range(stages)]
+    in_flight = [OneForwardOneBackward(5, stages, 1).micro_batches_in_flight(stage) for stage in range(stages)]
 
     @cache
     def cost_of(stage: int, begin: int, end: int) -> int:

@@ -1,0 +1,105 @@
+"""Protects that registered names are compared in the package of their implementations only: everything else asks the object.
+
+A new implementation that is one file must not need a change where a name is compared.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lime_dist.config.registry import SCHEDULES
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [
+    ROOT / "pretrain.py",
+    *(path for folder in ("lime_dist", "data_tools", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))),
+]
+
+
+def compared_strings(path: Path) -> set[str]:
+    """String constants that a file compares a value with, or by which it picks from a dictionary that it spells out.
+
+    Comparisons are ``==``, ``!=``, ``in``, ``not in`` (also with the strings of a tuple, list, set or dictionary), ``match``
+    and ``startswith``; picking is ``{…}[value]`` and ``{…}.get(value)``.
+    """
+    return {string for node in ast.walk(ast.parse(path.read_text())) for string in _compared(node)}
+
+
+def _compared(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Compare):
+        for operand in (node.left, *node.comparators):
+            yield from _strings(operand)
+    elif isinstance(node, ast.MatchValue):
+        yield from _strings(node.value)
+    elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+        yield from _strings(node.value)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr == "get" and isinstance(node.func.value, ast.Dict):
+            yield from _strings(node.func.value)
+        elif node.func.attr == "startswith":
+            for argument in node.args:
+                yield from _strings(argument)
+
+
+def _strings(node: ast.expr) -> Iterator[str]:
+    """A string constant, or those of a tuple, list, set or of a dictionary's keys."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.Tuple | ast.List | ast.Set):
+        for element in node.elts:
+            yield from _strings(element)
+    elif isinstance(node, ast.Dict):
+        for key in filter(None, node.keys):
+            yield from _strings(key)
+
+
+def files_that_compare(names: set[str], *homes: str) -> list[str]:
+    """Files outside the ``homes`` (folders or files, relative to the repository) that compare a value with one of the names."""
+    inside = tuple(ROOT / home for home in homes)
+    return [
+        f"{path.relative_to(ROOT)}: {', '.join(sorted(compared))}"
+        for path in SOURCES
+        if not any(path == home or home in path.parents for home in inside)
+        and (compared := compared_strings(path) & names)
+    ]
+
+
+def test_schedules_are_compared_in_their_package_only() -> None:
+    names = {*SCHEDULES, *(schedule.engine for schedule in SCHEDULES.values())}
+    assert {"1f1b", "stock", "overlap"} <= names
+    assert files_that_compare(names, "lime_dist/pipeline/schedules") == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if schedule == 'stock': pass",
+        "x = 1 if 'stock' != config.schedule else 2",
+        "assert schedule in ('overlap', 'stock')",
+        "x = schedule not in {'stock'}",
+        "x = schedule in ['a', ('stock',)]",
+        "x = {'stock': 1, 'overlap': 2}[schedule]",
+        "x = {'stock': 1}.get(schedule, 0)",
+        "x = schedule.startswith('stock')",
+        "match schedule:\n    case 'stock': pass",
+        "match schedule:\n    case 'other' | 'stock': pass",
+        "x = [s for s in schedules if s.name == 'stock']",
+    ],
+)
+def test_comparisons_are_found(tmp_path: Path, code: str) -> None:
+    path = tmp_path / "code.py"
+    path.write_text(code)
+    assert "stock" in compared_strings(path)
+
+
+@pytest.mark.parametrize(
+    "code", ["x = 'stock'", "f('stock')", "x = {'stock': 1}", "x['stock']", "@register('stock')\nclass A: pass"]
+)
+def test_other_uses_are_allowed(tmp_path: Path, code: str) -> None:
+    path = tmp_path / "code.py"
+    path.write_text(code)
+    assert compared_strings(path) == set()
