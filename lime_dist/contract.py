@@ -120,6 +120,8 @@ NAMES: Mapping[str, Entries] = {
     "deepspeed.runtime.pipe.schedule.PipeSchedule": {
         "__init__": ("(self, micro_batches, stages, stage_id)", "the arguments of every schedule"),
         "micro_batches": (INSTANCE, "of the step"),
+        "stage_id": (INSTANCE, "whose instructions the schedule yields"),
+        "stages": (INSTANCE, "of the pipeline"),
         "num_pipe_buffers": ("(self)", "overridden: what _reserve_pipe_buffers gets"),
         "steps": ("(self)", "overridden: yields lists of instructions"),
     },
