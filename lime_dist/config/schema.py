@@ -415,8 +415,8 @@ class PipelineConfig(Section):
     extra_in_flight: int = Field(
         1,
         ge=0,
-        description="micro-batches in flight beyond the usual schedule, for each boundary downstream; they hide transfers "
-        "and cost memory (`overlap`)",
+        description="micro-batches in flight beyond those that 1F1B needs, for each boundary downstream; they hide transfers "
+        "and cost memory (`1f1b`)",
     )
     wire_dtype: Literal["bf16"] | None = Field(
         None, description="type of payloads and their gradients between stages; `null` uses that of `precision`"
