@@ -26,9 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from results import read_results, write, write_results
 
-from data_tools.embedded import CONSTANTS
-from data_tools.inputs import list_inputs
-from data_tools.sources import Tally, documents
+from data_tools.sources.documents import documents
+from data_tools.sources.embedded import CONSTANTS
+from data_tools.sources.inputs import list_inputs
+from data_tools.sources.tally import Tally
 from lime_dist.errors import LimeError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from quality import MODELS, mean_and_spread
 from results import write
 from runs import ROOT, Study, add_run_options
 
-from data_tools.tasks import MARK
+from data_tools.tasks.documents import MARK
 from data_tools.tokenizer import Tokenizer
 from lime_dist.errors import LimeError, run_command
 from lime_dist.exact_match import exact_match

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_tools import TOOL_VERSION
 from data_tools.common import command_parser, disk_errors, progress_bar
-from data_tools.encoding import SPLITS
+from data_tools.pretokenize.encoding import SPLITS
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sync_folder, write_atomic

@@ -14,7 +14,7 @@ import torch
 from support.exports import write_random
 from support.tasks import make_shards, task_values
 
-from data_tools.tasks import MARK
+from data_tools.tasks.documents import MARK
 from data_tools.tokenizer import Tokenizer
 from lime_dist import exact_match
 from lime_dist.checkpoint import export

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lime_dist
 from data_tools.tokenizer import Tokenizer
-from data_tools.tokenizer_training import HARD_TEXTS
+from data_tools.tokenizer.round_trip import HARD_TEXTS
 from lime_dist.checkpoint.reading import Weights, load_decoder, read_weights, source_of
 from lime_dist.config.schema import Config
 from lime_dist.data.dataset import TokenSplit, read_dataset_json

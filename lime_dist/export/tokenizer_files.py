@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from data_tools.tokenizer import MODEL_FILES, Tokenizer
-from data_tools.tokenizer_model_file import USER_DEFINED, read_pieces, read_settings
-from data_tools.tokenizer_sentencepiece import SPACE_MARK
+from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.facts import MODEL_FILES
+from data_tools.tokenizer.model_file import USER_DEFINED, read_pieces, read_settings
+from data_tools.tokenizer.pieces import SPACE_MARK
 from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
 
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
 
 CODE = Path(__file__).parent / "huggingface"
 MODEL_FILE = MODEL_FILES["sentencepiece"]
-
-
-HUGGINGFACE_FILE = "huggingface.json"
-"""What holds the model of a tokenizer folder that was imported from Hugging Face."""
+HUGGINGFACE_FILE = MODEL_FILES["huggingface"]
 
 
 def write_tokenizer(tokenizer: Tokenizer, bos: bool, sequence_length: int, folder: Path) -> None:

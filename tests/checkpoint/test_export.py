@@ -18,8 +18,8 @@ from support.exports import run_values, write_random
 from support.workers import WorkerGroup
 
 from data_tools.tokenizer import Tokenizer
-from data_tools.tokenizer import main as train_tokenizer
-from data_tools.tokenizer_training import HARD_TEXTS
+from data_tools.tokenizer.__main__ import main as train_tokenizer
+from data_tools.tokenizer.round_trip import HARD_TEXTS
 from lime_dist.checkpoint.export import main
 from lime_dist.checkpoint.manifest import manifest_checksum
 from lime_dist.checkpoint.reading import read_weights
@@ -295,7 +295,7 @@ def test_mistakes_are_one_line(runs: dict[str, Path], dataset: Path, tmp_path: P
     assert "is there already; give another --output" in line(output=tmp_path / "full")
     assert "Not a directory; nothing was exported" in line(output=tmp_path / "full/file/below")
     assert "--max-shard-size many: is no size" in line("--max-shard-size", "many")
-    assert "tokenizer.json: no such file" in line("--tokenizer", str(dataset))
+    assert "tokenizer_facts.json: no such file" in line("--tokenizer", str(dataset))
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"some words {i} and more of them"}) + "\n" for i in range(200)))
     other = tmp_path / "tokenizer"

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import tokenizer as tokenizers_of_ours
-from data_tools.tokenizer_training import HARD_TEXTS
+from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.__main__ import main as tokenizer_command
+from data_tools.tokenizer.round_trip import HARD_TEXTS
 from lime_dist.export.tokenizer_files import check_ids, write_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
-pytest.importorskip("data_tools.tokenizer_import", reason="tokenizers cannot be imported yet")
+pytest.importorskip("data_tools.tokenizer.importing", reason="tokenizers cannot be imported yet")
 vocabularies = pytest.importorskip("support.vocabularies", reason="tokenizers cannot be imported yet")
 END = {"gpt_2": "<|endoftext|>", "llama_3": "<|end_of_text|>"}
 
@@ -29,8 +30,8 @@ def test_imported_tokenizers_give_exactly_the_same_ids(kind: str, bos: bool, tmp
     else:
         getattr(vocabularies, name)().save(str(source))
     command = ["import", "--model", str(source), "--output", str(tmp_path / "ours")]
-    tokenizers_of_ours.main([*command, *(["--eos", END[name]] if name in END else [])])
-    ours = tokenizers_of_ours.Tokenizer(tmp_path / "ours")
+    tokenizer_command([*command, *(["--eos", END[name]] if name in END else [])])
+    ours = Tokenizer(tmp_path / "ours")
     bos = bos and ours.bos_id >= 0
     out = tmp_path / "out"
     out.mkdir()

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import tokenizer
 from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.__main__ import main as tokenizer_command
 
 ODD_TEXTS = [
     "emoji 😀 👩‍👩‍👧‍👦 and 漢字かな한글, العربية",
@@ -57,7 +57,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BPE tokenizer of 500 pieces."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.main(["train", "--input", str(corpus), "--output", str(folder), "--vocab-size", "500"])
+    tokenizer_command(["train", "--input", str(corpus), "--output", str(folder), "--vocab-size", "500"])
     return folder
 
 

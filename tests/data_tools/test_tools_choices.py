@@ -17,14 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import duplicates, pool, pretokenize
-from data_tools.encoding import split_of
-from data_tools.filters import Filter
-from data_tools.inputs import InputFile, list_inputs
-from data_tools.pool import Progress
-from data_tools.sources import Tally, documents
+from data_tools.pretokenize import duplicates, pool
+from data_tools.pretokenize.__main__ import main as pretokenize
+from data_tools.pretokenize.encoding import split_of
+from data_tools.pretokenize.pool import Progress
+from data_tools.pretokenize.units import Selection, Unit
+from data_tools.sources.documents import documents
+from data_tools.sources.filters import Filter
+from data_tools.sources.inputs import InputFile, list_inputs
+from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
-from data_tools.units import Selection, Unit
 from lime_dist.data.indexed import IndexedDataset
 from lime_dist.errors import LimeError
 
@@ -38,7 +40,7 @@ def run(tokenizer_folder: Path, tmp_path: Path) -> Run:
     def call(given: object, *options: str, name: str = "out") -> dict[str, Any]:
         output = tmp_path / name
         common = ["--tokenizer", str(tokenizer_folder), "--output", str(output), "--workers", "1"]
-        pretokenize.main(["--input", str(given), *common, *options])
+        pretokenize(["--input", str(given), *common, *options])
         return json.loads((output / "dataset.json").read_text())
 
     return call
@@ -215,7 +217,7 @@ def test_a_hub_dataset_is_found_by_its_configuration(hub: Path, run: Run) -> Non
 
 
 def test_the_hub_out_of_reach_is_one_line() -> None:
-    code = "from data_tools.inputs import list_inputs; from lime_dist.errors import run_command\n"
+    code = "from data_tools.sources.inputs import list_inputs; from lime_dist.errors import run_command\n"
     code += "run_command(lambda: list_inputs('hub:HuggingFaceFW/fineweb-edu:sample-10BT'))"
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # else half a minute of attempts
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=offline)
@@ -246,7 +248,7 @@ def test_files_behind_urls_are_read_and_a_network_error_is_no_damage(
             return found
 
     def pool_documents(unit: Unit, tally: Tally) -> Any:
-        from data_tools.sources import read_file
+        from data_tools.sources.documents import read_file
 
         return read_file(unit.parts[0][0], "text", tally)
 

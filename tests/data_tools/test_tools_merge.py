@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import inspect, merge, pretokenize
+from data_tools import inspect, merge
+from data_tools.pretokenize.__main__ import main as pretokenize
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.errors import LimeError
@@ -21,7 +22,7 @@ def folders(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> list[Path]:
     given = [(corpus / "a.parquet", []), (corpus / "c.jsonl", ["--test-fraction", "0.2"])]
     for number, (path, options) in enumerate(given):
         common = f"--input {path} --tokenizer {tokenizer_folder} --output {tmp_path / str(number)} --workers 1"
-        pretokenize.main([*common.split(), "--validation-fraction", "0.1", *options])
+        pretokenize([*common.split(), "--validation-fraction", "0.1", *options])
     return [tmp_path / "0", tmp_path / "1"]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from support.units import Killed
 
-from data_tools.inputs import list_inputs
-from data_tools.pool import UnitPool
-from data_tools.units import Unit
+from data_tools.pretokenize.pool import UnitPool
+from data_tools.pretokenize.units import Unit
+from data_tools.sources.inputs import list_inputs
 from lime_dist.errors import LimeError
 
 

@@ -13,18 +13,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_tools import inspect, pretokenize, sources, tokenizer
-from data_tools.encoding import split_of
-from data_tools.inputs import list_inputs
-from data_tools.manifest import Manifest
-from data_tools.sources import Tally, documents
+from data_tools import inspect
+from data_tools.pretokenize.__main__ import main as pretokenize
+from data_tools.pretokenize.encoding import split_of
+from data_tools.pretokenize.manifest import Manifest
+from data_tools.pretokenize.units import plan_units
+from data_tools.sources.__main__ import main as sources
+from data_tools.sources.documents import documents
+from data_tools.sources.inputs import list_inputs
+from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
-from data_tools.units import plan_units
+from data_tools.tokenizer.__main__ import main as tokenizer
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.files import lock_folder
 from lime_dist.data.indexed import IndexedDataset
@@ -45,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def dataset(corpus: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus, pretokenized by one worker."""
     folder = tmp_path_factory.mktemp("dataset") / "shards"
-    pretokenize.main(arguments(corpus, tokenizer_folder, folder, "--workers", "1"))
+    pretokenize(arguments(corpus, tokenizer_folder, folder, "--workers", "1"))
     return folder
 
 
@@ -85,10 +90,10 @@ def test_two_workers_write_the_same_bytes(
     dataset: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "two"
-    pretokenize.main(arguments(corpus, tokenizer_folder, output, "--workers", "2"))
+    pretokenize(arguments(corpus, tokenizer_folder, output, "--workers", "2"))
     assert content(output) == content(dataset)
     capsys.readouterr()
-    pretokenize.main(arguments(corpus, tokenizer_folder, output))
+    pretokenize(arguments(corpus, tokenizer_folder, output))
     assert "complete, reused" in capsys.readouterr().out
     assert content(output) == content(dataset)
 
@@ -145,7 +150,7 @@ def test_killed_workers_and_parents_leave_what_is_finished(
         file.write(b'{"unit": 3, "ro')  # a line torn by the kill
     damaged = next(output.glob("train-*.bin"))
     damaged.write_bytes(damaged.read_bytes()[:-2] + b"\0\1")  # and a finished shard that no longer holds what it held
-    pretokenize.main(given)
+    pretokenize(given)
     assert "units are finished and whole; going on with the rest" in capsys.readouterr().out
     assert content(output) == content(dataset)
 
@@ -157,7 +162,7 @@ def test_a_kill_between_the_end_and_its_tidying_leaves_nothing(
     before = content(copy)
     (copy / ".duplicates").mkdir()
     (copy / ".duplicates/00003.npy").write_bytes(b"hashes")
-    pretokenize.main(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
+    pretokenize(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
     assert "dataset complete, reused" in capsys.readouterr().out
     assert content(copy) == before and not (copy / ".duplicates").exists()
 
@@ -167,7 +172,7 @@ def test_thirty_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_f
     """Of a worker, of the parent, or of all at once, in any phase, de-duplication included; with 1, 2 or 3 workers."""
     generator = random.Random(0)
     options = ["--drop-duplicates", "--shuffle", "5", "--test-fraction", "0.1"]
-    pretokenize.main(arguments(corpus, tokenizer_folder, tmp_path / "whole", "--workers", "1", *options))
+    pretokenize(arguments(corpus, tokenizer_folder, tmp_path / "whole", "--workers", "1", *options))
     expected, kills, runs = content(tmp_path / "whole"), 0, 0
     while kills < 30:
         output, runs = tmp_path / f"killed-{runs}", runs + 1
@@ -212,13 +217,13 @@ def test_a_disk_that_is_really_full(
     try:
         given = arguments(corpus, tokenizer_folder, disk / "out", "--workers", "2")
         with pytest.raises(LimeError, match="No space left on device; what is finished is kept"):
-            pretokenize.main(given)
+            pretokenize(given)
         assert not list((disk / "out").glob(".scratch*")) and not (disk / "out" / "dataset.json").exists()
         finished = {path.name: path.read_bytes() for path in (disk / "out").glob("*.bin")}
         assert finished and all((dataset / name).read_bytes() == data for name, data in finished.items())
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         capsys.readouterr()
-        pretokenize.main(given)
+        pretokenize(given)
         assert "units are finished and whole; going on with the rest" in capsys.readouterr().out
         assert content(disk / "out") == content(dataset)
     finally:
@@ -230,7 +235,7 @@ def test_a_document_of_fifty_megabytes(tokenizer_folder: Path, trained: Tokenize
     line = "A line of a very long document, written again and again, 1234567890. "
     text = line * (50_000_000 // len(line))
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "short"}) + "\n")
-    pretokenize.main(arguments(tmp_path / "long.jsonl", tokenizer_folder, tmp_path / "out", "--workers", "1"))
+    pretokenize(arguments(tmp_path / "long.jsonl", tokenizer_folder, tmp_path / "out", "--workers", "1"))
     facts = json.loads((tmp_path / "out" / "dataset.json").read_text())
     shards = [shard for split in facts["splits"].values() for shard in split["shards"]]
     documents = [IndexedDataset(tmp_path / "out" / shard["name"]).document(0) for shard in shards]
@@ -251,9 +256,9 @@ def test_a_full_disk_leaves_what_was_finished(
     given = arguments(corpus, tokenizer_folder, output, "--workers", "1")
     with monkeypatch.context() as patch, pytest.raises(LimeError, match="No space left on device; what is finished is"):
         patch.setattr(Manifest, "publish", fill)
-        pretokenize.main(given)
+        pretokenize(given)
     assert len(list(output.glob("*.idx"))) >= 6 and not list(output.glob(".scratch*"))
-    pretokenize.main(given)
+    pretokenize(given)
     assert content(output) == content(dataset)
 
 
@@ -262,7 +267,7 @@ def test_a_complete_folder_that_lost_a_shard_is_mended(
 ) -> None:
     victim = sorted(copy.glob("train-*.idx"))[1]
     victim.unlink()
-    pretokenize.main(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
+    pretokenize(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
     assert f"not complete any more: {victim}: missing" in capsys.readouterr().out
     assert content(copy) == content(dataset)
 
@@ -271,14 +276,14 @@ def test_other_settings_or_inputs_in_a_used_folder_are_refused(
     copy: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(LimeError, match=r"was made with bos=False \(now True\); give another --output, or --fresh"):
-        pretokenize.main(arguments(corpus, tokenizer_folder, copy, "--bos"))
+        pretokenize(arguments(corpus, tokenizer_folder, copy, "--bos"))
     with pytest.raises(LimeError, match=r"other input files \(a.parquet, inner/b.parquet differ\)"):
-        pretokenize.main(arguments(corpus / "c.jsonl", tokenizer_folder, copy))
+        pretokenize(arguments(corpus / "c.jsonl", tokenizer_folder, copy))
     (copy / "dataset.json").unlink()  # also when only begun
     with pytest.raises(LimeError, match="was made with bos=False"):
-        pretokenize.main(arguments(corpus, tokenizer_folder, copy, "--bos"))
+        pretokenize(arguments(corpus, tokenizer_folder, copy, "--bos"))
     given = arguments(corpus / "c.jsonl", tokenizer_folder, copy, "--fresh", "--bos", "--workers", "1")
-    pretokenize.main(given)
+    pretokenize(given)
     data = IndexedDataset(copy / "train-00000-00")
     assert data.document(0)[0] == 1 and data.document(0)[-1] == 2
     facts = json.loads((copy / "dataset.json").read_text())
@@ -289,7 +294,7 @@ def test_other_settings_or_inputs_in_a_used_folder_are_refused(
 
 def test_a_second_run_into_the_same_folder_is_refused(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     with lock_folder(tmp_path), pytest.raises(LimeError, match="another run is writing here"):
-        pretokenize.main(arguments(corpus, tokenizer_folder, tmp_path))
+        pretokenize(arguments(corpus, tokenizer_folder, tmp_path))
 
 
 def test_bad_input_is_counted_named_and_limited(
@@ -304,7 +309,7 @@ def test_bad_input_is_counted_named_and_limited(
     (given / "c.jsonl").write_bytes(b"\n".join(good[:10] + bad + good[10:]))
 
     def attempt(*options: str) -> None:
-        pretokenize.main(arguments(given, tokenizer_folder, output, "--workers", "1", *options))
+        pretokenize(arguments(given, tokenizer_folder, output, "--workers", "1", *options))
 
     with pytest.raises(LimeError, match=r"b.parquet: not readable as parquet.*--on-error skip"):
         attempt("--on-error", "stop")
@@ -327,7 +332,7 @@ def test_bad_input_is_counted_named_and_limited(
 def test_input_without_text_is_refused_before_anything_is_written(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"content": "x"}\n')
     with pytest.raises(LimeError, match=r"no text found; the first thing wrong: in.jsonl row 1: no column 'text'"):
-        pretokenize.main(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "out"))
+        pretokenize(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*-*"))
 
 
@@ -372,10 +377,10 @@ def test_a_tampered_shard_is_caught_by_verify(copy: Path, capsys: pytest.Capture
     assert stop.value.code == 2 and f"error: {victim}: its SHA-256 differs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [sources, tokenizer, pretokenize, inspect])
-def test_help_has_an_example(command: object, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [sources, tokenizer, pretokenize, inspect.main])
+def test_help_has_an_example(command: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        command.main(["--help"])
+        command(["--help"])
     assert stop.value.code == 0 and "example:\n  python -m data_tools." in capsys.readouterr().out
 
 

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import embedded
-from data_tools.inputs import fingerprint, list_inputs
-from data_tools.sources import Tally, documents, main
+from data_tools.sources import embedded
+from data_tools.sources.__main__ import main
+from data_tools.sources.documents import documents
+from data_tools.sources.inputs import fingerprint, list_inputs
+from data_tools.sources.tally import Tally
 from lime_dist.errors import LimeError
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.tasks import MARK, draw_documents, main
-from data_tools.tasks_arithmetic import Arithmetic, reduce, write
-from data_tools.tasks_graph import Graph, make_names
+from data_tools.tasks.__main__ import main
+from data_tools.tasks.arithmetic import Arithmetic, reduce, write
+from data_tools.tasks.documents import MARK, draw_documents
+from data_tools.tasks.graph import Graph, make_names
 from lime_dist.errors import LimeError
 
 ROOT = Path(__file__).resolve().parents[2]

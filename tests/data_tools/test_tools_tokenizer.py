@@ -17,12 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.vocabularies import TEXTS, any_text, quick
 
-from data_tools import tokenizer_training
-from data_tools.sources import Tally, documents, list_inputs
-from data_tools.tokenizer import PIECE_CHARACTERS, Tokenizer, main
-from data_tools.tokenizer_folder import EVERY_BYTE, HARD_TEXTS
-from data_tools.tokenizer_pieces import BETWEEN_WORDS, cut
-from data_tools.tokenizer_training import file_budgets, sample_documents
+from data_tools.sources.documents import documents
+from data_tools.sources.inputs import list_inputs
+from data_tools.sources.tally import Tally
+from data_tools.tokenizer import Tokenizer, training
+from data_tools.tokenizer.__main__ import main
+from data_tools.tokenizer.facts import FACTS_FILE
+from data_tools.tokenizer.pieces import BETWEEN_WORDS, cut
+from data_tools.tokenizer.round_trip import EVERY_BYTE, HARD_TEXTS
+from data_tools.tokenizer.tokenizer import PIECE_CHARACTERS
+from data_tools.tokenizer.training import file_budgets, sample_documents
 from lime_dist.errors import LimeError
 
 
@@ -89,7 +93,7 @@ def test_another_process_learns_the_same_pieces(either: Tokenizer, corpus: Path,
 def test_a_folder_from_before_there_was_an_import(trained: Tokenizer, tmp_path: Path) -> None:
     facts = {key: value for key, value in trained.facts.items() if key not in ("kind", "exact", "cuttable")}
     shutil.copytree(trained.folder, tmp_path / "t")
-    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(facts))
+    (tmp_path / "t" / FACTS_FILE).write_text(json.dumps(facts))
     one = Tokenizer(tmp_path / "t")
     assert (
         one.exact
@@ -104,7 +108,7 @@ def test_encoding_in_pieces_gives_the_same_ids(
     texts = [text for *_, text in documents(str(corpus), "text", Tally()) if "xxxx" not in text]
     texts += ["a  b   c" * 40, " \n \n\n  x " * 40]
     whole = either.encode_batch(texts)
-    monkeypatch.setattr("data_tools.tokenizer.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("data_tools.tokenizer.tokenizer.PIECE_CHARACTERS", 100)
     for expected, ids in zip(whole, either.encode_batch(texts), strict=True):
         np.testing.assert_array_equal(ids, expected)
 
@@ -184,12 +188,14 @@ def test_a_changed_model_is_refused_on_load(tokenizer_folder: Path, tmp_path: Pa
     shutil.copytree(tokenizer_folder, folder)
     model = folder / "tokenizer.model"
     model.write_bytes(model.read_bytes() + b"\0")
-    with pytest.raises(LimeError, match=r"tokenizer.model: its content differs from the hash"):
+    with pytest.raises(
+        LimeError, match=r"tokenizer.model: its content does not match the hash in tokenizer_facts.json"
+    ):
         Tokenizer(folder)
     model.unlink()
     with pytest.raises(LimeError, match=r"tokenizer.model: missing"):
         Tokenizer(folder)
-    with pytest.raises(LimeError, match=r"tokenizer.json: no such file"):
+    with pytest.raises(LimeError, match=r"tokenizer_facts.json: no such file"):
         Tokenizer(tmp_path / "nowhere")
 
 
@@ -206,7 +212,7 @@ def test_what_cannot_be_trained_is_one_clear_line(tmp_path: Path) -> None:
         main([*given, "100"])
     with pytest.raises(LimeError, match="no text in column 'content'"):
         main([*given, "400", "--text-column", "content"])
-    assert tokenizer_training.UNK_ID == 0
+    assert training.UNK_ID == 0
 
 
 SYMBOLS = ("<answer>", "<|end|>", "é→")

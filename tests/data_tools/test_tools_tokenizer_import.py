@@ -14,12 +14,16 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from support.old_tokenizers import copy_as_old
 from support.vocabularies import gpt_2, llama_2, llama_3, train_sentencepiece
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from data_tools import inspect, pretokenize
-from data_tools.tokenizer import Tokenizer, main
-from data_tools.tokenizer_model_file import read_pieces, read_settings, with_control_symbols, without_dummy_prefix
+from data_tools import inspect
+from data_tools.pretokenize.__main__ import main as pretokenize
+from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.__main__ import main
+from data_tools.tokenizer.facts import FACTS_FILE, OLD_FACTS_FILE
+from data_tools.tokenizer.model_file import read_pieces, read_settings, with_control_symbols, without_dummy_prefix
 from lime_dist.data.files import read_json
 from lime_dist.data.indexed import IndexedDataset
 from lime_dist.errors import LimeError, run_command
@@ -60,7 +64,7 @@ def write(path: Path, value: dict[str, Any] | bytes | str | tokenizers.Tokenizer
 
 def test_the_folder_and_its_facts(byte_level: dict[str, Any], pieces: bytes, tmp_path: Path) -> None:
     one = take_over(write(tmp_path / "tokenizer.json", byte_level), tmp_path / "t")
-    assert sorted(content(tmp_path / "t")) == [".lock", "huggingface.json", "tokenizer.json"]
+    assert sorted(content(tmp_path / "t")) == [".lock", "huggingface.json", "tokenizer_facts.json"]
     assert (one.facts["kind"], one.facts["model_type"], one.exact) == ("huggingface", "bpe", True)
     assert (one.vocab_size, one.eos_id, one.bos_id, one.pad_id) == (700, 0, -1, -1)
     two = take_over(write(tmp_path / "any.model", pieces), tmp_path / "s")
@@ -70,7 +74,7 @@ def test_the_folder_and_its_facts(byte_level: dict[str, Any], pieces: bytes, tmp
     assert padded.decode([0, padded.eos_id, 0]) == "" != two.decode([0])
     two.copy_to(tmp_path / "copy")
     one.copy_to(tmp_path / "copy")
-    assert sorted(content(tmp_path / "copy")) == ["huggingface.json", "tokenizer.json"]
+    assert sorted(content(tmp_path / "copy")) == ["huggingface.json", "tokenizer_facts.json"]
     assert Tokenizer(tmp_path / "copy").hash == one.hash != two.hash
 
 
@@ -89,7 +93,7 @@ def test_shards_of_an_imported_tokenizer(corpus: Path, tmp_path: Path, capsys: p
         "--output",
         str(tmp_path / "shards"),
     ]
-    pretokenize.main([*given, "--workers", "1", "--bos"])
+    pretokenize([*given, "--workers", "1", "--bos"])
     facts = read_json(tmp_path / "shards" / "dataset.json", "")
     assert (facts["bos_id"], facts["eos_id"], facts["pad_id"], facts["vocab_size"]) == (800, 801, -1, 803)
     inspect.main([str(tmp_path / "shards"), "--verify"])
@@ -166,7 +170,7 @@ def test_importing_again(
     assert content(output) == before
     (output / ".new").mkdir()  # a killed import's
     assert take_over(other, output, "--fresh").hash != first.hash
-    assert sorted(content(output)) == [".lock", "tokenizer.json", "tokenizer.model"]
+    assert sorted(content(output)) == [".lock", "tokenizer.model", "tokenizer_facts.json"]
 
 
 def test_a_folder_of_someone_else_is_not_harmed(byte_level: dict[str, Any], pieces: bytes, tmp_path: Path) -> None:
@@ -336,10 +340,13 @@ def test_which_file_is_meant(byte_level: dict[str, Any], pieces: bytes, trained:
     write(tmp_path / "in" / "tokenizer.model", pieces)
     with pytest.raises(LimeError, match="holds tokenizer.json and tokenizer.model; name the one to import"):
         take_over(tmp_path / "in", tmp_path / "t")
-    with pytest.raises(
-        LimeError, match="tokenizer.json: is a tokenizer of this program; give its folder to data_tools.pre"
+    for given in (
+        trained.folder,
+        trained.folder / FACTS_FILE,
+        copy_as_old(trained.folder, tmp_path / "old") / OLD_FACTS_FILE,
     ):
-        take_over(trained.folder / "tokenizer.json", tmp_path / "t")
+        with pytest.raises(LimeError, match="json: is a tokenizer of this program; give its folder to data_tools.pre"):
+            take_over(given, tmp_path / "t")
 
 
 def test_holes_in_the_vocabulary_are_said(
@@ -362,16 +369,16 @@ def test_without_the_package(byte_level: dict[str, Any], tmp_path: Path, monkeyp
 
 def test_what_is_damaged_is_refused_when_opened(byte_level: dict[str, Any], tmp_path: Path) -> None:
     take_over(write(tmp_path / "tokenizer.json", byte_level), tmp_path / "t")
-    facts = read_json(tmp_path / "t" / "tokenizer.json", "")
+    facts = read_json(tmp_path / "t" / FACTS_FILE, "")
     for change, said in (
-        ({"kind": "novel"}, "damaged, kind is not as written"),
-        ({"eos_id": None}, "damaged, eos_id is not as written"),
-        ({"eos_id": 5}, "its pieces differ from the hash in tokenizer.json"),
-        ({"model_sha256": "0"}, "its content differs from the hash in tokenizer.json"),
-        ({"kind": "sentencepiece"}, "tokenizer.model: missing, though tokenizer.json is there"),
+        ({"kind": "novel"}, "damaged, kind is invalid"),
+        ({"eos_id": None}, "damaged, eos_id is invalid"),
+        ({"eos_id": 5}, "its pieces do not match the hash in tokenizer_facts.json"),
+        ({"model_sha256": "0"}, "its content does not match the hash in tokenizer_facts.json"),
+        ({"kind": "sentencepiece"}, "tokenizer.model: missing, although tokenizer_facts.json exists"),
     ):
         shutil.copytree(tmp_path / "t", tmp_path / "d", dirs_exist_ok=True)
-        write(tmp_path / "d" / "tokenizer.json", facts | change)
+        write(tmp_path / "d" / FACTS_FILE, facts | change)
         with pytest.raises(LimeError, match=said):
             Tokenizer(tmp_path / "d")
 
@@ -423,9 +430,9 @@ def test_a_vocabulary_without_bos_makes_shards(corpus: Path, tmp_path: Path) -> 
     tokenizer = Tokenizer(tmp_path / "imported")
     assert tokenizer.bos_id == -1
     common = ["--input", str(corpus / "c.jsonl"), "--tokenizer", str(tmp_path / "imported"), "--workers", "1"]
-    pretokenize.main([*common, "--output", str(tmp_path / "shards"), "--validation-fraction", "0"])
+    pretokenize([*common, "--output", str(tmp_path / "shards"), "--validation-fraction", "0"])
     data = IndexedDataset(tmp_path / "shards" / "train-00000-00")
     assert data.document(0)[-1] == tokenizer.eos_id and tokenizer.decode(data.document(0)).startswith("Document 3-0.")
     with pytest.raises(LimeError, match="--bos: the tokenizer in .* has no bos"):
-        pretokenize.main([*common, "--output", str(tmp_path / "other"), "--bos"])
+        pretokenize([*common, "--output", str(tmp_path / "other"), "--bos"])
     assert not (tmp_path / "other").exists()

@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.vocabularies import TEXTS, any_text, gpt_2, llama_2, llama_3, quick, rough, train_sentencepiece
 
-from data_tools.tokenizer import PIECE_CHARACTERS, Tokenizer, main
-from data_tools.tokenizer_import import CUT_LIMITS, CUT_TEXT
-from data_tools.tokenizer_pieces import BETWEEN_WORDS, cut
+from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.__main__ import main
+from data_tools.tokenizer.importing import CUT_LIMITS, CUT_TEXT
+from data_tools.tokenizer.pieces import BETWEEN_WORDS, cut
+from data_tools.tokenizer.tokenizer import PIECE_CHARACTERS
 
 KINDS = ("sentencepiece", "unigram", "llama-2", "llama-2-metaspace", "llama-3", "gpt-2")
 # At most 40 characters with a place to cut among the last three.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
-from data_tools.pool import Progress
-from data_tools.units import Unit
+from data_tools.pretokenize.pool import Progress
+from data_tools.pretokenize.units import Unit
 
 
 class Killed:

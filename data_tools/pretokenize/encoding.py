@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.duplicates import Duplicates
-from data_tools.pool import Progress
-from data_tools.sources import Tally
+from data_tools.pretokenize.duplicates import Duplicates
+from data_tools.pretokenize.pool import Progress
+from data_tools.pretokenize.units import Selection, Unit, unit_documents
+from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
-from data_tools.units import Selection, Unit, unit_documents
 from lime_dist.data.indexed import IndexedWriter, smallest_dtype
 
 SPLITS = ("train", "validation", "test")

@@ -16,18 +16,19 @@ from itertools import islice
 from pathlib import Path
 
 from data_tools import TOOL_VERSION
-from data_tools.common import command_parser, disk_errors
-from data_tools.duplicates import HashUnit, find_duplicates, hashed
-from data_tools.encoding import EncodeUnit, Layout
-from data_tools.filters import WHERE_HELP, Filter
-from data_tools.inputs import INPUT_HELP, fingerprint, list_inputs
-from data_tools.manifest import Manifest, Result, finish, whole
-from data_tools.pool import UnitPool
-from data_tools.sources import Tally, documents
-from data_tools.tokenizer import Tokenizer, first_failure
-from data_tools.units import Selection, Unit, plan_units
+from data_tools.pretokenize.duplicates import HashUnit, find_duplicates, hashed
+from data_tools.pretokenize.encoding import EncodeUnit, Layout
+from data_tools.pretokenize.manifest import Manifest, Result, finish, whole
+from data_tools.pretokenize.pool import UnitPool
+from data_tools.pretokenize.units import Selection, Unit, plan_units
+from data_tools.sources.documents import documents
+from data_tools.sources.filters import Filter
+from data_tools.sources.inputs import fingerprint, list_inputs
+from data_tools.sources.tally import Tally
+from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.round_trip import first_failure
 from lime_dist.data.files import lock_folder
-from lime_dist.errors import LimeError, run_command
+from lime_dist.errors import LimeError
 
 TOKENIZER_FOLDER, SCRATCH, DUPLICATES = "tokenizer", ".scratch", ".duplicates"
 CHECKED_DOCUMENTS = 64
@@ -124,64 +125,3 @@ def mark_duplicates(folder: Path, units: list[Unit], selection: Selection, worke
     if todo:
         UnitPool(HashUnit(folder, selection), workers, "hashing").run(units, todo, lambda unit: None)
     print(f"duplicates found: {find_duplicates(folder, len(units)):,}")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """``python -m data_tools.pretokenize``."""
-    parser = command_parser(
-        "pretokenize",
-        "Encode parquet or JSONL text into Megatron .bin/.idx shards split by a hash of each document.\n"
-        "Killed at any moment, the same command finishes the rest. Rows count from 1.",
-        "python -m data_tools.pretokenize --input data/embedded --tokenizer data/tokenizer --output data/shards\n"
-        "  python -m data_tools.pretokenize --input hub:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer data/tokenizer \\\n"
-        "    --output data/fineweb --where 'score>=3' --where 'token_count>=64' --drop-duplicates",
-    )
-    parser.add_argument("--input", required=True, help=INPUT_HELP)
-    parser.add_argument("--tokenizer", required=True, help="folder made by data_tools.tokenizer")
-    parser.add_argument("--output", required=True, help="folder for the shards and dataset.json")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--text-column", default="text", help="default: text")
-    parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE_HELP)
-    parser.add_argument(
-        "--drop-duplicates",
-        action="store_true",
-        help="of equal texts use the first one; the input is read twice, memory stays small",
-    )
-    parser.add_argument(
-        "--validation-fraction", type=float, default=0.01, help="share of documents held out (default 0.01)"
-    )
-    parser.add_argument(
-        "--test-fraction", type=float, default=0.0, help="share of documents for a third split, test (default 0)"
-    )
-    parser.add_argument("--shard-tokens", type=int, default=1 << 26, help="most tokens in a shard (default 67108864)")
-    parser.add_argument(
-        "--shuffle",
-        type=int,
-        metavar="SEED",
-        help="shuffle the documents of each shard (default: keep the input's order)",
-    )
-    parser.add_argument("--bos", action="store_true", help="begin documents with bos")
-    parser.add_argument("--no-eos", action="store_true", help="do not end documents with eos")
-    parser.add_argument(
-        "--on-error", choices=("skip", "stop"), default="skip", help="bad rows: count and name (default), or stop"
-    )
-    parser.add_argument(
-        "--max-rejected", type=float, default=0.01, help="fail if a larger share of rows or files is bad (default 0.01)"
-    )
-    parser.add_argument("--fresh", action="store_true", help="drop what the folder holds and start again")
-    options = parser.parse_args(arguments)
-    if options.workers < 1 or options.shard_tokens < 1:
-        raise LimeError("--workers and --shard-tokens must be at least 1")
-    fractions = (options.validation_fraction, options.test_fraction)
-    if min(fractions) < 0 or sum(fractions) >= 1 or not 0 <= options.max_rejected <= 1:
-        raise LimeError(
-            "--validation-fraction and --test-fraction must add up to less than 1, --max-rejected be in [0, 1]"
-        )
-    if options.shuffle is not None and options.shuffle < 0:
-        raise LimeError("--shuffle takes a seed, a number from 0 on")
-    with disk_errors("what is finished is kept, put this right and run the same command again"):
-        pretokenize(options)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.common import progress_bar
-from data_tools.pool import Progress
-from data_tools.sources import Tally
-from data_tools.units import Selection, Unit, unit_documents
+from data_tools.pretokenize.pool import Progress
+from data_tools.pretokenize.units import Selection, Unit, unit_documents
+from data_tools.sources.tally import Tally
 from lime_dist.data.files import sync_folder
 from lime_dist.errors import LimeError
 

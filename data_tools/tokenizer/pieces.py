@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+SPACE_MARK = "\u2581"
+"""sentencepiece's stand-in for a space. In a text of its own it would be decoded to a space."""
+
 
 def last_blank(text: str, start: int, end: int) -> int:
     """The last place in (start, end] after a newline, else before a run of spaces; ``start`` if there is neither."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import TOOL_VERSION
-from data_tools.encoding import SPLITS
-from data_tools.sources import Rejection
+from data_tools.pretokenize.encoding import SPLITS
+from data_tools.pretokenize.units import rejection_error
+from data_tools.sources.tally import Rejection
 from data_tools.tokenizer import Tokenizer
-from data_tools.units import rejection_error
 from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import json_bytes, read_json, sha256_file, sync_folder, write_atomic
 from lime_dist.data.indexed import pair_paths, smallest_dtype

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import sentencepiece
 
-from data_tools.tokenizer_model_file import (
+from data_tools.tokenizer.model_file import (
     BYTE,
     CONTROL,
     UNKNOWN,
@@ -19,9 +19,7 @@ from data_tools.tokenizer_model_file import (
     read_settings,
     without_dummy_prefix,
 )
-from data_tools.tokenizer_pieces import AT_BLANKS
-
-SPACE_MARK = "\u2581"  # sentencepiece's stand-in for a space; in a text of its own it would come back as a space
+from data_tools.tokenizer.pieces import AT_BLANKS, SPACE_MARK
 
 
 def piece_hash(model: sentencepiece.SentencePieceProcessor) -> str:

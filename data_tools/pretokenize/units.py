@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from data_tools.common import progress_bar
-from data_tools.filters import Filter
-from data_tools.inputs import InputFile, row_group_bytes
-from data_tools.sources import Rejection, Tally, read_file
+from data_tools.sources.documents import read_file
+from data_tools.sources.filters import Filter
+from data_tools.sources.inputs import InputFile, row_group_bytes
+from data_tools.sources.tally import Rejection, Tally
 from lime_dist.errors import LimeError
 
 BYTES_PER_TOKEN = 4  # expected; it only steers how much text makes a unit

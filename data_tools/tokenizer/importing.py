@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from data_tools.common import disk_errors
-from data_tools.tokenizer import FACTS_FILE, FORMAT, Encoder, Tokenizer, failures, make_encoder
-from data_tools.tokenizer_folder import HARD_TEXTS, existing_facts, replace_folder, tokenizer_facts, write_beside
-from data_tools.tokenizer_huggingface import canonical
-from data_tools.tokenizer_model_file import with_control_symbols
+from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.encoders import Encoder, make_encoder
+from data_tools.tokenizer.facts import FACTS_FILE, FORMAT, tokenizer_facts
+from data_tools.tokenizer.folder import existing_facts, replace_folder, write_scratch
+from data_tools.tokenizer.huggingface_encoder import canonical
+from data_tools.tokenizer.model_file import with_control_symbols
+from data_tools.tokenizer.round_trip import HARD_TEXTS, failures
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sha256_file, write_atomic
 from lime_dist.errors import LimeError
 
@@ -46,13 +49,15 @@ def find_model(given: str) -> Path:
         if not path.is_file():
             raise LimeError(f"--model {given}: no such file or folder; give a sentencepiece .model or a tokenizer.json")
         return path
-    found = sorted([*path.glob("*.model"), *path.glob("tokenizer.json")])
-    if not found:
+    if (path / FACTS_FILE).exists():
+        return path / FACTS_FILE
+    candidates = sorted([*path.glob("*.model"), *path.glob("tokenizer.json")])
+    if not candidates:
         raise LimeError(f"--model {given}: holds neither a .model file nor a tokenizer.json; give one of these")
-    if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise LimeError(f"--model {given}: holds {names}; name the one to import (sentencepiece is the faster one)")
-    return found[0]
+    if len(candidates) > 1:
+        names = " and ".join(file.name for file in candidates)
+        raise LimeError(f"--model {given}: holds {names}; name the one to import (sentencepiece is faster)")
+    return candidates[0]
 
 
 def configured_names(folder: Path) -> dict[str, str]:
@@ -164,7 +169,7 @@ def take_over(source: Source, output: Path, allow_loss: bool, fresh: bool) -> No
     imported = {"file": path.name, "sha256": sha256_file(path)}
     ids = {name: number for name, (_, number) in source.chosen.items()}
     facts = tokenizer_facts(encoder, source.kind, source.model, ids, imported=imported)
-    scratch = write_beside(output, source.model, facts)
+    scratch = write_scratch(output, source.model, facts)
     try:
         tokenizer = Tokenizer(scratch)
         token = special_out_of_text(tokenizer, source)

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_tools.tokenizer_pieces import BETWEEN_WORDS
+from data_tools.tokenizer.pieces import BETWEEN_WORDS, SPACE_MARK
 from lime_dist.errors import LimeError
 
 if TYPE_CHECKING:
     import tokenizers
 
-SPACE_MARK = "\u2581"
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from data_tools.common import progress_bar, start_worker
-from data_tools.units import Unit
+from data_tools.pretokenize.units import Unit
 from lime_dist.errors import LimeError
 
 COUNTERS = 3  # per unit: text bytes, tokens, process

@@ -15,12 +15,15 @@ import numpy as np
 import sentencepiece
 
 from data_tools.common import disk_errors, progress_bar
-from data_tools.inputs import INPUT_HELP, InputFile, fingerprint, list_inputs, row_group_bytes
-from data_tools.sources import Tally, read_file
-from data_tools.tokenizer import Tokenizer, first_failure
-from data_tools.tokenizer_folder import HARD_TEXTS, existing_facts, replace_folder, tokenizer_facts, write_beside
-from data_tools.tokenizer_pieces import cut
-from data_tools.tokenizer_sentencepiece import SPACE_MARK, SentencePieceEncoder
+from data_tools.sources.documents import read_file
+from data_tools.sources.inputs import INPUT_HELP, InputFile, fingerprint, list_inputs, row_group_bytes
+from data_tools.sources.tally import Tally
+from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.facts import tokenizer_facts
+from data_tools.tokenizer.folder import existing_facts, replace_folder, write_scratch
+from data_tools.tokenizer.pieces import SPACE_MARK, cut
+from data_tools.tokenizer.round_trip import HARD_TEXTS, first_failure
+from data_tools.tokenizer.sentencepiece_encoder import SentencePieceEncoder
 from lime_dist.data.files import lock_folder
 from lime_dist.errors import LimeError
 
@@ -132,7 +135,7 @@ def write_tokenizer(
     facts = tokenizer_facts(encoder, "sentencepiece", model, encoder.special_ids, training=training)
     if symbols:
         facts["symbols"] = symbols
-    scratch = write_beside(output, model, facts)
+    scratch = write_scratch(output, model, facts)
     checked = texts[:: max(1, len(texts) // CHECKED_DOCUMENTS)]
     tokenizer = Tokenizer(scratch)
     beside = [

@@ -1,0 +1,1 @@
+"""Encode text into Megatron .bin/.idx shards."""

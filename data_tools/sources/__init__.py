@@ -1,0 +1,1 @@
+"""Read text from parquet, JSONL and hub datasets, and gather a corpus that needs no download."""

@@ -1,0 +1,73 @@
+"""``python -m data_tools.tasks arithmetic`` and ``graph``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from data_tools.common import command_parser, disk_errors
+from data_tools.tasks.arithmetic import Arithmetic
+from data_tools.tasks.documents import DOCUMENTS, MARK, Task, complete, write_documents
+from data_tools.tasks.graph import Graph
+from lime_dist.data.files import lock_folder
+from lime_dist.errors import LimeError, run_command
+
+
+def run(options: argparse.Namespace) -> None:
+    """Both sub-commands."""
+    names = {"arithmetic": ("operands", "largest"), "graph": ("concepts", "hops", "names")}[options.task]
+    values = {name: getattr(options, name) for name in names}
+    task: Task = Arithmetic(**values) if options.task == "arithmetic" else Graph(**values)
+    for name, least in (("documents", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise LimeError(f"--{name} {getattr(options, name)}: must be at least {least}")
+    settings = {"task": options.task, **values, "documents": options.documents, "seed": options.seed}
+    output = Path(options.output)
+    with disk_errors("put this right and run the same command again"), lock_folder(output):
+        there = not options.fresh and complete(output, settings)
+        if not there:
+            write_documents(output, task, options.documents, options.seed, settings)
+    print(f"{options.task} {'complete, reused' if there else 'written'}: {options.documents:,} documents in {output}")
+
+
+def add_task(kinds: Any, name: str, about: str, option: str) -> argparse.ArgumentParser:
+    """A sub-command with what all tasks have."""
+    kind: argparse.ArgumentParser = kinds.add_parser(
+        name,
+        help=about,
+        description=about,
+        epilog=f"example:\n  python -m data_tools.tasks {name} --output data/{name}/text {option}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kind.add_argument("--output", required=True, help=f"folder for {DOCUMENTS}")
+    kind.add_argument("--documents", type=int, default=100_000, help="default 100000")
+    kind.add_argument("--seed", type=int, default=0, help="default 0")
+    kind.add_argument("--fresh", action="store_true", help="write again, whatever the folder holds")
+    return kind
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m data_tools.tasks``."""
+    parser = command_parser(
+        "tasks",
+        f"Write questions with worked solutions, question{MARK}solution, as JSONL. The same seed gives the same bytes.",
+        "python -m data_tools.tasks arithmetic --output data/arithmetic/text --documents 200000 --operands 4\n"
+        f"  python -m data_tools.tokenizer train --input data/arithmetic/text --output data/arithmetic/tokenizer \\\n"
+        f"    --vocab-size 320 --symbol '{MARK}'",
+    )
+    kinds = parser.add_subparsers(dest="task", required=True)
+    arithmetic = add_task(
+        kinds, "arithmetic", "nested expressions, reduced level by level, like 2*(3+4)", "--operands 4"
+    )
+    arithmetic.add_argument("--operands", type=int, default=4, help="numbers in an expression (default 4)")
+    arithmetic.add_argument("--largest", type=int, default=20, help="largest number, also on the way (default 20)")
+    graph = add_task(kinds, "graph", "which of two made-up concepts is somebody, by a chain of facts", "--hops 3")
+    graph.add_argument("--concepts", type=int, default=12, help="concepts in a question (default 12)")
+    graph.add_argument("--hops", type=int, default=3, help="facts of the chain (default 3)")
+    graph.add_argument("--names", type=int, default=64, help="made-up words to name concepts with (default 64)")
+    run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    run_command(main)
