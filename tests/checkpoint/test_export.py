@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.exports import run_values, write_random
+from support.old_tokenizers import copy_as_old
 from support.workers import WorkerGroup
 
 from data_tools.tokenizer import Tokenizer
@@ -196,6 +197,14 @@ def test_symbols_are_one_token_in_an_export_too(kind: str, texts: list[str], tmp
     for symbol, number in ours.facts["symbols"].items():
         assert theirs(f"{symbol}{symbol}").input_ids == [number, number]
         assert theirs.decode([number], skip_special_tokens=True) == symbol
+
+
+def test_a_tokenizer_folder_of_an_earlier_version(runs: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
+    """Its facts have the name of the file that the export writes."""
+    old = copy_as_old(dataset / "tokenizer", tmp_path / "old")
+    expected = export(runs["llama"], tmp_path / "new")
+    assert export(runs["llama"], tmp_path / "of-old", "--tokenizer", str(old))["tokenizer"] == expected["tokenizer"]
+    assert (tmp_path / "of-old/tokenizer.json").read_bytes() == (tmp_path / "new/tokenizer.json").read_bytes()
 
 
 def test_ids_that_differ_are_refused(tmp_path: Path, dataset: Path) -> None:
