@@ -2,7 +2,7 @@
 
 Depth grows from 32 to 1024 layers with a fixed number of layers a stage, so that each stage computes as much as ever, while
 what crosses the boundaries grows with the history. A step has four micro-batches a stage, so that filling and draining takes
-the same share at all depths. Steps are simulated exactly (`lime_dist/wavefront.py`), for pipelines of up to 512 stages.
+the same share at all depths. Steps are simulated exactly (`lime_dist/plan/wavefront.py`), for pipelines of up to 512 stages.
 
 examples:
   python benchmarks/crossover.py --output runs/crossover
