@@ -287,12 +287,12 @@ def test_the_command_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     arguments = (*QUICKSTART, "--processes", "4", "--sweep", "--gpu-memory", "120MB")
     values = json.loads(call(monkeypatch, capsys, *arguments, "--json"))
     table = call(monkeypatch, capsys, *arguments)
-    assert f"{values['tried']} settings tried, {values['fitting']} fit into 120 MB" in table
+    assert f"{values['tried']} settings tried, {values['fitting']} fit in 120 MB" in table
     assert len(values["best"]) == 5 and all(row["peak_memory"] <= 120e6 for row in values["best"])
     for row in values["best"]:
         assert text.reason(row) in table and text.history(row["history"]) in table
     table = call(monkeypatch, capsys, *QUICKSTART, "--sweep", "--gpu-memory", "1MB")
-    assert ", 0 fit into 1.00 MB" in table and "needs least" in table
+    assert ", 0 fit in 1.00 MB" in table and "needs the least memory" in table
 
 
 def test_it_is_quick_and_light() -> None:
@@ -337,7 +337,7 @@ def test_a_timeline_needs_matplotlib_and_a_place(
         (["--processes", "3"], r"parallel.pipeline_stages=2 does not divide the 3 processes"),
         (["--processes", "0"], r"--processes 0 must be at least 1"),
         (["--processes", "64"], r"train.global_batch_size=8 is not micro-batch"),
-        (["--sweep", "--timeline", "x.png"], r"leave --sweep out"),
+        (["--sweep", "--timeline", "x.png"], r"leave out --sweep"),
         (["model.layers=3"], r"unknown key model.layers=3"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Where a rank's time goes: seconds by kind of work, on the device that does it."""
+"""Measure where a rank's time goes: seconds by kind of work, as the device spends them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import torch
 COMPUTATION, TRANSFER, WAITING, DATA = "computation", "transfer", "waiting", "data"
 CHECKPOINT, VALIDATION = "checkpoint", "validation"
 KINDS = (COMPUTATION, TRANSFER, WAITING, DATA, CHECKPOINT, VALIDATION)
-"""computation: forward, backward, update. transfer: sending, and adding gradients up over replicas and ties. waiting:
-receiving, and agreeing on gradient norm and loss: until another stage has got so far. data: reading and copying batches."""
+"""Kinds of work.
+
+computation: forward and backward passes and the update. transfer: sends, and the reduction of gradients over replicas and tied
+weights. waiting: receives, and the exchange of gradient norm and loss, which wait for other stages. data: reading and copying
+batches. checkpoint and validation: all work within them."""
 
 INSTRUCTIONS = {
     "ForwardPass": COMPUTATION,
@@ -28,23 +31,26 @@ INSTRUCTIONS = {
     "RecvGrad": WAITING,
     "LoadMicroBatch": DATA,
 }
-"""Kind of a schedule's instruction, by its class."""
+"""Kind of work by kind of instruction (`lime_dist.pipeline.schedules.base`)."""
 
 
 class Clock:
-    """Adds up seconds by kind. On a GPU, where work is queued, it marks the queue: what is counted is when the device got there.
+    """Adds up seconds by kind of work.
 
-    Work within other work is counted as its own kind alone, but for a validation, to which all within it belongs.
+    On a GPU, where work is queued, it records events in the queue and counts the time between them on the device.
+
+    Nested work counts as its own kind only. Work within a validation counts as validation.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._kind: str | None = None
-        self._marks: list[tuple[Any, str | None]] = []  # a time or an event, and what began with it
+        self._marks: list[tuple[Any, str | None]] = []  # a time or an event, and the kind that began there
 
     @contextmanager
     def measuring(self, kind: str) -> Iterator[None]:
+        """Count the time within as ``kind``."""
         before = self._kind
         if before == VALIDATION:
             yield
@@ -64,7 +70,7 @@ class Clock:
         self._kind = kind
 
     def totals(self) -> dict[str, float]:
-        """Seconds by kind since the clock was made; waits until the device has done what was queued."""
+        """Seconds by kind since the clock was made. Waits until the device has finished the queued work."""
         if self._cuda and self._marks:
             self._marks[-1][0].synchronize()
         for (begin, kind), (end, _) in pairwise(self._marks):

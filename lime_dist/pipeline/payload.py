@@ -1,8 +1,8 @@
-"""What crosses a stage boundary: hidden state and live history entries as one contiguous tensor, and its gradient likewise.
+"""The payload: hidden state and live history entries as the one contiguous tensor that crosses a stage boundary.
 
-The memory is the hidden state [N·D], then the live entries, slots ascending, then summaries ascending. The tensor is shaped
-[B, T, C], C being the elements per token, so that the receiver knows B and T. Without a history the payload is the hidden
-state itself, [B, T, D], or [B, T, n, D] for the n streams of Hyper-Connections.
+Its memory holds the hidden state [N·D], then the live slots in ascending order, then the live summaries in ascending order. Its
+shape is [B, T, C] with C elements per token, so that the receiver knows B and T. Without a history the payload is the hidden
+state itself: [B, T, D], or [B, T, n, D] for the n streams of Hyper-Connections. The gradient has the same layout.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from lime_dist.model.history import LayerHistory
 
 
 def pack(hidden: Tensor, released: list[Tensor], history: LayerHistory | None) -> Tensor:
-    """Payload of a stage that is not the last; ``released`` is what its history handed over after the last layer."""
+    """The payload of a stage other than the last. ``released`` is what its history has released after the last layer."""
     return hidden.contiguous() if history is None else history.pack(hidden, released)
 
 
 def unpack(payload: Tensor, hidden_size: int, history: LayerHistory | None) -> Tensor:
-    """Hidden state of a payload; its entries go into the history."""
+    """The hidden state of a payload. Its entries go into the history."""
     return payload if history is None else history.unpack(payload, hidden_size)

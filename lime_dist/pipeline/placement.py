@@ -1,4 +1,4 @@
-"""Which process holds which stage of which replica, and on which host it runs."""
+"""Which rank holds which stage of which replica, and on which host it runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import ProcessTopology
 
 AXES = {"stages_together": ["data", "pipe"], "replicas_together": ["pipe", "data"]}
-"""By ``parallel.topology``: the axes of the grid of processes, the one along which ranks are neighbours last. Launchers
-number the processes of a host consecutively, so neighbours are on one host where they can be."""
+"""Axes of the process grid by ``parallel.topology``. Consecutive ranks are neighbours along the last axis. Launchers give the
+processes of a host consecutive ranks, so neighbours along it share a host if possible."""
 
 MOST_NAMED = 8
-"""Replicas or hosts that a line names one by one."""
+"""At most this many replicas or hosts are named in a line."""
 
 
 def process_grid(stages: int, width: int, topology: str) -> ProcessTopology:
-    """Ranks by stage and replica, as DeepSpeed takes it."""
+    """The grid of ranks by stage and replica, as DeepSpeed's topology."""
     sizes = {"pipe": stages, "data": width}
     axes = AXES[topology]
     return ProcessTopology(axes=axes, dims=[sizes[axis] for axis in axes])
@@ -29,11 +29,11 @@ def process_grid(stages: int, width: int, topology: str) -> ProcessTopology:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the processes of the job run.
+    """The hosts on which the processes of a job run.
 
     Attributes:
-        hosts: by rank, the name of its host.
-        addresses: by network address, the name of the host that has it.
+        hosts: name of the host, by rank.
+        addresses: name of the host, by network address.
     """
 
     hosts: Sequence[str]
@@ -41,33 +41,34 @@ class Placement:
 
     @property
     def several(self) -> bool:
+        """Whether there is more than one host."""
         return len(set(self.hosts)) > 1
 
     def name(self, rank: int) -> str:
-        """A rank, with its host where there are several."""
+        """The rank, with its host if there are several."""
         return f"rank {rank} on {self.hosts[rank]}" if self.several else f"rank {rank}"
 
     def company(self, ranks: Iterable[int], own: int) -> str:
-        """The other hosts that a rank needs for what it does with ``ranks``, as the end of a phrase; empty if there are none."""
+        """The hosts of ``ranks`` other than rank ``own``'s, as the end of a phrase, such as ", with b, c". Empty if there are none."""
         others = list(dict.fromkeys(self.hosts[rank] for rank in ranks if self.hosts[rank] != self.hosts[own]))
         return f", with {_shortened(others, 'hosts')}" if others else ""
 
     def explain(self, line: str) -> str:
-        """A library's line with the host's name behind each ``[address]``."""
+        """Add the host's name after each ``[address]`` in a line that a library has printed."""
 
-        def named(found: re.Match[str]) -> str:
-            host = self.addresses.get(found[1].removeprefix("::ffff:"))
-            return found[0] if host is None or not self.several else f"{found[0]} ({host})"
+        def named(address: re.Match[str]) -> str:
+            host = self.addresses.get(address[1].removeprefix("::ffff:"))
+            return address[0] if host is None or not self.several else f"{address[0]} ({host})"
 
         return re.sub(r"\[([0-9a-fA-F.:]+)\](?::\d+)?", named, line)
 
 
 def gather_placement() -> Placement:
-    """Ask all ranks where they are; called by all ranks together."""
+    """Gather the hosts of all ranks. All ranks must call it."""
     addresses = [
         address.address
-        for name, found in psutil.net_if_addrs().items()
-        for address in found
+        for name, listed in psutil.net_if_addrs().items()
+        for address in listed
         if name != "lo" and address.family in (socket.AF_INET, socket.AF_INET6)
     ]
     everyone: list[tuple[str, list[str]]] = [("", [])] * dist.get_world_size()
@@ -79,12 +80,12 @@ def gather_placement() -> Placement:
 
 
 def crossings(grid: ProcessTopology, hosts: Sequence[str]) -> int:
-    """Boundaries of all replicas that lie between two hosts."""
+    """Number of boundaries, over all replicas, whose two stages are on different hosts."""
     return sum(hosts[a] != hosts[b] for ranks in grid.get_axis_comm_lists("pipe") for a, b in pairwise(ranks))
 
 
 def describe_placement(grid: ProcessTopology, hosts: Sequence[str]) -> str:
-    """One line: the hosts of every replica's stages, and how many boundaries lie between two hosts."""
+    """One line with the hosts of every replica's stages and the number of boundaries between hosts."""
     replicas = grid.get_axis_comm_lists("pipe")
     parts = []
     for replica, ranks in enumerate(replicas):

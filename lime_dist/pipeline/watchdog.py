@@ -1,4 +1,4 @@
-"""Ends the process with one line when it does not get on: a pipeline whose peer has died or stopped would wait for ever."""
+"""Hang detection: end the process with one line if it makes no progress. Without it a stage waits forever for a peer that hangs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 STALLED_STATUS = 1
-"""Exit status of a process that the watchdog ended."""
+"""Exit status of a process that the watchdog ends."""
 
 
 @dataclass
 class _Now:
-    """What the process is doing, and since when (None: nothing that is watched)."""
+    """The current piece of work and when it began; None if none is watched."""
 
     place: str = ""
     since: float | None = None
 
 
 class Watchdog:
-    """Watches what one thread does, from another one that needs no answer from any library.
+    """Watches one thread from another thread, which calls no library that could hang.
 
     Args:
         timeout: seconds that one watched piece of work may take.
@@ -37,7 +37,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self, place: str) -> Iterator[None]:
-        """Within, ``place`` must not take longer than the timeout; pieces of work may lie within each other."""
+        """Watch the work within, which ``place`` describes. When a nested piece of work ends, the time of the outer one starts anew."""
         if self._stop is None:
             self._start()
         now, before = self._now, (self._now.place, self._now.since)
@@ -48,7 +48,7 @@ class Watchdog:
             now.place, now.since = before[0], None if before[1] is None else time.monotonic()
 
     def _start(self) -> None:
-        """Start the thread; it knows nothing that would keep the watchdog alive."""
+        """Start the thread. It holds no reference to the watchdog, so that the watchdog can be freed."""
         self._stop = threading.Event()
         arguments = (self._now, self.timeout, self._stop)
         threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True).start()
@@ -59,10 +59,10 @@ def _watch(now: _Now, timeout: float, stop: threading.Event) -> None:
     while not stop.wait(min(1.0, timeout / 10)):
         since, place = now.since, now.place
         if since is not None and time.monotonic() - since > timeout:
-            end_process(f"{place}: nothing for {timeout:g} s (pipeline.timeout); ending the job")
+            end_process(f"{place}: no progress for {timeout:g} s (pipeline.timeout); ending the job")
 
 
 def end_process(line: str) -> None:
-    """Say why and end this process at once: no teardown, which could wait for a peer in its turn."""
+    """Print the line and end this process at once, without a teardown, which could wait for a peer as well."""
     print(f"error: {line}", file=sys.stderr, flush=True)
     os._exit(STALLED_STATUS)

@@ -1,4 +1,4 @@
-"""``python -m lime_dist.plan``: what a run will cost, per stage and step, and which settings would make it faster."""
+"""Plan a run: what it costs per stage and step, and which settings make it faster."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ EXAMPLES = """examples:
   python -m lime_dist.plan --config configs/quickstart.yaml --flops 40G --efficiency 1 --bandwidth 2GB --timeline timeline.png
 
 Parameters and bytes are exact. Memory is the peak of live tensor bytes; allocator, libraries and context come on top. Time is
-that of matrix products at --flops × --efficiency, of all else that moves memory at --memory-bandwidth (by rule of thumb, and
-as if nothing were fused), of transfers and reductions. Left out: the optimizer's update, data, checkpoints."""
+the sum of matrix products at --flops × --efficiency, other memory traffic at --memory-bandwidth (a rule of thumb, as if no
+operations were fused), transfers and reductions. Left out: the optimizer's update, data, checkpoints."""
 
 
 def parse() -> argparse.Namespace:
@@ -34,24 +34,27 @@ def parse() -> argparse.Namespace:
         prog="python -m lime_dist.plan", description=__doc__, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--config", required=True, help="YAML file with the sections of a run")
+    parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--stages", type=int, metavar="P", help="parallel.pipeline_stages")
-    parser.add_argument("--processes", type=int, metavar="N", help="of the job (default: one replica's)")
-    parser.add_argument("--gpu-memory", type=read_bytes, metavar="80GB", help="what a process may use (default: any)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="number of processes of the job (default: one replica)"
+    )
+    parser.add_argument("--gpu-memory", type=read_bytes, metavar="80GB", help="limit per process (default: none)")
     parser.add_argument("--memory-bandwidth", type=read_bandwidth, default="3TB", metavar="3TB",
-                        help="between a process and its memory, a second (default: %(default)s)")  # fmt: skip
+                        help="of a process's memory, per second (default: %(default)s)")  # fmt: skip
     parser.add_argument("--bandwidth", type=read_bandwidth, default="400Gbit", metavar="400Gbit",
-                        help="between processes, each way, a second (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--latency", type=read_seconds, default="5us", metavar="5us", help="(default: %(default)s)")
+                        help="between processes, in each direction, per second (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--latency", type=read_seconds, default="5us", metavar="5us",
+                        help="of a transfer between processes (default: %(default)s)")  # fmt: skip
     parser.add_argument("--flops", type=read_flops, default="800T", metavar="800T",
-                        help="peak of a process, a second (default: %(default)s)")  # fmt: skip
+                        help="peak of a process, per second (default: %(default)s)")  # fmt: skip
     parser.add_argument("--efficiency", type=read_share, default="0.6", metavar="0.6",
-                        help="the share of it that matrix products reach (default: %(default)s)")  # fmt: skip
+                        help="fraction of the peak that matrix products reach (default: %(default)s)")  # fmt: skip
     parser.add_argument("--sweep", action="store_true",
-                        help=f"the {BEST} fastest of stages × micro-batch × history policy that fit the memory")  # fmt: skip
+                        help=f"show the {BEST} fastest combinations of stages, micro-batch and history policy that fit in memory")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the same numbers as JSON")
     parser.add_argument(
-        "--timeline", type=Path, metavar="PNG", help="draw what each stage does when (needs matplotlib)"
+        "--timeline", type=Path, metavar="PNG", help="draw what each stage does at which time (needs matplotlib)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     return parser.parse_intermixed_args()
@@ -75,13 +78,9 @@ def main() -> None:
     )
     if arguments.sweep:
         if arguments.timeline is not None:
-            raise LimeError("--timeline draws the configuration as it is; leave --sweep out, or call twice")
-        found = sweep(config, machine, processes)
-        print(
-            json.dumps(sweep_values(found), indent=1)
-            if arguments.json
-            else sweep_table(sweep_values(found), machine.memory)
-        )
+            raise LimeError("--timeline draws one configuration; leave out --sweep, or run the command twice")
+        values = sweep_values(sweep(config, machine, processes))
+        print(json.dumps(values, indent=1) if arguments.json else sweep_table(values, machine.memory))
         return
     values = plan_values(config, machine, processes)
     print(json.dumps(values, indent=1) if arguments.json else plan_table(config, values))
@@ -98,37 +97,37 @@ def main() -> None:
 
 def plan_values(config: Config, machine: Machine, processes: int) -> Values:
     """All numbers of a plan, in FLOPs, bytes and seconds."""
-    found = forecast(config, machine, processes)
+    planned = forecast(config, machine, processes)
     values: Values = {
         "processes": processes,
-        "replicas": found.replicas,
-        "micro_batches": found.micro_batches,
-        "tokens_per_step": found.tokens,
-        "parameters": found.parameters,
+        "replicas": planned.replicas,
+        "micro_batches": planned.micro_batches,
+        "tokens_per_step": planned.tokens,
+        "parameters": planned.parameters,
         "machine": vars(machine),
-        "stages": [stage_values(found, stage) for stage in range(len(found.stages))],
-        "flops_per_step": found.flops,
-        "peak_memory": found.peak_memory,
-        "fits": machine.memory is None or found.peak_memory <= machine.memory,
-        "bubble": found.bubble,
-        "seconds_per_step": found.seconds,
-        "tokens_per_second": found.tokens / found.seconds,
-        "seconds": vars(found.parts),
-        "limit": found.limit,
+        "stages": [stage_values(planned, stage) for stage in range(len(planned.stages))],
+        "flops_per_step": planned.flops,
+        "peak_memory": planned.peak_memory,
+        "fits": machine.memory is None or planned.peak_memory <= machine.memory,
+        "bubble": planned.bubble,
+        "seconds_per_step": planned.seconds,
+        "tokens_per_second": planned.tokens / planned.seconds,
+        "seconds": vars(planned.parts),
+        "limit": planned.limit,
     }
     if config.model.architecture != "llama":
         llama = forecast(as_llama(config), machine, processes)
         values["over_llama"] = {
-            "flops": found.flops / llama.flops,
-            "memory": found.peak_memory / llama.peak_memory,
-            "time": found.seconds / llama.seconds,
+            "flops": planned.flops / llama.flops,
+            "memory": planned.peak_memory / llama.peak_memory,
+            "time": planned.seconds / llama.seconds,
         }
     return values
 
 
-def stage_values(found: Forecast, stage: int) -> Values:
+def stage_values(planned: Forecast, stage: int) -> Values:
     """One row of the table."""
-    each = found.stages[stage]
+    each = planned.stages[stage]
     return {
         "stage": stage,
         "layers": [each.layers.start, each.layers.stop],
@@ -144,13 +143,13 @@ def stage_values(found: Forecast, stage: int) -> Values:
 # -- the sweep ------------------------------------------------------------------------------------------------------------
 
 
-def sweep_values(found: Sweep) -> Values:
-    """The best settings, and how many there were."""
+def sweep_values(result: Sweep) -> Values:
+    """The best combinations, and how many were tried."""
     return {
-        "tried": len(found.fitting) + len(found.too_large),
-        "fitting": len(found.fitting),
-        "best": [candidate_values(candidate) for candidate in found.best(BEST)],
-        "smallest_that_does_not_fit": candidate_values(found.too_large[0]) if found.too_large else None,
+        "tried": len(result.fitting) + len(result.too_large),
+        "fitting": len(result.fitting),
+        "best": [candidate_values(candidate) for candidate in result.best(BEST)],
+        "smallest_that_does_not_fit": candidate_values(result.too_large[0]) if result.too_large else None,
     }
 
 

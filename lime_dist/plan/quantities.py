@@ -1,4 +1,4 @@
-"""Amounts as people write them, read and printed: 80GB, 400Gbit, 5us, 800T."""
+"""Read and print amounts with units: 80GB, 400Gbit, 5us, 800T."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ def _units(names: dict[str, float], prefixes: dict[str, float]) -> dict[str, flo
 
 
 def _reader(kind: str, units: dict[str, float], example: str, least: float) -> Callable[[str], float]:
-    """A ``type`` for argparse options: a number and a unit -> the amount in base units, at least ``least``, finite."""
+    """A ``type`` for argparse options that reads a number with a unit as a finite amount in base units, at least ``least``."""
 
     def read(text: str) -> float:
-        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-zµ/]*)\s*", text)
-        if found is None or found[2] not in units:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-zµ/]*)\s*", text)
+        if match is None or match[2] not in units:
             raise argparse.ArgumentTypeError(f"cannot read {text!r} as {kind}; write for example {example}")
-        amount = float(found[1]) * units[found[2]]
+        amount = float(match[1]) * units[match[2]]
         if not least <= amount < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind} to plan with; write for example {example}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is too small or too large for {kind}; write for example {example}"
+            )
         return amount
 
     return read
@@ -36,14 +38,14 @@ _RATES = _units({"B": 1.0, "B/s": 1.0, "bit": 1 / 8, "bit/s": 1 / 8, "bps": 1 / 
 _FLOPS = _units({"": 1.0, "FLOPS": 1.0, "FLOP/s": 1.0}, _PREFIXES)
 
 read_bytes = _reader("an amount of memory", _BYTES, "80GB or 40GiB", 1.0)
-read_bandwidth = _reader("a bandwidth", _RATES, "400Gbit or 50GB (a second)", 1.0)
+read_bandwidth = _reader("a bandwidth", _RATES, "400Gbit or 50GB (per second)", 1.0)
 read_seconds = _reader("a time", _SECONDS, "5us or 0.1ms", 0.0)
-read_flops = _reader("a speed", _FLOPS, "800T (FLOPs a second)", 1.0)
-read_share = _reader("a share", {"": 1.0}, "0.4", 1e-6)
+read_flops = _reader("a speed", _FLOPS, "800T (FLOPs per second)", 1.0)
+read_share = _reader("a fraction", {"": 1.0}, "0.4", 1e-6)
 
 
 def show(amount: float, unit: str = "") -> str:
-    """Three digits and a prefix: 12.3 GB, 512 B, 1.29 M."""
+    """Three digits and a prefix, such as 12.3 GB, 512 B or 1.29 M."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if amount >= 0.9995 * scale:
             return f"{_three_digits(amount / scale)} {prefix}{unit}"
@@ -51,7 +53,7 @@ def show(amount: float, unit: str = "") -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """12.3 s, 45.6 ms, 7.8 µs."""
+    """Three digits and a unit, such as 12.3 s, 45.6 ms or 7.80 µs."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= 0.9995 * scale:
             return f"{_three_digits(seconds / scale)} {unit}"

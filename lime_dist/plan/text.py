@@ -1,4 +1,4 @@
-"""The numbers of a plan as tables for people."""
+"""Format the numbers of a plan as tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lime_dist.config.schema import Config
 from lime_dist.plan.quantities import show, show_seconds
 
 Values = dict[str, Any]
-"""As `plan.plan_values` and `plan.sweep_values` give them."""
+"""The result of ``plan_values`` or ``sweep_values`` in `lime_dist.plan.__main__`."""
 
 COLUMNS = [
     "stage", "layers", "parameters", "forward", "backward", "weights", "optimizer", "activations", "history", "transfers",
@@ -18,20 +18,21 @@ COLUMNS = [
 
 
 def plan_table(config: Config, values: Values) -> str:
-    """A plan for people."""
+    """A plan as text."""
     train, parallel, model = config.train, config.parallel, config.model
     lines = [
         f"{model.architecture}, {model.num_hidden_layers} layers, {values['parameters']:,} parameters; "
         f"{parallel.pipeline_stages} stage(s) × {values['replicas']} replica(s); {values['micro_batches']} micro-batches of "
-        f"{train.micro_batch_size} × {config.data.sequence_length} tokens a step and replica; {config.precision}",
-        f"a process reaches {show(values['machine']['flops'], 'FLOP/s')} and moves "
-        f"{show(values['machine']['memory_bandwidth'], 'B/s')}; {show(values['machine']['bandwidth'], 'B/s')} and "
+        f"{train.micro_batch_size} × {config.data.sequence_length} tokens per step and replica; {config.precision}",
+        f"a process reaches {show(values['machine']['flops'], 'FLOP/s')} and "
+        f"{show(values['machine']['memory_bandwidth'], 'B/s')} of memory traffic; {show(values['machine']['bandwidth'], 'B/s')} and "
         f"{show_seconds(values['machine']['latency'])} between processes",
         "",
         *columns([COLUMNS, *(stage_row(row) for row in values["stages"])]),
         "",
-        "forward, backward: FLOPs of a micro-batch; memory in bytes at the peak of 1F1B, with as many micro-batches in flight;",
-        "to next: bytes of a micro-batch, and as many back.",
+        "forward, backward: FLOPs of a micro-batch; memory at the peak of a step "
+        f"(schedule {config.pipeline.schedule}), with the number of micro-batches in flight;",
+        "to next: bytes of a micro-batch; its gradient has as many.",
         "",
     ]
     peak, memory = values["peak_memory"], values["machine"]["memory"]
@@ -46,7 +47,7 @@ def plan_table(config: Config, values: Values) -> str:
         f"step      {show_seconds(values['seconds_per_step'])} predicted, {show(values['tokens_per_second'])} tokens/s: "
         f"{', '.join(share)}"
     )
-    lines.append(f"bubble    {100 * values['bubble']:.1f} % of the step a stage does not compute, on average")
+    lines.append(f"bubble    on average a stage does not compute for {100 * values['bubble']:.1f} % of the step")
     lines.append(f"limit     {values['limit']}: {explain(values)}")
     if "over_llama" in values:
         over = values["over_llama"]
@@ -69,23 +70,23 @@ def stage_row(row: Values) -> list[str]:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows with their columns aligned to the right."""
+    """Lines with right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def explain(values: Values) -> str:
-    """What the limit means here, in a line."""
+    """A line that says what the limit means and how to raise it."""
     stages = values["stages"]
     passes = [row["forward_flops"] + row["backward_flops"] for row in stages]
     busiest, widest = passes.index(max(passes)), max(range(len(stages)), key=lambda s: stages[s]["bytes_to_next"])
     return {
         "computation": "stages compute for most of the step",
         "imbalance": f"stage {busiest} computes {max(passes) * len(passes) / sum(passes):.1f} times the average "
-        "(parallel.stage_layers; fewer stages; the output projection is all on the last)",
-        "link": f"stage {widest} sends {show(stages[widest]['bytes_to_next'], 'B')} a micro-batch "
+        "(parallel.stage_layers; fewer stages; the last stage has the output projection)",
+        "link": f"stage {widest} sends {show(stages[widest]['bytes_to_next'], 'B')} per micro-batch "
         "(pipeline.wire_dtype; a bounded history; pipeline.extra_in_flight)",
-        "bubble": f"{values['micro_batches']} micro-batches a step fill and drain {len(stages)} stages (smaller micro-batches; "
+        "bubble": f"{values['micro_batches']} micro-batches per step fill and drain {len(stages)} stages (smaller micro-batches; "
         "fewer stages)",
         "latency": "transfers are short and many (larger micro-batches; fewer stages)",
         "reduction": "gradients are reduced after the passes (fewer replicas; a larger global batch)",
@@ -93,42 +94,42 @@ def explain(values: Values) -> str:
 
 
 def sweep_table(values: Values, memory: float | None) -> str:
-    """A sweep for people."""
+    """A sweep as text."""
     limit = "" if memory is None else f" of {show(memory, 'B')}"
     lines = [
-        f"{values['tried']} settings tried, {values['fitting']} fit" + (f" into {show(memory, 'B')}" if memory else "")
+        f"{values['tried']} settings tried, {values['fitting']} fit" + (f" in {show(memory, 'B')}" if memory else "")
     ]
     if values["best"]:
         header = ["", "stages × replicas", "micro-batch", "history", "step", "memory", "reason"]
         rows = [
             [
-                str(place), f"{row['pipeline_stages']} × {row['replicas']}", str(row["micro_batch_size"]),
+                str(number), f"{row['pipeline_stages']} × {row['replicas']}", str(row["micro_batch_size"]),
                 history(row["history"]), show_seconds(row["seconds_per_step"]), show(row["peak_memory"], "B") + limit,
                 reason(row),
             ]
-            for place, row in enumerate(values["best"], 1)
+            for number, row in enumerate(values["best"], 1)
         ]  # fmt: skip
         lines += ["", *columns([header, *rows])]
     if (smallest := values["smallest_that_does_not_fit"]) is not None:
         lines += [
             "",
             f"of those that do not fit, {smallest['pipeline_stages']} stages × micro-batch {smallest['micro_batch_size']} × "
-            f"{history(smallest['history'])} needs least: {show(smallest['peak_memory'], 'B')}",
+            f"{history(smallest['history'])} needs the least memory: {show(smallest['peak_memory'], 'B')}",
         ]
-    lines += ["", "Ranked by time alone: how well a policy learns is in benchmarks/RESULTS.md. The same efficiency is assumed",
-              "for all micro-batch sizes; of those whose times are within 1 %, the largest is shown."]  # fmt: skip
+    lines += ["", "Ranked by time only; benchmarks/RESULTS.md compares how well the policies learn. All micro-batch sizes are assumed",
+              "equally efficient; of those whose times differ by less than 1 %, only the largest is shown."]  # fmt: skip
     return "\n".join(lines)
 
 
 def history(policy: Values | None) -> str:
-    """A policy and its keys: first_last, first 2, last 1."""
+    """A policy and its keys, such as first_last, first 2, last 1."""
     if policy is None:
         return "–"
     return ", ".join(str(value) if key == "policy" else f"{key} {value}" for key, value in policy.items())
 
 
 def reason(row: Values) -> str:
-    """What makes up its step: the parts of at least one percent, the largest first."""
+    """The parts of its step that take at least one percent, largest first."""
     parts = sorted(row["seconds"].items(), key=lambda part: -part[1])
     whole = row["seconds_per_step"]
     return ", ".join(f"{name} {100 * seconds / whole:.0f} %" for name, seconds in parts if seconds >= 0.01 * whole)

@@ -194,7 +194,7 @@ def test_a_lost_host_ends_the_job_and_the_run_resumes(
         finally:
             cluster.set_link(1, "up")
     assert re.search(r"resumed from step (10|15) ", said), said
-    named = r"host-a: error: stage 0 \(rank 0 on host-a\), .*\b(rank 1 on|with) host-b.*: nothing for 6 s"
+    named = r"host-a: error: stage 0 \(rank 0 on host-a\), .*\b(rank 1 on|with) host-b.*: no progress for 6 s"
     assert re.search(named, said), said
 
     with running(cluster, virtual_environment, config) as process:
