@@ -1,4 +1,4 @@
-"""Protects the plan: parameters, bytes and memory are those of real engines, its parts add up, its ranking is what it says."""
+"""Protects the plan: parameters, bytes and memory are those of real engines, its parts add up, its ranking is right."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAST_LINKS = Machine(flops=1e12, memory_bandwidth=1e18, bandwidth=1e12, latency=
 # -- against real engines -------------------------------------------------------------------------------------------------
 
 Setting = tuple[int, int, dict[str, Any]]
-"""Stages, replicas, what differs from `shape`."""
+"""Stages, replicas, and changes to `shape`."""
 HIDDEN = {"routes": "hidden"}
 CHECKPOINTING = {"activation_checkpointing": True}
 
@@ -65,7 +65,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 def shape(stages: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """A run whose micro-batches weigh more than its parameters."""
+    """A run whose micro-batches need more memory than its parameters."""
     values: dict[str, Any] = {
         "model": {
             "vocab_size": 400, "hidden_size": 48, "intermediate_size": 120, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -82,23 +82,24 @@ def shape(stages: int, changes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_plan_is_what_engines_do(workers: Callable[[int], WorkerGroup], name: str) -> None:
-    """By stage: parameters, their memory and bytes over boundaries exactly, the peak of live tensor bytes to 5 %."""
+    """By stage: parameters, their memory and transferred bytes exactly, the peak of live tensor bytes to 5 %."""
     stages, replicas, changes = SETTINGS[name]
     values = shape(stages, changes)
     planned = forecast(make_config(values, "a test"), FAST_LINKS, stages * replicas)
     measured = workers(stages * replicas).run("support.memory.measure_stage", values=values)
     assert planned.replicas == replicas
     for stage, expected in enumerate(planned.stages):
-        found = [result for result in measured if result["stage"] == stage]
-        assert {result["parameters"] for result in found} == {expected.parameters}
-        assert max(result["static"] for result in found) == expected.memory.weights + expected.memory.optimizer
-        assert max(result["peak"] for result in found) == pytest.approx(expected.memory.peak, rel=0.05)
-        if values.get("pipeline", {}).get("engine") == "stock":  # which does not count
+        replicas_of_stage = [result for result in measured if result["stage"] == stage]
+        assert {result["parameters"] for result in replicas_of_stage} == {expected.parameters}
+        static = max(result["static"] for result in replicas_of_stage)
+        assert static == expected.memory.weights + expected.memory.optimizer
+        assert max(result["peak"] for result in replicas_of_stage) == pytest.approx(expected.memory.peak, rel=0.05)
+        if values.get("pipeline", {}).get("engine") == "stock":  # it does not count bytes
             continue
         before = planned.stages[stage - 1].boundary_bytes if stage else 0
         sent = {"sent to next": expected.boundary_bytes, "received from next": expected.boundary_bytes}
         sent |= {"sent to previous": before, "received from previous": before}
-        for result in found:
+        for result in replicas_of_stage:
             assert result["sent"] == {key: planned.micro_batches * size for key, size in sent.items() if size}
 
 
@@ -124,37 +125,38 @@ SIZE = [
 )
 def test_what_limits_a_step(limit: str, overrides: list[str], changes: dict[str, float], processes: int) -> None:
     machine = Machine(**{**vars(FAST_LINKS), **changes})
-    found = forecast(load_config(None, [*SIZE, *overrides]), machine, processes)
-    assert found.limit == limit
-    assert sum(vars(found.parts).values()) == found.seconds and min(vars(found.parts).values()) >= 0
+    planned = forecast(load_config(None, [*SIZE, *overrides]), machine, processes)
+    assert planned.limit == limit
+    assert sum(vars(planned.parts).values()) == planned.seconds and min(vars(planned.parts).values()) >= 0
 
 
 @pytest.mark.parametrize("engine", ["overlap", "stock"])
 @pytest.mark.parametrize("bandwidth", [1e7, 1e9, 1e12])
-def test_a_step_takes_what_is_simulated(engine: str, bandwidth: float) -> None:
-    """And what is not computation, on average over stages, is its bubble."""
+def test_a_step_takes_the_simulated_seconds(engine: str, bandwidth: float) -> None:
+    """And its bubble is the simulated one, on average over stages."""
     config = load_config(None, [*SIZE, f"pipeline.engine={engine}", "model.tie_word_embeddings=false"])
-    found = forecast(config, Machine(1e12, 1e18, bandwidth, 1e-5), 4)
+    planned = forecast(config, Machine(1e12, 1e18, bandwidth, 1e-5), 4)
     trace = simulate(
         stage_times(config, 1e12), boundary_bytes(config), Link(bandwidth, 1e-5), make_schedule(config, 32)
     )
-    assert found.seconds == pytest.approx(trace.seconds)
-    assert found.bubble == pytest.approx(sum(trace.bubble) / 4)
+    assert planned.seconds == pytest.approx(trace.seconds)
+    assert planned.bubble == pytest.approx(sum(trace.bubble) / 4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_passes_take_products_and_what_moves_memory(checkpointing: bool) -> None:
-    """Without a history: what autograd keeps moves twice in forward and four times in backward, the head's on the last stage."""
+def test_passes_take_products_and_memory_traffic(checkpointing: bool) -> None:
+    """Without a history: activations that autograd keeps move twice in forward and four times in backward; the head's, on the last
+    stage."""
     overrides = ["model.architecture=llama", f"parallel.activation_checkpointing={str(checkpointing).lower()}"]
     config = load_config(None, [*SIZE, *overrides, "parallel.stage_layers=[1,2,3,10]"])
     bounds, tokens = [0, 1, 3, 6, 16], 128
     flops = stage_times(config, 1.0, bounds)
-    found = machine_times(config, Machine(1e9, 1e6, 1.0, 0.0), bounds, flops)
+    times = machine_times(config, Machine(1e9, 1e6, 1.0, 0.0), bounds, flops)
     layer, head = (
         cost.activation_bytes(config.model, 0, tokens, 4, False),
         cost.head_activation_bytes(config.model, tokens, 4),
     )
-    for stage, each in enumerate(found):
+    for stage, each in enumerate(times):
         layers, last = bounds[stage + 1] - bounds[stage], stage == 3
         forward, backward = 2 * (layers * layer + last * head), 4 * (layers * layer + last * head)
         backward += 2 * layers * layer if checkpointing else 0
@@ -163,7 +165,7 @@ def test_passes_take_products_and_what_moves_memory(checkpointing: bool) -> None
 
 
 def test_a_history_moves_memory() -> None:
-    """In blocks: a layer of a full history moves more than one of first_last, and less than if it read entry by entry."""
+    """Reads are in blocks: a layer of a full history moves more than one of first_last, and less than with a read per entry."""
     moved = {
         name: traffic.layer_traffic(
             load_config(None, [*SIZE, f"model.lime.history={{policy: {name}}}"]).model, 15, 128, 4
@@ -171,16 +173,18 @@ def test_a_history_moves_memory() -> None:
         for name in ("first_last", "full")
     }
     llama = traffic.layer_traffic(load_config(None, [*SIZE, "model.architecture=llama"]).model, 15, 128, 4)
-    entry, mixed_keys = 2 * 64 * 128 * 4, 64 * 128 * 4  # the latter are kept, and move twice
-    extra = {name: (found[0] - llama[0] - 2 * mixed_keys) / entry for name, found in moved.items()}
-    assert extra["first_last"] == 2 + 4 + 2, "written; the first two, the last one and its own; the mixture"
+    entry, mixed_keys = 2 * 64 * 128 * 4, 64 * 128 * 4  # mixed keys are kept, and move twice
+    extra = {name: (forward - llama[0] - 2 * mixed_keys) / entry for name, (forward, _) in moved.items()}
+    assert extra["first_last"] == 2 + 4 + 2, (
+        "write the slot; read the first two, the last and the own slot; write the mixture"
+    )
     assert extra["first_last"] < extra["full"] < 2 + 16 + 2
     backward = moved["first_last"][1] - llama[1] - 4 * mixed_keys
     assert backward == 2 * entry * extra["first_last"]
 
 
-def test_what_a_faster_link_cannot_save() -> None:
-    """Parts say what would be gained: without the link's part a step takes as long as with links that take no time."""
+def test_the_parts_of_a_step() -> None:
+    """A part is what a step would gain: without the link's part it takes as long as with links that take no time."""
     config = load_config(None, [*SIZE, "pipeline.extra_in_flight=0"])
     slow, ideal = (forecast(config, Machine(1e12, 1e18, bandwidth, 0.0), 4) for bandwidth in (5e9, 1e18))
     assert slow.limit == "computation" and slow.parts.link > 0.05 * slow.seconds
@@ -190,12 +194,12 @@ def test_what_a_faster_link_cannot_save() -> None:
 
 
 def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
-    """By hand: around a ring of 4 each sends 3/4 of the gradients twice, with ZeRO 1 the second time weights in bf16."""
+    """By hand: in a ring of 4 each sends 3/4 of the gradients twice; with ZeRO 1 it sends weights in bf16 the second time."""
     one_stage = ["parallel.pipeline_stages=1", "precision=bf16"]
     machine = Machine(1e12, 1e18, 1e9, 0.0)
     for zero, size in ((0, 4 + 4), (1, 4 + 2)):
-        found = forecast(load_config(None, [*SIZE, *one_stage, f"parallel.zero_stage={zero}"]), machine, 4)
-        assert found.parts.reduction == pytest.approx(3 / 4 * size * found.parameters / 1e9)
+        planned = forecast(load_config(None, [*SIZE, *one_stage, f"parallel.zero_stage={zero}"]), machine, 4)
+        assert planned.parts.reduction == pytest.approx(3 / 4 * size * planned.parameters / 1e9)
     tied = forecast(load_config(None, SIZE), machine, 4)
     assert tied.parts.reduction == pytest.approx(64 * 64 * 4 / 1e9)
     assert forecast(load_config(None, [*SIZE, "model.tie_word_embeddings=false"]), machine, 4).parts.reduction == 0
@@ -204,7 +208,7 @@ def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
 # -- the sweep ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_ranks_what_fits() -> None:
+def test_a_sweep_ranks_the_fitting_candidates() -> None:
     config = load_config(None, [*SIZE, "parallel.stage_layers=[1,5,5,5]"])
     everything = sweep(config, Machine(1e12, 1e12, 1e9, 1e-5), 8)
     tried = {(c.stages, c.micro_batch_size, c.policy["policy"]) for c in everything.fitting}
@@ -225,14 +229,14 @@ def test_a_sweep_ranks_what_fits() -> None:
     assert bounded.too_large[0].forecast.peak_memory == min(c.forecast.peak_memory for c in bounded.too_large) > limit
 
 
-def test_the_best_of_a_sweep_differ_in_more_than_a_tie() -> None:
-    """On one stage the micro-batch changes nothing: the largest is shown, once; on several, smaller ones are faster."""
-    found = sweep(load_config(None, [*SIZE, "model.architecture=llama"]), Machine(1e12, 1e12, 1e12, 0.0), 8)
-    best = found.best(100)
+def test_the_best_of_a_sweep_has_no_ties() -> None:
+    """On one stage the micro-batch size changes nothing: only the largest is shown. On several stages smaller ones are faster."""
+    result = sweep(load_config(None, [*SIZE, "model.architecture=llama"]), Machine(1e12, 1e12, 1e12, 0.0), 8)
+    best = result.best(100)
     assert [c.micro_batch_size for c in best if c.stages == 1] == [4]
     assert [c.micro_batch_size for c in best if c.stages == 4] == [1, 2, 4, 8, 16]
     assert [c.forecast.seconds for c in best] == pytest.approx(sorted(c.forecast.seconds for c in best), rel=0.01)
-    assert found.best(3) == best[:3]
+    assert result.best(3) == best[:3]
 
 
 def test_a_sweep_keeps_the_configured_policy_and_models_without_one() -> None:
@@ -243,7 +247,7 @@ def test_a_sweep_keeps_the_configured_policy_and_models_without_one() -> None:
     assert {c.policy for c in llama.fitting} == {None}
 
 
-def test_processes_that_nothing_divides() -> None:
+def test_indivisible_processes() -> None:
     with pytest.raises(LimeError, match=r"--processes 17: .*global_batch_size=32"):
         sweep(load_config(None, SIZE), FAST_LINKS, 17)
 
@@ -252,7 +256,7 @@ def test_processes_that_nothing_divides() -> None:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command prints."""
+    """The output of the command."""
     monkeypatch.setattr(sys, "argv", ["plan", *arguments])
     plan.main()
     return capsys.readouterr().out
@@ -296,7 +300,7 @@ def test_the_command_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_it_is_quick_and_light() -> None:
-    """128 layers on 64 stages in about a second (0.4 s measured), python's own start included; no torch, no DeepSpeed."""
+    """128 layers on 64 stages take about a second (0.4 s measured), with Python's own start; no torch, no DeepSpeed."""
     code = (
         "import resource, sys; from lime_dist.plan import __main__ as plan; plan.main(); used = resource.getrusage(resource.RUSAGE_SELF); "
         "peak = open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]; "
@@ -319,7 +323,7 @@ def test_a_timeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         assert ((pixels[..., :3] * 255).round() == colour).all(-1).mean() > 0.01
 
 
-def test_a_timeline_needs_matplotlib_and_a_place(
+def test_a_timeline_needs_matplotlib_and_a_writable_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")

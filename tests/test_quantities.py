@@ -1,4 +1,4 @@
-"""Protects how amounts are read and printed."""
+"""Protects how amounts with units are read and printed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_reading(read: Callable[[str], float], text: str, amount: float) -> None
         (read_share, ""),
     ],
 )
-def test_what_cannot_be_read_is_said_in_a_line(read: Callable[[str], float], text: str) -> None:
+def test_unreadable_amounts_are_one_line(read: Callable[[str], float], text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="write for example") as error:
         read(text)
     assert repr(text) in str(error.value) and "\n" not in str(error.value)

@@ -139,12 +139,12 @@ def test_more_in_flight_can_cost() -> None:
 
 
 def test_time_adds_up() -> None:
-    """Intervals follow each other without gaps; computing, waiting and idling are the whole step."""
+    """Intervals follow each other without gaps; computing, waiting and idling add up to the step."""
     for _, (times, payloads, links, micro_batches), extra, schedule in settings(0, 150):
         trace = simulate(times, payloads, links, micro_batches, extra=extra, schedule=schedule, update=3)
-        for stage, found in enumerate(trace.intervals):
-            assert found[0].begin == 0 and all(a.end == b.begin and a.begin <= a.end for a, b in pairwise(found))
-            idle = trace.seconds - found[-1].end
+        for stage, own in enumerate(trace.intervals):
+            assert own[0].begin == 0 and all(a.end == b.begin and a.begin <= a.end for a, b in pairwise(own))
+            idle = trace.seconds - own[-1].end
             assert idle >= 0
             assert trace.busy[stage] + trace.waiting[stage] + idle == pytest.approx(trace.seconds, abs=CLOSE)
             work = micro_batches * (times[stage].forward + times[stage].backward) + 3
@@ -153,10 +153,10 @@ def test_time_adds_up() -> None:
 
 
 def test_every_micro_batch_goes_there_and_back() -> None:
-    """Once through every pass, each as long as it takes, and never before the transfer that it needs can have arrived."""
+    """Once through every pass, each with its duration, and never before the transfer that it needs can have arrived."""
     for _, (times, payloads, links, micro_batches), extra, schedule in settings(1, 150):
         trace = simulate(times, payloads, links, micro_batches, extra=extra, schedule=schedule)
-        places = {(s, x.instruction, x.micro_batch): x for s, found in enumerate(trace.intervals) for x in found}
+        places = {(s, x.instruction, x.micro_batch): x for s, own in enumerate(trace.intervals) for x in own}
         assert len(places) == sum(map(len, trace.intervals))
         for micro_batch in range(micro_batches):
             way = [places[s, "ForwardPass", micro_batch] for s in range(len(times))]
@@ -175,11 +175,11 @@ def test_nothing_beats_the_lower_bound() -> None:
         bound = lower_bound(times, payloads, links, micro_batches, update=1)
         assert trace.seconds >= bound - CLOSE
         reached += trace.seconds <= bound + CLOSE
-    assert reached > 50  # it is not far below either: 154 of 300 reach it
+    assert reached > 50  # the bound is tight: 154 of 300 reach it
 
 
 def test_better_links_and_faster_stages_never_slow_a_step_down() -> None:
-    """Exactly: a step is made of sums and maxima of its times."""
+    """Exactly, since a step consists of sums and maxima of its times."""
     for generator, (times, payloads, links, micro_batches), extra, schedule in settings(3, 150):
         before = simulate(times, payloads, links, micro_batches, extra=extra, schedule=schedule).seconds
         better = [Link(link.bandwidth * generator.choice([1, 2]), link.latency / 2) for link in links]
@@ -190,7 +190,7 @@ def test_better_links_and_faster_stages_never_slow_a_step_down() -> None:
 
 
 def test_overlap_is_never_slower_than_stock() -> None:
-    """With extra 0 for any times: the same passes in the same order, and transfers that start no later."""
+    """With extra 0 and any times: the same passes in the same order, and transfers that start no later."""
     for _, (times, payloads, links, micro_batches), _, _ in settings(4, 150):
         ours = simulate(times, payloads, links, micro_batches)
         stock = simulate(times, payloads, links, micro_batches, schedule="stock")
@@ -200,7 +200,7 @@ def test_overlap_is_never_slower_than_stock() -> None:
 
 
 def test_extra_micro_batches_are_no_slower_than_stock_with_equal_stages() -> None:
-    """Observed, not proved; it is false of stages that are not equal (`test_more_in_flight_can_cost`)."""
+    """Observed, not proved; false for unequal stages (`test_more_in_flight_can_cost`)."""
     for _, (times, payloads, links, micro_batches), _, _ in settings(5, 100):
         equal = [times[0]] * len(times)
         stock = simulate(equal, payloads, links, micro_batches, schedule="stock").seconds
@@ -216,7 +216,7 @@ def test_many_stages_take_seconds() -> None:
     assert trace.seconds == 63 * (3 + 2 * 1.5) + 256 * 3
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------------------------------
 
 
 class FirstStageWaitsForGradients(OneForwardOneBackward):
@@ -298,12 +298,12 @@ def test_stage_times(checkpointing: bool) -> None:
     config = load_config(None, [*SHAPE, *overrides])
     layer, head = layer_flops(config.model, 8)[0], head_flops(config.model)
     backward = layer.backward + (layer.forward if checkpointing else 0)
-    found = stage_times(config, 1e6)
+    times = stage_times(config, 1e6)
     seconds = 24 / 1e6
     forwards = [layer.forward, 2 * layer.forward, 3 * layer.forward + head.forward]
     backwards = [backward, 2 * backward, 3 * backward + head.backward]
-    assert [each.forward for each in found] == pytest.approx([flops * seconds for flops in forwards])
-    assert [each.backward for each in found] == pytest.approx([flops * seconds for flops in backwards])
+    assert [each.forward for each in times] == pytest.approx([flops * seconds for flops in forwards])
+    assert [each.backward for each in times] == pytest.approx([flops * seconds for flops in backwards])
 
 
 def test_stage_times_count_routing() -> None:

@@ -54,7 +54,7 @@ class MicroBatchBytes:
         entry = cost.entry_width(model) * tokens * size
         payload = [cost.payload_bytes(model, boundary, tokens, size) for boundary in inner]
         # A payload in another type is converted, and itself kept until its gradient is sent.
-        converted = [0 if wire == size else found * wire // size for found in payload]
+        converted = [0 if wire == size else each * wire // size for each in payload]
         received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
         return cls(
             layers=[cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers],
@@ -62,7 +62,7 @@ class MicroBatchBytes:
             made=[cost.entries_made(model, layer) * entry for layer in layers],
             crossing=[0, *(cost.boundary_entries(model, boundary) * entry for boundary in inner), 0],
             payload=[0, *payload, 0],
-            sent=[0, *(found * wire // size for found in payload), 0],
+            sent=[0, *(each * wire // size for each in payload), 0],
             embedding=cost.embedding_activation_bytes(tokens),
             head=cost.head_activation_bytes(model, tokens, size),
             lands=model.architecture == "lime" and model.lime.routes == "kv" and wire == size,

@@ -72,7 +72,7 @@ def balance(costs: Callable[[int], Costs], parts: int, penalties: Sequence[float
 
 def compute_costs(config: Config) -> Costs:
     """FLOPs of a stage per token, those of the output projection with the last layer."""
-    flops = [found.both for found in cost.layer_flops(config.model, config.data.sequence_length)]
+    flops = [layer.both for layer in cost.layer_flops(config.model, config.data.sequence_length)]
     flops[-1] += cost.head_flops(config.model).both
     return range_sums(flops)
 

@@ -1,4 +1,4 @@
-"""Protects the engine that overlaps transfers with computation: its schedule, what it sends, and that no hang goes unnamed."""
+"""Protects the engine that overlaps transfers with computation: its schedule, what it sends, and its hang detection."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def settings(stages: int, policy: str = "full", precision: str = "fp64", **pipel
 
 
 def instructions(schedule: Any) -> list[tuple[str, int]]:
-    """(kind, micro-batch) in order; −1 for what is about none."""
+    """(kind, micro-batch) in order; −1 for instructions that concern the whole step."""
     return [(type(each).__name__, each.kwargs.get("buffer_id", -1)) for step in schedule.steps() for each in step]
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2, 5])
 def test_schedules_fit_together(extra: int) -> None:
-    """Every micro-batch passes every stage once in each direction; what one stage sends the next expects, in that order; and
-    no stage holds more micro-batches than announced."""
+    """Every micro-batch passes every stage once in each direction, a stage receives in the order in which its neighbour sends,
+    and no stage holds more micro-batches than the schedule says."""
     for stages, micro_batches in product(range(1, 6), range(1, 12)):
         schedule = OneForwardOneBackward(micro_batches, stages, extra)
         by_stage = [instructions(TrainingStage(schedule, stage)) for stage in range(stages)]
@@ -64,12 +64,12 @@ def test_schedules_fit_together(extra: int) -> None:
                 in_flight += (name == "ForwardPass") - (name == "BackwardPass")
                 most = max(most, in_flight)
                 if name == "SendActivation":
-                    assert listed[listed.index((name, index)) - 1] == ("ForwardPass", index), "it leaves at once"
+                    assert listed[listed.index((name, index)) - 1] == ("ForwardPass", index), "it is sent at once"
             assert most == schedule.micro_batches_in_flight(stage) == schedule.buffers(stage)
         assert all(listed[-2:] == [("ReduceGrads", -1), ("OptimizerStep", -1)] for listed in by_stage)
 
 
-def test_an_evaluation_goes_forwards_alone() -> None:
+def test_an_evaluation_has_forward_passes_only() -> None:
     for stage in range(3):
         kinds = {name for name, _ in instructions(EvaluationStage(4, 3, stage))}
         assert not kinds & {"BackwardPass", "RecvGrad", "SendGrad", "OptimizerStep"}
@@ -79,14 +79,14 @@ def test_an_evaluation_goes_forwards_alone() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_bytes_are_those_predicted(
+def test_bytes_are_as_predicted(
     workers: Callable[[int], WorkerGroup], policy: str, stages: int, precision: str, wire: str | None
 ) -> None:
     values = settings(stages, policy, precision, wire_dtype=wire)
-    results = workers(stages).run("support.transfers.count_traffic", values=values, steps=2)
-    assert [len(found) for found in results] == [2, *[4] * (stages - 2), 2]
-    for found in results:
-        for direction, (counted, predicted) in found.items():
+    results = workers(stages).run("support.transfers.count_transferred_bytes", values=values, steps=2)
+    assert [len(directions) for directions in results] == [2, *[4] * (stages - 2), 2]
+    for directions in results:
+        for direction, (counted, predicted) in directions.items():
             assert counted == predicted > 0, direction
 
 
@@ -94,20 +94,20 @@ def test_a_model_without_history_and_streams_are_counted_too(workers: Callable[[
     for architecture in ("llama", "hyper"):
         values = settings(2)
         values["model"] = {**values["model"], "architecture": architecture, "num_key_value_heads": 4, "lime": {}}
-        for found in workers(2).run("support.transfers.count_traffic", values=values, steps=1):
-            assert all(counted == predicted > 0 for counted, predicted in found.values())
+        for directions in workers(2).run("support.transfers.count_transferred_bytes", values=values, steps=1):
+            assert all(counted == predicted > 0 for counted, predicted in directions.values())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_payload_lands_in_its_history(workers: Callable[[int], WorkerGroup], policy: str) -> None:
-    """Received entries are not copied; a payload in another precision has to be."""
+    """Received entries are not copied, except those of a payload in another precision."""
     assert workers(3).run("support.transfers.copies_of_payloads", values=settings(3, policy)) == [0, 0, 0]
     other = settings(3, policy, "fp32", wire_dtype="bf16")
     assert workers(3).run("support.transfers.copies_of_payloads", values=other) == [0, 8, 8]
 
 
-def test_what_is_under_way_is_bounded(workers: Callable[[int], WorkerGroup]) -> None:
-    """Payloads are given back while the step goes on, not at its end: their number follows from micro-batches in flight."""
+def test_transfers_under_way_are_bounded(workers: Callable[[int], WorkerGroup]) -> None:
+    """Payloads are freed during the step, not at its end: their number follows from the micro-batches in flight."""
     values = settings(3, extra_in_flight=1)
     values["train"] = {**values["train"], "global_batch_size": 16}
     assert workers(3).run("support.transfers.most_under_way", values=values) == [(6, 0), (4, 4), (0, 4)]
@@ -121,7 +121,7 @@ def test_no_step_after_a_failed_one(workers: Callable[[int], WorkerGroup]) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("stages", "extra"), [(2, 0), (3, 1), (2, 2)])
 def test_late_transfers_change_nothing(workers: Callable[[int], WorkerGroup], stages: int, extra: int) -> None:
-    """200 steps, each end of each transfer up to 1 ms late at random: no deadlock, losses identical to the last bit."""
+    """200 steps in which each end of each transfer is up to 1 ms late at random: no deadlock, identical losses to the last bit."""
     values = settings(stages, "chunked", extra_in_flight=extra)
     values["model"]["num_hidden_layers"] = 4
     values["train"] = {**values["train"], "global_batch_size": 4}
@@ -132,14 +132,14 @@ def test_late_transfers_change_nothing(workers: Callable[[int], WorkerGroup], st
 
 
 @pytest.mark.parametrize("engine", ["overlap", "stock"])
-def test_training_goes_on_after_everything_else(
+def test_training_is_not_disturbed_by_evaluations_and_checkpoints(
     workers: Callable[[int], WorkerGroup], tmp_path: Path, engine: str
 ) -> None:
-    """Evaluations in two batch sizes and a checkpoint between training steps, on one engine."""
+    """Evaluations with two batch sizes and a checkpoint between training steps, on one engine."""
     values = settings(2, "chunked", engine=engine)
     group = workers(4)
-    straight = group.run("support.transfers.train_and_all_else", values=values, folder="")
-    interrupted = group.run("support.transfers.train_and_all_else", values=values, folder=str(tmp_path))
+    straight = group.run("support.transfers.train_with_interruptions", values=values, folder="")
+    interrupted = group.run("support.transfers.train_with_interruptions", values=values, folder=str(tmp_path))
     assert interrupted == straight and (tmp_path / "global_step2" / "manifest.json").exists()
 
 
@@ -150,7 +150,7 @@ GONE_TIMEOUT = 6.0
 def gone(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], victims.Case]:
-    """By instruction and harm, all selected cases at the same time, as far as that goes."""
+    """The selected cases by instruction and harm, run at the same time as far as possible."""
     cases = {}
     for item in request.session.items:
         if "gone" in item.fixturenames:
@@ -167,8 +167,8 @@ def gone(
 @pytest.mark.parametrize("harm", victims.HARMS)
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_a_peer_that_is_gone_is_named(gone: dict[tuple[str, str], victims.Case], instruction: str, harm: str) -> None:
-    """One of three stages is killed or stopped at every kind of instruction: both others end within the time-out, and say
-    where they stood; whoever waited for a transfer names the peer."""
+    """One of three stages is killed or stopped at each kind of instruction: both others end within the time-out and say at which
+    instruction; a stage that waited for a transfer names its peer."""
     case = gone[instruction, harm]
     case.check_harmed()
     victim, survivors = case.victim, case.survivors.values()
@@ -186,7 +186,7 @@ def test_a_peer_that_is_gone_is_named(gone: dict[tuple[str, str], victims.Case],
         ), lines
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_impossible_values_are_refused() -> None:
     for override, words in (
         ("pipeline.extra_in_flight=-1", "pipeline.extra_in_flight"),
         ("pipeline.timeout=0", "pipeline.timeout"),

@@ -54,8 +54,8 @@ def test_balance_equals_brute_force(tolerance: float) -> None:
         costs = [generator.randint(1, 20) for _ in range(generator.randint(1, 9))]
         penalties = [generator.randint(0, 3) for _ in range(len(costs) + 1)]
         parts = generator.randint(1, len(costs))
-        found = balance(lambda part, costs=costs: range_sums(costs), parts, penalties, tolerance)
-        assert_is_best(found, parts, lambda part, a, b, costs=costs: sum(costs[a:b]), penalties.__getitem__, tolerance)
+        bounds = balance(lambda part, costs=costs: range_sums(costs), parts, penalties, tolerance)
+        assert_is_best(bounds, parts, lambda part, a, b, costs=costs: sum(costs[a:b]), penalties.__getitem__, tolerance)
 
 
 def test_balance_of_parts_that_cost_differently_equals_brute_force() -> None:
@@ -66,8 +66,8 @@ def test_balance_of_parts_that_cost_differently_equals_brute_force() -> None:
         costs = generator.integers(1, 20, (parts, count + 1, count + 1)).astype(float)
         costs[:, np.tri(count + 1, dtype=bool)] = np.inf
         penalties = generator.integers(0, 3, count + 1).tolist()
-        found = balance(costs.__getitem__, parts, penalties, 0.3)
-        assert_is_best(found, parts, lambda *where, costs=costs: costs[where], penalties.__getitem__, 0.3)
+        bounds = balance(costs.__getitem__, parts, penalties, 0.3)
+        assert_is_best(bounds, parts, lambda *where, costs=costs: costs[where], penalties.__getitem__, 0.3)
 
 
 # -- models ---------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def inside_a_chunk(config: Config) -> Callable[[int], int]:
 @pytest.mark.parametrize("model", MODELS)
 def test_cut_by_compute(model: str, stages: int) -> None:
     config = config_of(model, f"parallel.pipeline_stages={stages}")
-    flops = [found.both for found in cost.layer_flops(config.model, config.data.sequence_length)]
+    flops = [layer.both for layer in cost.layer_flops(config.model, config.data.sequence_length)]
     flops[-1] += cost.head_flops(config.model).both
     assert_is_best(
         stage_bounds(config),

@@ -1,4 +1,4 @@
-"""Protects where stages go: which ranks are neighbours, what is said of it, and that a lost peer's host is named."""
+"""Protects the placement of stages: which ranks are neighbours, how it is described, and that a lost peer's host is named."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ TWO_BY_FOUR = ["node1"] * 4 + ["node2"] * 4
 
 
 def stages_of(stages: int, width: int, topology: str) -> list[int]:
-    """By rank, its stage."""
+    """The stage of each rank."""
     grid = process_grid(stages, width, topology)
     return [grid.get_coord(rank).pipe for rank in range(stages * width)]
 
 
-def test_ranks_that_are_neighbours() -> None:
+def test_neighbouring_ranks() -> None:
     assert stages_of(4, 2, "stages_together") == [0, 1, 2, 3, 0, 1, 2, 3]
     assert stages_of(4, 2, "replicas_together") == [0, 0, 1, 1, 2, 2, 3, 3]
 
@@ -32,19 +32,19 @@ def test_ranks_that_are_neighbours() -> None:
         (8, 1, "replicas_together", 1, "stages 0-3 on node1, 4-7 on node2; 1 of 7 boundaries between hosts"),
     ],
 )
-def test_what_lies_on_which_host(stages: int, width: int, topology: str, crossed: int, line: str) -> None:
+def test_hosts_of_stages(stages: int, width: int, topology: str, crossed: int, line: str) -> None:
     grid = process_grid(stages, width, topology)
     assert crossings(grid, TWO_BY_FOUR) == crossed
     assert describe_placement(grid, TWO_BY_FOUR).startswith(line)
 
 
-def test_many_replicas_stay_one_line() -> None:
+def test_many_replicas_are_one_line() -> None:
     hosts = [f"node{rank // 8}" for rank in range(512)]
     line = describe_placement(process_grid(8, 64, "stages_together"), hosts)
     assert line.endswith("replica 7: stages 0-7 on node7 and 56 more replicas; 0 of 448 boundaries between hosts")
 
 
-def test_hosts_are_named_where_there_are_several() -> None:
+def test_hosts_are_named_if_there_are_several() -> None:
     several = Placement(["a", "a", "b", "c"], {"10.0.0.2": "b", "fe80::1": "c"})
     assert several.name(2) == "rank 2 on b" and several.company([0, 1, 2, 3], own=1) == ", with b, c"
     assert several.company([0, 1], own=0) == several.company((), own=0) == ""
@@ -66,5 +66,5 @@ def test_hosts_are_named_where_there_are_several() -> None:
 def test_a_tied_weights_other_host_is_named(
     workers: Callable[[int], WorkerGroup], tied: bool, named: list[str]
 ) -> None:
-    """Its gradient is added up over the first and the last stage, which wait for each other then."""
+    """Its gradient is summed over the first and the last stage, which wait for each other."""
     assert workers(3).run("support.faults.whom_gradients_need", tie_word_embeddings=tied) == named

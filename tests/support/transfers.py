@@ -1,4 +1,4 @@
-"""Worker cases about what crosses stage boundaries, and when."""
+"""Functions for worker processes: what crosses stage boundaries, and when."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def losses_of(config: Any, engine: Any, steps: range) -> list[float]:
     return [engine.train_step(rank_batches(config, step, replica, width, size)) for step in steps]
 
 
-def count_traffic(values: dict[str, Any], steps: int) -> dict[str, tuple[int, int]]:
-    """By direction that this stage has: bytes counted, and bytes predicted."""
+def count_transferred_bytes(values: dict[str, Any], steps: int) -> dict[str, tuple[int, int]]:
+    """Counted and predicted bytes, by direction that this stage has."""
     config, engine, _ = build(values)
     losses_of(config, engine, range(steps))
     stage, itemsize = engine.stage_id, engine.module.wire_dtype.itemsize
@@ -43,12 +43,12 @@ def count_traffic(values: dict[str, Any], steps: int) -> dict[str, tuple[int, in
 
     boundary = {"sent to next": stage + 1, "received from next": stage + 1}
     return {
-        name: (found.bytes, predicted(boundary.get(name, stage))) for name, found in engine.transfer_stats().items()
+        name: (stats.bytes, predicted(boundary.get(name, stage))) for name, stats in engine.transfer_stats().items()
     }
 
 
 def most_under_way(values: dict[str, Any]) -> tuple[int, int]:
-    """The most payloads, and the most gradients, that were under way at a time in a step; none may be left after it."""
+    """The most payloads and the most gradients under way at a time in a step. None may be left after it."""
     config, engine, _ = build(values)
     most = {id(engine._to_next): 0, id(engine._to_previous): 0}
     post = transfer.Sender.post
@@ -67,7 +67,7 @@ def most_under_way(values: dict[str, Any]) -> tuple[int, int]:
 
 
 def step_after_a_failed_step(values: dict[str, Any]) -> str:
-    """What a second step says when the first one's data ended too early, on all ranks alike."""
+    """The error of a second step after the first one's data ended too early, on all ranks."""
     config, engine, _ = build(values)
     for _ in range(2):
         try:
@@ -78,7 +78,7 @@ def step_after_a_failed_step(values: dict[str, Any]) -> str:
 
 
 def copies_of_payloads(values: dict[str, Any]) -> int:
-    """How often received entries had to be copied into a history in one step."""
+    """How often received entries were copied into a history in one step."""
     config, engine, _ = build(values)
     copies = 0
     unpack = KeyValueHistory.unpack
@@ -97,7 +97,7 @@ def copies_of_payloads(values: dict[str, Any]) -> int:
 
 
 def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> list[float]:
-    """Losses of steps in which either end of every transfer comes up to ``longest`` seconds late, at random."""
+    """Losses of steps in which either end of every transfer is up to ``longest`` seconds late, at random."""
     import torch.distributed as dist
 
     config, engine, _ = build(values)
@@ -120,14 +120,14 @@ def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> lis
         transfer.Sender.post, transfer.Receiver.take = post, take
 
 
-def train_and_all_else(values: dict[str, Any], folder: str) -> list[float]:
-    """Losses of four steps, with evaluations in two batch sizes and a checkpoint between them where a folder is given."""
+def train_with_interruptions(values: dict[str, Any], folder: str) -> list[float]:
+    """Losses of four steps. With a folder, evaluations with two batch sizes and a checkpoint come between them."""
     from lime_dist.checkpoint.saver import Saver
     from lime_dist.data.state import TrainState
 
     config, engine, optimizer = build(values)
     replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
-    found = losses_of(config, engine, range(2))
+    losses = losses_of(config, engine, range(2))
     if folder:
         for size in (1, 4):
             parts = config.train.global_batch_size // size // width
@@ -135,4 +135,4 @@ def train_and_all_else(values: dict[str, Any], folder: str) -> list[float]:
         state = TrainState(2, 2 * config.train.global_batch_size)
         Saver(Path(folder), config, 100, optimizer, engine.stage_id, replica).save(state)
         engine.evaluate(rank_batches(config, 100, replica, width, 2), config.train.global_batch_size // 2 // width, 2)
-    return found + losses_of(config, engine, range(2, 4))
+    return losses + losses_of(config, engine, range(2, 4))
