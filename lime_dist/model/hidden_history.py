@@ -1,45 +1,41 @@
-"""The history of ``routes: hidden``: entries are residual-stream states, mixed per head and then projected to keys and values.
+"""The history of ``routes: hidden``: entries are residual-stream states, mixed per head, then projected to keys and values.
 
-An entry is kept as X̂ = X / rms(X), [N, D]: the normalised state without a reader's weight γ, which is the same for every
-reader, so that each state is normalised once. A reader folds γ into its projections: K_h = (Σ_e p[h, e]·X̂_e)·(W_h ⊙ γ)ᵀ.
-A boundary is crossed by the states themselves, X, and by summaries, normalised already; what made an entry, and what comes
-back for it from later stages, is plain autograd. A summary is U = Σ a_i·X_i over the states of its chunk, a = softmax(A_m).
+An entry is X̂ = X / rms(X), [N, D]: the normalised state without a reader's weight γ. It is the same for every reader, so each
+state is normalised once. A reader folds γ into its projections: K_h = (Σ_e p[h, e]·X̂_e)·(W_h ⊙ γ)ᵀ. The states themselves, X,
+cross a boundary, and so do summaries, which are normalised already. What made an entry, and the gradient that comes back for
+it from later stages, is left to autograd. A summary is U = Σ a_i·X_i over the states of its chunk, a = softmax(A_m).
 
-What it costs, for a layer that reads E entries, in multiply-adds: mixing H·E·N·D, projecting 2·N·D². (Projecting first and
-mixing afterwards would cost 2·E·N·D².) Static weights are known before the layers run, so what a block reads from older
-entries is one product per run of positions, and so are the gradients of those entries and of the weights; a block has at
-most `layout.BLOCK_ROWS` rows (layer, head), for its mixtures [rows, N, D] are in memory, twice in backward. Dynamic weights exist
-only once the layer's own state does: such a layer reads by itself. Backward mixes again instead of keeping mixtures.
-Memory besides: E·N·D for the entries, and E·N·D in at least float32 for their gradients while backward runs.
+A layer that reads E entries takes H·E·N·D multiply-adds to mix and 2·N·D² to project. (Projecting before mixing would take
+2·E·N·D².) Static weights are known before the layers run, so what a block reads from older entries is one product per run of
+positions, and so are the gradients of those entries and of the weights. A block has at most `layout.BLOCK_ROWS` rows (layer,
+head), because its mixtures [rows, N, D] are in memory, twice in backward. Dynamic weights exist only once the layer's own
+state does, so such a layer reads all of its entries alone. Backward computes mixtures again instead of keeping them.
+
+Besides, the history takes E·N·D elements for the entries and, while backward runs, E·N·D in at least float32 for their
+gradients. `history.py` draws an example of who writes and reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lime_dist.model.history import LayerHistory, add_product, product_of_rows
+from lime_dist.model.hidden_functions import Project, Write
+from lime_dist.model.history import LayerHistory, OpenWeights
 from lime_dist.model.layers import rms_normalise
-from lime_dist.model.layout import Block, Chunk, StageLayout
+from lime_dist.model.layout import Block, Chunk, Reader, StageLayout
 from lime_dist.model.policies import Entry
-
-SLICE_ELEMENTS = 1 << 19
-SLICE_ELEMENTS_GPU = 1 << 26
-"""Elements of a mixture [H, tokens, D] that are made at a time: a cache's worth; on a GPU enough to fill it (not measured
-there). Never less than `SLICE_TOKENS` tokens, for the sake of the matrix products."""
-SLICE_TOKENS = 64
-
-Parts = list[tuple[slice, slice]]
-"""Columns of a reader's weights, and the positions that they weigh."""
+from lime_dist.model.products import add_product
+from lime_dist.model.token_slices import Parts, mix_slice, spread_slice, token_slices
 
 
 class HiddenHistory(LayerHistory):
     """The history of one micro-batch on one stage. An entry is [N, D].
 
-    Per layer, ascending: ``write``, and ``project`` if the layer reads.
+    For each layer in ascending order, call ``write``, then ``project`` if the layer has a router.
     """
 
     def __init__(
@@ -52,32 +48,31 @@ class HiddenHistory(LayerHistory):
         device: torch.device,
         keep: bool = False,
     ) -> None:
-        super().__init__(layout, (num_tokens, hidden_size), dtype, device, keep)
+        # Gradients of weights are sums over slices of tokens, so they take the type of sums.
+        accumulation_dtype = torch.promote_types(dtype, torch.float32)
+        super().__init__(layout, (num_tokens, hidden_size), 1, dtype, device, accumulation_dtype, keep)
         self.eps = eps
         self._gradients: Tensor | None = None
         self._states: dict[Entry, Tensor] = {}
-        self._wanted = {*layout.sent, *(entry for chunk in layout.chunks for entry in chunk.sources)}
-        self._summaries: dict[int, Tensor] = {}
+        self._needed_states = {*layout.sent, *(entry for chunk in layout.chunks for entry in chunk.sources)}
+        self._summary_logits: dict[int, Tensor] = {}
         self._first_readers: dict[Block, int] = {}
-        self._weights: Tensor | None = None
-        self._weight_gradient: Tensor | None = None
-        self._partial: tuple[Block, Tensor] | None = None
-        self._block_gradient: Tensor | None = None
+        self._mixture_gradients: Tensor | None = None
 
-    # -- what goes in, what goes on -----------------------------------------------------------------------------------
+    # -- called by the stage and its layers ---------------------------------------------------------------------------
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
         batch, length, _ = payload_BTC.shape
         received = self.layout.received
-        count = sum(not entry.is_summary for entry in received)
+        num_slots = sum(not entry.is_summary for entry in received)
         size = self.entries[:1].numel()
-        sizes = [batch * length * hidden_size, count * size, (len(received) - count) * size]
+        sizes = [batch * length * hidden_size, num_slots * size, (len(received) - num_slots) * size]
         hidden, slots, summaries = payload_BTC.flatten().split(sizes)
-        states_ENd, summaries_ENd = slots.view(count, *self.slot_shape), summaries.view(-1, *self.slot_shape)
+        states_ENd, summaries_ENd = slots.view(num_slots, *self.slot_shape), summaries.view(-1, *self.slot_shape)
         self._remember(received, (*states_ENd.unbind(), *summaries_ENd.unbind()))
         if received:
             entries = torch.cat([rms_normalise(states_ENd, self.eps), summaries_ENd])
-            self.dependency = _Write.apply(self.dependency, entries, self, received)
+            self.dependency = Write.apply(self.dependency, entries, self, received)
         return hidden.view(batch, length, hidden_size)
 
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
@@ -85,287 +80,194 @@ class HiddenHistory(LayerHistory):
         return flat.view(*hidden_BTD.shape[:2], -1)
 
     def open(self, routing: Sequence[Tensor | None], summaries: Sequence[Tensor]) -> None:
-        """Take p [H, E] of the stage's layers (None: no router, or a dynamic one) and A_m [rank, chunk size]."""
-        self._summaries = {chunk.index: logits for chunk, logits in zip(self.layout.chunks, summaries, strict=True)}
+        """Take p [H, E] of the stage's layers (None: no router, or a dynamic one) and A_m [rows, chunk size]."""
+        self._summary_logits = {
+            chunk.index: logits for chunk, logits in zip(self.layout.chunks, summaries, strict=True)
+        }
         for layer, block in reversed(self.layout.blocks.items()):
             if routing[layer - self.layout.start] is not None:
                 self._first_readers[block] = layer
-        if self._first_readers:
-            self.dependency = _Open.apply(self.dependency, self, *routing)
+        num_heads = next((len(matrix) for matrix in routing if matrix is not None), None)
+        if num_heads is not None:
+            self.dependency = OpenWeights.apply(self.dependency, self, num_heads, *routing)
 
     def release(self) -> list[Tensor]:
         super().release()
-        states, self._states, self._summaries = self._states, {}, {}
+        states, self._states, self._summary_logits = self._states, {}, {}
         return [states[entry] for entry in self.layout.sent if entry in states]
 
     def write(self, layer: int, entry_ND: Tensor, state_ND: Tensor) -> None:
-        """Leave a layer's input in the history: as it is, and divided by its root mean square."""
-        dependency = _Write.apply(self.dependency, entry_ND.unsqueeze(0), self, (Entry(layer),))
+        """Write a layer's input to the history.
+
+        Args:
+            entry_ND: the input divided by its root mean square.
+            state_ND: the input as it is, for a later stage or a summary.
+        """
+        self._advance(Write.apply(self.dependency, entry_ND.unsqueeze(0), self, (Entry(layer),)))
         if not self.is_recomputing:
-            self.dependency = dependency
             self._remember([Entry(layer)], [state_ND])
 
     def summarise(self, chunk: Chunk) -> None:
-        weights = self._summaries[chunk.index].to(self.accumulation_dtype).softmax(-1)
+        weights = self._summary_logits[chunk.index].to(self.accumulation_dtype).softmax(-1)
         states = [self._states[entry] for entry in chunk.sources]
         summary = sum(
             (weights[:, i, None, None] * state for i, state in enumerate(states)), torch.zeros_like(self.dependency)
         )
         entries = rms_normalise(summary, self.eps).to(self.entries.dtype)
-        self.dependency = _Write.apply(self.dependency, entries, self, tuple(chunk.rows))
+        self.dependency = Write.apply(self.dependency, entries, self, tuple(chunk.rows))
         for entry in chunk.sources:
             if entry not in self.layout.sent:
                 del self._states[entry]
         self._remember(chunk.rows, entries.unbind())
-
-    def _remember(self, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
-        """Keep what is sent on, or summarised later, as it came."""
-        self._states.update({e: tensor for e, tensor in zip(entries, tensors, strict=True) if e in self._wanted})
-
-    # -- reading ------------------------------------------------------------------------------------------------------
 
     def project(self, layer: int, weights: Tensor | None, projections_HcD: Tensor) -> Tensor:
         """Mix the entries that a layer reads and project each head's mixture.
 
         Args:
             weights: p [N, H, E]; None if they are the same for all tokens, and ``open`` has taken them.
-            projections_HcD: rows that each head projects its mixture with.
+            projections_HcD: rows with which each head projects its mixture.
 
         Returns:
             [H, N, c].
         """
-        projected, dependency = _Project.apply(self.dependency, weights, projections_HcD, self, layer)
-        if not self.is_recomputing:
-            self.dependency = dependency
+        projected, dependency = Project.apply(self.dependency, weights, projections_HcD, self, layer)
+        self._advance(dependency)
         return projected
 
-    @property
-    def gradients(self) -> Tensor:
-        """[positions, N, D] in at least float32: what the readers visited so far add up to."""
-        if self._gradients is None:
-            self._gradients = torch.zeros_like(self.entries, dtype=self.accumulation_dtype)
-        return self._gradients
+    def _remember(self, entries: Sequence[Entry], states: Sequence[Tensor]) -> None:
+        """Keep the states that are sent on or summarised later; they belong to the autograd graph until ``release``."""
+        self._states.update({e: state for e, state in zip(entries, states, strict=True) if e in self._needed_states})
 
-    def _stack(self, routing: Sequence[Tensor | None]) -> Tensor:
-        """p of all layers of the stage, [layers, H, positions], 0 where nothing is read."""
-        heads = next(len(matrix) for matrix in routing if matrix is not None)
-        stacked = self.entries.new_zeros((len(routing), heads, self.layout.num_positions))
-        for row, matrix in enumerate(routing):
-            if matrix is not None:
-                for columns, run in self._columns(row):
-                    stacked[row, :, run] = matrix[:, columns]
-        return stacked
+    # -- called by autograd Functions ---------------------------------------------------------------------------------
 
-    def _columns(self, row: int) -> Parts:
-        """Where the columns of the weights of the stage's ``row``-th layer belong."""
-        found, begin = [], 0
-        for run in self.layout.readers[row].columns:
-            end = begin + run.stop - run.start
-            found.append((slice(begin, end), run))
-            begin = end
-        return found
+    def write_entries(self, entries: Sequence[Entry], entries_END: Tensor) -> None:
+        """Write entries to their places; those that the stage makes are not written while recomputing."""
+        for entry, entry_ND in zip(entries, entries_END, strict=True):
+            is_received = entry in self.layout.received
+            place = self.entries[self.layout.position[entry]] if is_received else self._claim(entry)
+            if place is not None:
+                place.copy_(entry_ND)
 
-    def _open_gradients(self, has_weights: Sequence[bool]) -> list[Tensor | None]:
-        stacked, self._weight_gradient = self._weight_gradient, None
-        if stacked is None:
-            raise RuntimeError("the history's routers were asked for gradients before any layer was visited")
-        dtype = self.entries.dtype
-        return [
-            torch.cat([stacked[row, :, run] for _, run in self._columns(row)], 1).to(dtype) if present else None
-            for row, present in enumerate(has_weights)
-        ]
-
-    def _hand_out(self, entries: Sequence[Entry]) -> Tensor:
-        """[entries, N, D]: the gradient of entries that lie together, once all of their readers have been visited."""
+    def entry_gradients(self, entries: Sequence[Entry]) -> Tensor:
+        """[entries, N, D]: the gradient of entries with consecutive positions, once all of their readers are visited."""
         for entry in entries:
             self._visit_once(entry)
         begin = self.layout.position[entries[0]]
         total = self.gradients[begin : begin + len(entries)]
-        if self._keep:
-            found = total.clone()
+        if self._keep:  # backward may run again: start from zero then
+            result = total.clone()
             total.zero_()
-            return found
+            return result
         return total.to(self.entries.dtype)
 
-    def _token_slices(self, num_heads: int) -> Iterator[slice]:
-        num_tokens, size = self.slot_shape
-        elements = SLICE_ELEMENTS_GPU if self.entries.is_cuda else SLICE_ELEMENTS
-        step = max(SLICE_TOKENS, elements // (num_heads * size))
-        for begin in range(0, num_tokens, step):
-            yield slice(begin, min(begin + step, num_tokens))
+    def mix_and_project(self, layer: int, weights: Tensor | None, projections_HcD: Tensor) -> Tensor:
+        """See `project`."""
+        heads, width, _ = projections_HcD.shape
+        out = projections_HcD.new_empty(heads, self.slot_shape[0], width)
+        # 1. What the whole block reads from older entries: one product, computed for the block's first reading layer.
+        older = self._mixture_of_older(layer)
+        # 2. Add what the layer reads alone and project, a slice of tokens at a time.
+        weights, parts = self._read_alone(layer, weights)
+        for tokens in token_slices(self.entries, heads):
+            mixture = mix_slice(self.entries, weights, parts, tokens, older)
+            out[:, tokens] = torch.bmm(mixture, projections_HcD.transpose(1, 2))
+        # 3. Forget the block after its last layer. A recomputed layer keeps it: its backward comes next and uses it.
+        if not self.is_recomputing and layer == self.layout.blocks[layer].layers[-1]:
+            self._older_mixtures.drop()
+        return out
+
+    def visit(
+        self, layer: int, weights: Tensor | None, projections_HcD: Tensor, gradient_HNc: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Add to the gradients of all entries that a layer reads, given the gradient of what ``project`` returned.
+
+        Returns:
+            The gradient of dynamic weights (that of static ones stays here until ``weight_gradients``), and that of the
+            projections.
+        """
+        block, row, is_static = self.layout.blocks[layer], layer - self.layout.start, weights is None
+        # 1. The mixtures again, which forward did not keep.
+        older = self._mixture_of_older(layer)
+        weights, parts = self._read_alone(layer, weights)
+        if is_static:
+            weight_gradient = self._stacked_gradient[row].squeeze(-1)
+        else:
+            weight_gradient = torch.zeros_like(weights, dtype=self.accumulation_dtype)
+        # 2. Where the layer's g_ℓ is kept for the block; the block's last reading layer, the first visited, makes the tensor.
+        mixture_gradients: Tensor | None = None
+        if older is not None:
+            if self._mixture_gradients is None:
+                self._mixture_gradients = older.new_zeros(len(block.layers), *older.shape)
+            mixture_gradients = self._mixture_gradients[layer - block.layers[0]]
+        projection_gradient = torch.zeros_like(projections_HcD, dtype=self.accumulation_dtype)
+        for tokens in token_slices(self.entries, len(projections_HcD)):
+            gradient_Hnc = gradient_HNc[:, tokens]
+            mixture = mix_slice(self.entries, weights, parts, tokens, older)
+            projection_gradient += torch.bmm(gradient_Hnc.transpose(1, 2), mixture)
+            # 3. Through the projection: g_ℓ, the gradient of the layer's mixture.
+            mixture_gradient = torch.bmm(gradient_Hnc, projections_HcD)
+            if mixture_gradients is not None:
+                mixture_gradients[:, tokens] = mixture_gradient
+            # 4. g_ℓ goes on at once to the entries that the layer read alone, its own included, and to their weights.
+            spread_slice(self.entries, self.gradients, weights, weight_gradient, parts, tokens, mixture_gradient)
+        # 5. After the block's first reading layer, the last one visited, the g of all its layers go on to older entries.
+        if is_static and layer == self._first_readers[block]:
+            self._spread_to_older(block)
+        return None if is_static else weight_gradient.to(weights.dtype), projection_gradient.to(projections_HcD)
+
+    @property
+    def gradients(self) -> Tensor:
+        """[positions, N, D] in ``accumulation_dtype``: the sum over the readers visited so far."""
+        if self._gradients is None:
+            self._gradients = torch.zeros_like(self.entries, dtype=self.accumulation_dtype)
+        return self._gradients
 
     # -- what a block shares (static weights) -------------------------------------------------------------------------
 
-    def _rows(self, layers: range) -> slice:
-        return slice(layers[0] - self.layout.start, layers[-1] + 1 - self.layout.start)
+    def _weighted_readers(self) -> list[tuple[Reader, slice]]:
+        layers = self.layout.readers[: self.layout.stop - self.layout.start]  # A_m of summaries are autograd's
+        return [(reader, slice(row, row + 1)) for row, reader in enumerate(layers)]
 
-    def _older(self, layer: int) -> Tensor | None:
-        """[H, N, D]: what a layer mixes of entries older than its block; made for the whole block at once."""
+    def _rows_of(self, block: Block) -> slice:
+        """Rows of ``weights`` of a block's layers."""
+        return slice(block.layers[0] - self.layout.start, block.layers[-1] + 1 - self.layout.start)
+
+    def _matrix_of(self, block: Block) -> Tensor:
+        """Weights of a block's layers, [layers · H, positions]."""
+        return self.weights[self._rows_of(block)].flatten(0, 1).squeeze(-1)
+
+    def _mixture_of_older(self, layer: int) -> Tensor | None:
+        """[H, N, D]: what a layer mixes of entries older than its block, computed for the whole block at once; None if
+        there is nothing, or if the weights are dynamic."""
         block = self.layout.blocks[layer]
-        if self._weights is None or not block.older.runs:
+        if not self._first_readers or not block.older.runs:
             return None
-        if self._partial is None or self._partial[0] is not block:
-            rows = self._weights[self._rows(block.layers)].flatten(0, 1)
-            total: Tensor | None = None
-            for run in block.older.runs:
-                total = add_product(rows[:, run], self.entries[run].flatten(1), total)
-            assert total is not None
-            self._partial = (block, total.view(len(block.layers), -1, *self.slot_shape))
-        return self._partial[1][layer - block.layers[0]]
+        return self._older_mixtures.get(block, partial(self._mixtures_of_older, block))[layer - block.layers[0]]
 
-    def _spread_older(self, block: Block) -> None:
-        """Gradient of the block's mixtures -> added to the gradients of older entries and of the weights."""
-        if self._weights is None or self._weight_gradient is None or self._block_gradient is None:
+    def _mixtures_of_older(self, block: Block) -> Tensor:
+        """[layers of the block, H, N, D]."""
+        matrix = self._matrix_of(block)
+        total = self._sum_over_runs(lambda run: matrix[:, run], self.entries, block.older.runs)
+        return total.view(len(block.layers), -1, *self.slot_shape)
+
+    def _spread_to_older(self, block: Block) -> None:
+        """Add the gradients of the block's mixtures to those of the older entries, and set those of the weights."""
+        if self._mixture_gradients is None:
             return
-        rows = self._rows(block.layers)
-        gradient = self._block_gradient.flatten(0, 1).flatten(1)
-        weights = self._weights[rows].flatten(0, 1)
+        gradient = self._mixture_gradients.flatten(0, 1).flatten(1)
+        matrix = self._matrix_of(block)
         for run in block.older.runs:
-            product = product_of_rows(gradient, self.entries[run].flatten(1))
-            self._weight_gradient[rows, :, run] = product.view(len(block.layers), -1, run.stop - run.start)
-            add_product(weights[:, run].t(), gradient, self.gradients[run].flatten(1))
-        self._partial = self._block_gradient = None
+            self._set_weight_gradient(self._rows_of(block), [run], gradient)
+            add_product(matrix[:, run].t(), gradient, self._flat(self.gradients, run))
+        self._mixture_gradients = None
+        self._older_mixtures.drop()
 
-    # -- one layer ----------------------------------------------------------------------------------------------------
+    # -- what a layer reads alone -------------------------------------------------------------------------------------
 
-    def _forward(self, layer: int, weights: Tensor | None, projections_HcD: Tensor) -> Tensor:
-        heads, width, _ = projections_HcD.shape
-        out = projections_HcD.new_empty(heads, self.slot_shape[0], width)
-        older = self._older(layer)
-        weights, parts = self._own_reads(layer, weights)
-        for tokens in self._token_slices(heads):
-            mixture = self._mixture(weights, parts, tokens, older)
-            out[:, tokens] = torch.bmm(mixture, projections_HcD.transpose(1, 2))
-        if not self.is_recomputing and layer == self.layout.blocks[layer].layers[-1]:
-            self._partial = None
-        return out
-
-    def _backward(
-        self, layer: int, weights: Tensor | None, projections_HcD: Tensor, gradient_HNc: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        """Gradients of dynamic weights and of the projections; those of entries and static weights are kept here."""
-        block, own, is_static = self.layout.blocks[layer], layer - self.layout.start, weights is None
-        older = self._older(layer)
-        weights, parts = self._own_reads(layer, weights)
-        if is_static:
-            if self._weight_gradient is None:
-                assert self._weights is not None
-                self._weight_gradient = torch.zeros_like(self._weights, dtype=self.accumulation_dtype)
-            weight_gradient = self._weight_gradient[own]
-        else:
-            weight_gradient = torch.zeros_like(weights, dtype=self.accumulation_dtype)
-        mixture_gradients: Tensor | None = None
-        if older is not None:
-            if self._block_gradient is None:
-                self._block_gradient = older.new_zeros(len(block.layers), *older.shape)
-            mixture_gradients = self._block_gradient[layer - block.layers[0]]
-        projection_gradient = torch.zeros_like(projections_HcD, dtype=self.accumulation_dtype)
-        for tokens in self._token_slices(len(projections_HcD)):
-            chunk = gradient_HNc[:, tokens]
-            mixture = self._mixture(weights, parts, tokens, older)
-            projection_gradient += torch.bmm(chunk.transpose(1, 2), mixture)
-            mixture_gradient = torch.bmm(chunk, projections_HcD)
-            if mixture_gradients is not None:
-                mixture_gradients[:, tokens] = mixture_gradient
-            self._spread(weights, parts, weight_gradient, tokens, mixture_gradient)
-        if is_static and layer == self._first_readers[block]:
-            self._spread_older(block)
-        return None if is_static else weight_gradient.to(weights.dtype), projection_gradient.to(projections_HcD)
-
-    def _own_reads(self, layer: int, weights: Tensor | None) -> tuple[Tensor, Parts]:
-        """The weights of what a layer reads by itself: all entries (dynamic), or those of its own block (static)."""
+    def _read_alone(self, layer: int, weights: Tensor | None) -> tuple[Tensor, Parts]:
+        """The weights and positions of what a layer reads alone: all of its entries (dynamic weights, [N, H, E]), or what
+        its block does not read for it (static weights, [H, positions])."""
         row = layer - self.layout.start
         if weights is not None:
-            return weights, self._columns(row)
-        assert self._weights is not None
-        return self._weights[row], [(run, run) for run in self.layout.read_alone[layer].runs]
-
-    def _mixture(self, weights: Tensor, parts: Parts, tokens: slice, older: Tensor | None) -> Tensor:
-        """[H, tokens, D] of one chunk."""
-        mixed = None if older is None else older[:, tokens]
-        for columns, run in parts:
-            states_EnD = self.entries[run, tokens]
-            if weights.dim() == 2:
-                part = (weights[:, columns] @ states_EnD.flatten(1)).view(-1, *states_EnD.shape[1:])
-            else:
-                part = torch.bmm(weights[tokens, :, columns], states_EnD.transpose(0, 1)).transpose(0, 1)
-            mixed = part if mixed is None else mixed + part
-        assert mixed is not None
-        return mixed
-
-    def _spread(
-        self, weights: Tensor, parts: Parts, weight_gradient: Tensor, tokens: slice, gradient_HnD: Tensor
-    ) -> None:
-        """Gradient of one chunk's mixture -> added to the gradients of the states read and of the weights."""
-        for columns, run in parts:
-            states_EnD, target_EnD = self.entries[run, tokens], self.gradients[run, tokens]
-            if weights.dim() == 2:
-                flat = gradient_HnD.flatten(1)
-                weight_gradient[:, columns] += product_of_rows(flat, states_EnD.flatten(1))
-                target_EnD += (
-                    weights[:, columns].t().to(self.accumulation_dtype) @ flat.to(self.accumulation_dtype)
-                ).view_as(target_EnD)
-            else:
-                per_token_nHD = gradient_HnD.transpose(0, 1)
-                chosen = weights[tokens, :, columns].transpose(1, 2).to(self.accumulation_dtype)
-                weight_gradient[tokens, :, columns] = torch.bmm(per_token_nHD, states_EnD.permute(1, 2, 0))
-                target_EnD += torch.bmm(chosen, per_token_nHD.to(self.accumulation_dtype)).transpose(0, 1)
-
-
-class _Open(torch.autograd.Function):
-    """Stacks static weights; in backward, after all layers, hands each layer the gradient of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, dependency: Tensor, history: HiddenHistory, *routing: Tensor | None) -> Tensor:
-        ctx.history = history
-        ctx.has_weights = [matrix is not None for matrix in routing]
-        history._weights = history._stack(routing)
-        return torch.zeros_like(dependency)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return gradients[0], None, *ctx.history._open_gradients(ctx.has_weights)
-
-
-class _Write(torch.autograd.Function):
-    """Writes entries that lie together; in backward, after all of their readers, hands out their gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, dependency: Tensor, entries_END: Tensor, history: HiddenHistory, entries: Sequence[Entry]
-    ) -> Tensor:
-        ctx.history, ctx.entries = history, entries
-        for entry, entry_ND in zip(entries, entries_END, strict=True):
-            place = history.entries[history.layout.position[entry]] if entry in history.layout.received else None
-            place = history._claim(entry) if place is None else place
-            if place is not None:
-                place.copy_(entry_ND)
-        return torch.zeros_like(dependency)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return gradients[0], ctx.history._hand_out(ctx.entries), None, None
-
-
-class _Project(torch.autograd.Function):
-    """Mixes and projects; backward mixes again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        dependency: Tensor,
-        weights: Tensor | None,
-        projections_HcD: Tensor,
-        history: HiddenHistory,
-        layer: int,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.history, ctx.layer = history, layer
-        ctx.save_for_backward(weights, projections_HcD)
-        return history._forward(layer, weights, projections_HcD), torch.zeros_like(dependency)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        gradient_HNc, dependency_gradient = gradients
-        weights, projections_HcD = ctx.saved_tensors
-        found = ctx.history._backward(ctx.layer, weights, projections_HcD, gradient_HNc)
-        return dependency_gradient, *found, None, None
+            return weights, self.layout.readers[row].weight_columns
+        return self.weights[row].squeeze(-1), [(run, run) for run in self.layout.read_alone[layer].runs]

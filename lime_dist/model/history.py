@@ -1,62 +1,128 @@
-"""The layer history: the buffer in which the entries of one micro-batch lie on one stage.
+"""The layer history: one buffer that holds the entries of one micro-batch on one stage.
 
-Every entry is stored once; layers write their slot and read entries in place, so L layers cost O(L) memory, not the O(L²)
-of a fresh concatenation per layer. Who reads what is in `policies.py`, where entries lie in `layout.py`, and the two kinds
-of route in `key_value_history.py` and `hidden_history.py`.
+Every entry is stored once. Layers write their slots and read entries in place, so L layers take O(L) memory; a concatenation
+per layer would take O(L²). `policies.py` says which entries a layer reads and `layout.py` where they lie. This file has what
+the two kinds of route share; `key_value_history.py` and `hidden_history.py` have the rest. tests/support/reference.py computes
+the same mixtures with nested loops (``mix`` for ``routes: kv``, ``hidden_logits`` for ``routes: hidden``): read it first.
 
-Order between writers and readers is explicit: every operation takes a dependency (a scalar of the autograd graph) from the one
-before, so that autograd runs them in exactly the reverse order.
+An example: three layers on one stage, full history, one head
+-------------------------------------------------------------
+S_ℓ is the slot of layer ℓ, M_ℓ the mixture that its attention uses, and w_ℓe the weight of entry e in it. Layer 0 has no
+router with ``routes: kv``, so w_00 = 1. g_ℓ and ∂ are gradients of the loss: g_ℓ of M_ℓ, ∂S_e of S_e, ∂w_ℓe of w_ℓe.
+
+    M_0 = w_00·S_0                              ∂S_0 = w_00·g_0 + w_10·g_1 + w_20·g_2
+    M_1 = w_10·S_0 + w_11·S_1                   ∂S_1 =            w_11·g_1 + w_21·g_2
+    M_2 = w_20·S_0 + w_21·S_1 + w_22·S_2        ∂S_2 =                       w_22·g_2        ∂w_ℓe = ⟨g_ℓ, S_e⟩
+
+``routes: kv`` has one buffer for entries and gradients. Backward visits layers from last to first. Once layer ℓ has been
+visited, nobody needs S_ℓ any more, and its place takes g_ℓ:
+
+                            place 0   place 1   place 2
+    before forward             ·         ·         ·
+    mix(0) writes S_0         S_0        ·         ·       returns M_0
+    mix(1) writes S_1         S_0       S_1        ·       returns M_1
+    mix(2) writes S_2         S_0       S_1       S_2      returns M_2
+    ---- forward is done; backward brings g_2 first ----
+    visit(2, g_2)             S_0       S_1       g_2      ∂w_20, ∂w_21, ∂w_22 from S_0, S_1, S_2; returns ∂S_2
+    visit(1, g_1)             S_0       g_1       g_2      ∂w_10, ∂w_11 from S_0, S_1;             returns ∂S_1
+    visit(0, g_0)             g_0       g_1       g_2      ∂w_00 from S_0 (unused: no router);     returns ∂S_0
+
+Follow ∂S_0. Layer 2 contributes w_20·g_2, but visit(2) only leaves g_2 in place 2. visit(1) leaves g_1 in place 1. visit(0)
+finds all that it needs in the buffer: it leaves g_0 in place 0, computes the sum w_00·g_0 + w_10·g_1 + w_20·g_2 in at least
+float32, rounds it once, and returns it as the gradient of layer 0's keys and values. Nothing is accumulated in between, so
+nothing stagnates in low precision, however many layers read the slot.
+
+``routes: hidden`` keeps its entries through backward and has a second buffer, in at least float32, for their gradients. The
+backward of ``project(ℓ)`` adds w_ℓe·g_ℓ to the gradient of every entry e that layer ℓ reads; the backward of ``write(ℓ)``,
+which comes after all readers of S_ℓ, hands that gradient out. ∂S_0 is w_20·g_2 after layer 2, w_20·g_2 + w_10·g_1 after
+layer 1, and complete when the backward of ``write(0)`` returns it.
+
+Blocked reads
+-------------
+One product per layer and entry would be too thin to be fast. The layers of a block (at most `layout.BLOCK`) therefore read
+together what all of them read from entries older than the block. Rows are layers, columns are entries, blocks have 3 layers:
+
+             0  1  2 | 3  4  5 | 6
+    layer 3  ■  ■  ■ | □       |          ■  read by the block: one product for the whole rectangle
+    layer 4  ■  ■  ■ | □  □    |          □  read by the layer alone
+    layer 5  ■  ■  ■ | □  □  □ |
+    layer 6  ▲  ▲  ▲ | ▲  ▲  ▲ | □        ▲  read by the next block, layers 6, 7 and 8
+
+The first layer of a block computes the rectangle for the block, and every layer adds what it reads alone. The gradients of
+the weights in a rectangle are one product, too, as soon as the block's first layer has been visited. With ``routes: kv`` the
+gradients of the slots 3, 4 and 5 are one product of the weights ▲ in their columns, plus for each slot the readers in □.
+
+Order
+-----
+Autograd does not see the buffer, so the order of writers and readers is made explicit: every operation takes the
+``dependency`` (a scalar in the autograd graph) of the one before and returns the next one. Backward then runs the operations
+in exactly the reverse order. The operations are autograd Functions (`key_value_functions.py`, `hidden_functions.py`,
+`OpenWeights` here). They hold the history and call its public methods; the history never holds the graph after `release`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lime_dist.model.layout import Chunk, StageLayout
+from lime_dist.model.layout import Block, Chunk, Reader, StageLayout
 from lime_dist.model.policies import Entry
+from lime_dist.model.products import add_product, product_of_rows
 
 
 class LayerHistory:
     """What both kinds of route share.
 
-    Use, in this order: construct; ``unpack`` a payload (all stages but the first); ``open``; run the layers, ascending, and
-    ``summarise`` each chunk after its last layer; ``release``; ``pack`` a payload (all stages but the last).
+    Use, in this order: construct; ``unpack`` a payload (all stages but the first); ``open``; run the layers in ascending
+    order and ``summarise`` each chunk after its last layer; ``release``; ``pack`` a payload (all stages but the last).
 
     Args:
-        lead: elements before the entries in the same memory, where the hidden state of a payload may land.
+        slot_shape: of one entry.
+        entry_heads: heads of an entry that a reader weighs separately.
+        weight_gradient_dtype: type in which gradients of the readers' weights are kept until they are handed out.
+        keep: allow backward to run several times over one graph, at the cost of memory (gradient checkers need it).
+            Otherwise it can run once.
+        lead: elements before the entries in the same memory, where the hidden state of a payload can be received.
 
     Attributes:
         memory: [lead + all entries].
         entries: [positions, *slot_shape]: every entry that this stage holds.
         dependency: the scalar that orders the operations on this history in the autograd graph.
-        accumulation_dtype: the precision of sums: that of the entries, at least float32.
-
-    Backward may be walked once; ``keep=True`` costs memory and allows it many times (gradient checkers do that).
+        accumulation_dtype: type of sums: that of the entries, at least float32.
+        weights: [reader rows, reader heads, positions, entry heads]: the weights of all readers, 0 where nothing is read.
     """
 
     def __init__(
         self,
         layout: StageLayout,
         slot_shape: tuple[int, ...],
+        entry_heads: int,
         dtype: torch.dtype,
         device: torch.device,
+        weight_gradient_dtype: torch.dtype,
         keep: bool = False,
         lead: int = 0,
     ) -> None:
-        self.layout, self.slot_shape = layout, slot_shape
+        self.layout, self.slot_shape, self.entry_heads = layout, slot_shape, entry_heads
         self.memory = torch.empty(lead + layout.num_positions * math.prod(slot_shape), dtype=dtype, device=device)
         self.entries = self.memory[lead:].view(layout.num_positions, *slot_shape)
         self.dependency = torch.zeros((), dtype=dtype, device=device)
         self.accumulation_dtype = torch.promote_types(dtype, torch.float32)
+        self.weights = torch.empty(0)
         self.is_recomputing = False
-        self._written: set[Entry] = set(layout.received)
+        self._weight_gradient: Tensor | None = None
+        self._weight_gradient_dtype = weight_gradient_dtype
+        self._older_mixtures = BlockTensor()
         self._keep = keep
+        self._written: set[Entry] = set(layout.received)
         self._visited: set[Entry] = set()
+
+    # -- called by the stage ------------------------------------------------------------------------------------------
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
         """Take the entries of a payload; returns its hidden state [B, T, D]."""
@@ -66,37 +132,115 @@ class LayerHistory:
         """Take the weights of the stage's readers.
 
         Args:
-            routing: by layer, ascending: what it mixes entries with, as far as that is known before it runs.
+            routing: for each layer, ascending, the weights with which it mixes entries; None if they are unknown before it
+                runs, or if it has no router.
             summaries: A_m of the chunks that the stage summarises, ascending.
         """
         raise NotImplementedError
 
     def summarise(self, chunk: Chunk) -> None:
-        """Make the summary of a chunk whose last layer has run."""
+        """Compute the summary of a chunk whose last layer has run."""
         raise NotImplementedError
 
     def release(self) -> list[Tensor]:
-        """Hand over what belongs to the autograd graph when the last layer has run, for ``pack``. The graph holds the
-        history; a history that held on to the graph would close a circle that Python's collector cannot see, and neither
-        would ever be freed."""
+        """Hand over, for ``pack``, the tensors that belong to the autograd graph, once the last layer has run.
+
+        The graph holds the history. If the history held the graph as well, they would form a cycle that Python's garbage
+        collector cannot see, and neither would ever be freed.
+        """
         dependency, self.dependency = self.dependency, self.dependency.detach()
         return [dependency]
 
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
-        """The payload: the hidden state, then the entries that cross the boundary, [B, T, elements per token]."""
+        """The payload [B, T, elements per token]: the hidden state, then the entries that cross the boundary."""
         raise NotImplementedError
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Within, layers run again for activation checkpointing: slots are read, never rewritten."""
+        """Within this context, activation checkpointing runs layers again: slots are read and not written."""
         self.is_recomputing = True
         try:
             yield
         finally:
             self.is_recomputing = False
 
+    # -- called by `OpenWeights` ---------------------------------------------------------------------------------------
+
+    def take_weights(self, reader_heads: int, weights: Sequence[Tensor | None]) -> None:
+        """Stack the weights of all readers, each [rows · reader heads, entries read · entry heads], into ``weights``."""
+        readers = self._weighted_readers()
+        num_rows = max(rows.stop for _, rows in readers)
+        shape = (num_rows, reader_heads, self.layout.num_positions, self.entry_heads)
+        self.weights = self.entries.new_zeros(shape)
+        for (reader, rows), matrix in zip(readers, weights, strict=True):
+            if matrix is not None:
+                parts = matrix.reshape(rows.stop - rows.start, reader_heads, -1, self.entry_heads)
+                for columns, run in reader.weight_columns:
+                    self.weights[rows, :, run] = parts[:, :, columns]
+
+    def weight_gradients(self, has_weights: Sequence[bool]) -> list[Tensor | None]:
+        """The gradient of each reader's weights, in the shape in which `take_weights` took them; call it once, after all
+        readers have been visited.
+
+        Raises:
+            RuntimeError: no reader has been visited.
+        """
+        stacked, self._weight_gradient = self._weight_gradient, None
+        if stacked is None:
+            raise RuntimeError("the history has no gradients of router weights: no layer has run backward yet")
+        return [
+            torch.cat([stacked[rows, :, run] for run in reader.columns], 2)
+            .flatten(0, 1)
+            .flatten(1)
+            .to(self.entries.dtype)
+            if present
+            else None
+            for (reader, rows), present in zip(self._weighted_readers(), has_weights, strict=True)
+        ]
+
+    # -- for subclasses -----------------------------------------------------------------------------------------------
+
+    def _weighted_readers(self) -> list[tuple[Reader, slice]]:
+        """The readers whose weights ``open`` takes, in that order, each with its rows of ``weights``."""
+        raise NotImplementedError
+
+    @property
+    def _stacked_gradient(self) -> Tensor:
+        """The gradient of ``weights``, as far as readers have been visited."""
+        if self._weight_gradient is None:
+            self._weight_gradient = torch.zeros_like(self.weights, dtype=self._weight_gradient_dtype)
+        return self._weight_gradient
+
+    def _set_weight_gradient(self, rows: slice, runs: Sequence[slice], gradient: Tensor) -> None:
+        """Set the gradient of the weights of readers for runs of positions from the gradient of the readers' mixtures,
+        [rows · reader heads, elements]."""
+        for run in runs:
+            product = product_of_rows(gradient, self._flat(self.entries, run))
+            num_entries = run.stop - run.start
+            self._stacked_gradient[rows, :, run] = product.view(
+                rows.stop - rows.start, -1, num_entries, self.entry_heads
+            )
+
+    def _flat(self, buffer: Tensor, positions: slice) -> Tensor:
+        """Positions of a buffer as a matrix: rows (position, entry head), columns the other dimensions of an entry."""
+        return buffer[positions].view((positions.stop - positions.start) * self.entry_heads, -1)
+
+    def _sum_over_runs(
+        self, weights_of: Callable[[slice], Tensor], buffer: Tensor, runs: Sequence[slice], total: Tensor | None = None
+    ) -> Tensor:
+        """Add weights_of(run) @ (the run's positions in ``buffer``) over all runs, to ``total`` in place if there is one."""
+        for run in runs:
+            total = add_product(weights_of(run), self._flat(buffer, run), total)
+        assert total is not None
+        return total
+
+    def _advance(self, dependency: Tensor) -> None:
+        """Let the next operation come after the one that returned ``dependency``; a recomputed one is in order already."""
+        if not self.is_recomputing:
+            self.dependency = dependency
+
     def _claim(self, entry: Entry) -> Tensor | None:
-        """The place that an entry is to be written to, once, in turn; None while recomputing.
+        """The place in which an entry is to be written, once and in turn; None while recomputing.
 
         Raises:
             RuntimeError: it is not this entry's turn.
@@ -106,55 +250,50 @@ class LayerHistory:
         before = entry.layer if entry.is_summary else entry.layer - 1
         if entry in self._written or (before >= self.layout.start and Entry(before) not in self._written):
             raise RuntimeError(
-                f"layer {entry.layer} wrote an entry out of turn: {len(self._written)} entries are there"
+                f"layer {entry.layer} wrote an entry out of turn: the history holds {len(self._written)} entries"
             )
         self._written.add(entry)
         return self.entries[self.layout.position[entry]]
 
     def _visit_once(self, entry: Entry) -> None:
+        """Note that backward has reached the operation that made an entry.
+
+        Raises:
+            RuntimeError: it had been there before, and the history was not made with ``keep``.
+        """
         if entry in self._visited and not self._keep:
-            raise RuntimeError(
-                "a layer history can be walked backwards once: it gives its memory away while it is walked"
-            )
+            raise RuntimeError("backward can run once over a layer history: it overwrites or frees what it has used")
         self._visited.add(entry)
 
 
-def stranger(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor over the first elements of another one's memory, with a version counter of its own: autograd does not take
-    writes to the rest of that memory for changes of this tensor."""
-    return memory.new_empty(0).set_(memory.untyped_storage())[: math.prod(shape)].view(shape)
+class BlockTensor:
+    """A tensor that the layers of one block share: computed for the first layer that asks, kept until ``drop``."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Block, Tensor] | None = None
+
+    def get(self, block: Block, compute: Callable[[], Tensor]) -> Tensor:
+        """The tensor of ``block``; replaces that of another block."""
+        if self._held is None or self._held[0] is not block:
+            self._held = (block, compute())
+        return self._held[1]
+
+    def drop(self) -> None:
+        self._held = None
 
 
-def add_product(weights: Tensor, matrix: Tensor, total: Tensor | None = None) -> Tensor:
-    """total + weights @ matrix, in place and in the precision of ``total``; without one a new tensor like ``matrix``.
+class OpenWeights(torch.autograd.Function):
+    """Stacks the weights of the readers; in backward, after all layers, returns the gradient of each reader's weights."""
 
-    Args:
-        weights: [readers · heads, entries · heads].
-        matrix: [entries · heads, elements].
-    """
-    if total is None:
-        return weights @ matrix
-    if total.dtype == matrix.dtype:
-        return total.addmm_(weights, matrix)
-    if matrix.is_cuda:  # factors stay in low precision, the product and the sum do not
-        return total.add_(torch.mm(weights, matrix, out_dtype=total.dtype))
-    return total.addmm_(weights.to(total.dtype), matrix.to(total.dtype))
+    @staticmethod
+    def forward(
+        ctx: Any, dependency: Tensor, history: LayerHistory, reader_heads: int, *weights: Tensor | None
+    ) -> Tensor:
+        ctx.history = history
+        ctx.has_weights = [matrix is not None for matrix in weights]
+        history.take_weights(reader_heads, weights)
+        return torch.zeros_like(dependency)
 
-
-FEW_ROWS, PIECE = 8, 512
-"""`product_of_rows` on a CPU: up to so many rows go as a batch of pieces of so many elements."""
-
-
-def product_of_rows(left: Tensor, right: Tensor) -> Tensor:
-    """left @ rightᵀ, [rows of left, rows of right], both of few and very long rows: the gradient of weights.
-
-    On a CPU in the order and in the pieces that torch's MKL is fastest with: it is slow when both factors are thin.
-    """
-    if left.is_cuda:
-        return left @ right.t()
-    if len(left) > len(right):
-        return product_of_rows(right, left).t()
-    if len(left) <= FEW_ROWS and left.shape[1] % PIECE == 0:
-        pieces = left.view(len(left), -1, PIECE).transpose(0, 1), right.view(len(right), -1, PIECE).permute(1, 2, 0)
-        return torch.bmm(*pieces).sum(0)
-    return (right @ left.t()).t()
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return gradients[0], None, None, *ctx.history.weight_gradients(ctx.has_weights)

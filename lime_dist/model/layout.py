@@ -107,6 +107,16 @@ class Reader:
     rows: slice
     columns: list[slice]
 
+    @property
+    def weight_columns(self) -> list[tuple[slice, slice]]:
+        """For each run of ``columns``: the columns of the reader's weights, and the run's positions."""
+        pairs, begin = [], 0
+        for run in self.columns:
+            end = begin + run.stop - run.start
+            pairs.append((slice(begin, end), run))
+            begin = end
+        return pairs
+
 
 @dataclass(frozen=True)
 class StageLayout:

@@ -1,0 +1,60 @@
+"""The autograd Functions of `HiddenHistory`: what writes entries and what mixes them, and in which order backward does.
+
+Each takes the ``dependency`` of the operation before it and returns one for the next (see `history.py`). They hold the
+history, do nothing themselves, and call its public methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lime_dist.model.policies import Entry
+
+if TYPE_CHECKING:
+    from lime_dist.model.hidden_history import HiddenHistory
+
+
+class Write(torch.autograd.Function):
+    """Writes entries with consecutive positions; in backward, after all of their readers, returns their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dependency: Tensor, entries_END: Tensor, history: HiddenHistory, entries: Sequence[Entry]
+    ) -> Tensor:
+        ctx.history, ctx.entries = history, entries
+        history.write_entries(entries, entries_END)
+        return torch.zeros_like(dependency)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        # All readers have been visited: they depend on this operation, so autograd runs their backward first.
+        return gradients[0], ctx.history.entry_gradients(ctx.entries), None, None
+
+
+class Project(torch.autograd.Function):
+    """Mixes entries and projects the mixtures; saves no mixture: backward computes them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dependency: Tensor,
+        weights: Tensor | None,
+        projections_HcD: Tensor,
+        history: HiddenHistory,
+        layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.history, ctx.layer = history, layer
+        ctx.save_for_backward(weights, projections_HcD)
+        return history.mix_and_project(layer, weights, projections_HcD), torch.zeros_like(dependency)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        gradient_HNc, dependency_gradient = gradients
+        weights, projections_HcD = ctx.saved_tensors
+        # The history adds to the gradients of the entries read; `Write` hands them out when their turn comes.
+        weight_gradient, projection_gradient = ctx.history.visit(ctx.layer, weights, projections_HcD, gradient_HNc)
+        return dependency_gradient, weight_gradient, projection_gradient, None, None

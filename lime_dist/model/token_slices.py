@@ -1,0 +1,75 @@
+"""What a layer of ``routes: hidden`` reads alone, mixed for a slice of tokens at a time so that a mixture stays small.
+
+E entries read, H heads, n tokens of the slice, D hidden size. Weights are static, [H, columns], or dynamic, [N, H, columns].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lime_dist.model.products import product_of_rows
+
+SLICE_ELEMENTS = 1 << 19
+SLICE_ELEMENTS_GPU = 1 << 26
+"""Elements of a mixture [H, n, D] that are computed at a time. On a CPU they fit a cache; on a GPU they are enough to keep it
+busy (not measured there)."""
+SLICE_TOKENS = 64
+"""Least number of tokens in a slice, so that the matrix products do not become too thin."""
+
+Parts = list[tuple[slice, slice]]
+"""Columns of a reader's weights, and the positions that they weigh."""
+
+
+def token_slices(entries_END: Tensor, num_heads: int) -> Iterator[slice]:
+    """The N tokens of the entries, in slices for which a mixture has about ``SLICE_ELEMENTS`` elements."""
+    _, num_tokens, size = entries_END.shape
+    elements = SLICE_ELEMENTS_GPU if entries_END.is_cuda else SLICE_ELEMENTS
+    step = max(SLICE_TOKENS, elements // (num_heads * size))
+    for begin in range(0, num_tokens, step):
+        yield slice(begin, min(begin + step, num_tokens))
+
+
+def mix_slice(entries_END: Tensor, weights: Tensor, parts: Parts, tokens: slice, older_HND: Tensor | None) -> Tensor:
+    """The mixture [H, n, D] for one slice of tokens: what the block read from older entries plus what the layer reads alone."""
+    mixed = None if older_HND is None else older_HND[:, tokens]
+    for columns, run in parts:
+        states_EnD = entries_END[run, tokens]
+        if weights.dim() == 2:
+            part = (weights[:, columns] @ states_EnD.flatten(1)).view(-1, *states_EnD.shape[1:])
+        else:
+            part = torch.bmm(weights[tokens, :, columns], states_EnD.transpose(0, 1)).transpose(0, 1)
+        mixed = part if mixed is None else mixed + part
+    assert mixed is not None
+    return mixed
+
+
+def spread_slice(
+    entries_END: Tensor,
+    gradients_END: Tensor,
+    weights: Tensor,
+    weight_gradient: Tensor,
+    parts: Parts,
+    tokens: slice,
+    gradient_HnD: Tensor,
+) -> None:
+    """The backward of what `mix_slice` reads from ``parts``: add to the gradients of the entries and of the weights, in the
+    precision of ``gradients_END``.
+
+    Args:
+        gradient_HnD: the gradient of the slice's mixture.
+    """
+    dtype = gradients_END.dtype
+    for columns, run in parts:
+        states_EnD, target_EnD = entries_END[run, tokens], gradients_END[run, tokens]
+        if weights.dim() == 2:
+            flat = gradient_HnD.flatten(1)
+            weight_gradient[:, columns] += product_of_rows(flat, states_EnD.flatten(1))
+            target_EnD += (weights[:, columns].t().to(dtype) @ flat.to(dtype)).view_as(target_EnD)
+        else:
+            gradient_nHD = gradient_HnD.transpose(0, 1)
+            weights_nEH = weights[tokens, :, columns].transpose(1, 2).to(dtype)
+            weight_gradient[tokens, :, columns] = torch.bmm(gradient_nHD, states_EnD.permute(1, 2, 0))
+            target_EnD += torch.bmm(weights_nEH, gradient_nHD.to(dtype)).transpose(0, 1)
