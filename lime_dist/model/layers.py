@@ -27,8 +27,8 @@ class RMSNorm(nn.Module):
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + ε) over the last dimension, computed in at least float32."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(exact), x.shape[-1:], None, eps).to(x.dtype)
+    accumulation_dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(accumulation_dtype), x.shape[-1:], None, eps).to(x.dtype)
 
 
 Rotary = tuple[Tensor, Tensor]
@@ -38,9 +38,9 @@ Rotary = tuple[Tensor, Tensor]
 @lru_cache(maxsize=16)
 def rotary_table(length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device) -> Rotary:
     """cos and sin of position · θ^(−2i/d), each [T, d], the two halves of d alike (LLaMA's layout); never below float32."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    frequency = theta ** -(torch.arange(0, head_size, 2, dtype=exact, device=device) / head_size)
-    angle = torch.outer(torch.arange(length, dtype=exact, device=device), frequency)
+    accumulation_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = theta ** -(torch.arange(0, head_size, 2, dtype=accumulation_dtype, device=device) / head_size)
+    angle = torch.outer(torch.arange(length, dtype=accumulation_dtype, device=device), frequency)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 

@@ -1,13 +1,14 @@
-"""What follows from a policy: which entries live at a boundary, and where a stage keeps its entries, in which order read.
+"""What follows from a policy: which entries cross a boundary, where a stage keeps its entries, and who reads them together.
 
-Words: an *entry* is a slot or a row of a summary; a *position* is an entry's place in a stage's buffer; a *reader* is who
-mixes entries: a layer, or a row of a summary, which mixes the slots of its chunk. The reader's position is that of its own
-entry. A *block* is up to ``block`` consecutive layers, never across the end of a chunk that is summarised: what all of them
-read from entries older than the block is one product per run of positions, and so are the gradients that all of their slots
-have from newer readers. What only some of them read, a layer reads alone: nothing is multiplied by zero.
+An *entry* is a slot or a row of a summary. A *position* is an entry's place in a stage's buffer. A *reader* mixes entries: it is
+a layer, or a row of a summary, which mixes the slots of its chunk; its position is that of its own entry. A *block* is up to
+``block`` consecutive layers; it does not extend past the end of a chunk that is summarised. What all layers of a block read from
+older entries is one product per run of positions, and so are the gradients that all of their slots get from newer readers. What
+only some layers read, each of them reads alone, so nothing is multiplied by zero. `history.py` draws an example.
 
-Positions: received entries first, in the order in which they crossed the boundary; then the stage's own, those with the
-latest last reader first. So what is read for long lies together, and what a block reads forms few runs, whatever the policy.
+Received entries have the first positions, in the order in which they crossed the boundary. The stage's own entries follow, those
+with the latest last reader first. Entries that are read for long thus lie together, and what a block reads forms few runs,
+whatever the policy.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from lime_dist.config.schema import ModelConfig
 from lime_dist.model.policies import Entry, HistoryPolicy, make_policy
 
 BLOCK = 8
-"""Layers of a block of ``routes: kv``: with fewer the products are too thin, with more too much is read layer by layer."""
+"""Layers of a block of ``routes: kv``. With fewer, the products are too thin; with more, layers read too much alone."""
 BLOCK_ROWS = 32
-"""Most rows (layer, head) of a block of ``routes: hidden``, whose mixtures are in memory."""
+"""Most rows (layer, head) of a block of ``routes: hidden``, whose mixtures are kept in memory."""
 
 
 def live_entries(policy: HistoryPolicy, boundary: int, num_layers: int) -> tuple[Entry, ...]:
@@ -37,7 +38,7 @@ def live_entries(policy: HistoryPolicy, boundary: int, num_layers: int) -> tuple
 
 @dataclass(frozen=True)
 class Chunk:
-    """Layers with a summary that somebody reads: U_m = A_m·[slots of the layers], ``num_rows`` rows."""
+    """Layers whose summary some layer reads: U_m = A_m·[slots of the layers], ``num_rows`` rows."""
 
     index: int
     layers: range
@@ -71,7 +72,7 @@ class Places:
         return len(self.positions)
 
     def index_of(self, position: int) -> int:
-        """How many of them come before ``position``, which is one of them."""
+        """The index of one of the positions."""
         return self.positions.index(position)
 
     @cached_property
@@ -97,7 +98,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Reader:
-    """Who mixes: a layer (one row) or a chunk's summary (``num_rows`` rows).
+    """What mixes entries: a layer (one row) or a chunk's summary (``num_rows`` rows).
 
     Attributes:
         rows: positions of the reader's own entries, contiguous.
@@ -144,8 +145,8 @@ class StageLayout:
     @cached_property
     def chunks(self) -> list[Chunk]:
         """The chunks whose summary this stage computes: those whose last layer it holds."""
-        found = summarised_chunks(self.policy, self.num_layers)
-        return [chunk for chunk in found if self.start <= chunk.layers[-1] < self.stop]
+        chunks = summarised_chunks(self.policy, self.num_layers)
+        return [chunk for chunk in chunks if self.start <= chunk.layers[-1] < self.stop]
 
     @cached_property
     def own(self) -> tuple[Entry, ...]:
@@ -181,8 +182,8 @@ class StageLayout:
     @cached_property
     def readers(self) -> list[Reader]:
         """The layers of the stage, ascending, then its chunks, ascending."""
-        found = [self._reader([Entry(layer)], entries) for layer, entries in self.reads.items()]
-        return found + [self._reader(chunk.rows, chunk.sources) for chunk in self.chunks]
+        layers = [self._reader([Entry(layer)], entries) for layer, entries in self.reads.items()]
+        return layers + [self._reader(chunk.rows, chunk.sources) for chunk in self.chunks]
 
     def _reader(self, rows: Sequence[Entry], columns: Sequence[Entry]) -> Reader:
         (own,) = contiguous_runs([self.position[entry] for entry in rows])
@@ -191,15 +192,15 @@ class StageLayout:
     @cached_property
     def _sources(self) -> dict[Entry, frozenset[Entry]]:
         """By reader (the entry whose position it has): what it reads."""
-        found = {Entry(layer): frozenset(entries) for layer, entries in self.reads.items()}
-        return found | {row: frozenset(chunk.sources) for chunk in self.chunks for row in chunk.rows}
+        layers = {Entry(layer): frozenset(entries) for layer, entries in self.reads.items()}
+        return layers | {row: frozenset(chunk.sources) for chunk in self.chunks for row in chunk.rows}
 
     def readers_of(self, entry: Entry) -> frozenset[Entry]:
         """The readers on this stage of an entry, as the entries that they make."""
         return frozenset(reader for reader, sources in self._sources.items() if entry in sources)
 
     def shared_readers(self, entries: Sequence[Entry]) -> Places:
-        """The readers on this stage of all ``entries``, those that are among the entries left out."""
+        """The readers on this stage that read all ``entries``, without those whose own entry is among them."""
         shared = frozenset.intersection(*map(self.readers_of, entries)) if entries else frozenset()
         return self.places(shared - frozenset(entries))
 
@@ -224,7 +225,7 @@ class StageLayout:
 
     @cached_property
     def read_alone(self) -> dict[int, Places]:
-        """By layer: what it reads by itself; that is all that its block does not read for it."""
+        """By layer: what it reads alone, which is what its block does not read for it."""
         return {
             layer: self.places(e for e in entries if self.position[e] not in self.blocks[layer].older.positions)
             for layer, entries in self.reads.items()
@@ -251,18 +252,18 @@ def block_size(config: ModelConfig) -> int:
 
 
 def block_ranges(layers: range, ends: Container[int], size: int) -> list[range]:
-    """The layers of a stage in blocks of at most ``size``, none of which goes beyond one of ``ends``."""
-    found: list[range] = []
+    """The layers of a stage in blocks of at most ``size``, none of which extends past one of ``ends``."""
+    ranges: list[range] = []
     first = layers.start
     for layer in layers:
         if layer in ends or layer + 1 - first == size or layer == layers[-1]:
-            found.append(range(first, layer + 1))
+            ranges.append(range(first, layer + 1))
             first = layer + 1
-    return found
+    return ranges
 
 
 def contiguous_runs(numbers: Sequence[int]) -> list[slice]:
-    """Numbers as maximal slices of consecutive ones, in the given order."""
+    """Maximal slices of consecutive numbers, in the given order."""
     runs: list[slice] = []
     for number in numbers:
         if runs and runs[-1].stop == number:

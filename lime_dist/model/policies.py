@@ -1,8 +1,8 @@
-"""History policies: which entries of the layer history a layer reads. Everything else follows from that (`layout.py`).
+"""History policies: which entries of the layer history a layer reads. `layout.py` derives everything else from that.
 
 A policy is a class with one method, ``reads``. To add one: write it here, name it in `make_policy`, give its keys and their
-defaults to ``HISTORY_KEYS`` in the schema, and add it to ``POLICIES`` in tests/support/policies.py, which puts it through
-every test that there is.
+defaults to ``HISTORY_KEYS`` in the schema, and add it to ``POLICIES`` in tests/support/policies.py, so that every test of
+the policies covers it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     Attributes:
         layer: ℓ; of a summary, the last layer of its chunk.
         row: of the summary.
-        span: layers that it stands for, up to and including ``layer``.
+        span: number of layers that it represents, up to and including ``layer``.
     """
 
     layer: int
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
     @property
     def layers(self) -> range:
-        """The layers that it stands for."""
+        """The layers that it represents."""
         return range(self.layer + 1 - self.span, self.layer + 1)
 
 
@@ -45,7 +45,7 @@ class HistoryPolicy(Protocol):
 
 @dataclass(frozen=True)
 class FullHistory:
-    """Every layer reads every earlier one: the paper's model."""
+    """Every layer reads all earlier layers: the paper's model."""
 
     def reads(self, layer: int) -> Sequence[Entry]:
         return slots(range(layer + 1))
@@ -53,7 +53,7 @@ class FullHistory:
 
 @dataclass(frozen=True)
 class FirstLastHistory:
-    """The slots of the ``first`` first layers and the ``last`` ones before the layer's own."""
+    """The slots of the first ``first`` layers and of the ``last`` layers before the reader."""
 
     first: int
     last: int
@@ -64,8 +64,8 @@ class FirstLastHistory:
 
 @dataclass(frozen=True)
 class ChunkedHistory:
-    """``rank`` summaries of every finished chunk of ``chunk_size`` layers, every slot of the layer's own chunk, and the
-    slots of the ``first`` first layers."""
+    """``rank`` rows of the summary of every finished chunk of ``chunk_size`` layers, the slots of the reader's own chunk, and
+    the slots of the first ``first`` layers."""
 
     chunk_size: int
     rank: int
@@ -80,7 +80,7 @@ class ChunkedHistory:
 
 @dataclass(frozen=True)
 class DilatedHistory:
-    """Every ``stride``-th slot, the slots of the ``first`` first layers, and the ``last`` ones before the layer's own."""
+    """Every ``stride``-th slot, the slots of the first ``first`` layers, and of the ``last`` layers before the reader."""
 
     stride: int
     first: int
@@ -93,7 +93,7 @@ class DilatedHistory:
 
 @dataclass(frozen=True)
 class StartingLate:
-    """A policy from layer ``start_layer`` on; the layers before it read their own slot alone."""
+    """A policy from layer ``start_layer`` on; earlier layers read only their own slot."""
 
     policy: HistoryPolicy
     start_layer: int

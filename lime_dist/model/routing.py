@@ -13,8 +13,8 @@ from lime_dist.model.policies import Entry
 class KeyValueRouter(nn.Module):
     """Signed weights over the K/V heads of every entry read; columns by entry, then head.
 
-    ``weight`` is R_ℓ [G, slots · G]. Where summaries are read, their weights are apart, ``summary_weight`` (Q), and so are
-    those of the slots older than any summary, ``first_weight`` (P); the matrix is [P | Q | R].
+    ``weight`` is R_ℓ [G, slots · G]. A router that reads summaries has a parameter of its own for them,
+    ``summary_weight`` (Q), and one for the slots before them, ``first_weight`` (P); the matrix is [P | Q | R].
     """
 
     def __init__(self, num_heads: int, reads: Sequence[Entry]) -> None:
@@ -59,7 +59,7 @@ class DynamicRouter(nn.Module):
         self.num_heads = num_heads
 
     def matrix(self) -> None:
-        """Unknown before the layer's own state is there."""
+        """None: the weights depend on the layer's own state."""
 
     def forward(self, state_ND: Tensor) -> Tensor:
         """Weights [N, H, E] from the layer's own state under the history norm, [N, D]."""
@@ -71,8 +71,8 @@ Router = KeyValueRouter | StaticRouter | DynamicRouter
 
 
 class ChunkSummary(nn.Module):
-    """A_m: how a chunk's slots are summed up. routes: kv: [rank · G, chunk size · G], signed; hidden: [rank, chunk size],
-    logits of a softmax over the chunk's layers."""
+    """A_m: the weights of a chunk's summary. ``routes: kv``: [rows · G, chunk size · G], signed; ``routes: hidden``: [rows,
+    chunk size], logits of a softmax over the chunk's layers."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -80,9 +80,9 @@ class ChunkSummary(nn.Module):
 
 
 def prune(weights: Tensor, top_p: float) -> Tensor:
-    """Keep each row's largest weights until their sum exceeds ``top_p``, the one that crosses included; renormalise.
+    """Keep each row's largest weights until their sum exceeds ``top_p``, the one that exceeds it included; renormalise.
 
-    The mask follows the values and carries no gradient.
+    The mask depends on the values and has no gradient.
     """
     ordered, order = weights.detach().sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered

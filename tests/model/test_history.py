@@ -53,14 +53,14 @@ def run_hidden_history(policy: str, layers: int, states: Tensor, *values: Tensor
     layout = StageLayout(make_history_policy(policy, routes="hidden"), 0, layers, layers, block=3)
     history = HiddenHistory(layout, TOKENS, SIZE, 1e-5, states.dtype, states.device, keep=True)
     history.open([weight.softmax(-1) for weight in weights[:layers]], weights[layers:])
-    found, chunks = [], {chunk.layers[-1]: chunk for chunk in layout.chunks}
+    projected, chunks = [], {chunk.layers[-1]: chunk for chunk in layout.chunks}
     for layer in range(layers):
         history.write(layer, rms_normalise(states[layer], 1e-5), states[layer])
-        found.append(history.project(layer, None, projections[layer]))
+        projected.append(history.project(layer, None, projections[layer]))
         if layer in chunks:
             history.summarise(chunks[layer])
     history.release()
-    return torch.stack(found)
+    return torch.stack(projected)
 
 
 def make_history_policy(policy: str, **lime: str) -> HistoryPolicy:
@@ -80,7 +80,7 @@ def random_values(policy: str, layers: int) -> list[Tensor]:
 @pytest.mark.parametrize("layers", [1, 3, BLOCK + 2])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradcheck(policy: str, layers: int) -> None:
-    """Against finite differences; ``keep`` because gradcheck walks one graph backwards many times."""
+    """Against finite differences; with ``keep``, because gradcheck runs backward over one graph many times."""
     values = random_values(policy, layers)
     torch.autograd.gradcheck(partial(run_history, policy, layers), values, fast_mode=layers > 3)
 
@@ -100,14 +100,14 @@ def test_gradcheck_of_hidden_states(policy: str, layers: int) -> None:
 @pytest.mark.parametrize("layers", [BLOCK, 2 * BLOCK + 3])
 def test_mixtures_equal_nested_loops(layers: int) -> None:
     keys, slots_v, *routers = random_values("full", layers)
-    found = run_history("full", layers, keys, slots_v, *routers, keep=False)
+    mixtures = run_history("full", layers, keys, slots_v, *routers, keep=False)
     for layer in range(1, layers):
         for part, slots in enumerate((keys, slots_v)):
             wanted = mix(routers[layer - 1], [slot.unsqueeze(0) for slot in slots[: layer + 1]])[0]
-            torch.testing.assert_close(found[layer, part], wanted.transpose(0, 1), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(mixtures[layer, part], wanted.transpose(0, 1), rtol=1e-12, atol=1e-12)
 
 
-def test_a_history_is_walked_backwards_once() -> None:
+def test_backward_runs_once_over_a_history() -> None:
     out = run_history("full", 3, *random_values("full", 3), keep=False).sum()
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can run once over a layer history"):
@@ -164,7 +164,7 @@ def test_graph_memory_grows_linearly_with_depth(policy: str, routes: str, checkp
 def buffers(history: LayerHistory) -> list[Tensor]:
     """All tensors that a history holds between forward and backward."""
     held: list[Any] = [*vars(history).values(), *getattr(history, "_states", {}).values()]
-    return [found for found in held if isinstance(found, Tensor)]
+    return [value for value in held if isinstance(value, Tensor)]
 
 
 def remembering(remember: Callable[[LayerHistory], object]) -> Callable[..., None]:
@@ -201,8 +201,8 @@ def test_peak_memory_of_a_step_grows_linearly_with_depth(policy: str, routes: st
 @pytest.mark.parametrize("routes", ["kv", "static"])
 @pytest.mark.parametrize("policy", ["full", "chunked"])
 def test_bf16_sums_of_128_readers_do_not_stagnate(policy: str, routes: str) -> None:
-    """Layer 0's entry is read 128 times. Added up in bf16, whose numbers have 8 bits, a sum stops growing when it is 256
-    times what is added; here every reader adds the same, and the entry's gradient must come out as float32's does."""
+    """Layer 0's entry is read 128 times. In bf16, with 8 bits of precision, a sum stops growing when it is 256 times the
+    summand. Here every reader adds the same, and the entry's gradient must equal float32's within bf16's rounding."""
     layers = 128
 
     def entry_gradient(dtype: torch.dtype) -> Tensor:
@@ -236,14 +236,14 @@ def test_bf16_sums_of_128_readers_do_not_stagnate(policy: str, routes: str) -> N
         total.backward()
         return keys.grad.float()
 
-    exact, found = entry_gradient(torch.float32), entry_gradient(torch.bfloat16)
-    error = (found[0] - exact[0]).abs().max() / exact[0].abs().max()
-    assert exact[0].abs().max() > 100, "the case must be one in which bf16 would stagnate"
+    expected, actual = entry_gradient(torch.float32), entry_gradient(torch.bfloat16)
+    error = (actual[0] - expected[0]).abs().max() / expected[0].abs().max()
+    assert expected[0].abs().max() > 100, "the case must be one in which bf16 would stagnate"
     assert error < 2**-7, f"{error:.1e}"
 
 
 def test_an_exception_in_the_middle_leaves_nothing_behind() -> None:
-    """A forward that dies half-way does not disturb the next one."""
+    """A forward pass that fails half-way does not disturb the next one."""
     config = ModelConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2)
     model = build_decoder(config, dtype=torch.float64)
     tokens = torch.arange(8).view(1, 8)
@@ -266,7 +266,7 @@ def test_an_exception_in_the_middle_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("ending", ["backward", "no backward", "no grad", "exception"])
 def test_histories_are_freed(routes: str, policy: str, checkpointing: bool, ending: str) -> None:
-    """A history and the autograd graph that uses it must not hold each other: such a circle is never collected."""
+    """A history and the autograd graph that uses it must not hold each other: such a cycle is never collected."""
     config = ModelConfig.model_validate(
         {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2,
          "lime": {**ROUTES[routes], "history": POLICIES[policy]}}

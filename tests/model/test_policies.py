@@ -1,4 +1,4 @@
-"""Protects the policies, and the one rule by which everything else follows from what they read."""
+"""Protects the policies, and the layouts and boundaries that follow from what they read."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_entries_over_a_boundary_stay_within_the_designs_bounds(history: dict[st
 def test_entries_that_cross_while_a_chunk_is_open() -> None:
     """Before layer 6 of chunks of 4: the first slot, the finished summary, and the slots that the next summary needs."""
     policy = make({"policy": "chunked", "chunk_size": 4, "rank": 1, "first": 1})
-    found = live_entries(policy, 6, 12)
-    assert [(entry.layer, entry.is_summary) for entry in found] == [(0, False), (4, False), (5, False), (3, True)]
+    crossing = live_entries(policy, 6, 12)
+    assert [(entry.layer, entry.is_summary) for entry in crossing] == [(0, False), (4, False), (5, False), (3, True)]
 
 
 def test_the_last_chunk_has_no_summary() -> None:
@@ -114,15 +114,17 @@ def test_layout(policy: str, block: int) -> None:
             assert sorted(layout.position.values()) == list(range(layout.num_positions))
             assert set(layout.sent) <= set(layout.position)
             for layer in range(start, stop):
-                found = layout.blocks[layer]
-                assert layer in found.layers and len(found.layers) <= block
+                of_layer = layout.blocks[layer]
+                assert layer in of_layer.layers and len(of_layer.layers) <= block
                 reads = {layout.position[entry] for entry in rule.reads(layer)}
                 alone = set(layout.read_alone[layer].positions)
-                assert alone | set(found.older.positions) == reads and not alone & set(found.older.positions)
+                assert alone | set(of_layer.older.positions) == reads and not alone & set(of_layer.older.positions)
                 readers = {layout.slot(r) for r in range(start, stop) if Entry(layer) in rule.reads(r)}
                 readers |= {layout.position[row] for c in layout.chunks if layer in c.layers for row in c.rows}
                 alone = set(layout.readers_alone[layer].positions)
-                assert alone | set(found.readers.positions) == readers and not alone & set(found.readers.positions)
+                assert alone | set(of_layer.readers.positions) == readers and not alone & set(
+                    of_layer.readers.positions
+                )
 
 
 @pytest.mark.parametrize("policy", list(POLICIES)[1:])

@@ -1,4 +1,4 @@
-"""Every history policy, at sizes that a few layers are enough for."""
+"""Every history policy, with sizes for models of a few layers."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ POLICIES: dict[str, dict[str, Any]] = {
     "chunked, two rows": {"policy": "chunked", "chunk_size": 4, "rank": 2, "first": 0},
     "dilated": {"policy": "dilated", "stride": 3, "first": 2, "last": 1},
 }
-"""By name: `model.lime.history` of a configuration. A new policy joins here, and every test takes it."""
+"""By name: `model.lime.history` of a configuration. Add a new policy here, so that every test covers it."""

@@ -1,6 +1,6 @@
-"""The models once more, written from the equations with plain loops: slow and obviously right.
+"""The models written from their equations with plain loops: slow and easy to check.
 
-Of lime_dist's code it uses one thing: a history policy's ``reads``.
+From lime_dist's model code it uses only a history policy's ``reads``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
 
 
 def hidden_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """LIMe over hidden states: design §3, `routes: hidden`."""
+    """LIMe with ``routes: hidden``."""
     lime, heads, size = config.lime, config.num_attention_heads, config.head_size
     states: dict[Entry, Tensor] = {}
     for layer in range(config.num_hidden_layers):
@@ -90,7 +90,7 @@ def top_p(shares: Tensor, limit: float | None) -> Tensor:
 
 
 def hyper_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """Hyper-Connections: design §3, `hyper`, one stream and one coefficient at a time."""
+    """Hyper-Connections (arXiv 2409.19606), one stream and one coefficient at a time."""
     rate = config.hyper.rate
     streams = [x] * rate
     for layer in range(config.num_hidden_layers):
