@@ -1,8 +1,8 @@
-"""What a stage holds at the peak of a training step, by formula: parameters with optimizer, micro-batches in flight, payloads
-on their way, and what a backward pass makes for itself.
+"""Memory of a stage at the peak of a training step, by formula.
 
-The peak is in one of the backward passes: forward passes hold no more micro-batches, and need less. Live tensor bytes are
-meant: what an allocator keeps back and what libraries and the process itself need come on top.
+It consists of parameters and optimizer, micro-batches in flight, payloads in transfer, and temporary tensors of a backward pass.
+The peak is in one of the backward passes: forward passes hold no more micro-batches and need less. Bytes are those of live
+tensors; the allocator's reserve, libraries and the process itself come on top.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class MicroBatchBytes:
     """What stages keep of one micro-batch from its forward to its backward pass.
 
     Attributes:
-        layers: by decoder layer, what autograd keeps.
-        received: by boundary 0 … L, what it keeps of the payload received there.
-        made: by decoder layer, entries of the history that its stage makes because of it.
-        crossing: by boundary, entries of the history that cross it.
+        layers: by decoder layer, activations that autograd keeps.
+        received: by boundary 0 … L, what autograd keeps of the payload received there.
+        made: by decoder layer, history entries that its stage adds because of it.
+        crossing: by boundary, history entries that cross it.
         payload: by boundary, hidden state and entries, in the type of the run.
-        sent: by boundary, the same in the type in which it travels.
+        sent: by boundary, the same in the type in which they are sent.
         embedding, head: kept by the first and by the last stage.
-        lands: whether a payload is received into the memory of the history that it belongs to.
+        lands: whether a payload is received into the memory of its history.
     """
 
     layers: list[int]
@@ -53,7 +53,7 @@ class MicroBatchBytes:
         tokens = config.train.micro_batch_size * config.data.sequence_length
         entry = cost.entry_width(model) * tokens * size
         payload = [cost.payload_bytes(model, boundary, tokens, size) for boundary in inner]
-        # A payload in another type is converted, and itself kept until its gradient is sent.
+        # A payload in another type is converted, and also kept until its gradient is sent.
         converted = [0 if wire == size else each * wire // size for each in payload]
         received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
         return cls(
@@ -69,13 +69,13 @@ class MicroBatchBytes:
         )
 
     def activations(self, layers: range) -> int:
-        """What autograd keeps on a stage that holds ``layers``."""
+        """Activations that autograd keeps on a stage that holds ``layers``."""
         kept = sum(self.layers[layers.start : layers.stop]) + self.received[layers.start]
         kept += self.embedding if layers.start == 0 else 0
         return kept + (self.head if layers.stop == len(self.layers) else 0)
 
     def history(self, layers: range) -> int:
-        """The stage's entries."""
+        """Entries of the stage's history."""
         return self.crossing[layers.start] + sum(self.made[layers.start : layers.stop])
 
     def boundary(self, layers: range) -> BoundaryBytes:
@@ -91,12 +91,12 @@ class StageMemory:
 
     Attributes:
         weights: in the precision of the run.
-        optimizer: accumulated gradients, and the replica's share of masters and moments: of the replica that has most.
-        activations: what autograd keeps of the micro-batches in flight.
+        optimizer: accumulated gradients, and masters and optimizer states of the replica that has most.
+        activations: of the micro-batches in flight.
         history: entries of the micro-batches in flight.
-        transfers: payloads and gradients of payloads that are on their way.
-        working: what the backward pass makes beside them.
-        in_flight: micro-batches whose activations are held.
+        transfers: payloads and their gradients in transfer.
+        working: temporary tensors of the backward pass.
+        in_flight: number of micro-batches whose activations are held.
     """
 
     weights: int
@@ -125,9 +125,9 @@ def stage_memory(
 
     Args:
         sizes: of the stage's parameters.
-        bounds: as of `partition.stage_bounds`.
+        bounds: the result of `partition.stage_bounds`.
         schedule: of the step.
-        replicas: of the pipeline.
+        replicas: number of replicas.
     """
     layers = range(bounds[stage], bounds[stage + 1])
     is_tied = config.model.tie_word_embeddings and len(bounds) > 2
@@ -147,42 +147,45 @@ def stage_memory(
 
 
 def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
-    """What one backward pass makes beyond what is kept: the most of what its moments need, less what has been given back.
+    """Temporary tensors of a backward pass: the most that one of its moments needs, less what has been freed until then.
 
-    A formula for the large tensors, not an exact count: tests/test_plan.py holds the sum of all to 5 %.
+    It counts large tensors only. tests/test_plan.py holds the stage's peak to 5 %.
     """
     model, checkpointing = config.model, config.parallel.activation_checkpointing
     size, tokens = ITEM_BYTES[config.precision], config.train.micro_batch_size * config.data.sequence_length
-    exact = max(size, 4)
+    accumulation_bytes = max(size, 4)
     stream = tokens * model.hidden_size * size
     feed_forward = tokens * model.intermediate_size * size
     embedding = model.vocab_size * model.hidden_size * size
     last, everything = layers.stop == model.num_hidden_layers, kept.activations(layers)
-    given_back = kept.head if last else 0
+    freed = kept.head if last else 0
 
     top = layers.stop - 1
     again = 0
     if checkpointing:
         again = cost.activation_bytes(model, top, tokens, size, False) - kept.layers[top]
     block = _block_bytes(config, kept, layers)
-    moments = [
-        again + 2 * feed_forward + (stream if last else 0) - given_back,  # SwiGLU of the last layer
-        again + block + 6 * stream - 4 * feed_forward - 2 * stream - given_back,  # its attention
+    peaks = [
+        again + 2 * feed_forward + (stream if last else 0) - freed,  # SwiGLU of the last layer
+        again + block + 6 * stream - 4 * feed_forward - 2 * stream - freed,  # its attention
     ]
     if checkpointing and len(layers) > 1:
-        moments.append(again + block + 2 * feed_forward - given_back)  # SwiGLU of the layer before, same block
+        peaks.append(again + block + 2 * feed_forward - freed)  # SwiGLU of the layer before, in the same block
     if last:
         logits = tokens * model.vocab_size
-        moments += [2 * logits * exact, logits * (size - exact) + embedding]  # loss; output projection
+        peaks += [
+            2 * logits * accumulation_bytes,
+            logits * (size - accumulation_bytes) + embedding,
+        ]  # loss; output projection
     if layers.start == 0:
-        moments.append(embedding - everything)
-    else:  # the gradient that is sent back, summed up in at least float32, then packed
-        moments.append(kept.crossing[layers.start] * exact // size + kept.payload[layers.start] - everything)
-    return max(0, *moments)
+        peaks.append(embedding - everything)
+    else:  # the gradient of the payload, summed in at least float32, then packed
+        peaks.append(kept.crossing[layers.start] * accumulation_bytes // size + kept.payload[layers.start] - everything)
+    return max(0, *peaks)
 
 
 def _block_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
-    """What a history keeps in backward while it goes through the stage's last block, beside its entries."""
+    """What a history keeps in backward during the stage's last block, beside its entries."""
     model, tokens = config.model, config.train.micro_batch_size * config.data.sequence_length
     size = ITEM_BYTES[config.precision]
     exact = max(size, 4)

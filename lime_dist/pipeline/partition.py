@@ -1,7 +1,7 @@
-"""Decoder layers -> stages: contiguous, every stage at least one layer, the costliest stage as cheap as it can be.
+"""Cut the decoder layers into stages: contiguous, at least one layer each, the costliest stage as cheap as possible.
 
-Cost is compute or memory (``parallel.balance``). A cut by compute may be a little worse than the best one where that puts it
-at the end of a chunk: a chunked history crosses a boundary there with fewer entries than within one.
+Cost is compute or memory (``parallel.balance``). A cut by compute may be slightly worse than the best one if that puts it at the
+end of a chunk: fewer entries of a chunked history cross a boundary there than within a chunk.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lime_dist.pipeline.optimizer_memory import parameter_bytes
 from lime_dist.pipeline.schedules.base import make_schedule
 
 TOLERANCE = 0.05
-"""How much costlier than with the best cut by compute the costliest stage may be, for the sake of cuts at chunk ends."""
+"""For cuts at chunk ends the costliest stage may exceed that of the best cut by compute by this fraction."""
 
 Costs = npt.NDArray[np.float64]
-"""[L + 1, L + 1]: of a stage that holds layers begin … end−1; infinite where that is none."""
+"""[L + 1, L + 1]: the cost of a stage with layers begin … end−1; infinite unless begin < end."""
 
 
 def stage_bounds(config: Config) -> list[int]:
-    """[0, …, L]: stage s holds decoder layers bounds[s] … bounds[s+1]−1; by hand where ``parallel.stage_layers`` says so."""
+    """[0, …, L]: stage s holds decoder layers bounds[s] … bounds[s+1]−1. ``parallel.stage_layers`` overrides the computed cut."""
     model, parallel = config.model, config.parallel
     if parallel.stage_layers is not None:
         return [0, *accumulate(parallel.stage_layers)]
@@ -40,8 +40,10 @@ def stage_bounds(config: Config) -> list[int]:
 
 
 def balance(costs: Callable[[int], Costs], parts: int, penalties: Sequence[float], tolerance: float) -> list[int]:
-    """Bounds of contiguous, non-empty parts with the least sum of penalties, among those whose costliest part costs at
-    most 1 + ``tolerance`` times what it must; of several, one whose costliest part is cheapest.
+    """Bounds of contiguous, non-empty parts with the least sum of penalties.
+
+    Considered are the cuts whose costliest part costs at most 1 + ``tolerance`` times that of the best cut. Among cuts with equal
+    penalties, the costliest part is as cheap as possible.
 
     Args:
         costs: by part.
@@ -71,15 +73,15 @@ def balance(costs: Callable[[int], Costs], parts: int, penalties: Sequence[float
 
 
 def compute_costs(config: Config) -> Costs:
-    """FLOPs of a stage per token, those of the output projection with the last layer."""
+    """FLOPs of a stage per token. The last layer includes the output projection."""
     flops = [layer.both for layer in cost.layer_flops(config.model, config.data.sequence_length)]
     flops[-1] += cost.head_flops(config.model).both
     return range_sums(flops)
 
 
 def memory_costs(config: Config) -> Callable[[int], Costs]:
-    """By stage, bytes of a stage: parameters with gradients and optimizer, and activations and histories of the micro-batches
-    in flight, of which a replica that is alone would have global_batch_size / micro_batch_size, and what is received ahead."""
+    """Bytes of a stage, by stage: parameters with gradients and optimizer, activations and histories of the micro-batches in flight,
+    and payloads received ahead. A step has global_batch_size / micro_batch_size micro-batches, as with one replica."""
     model, train, stages = config.model, config.train, config.parallel.pipeline_stages
     size, kept = ITEM_BYTES[config.precision], MicroBatchBytes.of(config)
     history = range_sums(kept.made) + np.array(kept.crossing)[:, None]

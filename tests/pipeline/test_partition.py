@@ -1,4 +1,4 @@
-"""Protects stage cuts: optimal against brute force, by compute and by memory; whole chunks; legal by hand."""
+"""Protects stage cuts: as good as brute force, by compute and by memory; whole chunks; cuts by hand."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def assert_is_best(
     penalty_of: Callable[[int], float],
     tolerance: float,
 ) -> None:
-    """Against all cuts: the least penalties of those that cost little enough, the cheapest of those.
+    """Compare with all cuts: of those within the tolerance the least penalties, and of those the cheapest.
 
     Args:
-        cost_of: of a part, its begin and its end.
-        penalty_of: of a boundary.
+        cost_of: cost of a part, given its index, begin and end.
+        penalty_of: penalty of a boundary.
     """
 
     def worst(bounds: list[int]) -> float:
         return max(cost_of(part, a, b) for part, (a, b) in enumerate(pairwise(bounds)))
 
-    def rank(bounds: list[int]) -> tuple[float, float]:
+    def order(bounds: list[int]) -> tuple[float, float]:
         return sum(map(penalty_of, bounds[1:-1])), worst(bounds)
 
     every = list(every_cut(bounds[-1], parts))
     limit = min(map(worst, every)) * (1 + tolerance)
-    assert bounds in every and rank(bounds) == min(rank(cut) for cut in every if worst(cut) <= limit)
+    assert bounds in every and order(bounds) == min(order(cut) for cut in every if worst(cut) <= limit)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.5])
@@ -91,7 +91,7 @@ def config_of(model: str, *more: str) -> Config:
 
 
 def inside_a_chunk(config: Config) -> Callable[[int], int]:
-    """1 for a boundary that cuts a chunk, of which the last one has no summary, so that its end is no better."""
+    """1 for a boundary within a chunk. The last chunk has no summary, so its end is no better than other boundaries."""
     history = config.model.lime.history
     whole = (LAYERS - 1) // history.chunk_size * history.chunk_size if history.chunk_size else 0
     good = range(history.chunk_size, whole + 1, history.chunk_size) if history.chunk_size else range(LAYERS)
@@ -135,7 +135,7 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
     if model.architecture == "lime" and model.lime.routes == "hidden":
         gradients = history * 4 // (4 + size)
     landing = 0
-    if stage > 0:  # one more payload on its way, with routes: kv in the history that it belongs to
+    if stage > 0:  # one more payload in transfer; with routes: kv it lands in its history
         kv = model.architecture == "lime" and model.lime.routes == "kv"
         landing = history if kv else cost.payload_bytes(model, begin, tokens, size)
     return in_flight * (kept + history - gradients) + gradients + landing + parameter * parameters
@@ -167,7 +167,7 @@ def layers_of(config: Config) -> list[int]:
 
 
 def test_early_stages_get_fewer_layers_by_memory() -> None:
-    """They hold more micro-batches at a time."""
+    """They hold more micro-batches in flight."""
     shape = ["model.num_hidden_layers=16", "parallel.pipeline_stages=4", "train.global_batch_size=32"]
     by_compute, by_memory = (
         layers_of(load_config(None, [*shape, f"parallel.balance={b}"])) for b in ("compute", "memory")
@@ -181,12 +181,12 @@ def test_the_stock_schedule_has_no_extra_micro_batches_in_flight() -> None:
     overlap = memory_costs(load_config(None, [*shape, "pipeline.extra_in_flight=0"]))
     more = memory_costs(load_config(None, [*shape, "pipeline.extra_in_flight=2"]))
     assert stock(0)[0, 5] == overlap(0)[0, 5] < more(0)[0, 5]
-    assert stock(1)[2, 5] < overlap(1)[2, 5] < more(1)[2, 5], "and it receives nothing ahead"
+    assert stock(1)[2, 5] < overlap(1)[2, 5] < more(1)[2, 5], "and it posts no receives ahead"
 
 
 @pytest.mark.parametrize(("stages", "best"), [(2, [0, 9, 16]), (4, [0, 5, 9, 13, 16])])
 def test_chunks_stay_whole(stages: int, best: list[int]) -> None:
-    """The output projection costs a little more than a layer, so that the best cut gives the last stage one layer less."""
+    """The output projection costs slightly more than a layer, so the best cut gives the last stage one layer less."""
     chunked = "model.lime.history={policy: chunked, chunk_size: 4, rank: 1, first: 0}"
     shape = ["model.num_hidden_layers=16", "model.vocab_size=2500", f"parallel.pipeline_stages={stages}", chunked]
     config = load_config(None, shape)
