@@ -22,7 +22,8 @@ from lime_dist.errors import LimeError, run_command
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.plan.forecast import Machine, Parts, machine_times, step_parts
 from lime_dist.plan.quantities import read_bandwidth, read_flops, read_seconds, show, show_seconds
-from lime_dist.plan.simulate import StageTimes, boundary_bytes, stage_times
+from lime_dist.plan.simulate import StageTimes
+from lime_dist.plan.stage_times import boundary_bytes, stage_times
 
 SIZE = [
     "model.hidden_size=2048", "model.intermediate_size=8192", "model.num_attention_heads=16", "model.num_key_value_heads=4",

@@ -35,7 +35,8 @@ from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
 from lime_dist.pipeline.schedules.base import make_schedule
-from lime_dist.plan.simulate import Link, StageTimes, boundary_bytes, simulate
+from lime_dist.plan.simulate import Link, StageTimes, simulate
+from lime_dist.plan.stage_times import boundary_bytes
 
 CHUNKED = "model.lime.history={policy: chunked, chunk_size: 16, rank: 2, first: 2}"
 MODELS: dict[str, list[str]] = {

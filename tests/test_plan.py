@@ -23,7 +23,8 @@ from lime_dist.pipeline.schedules.base import make_schedule
 from lime_dist.plan import __main__ as plan
 from lime_dist.plan import text
 from lime_dist.plan.forecast import Machine, forecast, machine_times
-from lime_dist.plan.simulate import Link, boundary_bytes, simulate, stage_times
+from lime_dist.plan.simulate import Link, simulate
+from lime_dist.plan.stage_times import boundary_bytes, stage_times
 from lime_dist.plan.sweep import sweep
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,9 @@ from lime_dist.pipeline.schedules.base import Instruction, Schedule, make_schedu
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
 from lime_dist.pipeline.schedules.stock import StockSchedule
 from lime_dist.plan import simulate as simulator
-from lime_dist.plan.simulate import Interval, Link, StageTimes, StepTrace, boundary_bytes, lower_bound, stage_times
+from lime_dist.plan.lower_bound import lower_bound
+from lime_dist.plan.simulate import Interval, Link, StageTimes, StepTrace
+from lime_dist.plan.stage_times import boundary_bytes, stage_times
 
 Setting = tuple[list[StageTimes], list[int], list[Link], int]
 NO_TIME = Link(math.inf)

@@ -9,7 +9,7 @@ from lime_dist.config.schema import Config
 from lime_dist.model.parameters import stage_parameters
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.placement import process_grid
-from lime_dist.plan.simulate import boundary_bytes
+from lime_dist.plan.stage_times import boundary_bytes
 
 
 def bytes_between_hosts(config: Config, hosts: Sequence[str], topology: str) -> float:

@@ -135,6 +135,9 @@ class OverlapEngine(LimeEngine):
                     sender.drain()
         self._failed = False
 
+    def _describe(self, instruction: schedule.PipeInstruction, count: int) -> str:
+        return super()._describe(instruction, instruction.kwargs.get("buffer_id", count))
+
     def _begin(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """Post the first receives and set the windows of the senders."""
         assert self._shape is not None

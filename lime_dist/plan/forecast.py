@@ -21,7 +21,8 @@ from lime_dist.model.parameters import stage_parameters
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
-from lime_dist.plan.simulate import Link, StageTimes, boundary_bytes, simulate, stage_times
+from lime_dist.plan.simulate import Link, StageTimes, simulate
+from lime_dist.plan.stage_times import boundary_bytes, stage_times
 from lime_dist.plan.wavefront import step_seconds
 
 

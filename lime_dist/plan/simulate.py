@@ -15,13 +15,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from lime_dist.config.schema import Config
-from lime_dist.model import cost
-from lime_dist.pipeline.memory import ITEM_BYTES
-from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import (
     BACKWARD_PASS,
     FORWARD_PASS,
@@ -228,7 +223,7 @@ def simulate(
             instruction of unknown duration.
         RuntimeError: the schedule deadlocks.
     """
-    boundaries = _boundaries(times, payload_bytes, links, schedule.micro_batches, update)
+    boundaries = transfer_times(times, payload_bytes, links, schedule.micro_batches, update)
     if schedule.stages != len(times):
         raise ValueError(f"the schedule has {schedule.stages} stages, but times are given for {len(times)}")
     forwards, backwards = ([_Direction(seconds, latency) for seconds, latency in boundaries] for _ in range(2))
@@ -250,44 +245,7 @@ def simulate(
     return StepTrace(seconds, busy, waiting, bubble, intervals)
 
 
-def lower_bound(
-    times: Sequence[StageTimes],
-    payload_bytes: Sequence[int],
-    links: Sequence[Link] | Link,
-    micro_batches: int,
-    *,
-    update: float = 0.0,
-) -> float:
-    """Seconds that no schedule can beat, however many micro-batches it keeps in flight.
-
-    The largest of these, plus the update:
-
-    · The path of one micro-batch through all passes and transfers in both directions, plus (M − 1) · d, where d is the slowest
-      single item on it: a stage's forward or backward pass, or a boundary's transfer. The first micro-batch cannot reach
-      that item before the path up to it is done, all M pass it one after the other, and the last one has the rest of the
-      path left.
-    · For each stage, M · (forward + backward), plus one micro-batch's passes and transfers before that stage, in both
-      directions. The stage has no work until a micro-batch has come through the stages before it, and it ends with a
-      backward pass, after which that micro-batch returns the same way.
-
-    Args:
-        times, payload_bytes, links, update: as in `simulate`.
-        micro_batches: per replica and step.
-
-    Raises:
-        ValueError: as in `simulate`.
-    """
-    boundaries = _boundaries(times, payload_bytes, links, micro_batches, update)
-    passes = [time.forward + time.backward for time in times]
-    crossings = [2 * (duration + latency) for duration, latency in boundaries]
-    before = [0.0, *accumulate(a + b for a, b in zip(passes[:-1], crossings, strict=True))]
-    slowest = max([max(time.forward, time.backward) for time in times] + [duration for duration, _ in boundaries])
-    path = before[-1] + passes[-1]
-    by_stage = [fill + micro_batches * work for fill, work in zip(before, passes, strict=True)]
-    return max(path + (micro_batches - 1) * slowest, *by_stage) + update
-
-
-def _boundaries(
+def transfer_times(
     times: Sequence[StageTimes],
     payload_bytes: Sequence[int],
     links: Sequence[Link] | Link,
@@ -309,40 +267,3 @@ def _boundaries(
     if any(link.bandwidth <= 0 for link in links):
         raise ValueError(f"bandwidths must be above 0: {links}")
     return [(size / link.bandwidth, link.latency) for size, link in zip(payload_bytes, links, strict=True)]
-
-
-def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] | None = None) -> list[StageTimes]:
-    """Seconds by stage of a micro-batch's passes, at the same speed on all stages.
-
-    Counts the matrix products that cost.py counts, with the head on the last stage; with activation checkpointing, the
-    backward pass repeats the forward pass of the decoder layers. (`forecast.machine_times` adds memory traffic.)
-
-    Args:
-        flops_per_second: speed of one stage.
-        bounds: the cuts, if they are known.
-
-    Raises:
-        ValueError: a speed that is not above 0.
-    """
-    if not flops_per_second > 0:
-        raise ValueError(f"flops_per_second={flops_per_second} must be above 0")
-    model, length = config.model, config.data.sequence_length
-    scale = config.train.micro_batch_size * length / flops_per_second
-    bounds = stage_bounds(config) if bounds is None else bounds
-    times = []
-    for start, stop in pairwise(bounds):
-        flops = sum(cost.layer_flops(model, length, range(start, stop)), cost.Flops(0.0, 0.0))
-        if config.parallel.activation_checkpointing:
-            flops += cost.Flops(0.0, flops.forward)
-        if stop == bounds[-1]:
-            flops += cost.head_flops(model)
-        times.append(StageTimes(flops.forward * scale, flops.backward * scale))
-    return times
-
-
-def boundary_bytes(config: Config, bounds: Sequence[int] | None = None) -> list[int]:
-    """Bytes by boundary of one micro-batch's payload, in the type in which it is sent."""
-    item_size = ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
-    num_tokens = config.train.micro_batch_size * config.data.sequence_length
-    bounds = stage_bounds(config) if bounds is None else bounds
-    return [cost.payload_bytes(config.model, bound, num_tokens, item_size) for bound in bounds[1:-1]]

@@ -9,7 +9,8 @@ from lime_dist.errors import LimeError
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import RECEIVES, SENDS, make_schedule
 from lime_dist.plan.forecast import Machine, machine_times
-from lime_dist.plan.simulate import Link, boundary_bytes, simulate, stage_times
+from lime_dist.plan.simulate import Link, simulate
+from lime_dist.plan.stage_times import boundary_bytes, stage_times
 
 
 def draw_timeline(config: Config, machine: Machine, micro_batches: int, path: Path) -> None:

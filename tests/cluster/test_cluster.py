@@ -23,7 +23,7 @@ from support.workers import WorkerGroup
 
 from lime_dist.config.load import make_config
 from lime_dist.monitor.metrics import without_clock
-from lime_dist.plan.simulate import boundary_bytes
+from lime_dist.plan.stage_times import boundary_bytes
 
 pytestmark = pytest.mark.slow
 Workers = Callable[[int], WorkerGroup]

@@ -13,7 +13,7 @@ from lime_dist.config.schema import Config
 from lime_dist.doctor.transferred_bytes import bytes_between_hosts
 from lime_dist.model.cost import count_parameters
 from lime_dist.pipeline.partition import memory_costs, stage_bounds
-from lime_dist.plan.simulate import boundary_bytes
+from lime_dist.plan.stage_times import boundary_bytes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs/cluster"
 GPU_BYTES = 80e9

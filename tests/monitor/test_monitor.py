@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lime_dist.config.load import make_config
 from lime_dist.monitor.pictures import picture, router_pictures
 from lime_dist.pipeline.clock import KINDS, Clock
-from lime_dist.plan.simulate import boundary_bytes
+from lime_dist.plan.stage_times import boundary_bytes
 
 Workers = Callable[[int], WorkerGroup]
 

@@ -29,7 +29,8 @@ from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 from lime_dist.pipeline.schedules.stock import StockSchedule
 from lime_dist.plan import __main__ as plan
 from lime_dist.plan.forecast import Machine, forecast
-from lime_dist.plan.simulate import Link, StageTimes, boundary_bytes, simulate, stage_times
+from lime_dist.plan.simulate import Link, StageTimes, simulate
+from lime_dist.plan.stage_times import boundary_bytes, stage_times
 
 ROOT = Path(__file__).resolve().parents[2]
 

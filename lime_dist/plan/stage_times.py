@@ -1,0 +1,49 @@
+"""What the simulation of a configuration needs: seconds of each stage's passes, and bytes over each boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from lime_dist.config.precision import ITEM_BYTES
+from lime_dist.config.schema import Config
+from lime_dist.model import cost
+from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.plan.simulate import StageTimes
+
+
+def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] | None = None) -> list[StageTimes]:
+    """Seconds by stage of a micro-batch's passes, at the same speed on all stages.
+
+    Counts the matrix products that cost.py counts, with the head on the last stage; with activation checkpointing, the
+    backward pass repeats the forward pass of the decoder layers. (`forecast.machine_times` adds memory traffic.)
+
+    Args:
+        flops_per_second: speed of one stage.
+        bounds: the cuts, if they are known.
+
+    Raises:
+        ValueError: a speed that is not above 0.
+    """
+    if not flops_per_second > 0:
+        raise ValueError(f"flops_per_second={flops_per_second} must be above 0")
+    model, length = config.model, config.data.sequence_length
+    scale = config.train.micro_batch_size * length / flops_per_second
+    bounds = stage_bounds(config) if bounds is None else bounds
+    times = []
+    for start, stop in pairwise(bounds):
+        flops = sum(cost.layer_flops(model, length, range(start, stop)), cost.Flops(0.0, 0.0))
+        if config.parallel.activation_checkpointing:
+            flops += cost.Flops(0.0, flops.forward)
+        if stop == bounds[-1]:
+            flops += cost.head_flops(model)
+        times.append(StageTimes(flops.forward * scale, flops.backward * scale))
+    return times
+
+
+def boundary_bytes(config: Config, bounds: Sequence[int] | None = None) -> list[int]:
+    """Bytes by boundary of one micro-batch's payload, in the type in which it is sent."""
+    item_size = ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
+    num_tokens = config.train.micro_batch_size * config.data.sequence_length
+    bounds = stage_bounds(config) if bounds is None else bounds
+    return [cost.payload_bytes(config.model, bound, num_tokens, item_size) for bound in bounds[1:-1]]
