@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lime_dist.checkpoint.reading import read_weights
 from lime_dist.errors import LimeError, run_command
-from lime_dist.monitor.routers import router_map, shares
+from lime_dist.monitor.routers import has_map, router_map, shares
 from lime_dist.plan.forecast import Machine
 
 MACHINE = Machine(flops=480e12, memory_bandwidth=3e12, bandwidth=50e9, latency=5e-6)
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="PNG file to write")
     arguments = parser.parse_args()
     config, state, weights = read_weights(arguments.run)
-    if config.model.architecture != "lime" or config.model.lime.router != "static":
+    if not has_map(config.model):
         raise LimeError(f"--run {arguments.run} has no static routers; give a run of model.architecture=lime")
     layers = shares(router_map(config.model, weights))
     draw(layers, state.consumed_samples * config.data.sequence_length, step_ratios(), arguments.output)
