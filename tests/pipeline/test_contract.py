@@ -32,12 +32,12 @@ def resolve(path: str) -> Any:
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         try:
-            found: Any = import_module(".".join(parts[:count]))
+            value: Any = import_module(".".join(parts[:count]))
         except ModuleNotFoundError:
             continue
         for name in parts[count:]:
-            found = getattr(found, name)
-        return found
+            value = getattr(value, name)
+        return value
     raise AssertionError(f"{path} does not exist")
 
 
