@@ -1,4 +1,4 @@
-"""Worker cases that run the trainer as pretrain.py does, from configuration to closing lines, some with faults on the way."""
+"""Worker cases that run the whole trainer as pretrain.py does, some of them with faults."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def run(values: dict[str, Any]) -> str:
 def observe(
     values: dict[str, Any], events: list[Event] | None = None, per_rank: dict[int, dict[str, Any]] | None = None
 ) -> tuple[str, str]:
-    """Train while things happen; returns the error line and what was printed.
+    """Train with faults; returns the error line and the output.
 
     Args:
-        events: each has ``do`` (see `_ACTIONS`, `_AROUND_WRITES`), the ``step`` in or before which it happens, the ``rank``
-            to which (None: all), and ``once`` if not again when that step comes again.
+        events: each has ``do`` (see `_ACTIONS` and `_AROUND_WRITES`), the ``step`` in which it happens, the ``rank`` on which
+            it happens (None: all), and ``once`` if it does not happen again when the step is repeated.
         per_rank: sections of the configuration that differ on a rank.
     """
     import torch.distributed as dist
@@ -87,23 +87,24 @@ def _signal(engine: Any, event: Event) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loss(engine: Any, event: Event) -> Iterator[None]:
-    """Add to the loss of a micro-batch (``micro_batch``, None: all); ``poison``: multiply it, so that gradients suffer too."""
-    honest = engine.module.loss_fn
+    """Change the loss of one micro-batch (``micro_batch``; None: of all): ``add`` to it, or with ``poison`` make it and its
+    gradient nan."""
+    original = engine.module.loss_fn
 
-    def dishonest(logits: Any, labels: Any, share: float | None) -> Any:
-        loss = honest(logits, labels, share)
+    def changed(logits: Any, labels: Any, share: float | None) -> Any:
+        loss = original(logits, labels, share)
         if event.get("micro_batch") not in (None, len(engine.fwd_outputs)):
             return loss
         return loss * math.nan if event.get("poison") else loss + event["add"]
 
-    engine.module.loss_fn = dishonest
+    engine.module.loss_fn = changed
     yield
-    engine.module.loss_fn = honest
+    engine.module.loss_fn = original
 
 
 @contextlib.contextmanager
 def _file(engine: Any, event: Event) -> Iterator[None]:
-    """Write a file of so many bytes, or what fits; 0: remove it."""
+    """Write a file of ``size`` bytes, or as much as fits; 0: remove it."""
     path, size = Path(event["path"]), event["size"]
     path.unlink(missing_ok=True)
     if size:
@@ -125,7 +126,7 @@ _ACTIONS: dict[str, Callable[[Any, Event], contextlib.AbstractContextManager[Non
 
 @contextlib.contextmanager
 def _no_room(event: Event) -> Iterator[None]:
-    """The kernel refuses what goes beyond 1,000 bytes of a file."""
+    """Limit files to 1,000 bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
