@@ -12,6 +12,7 @@ from typing import Any
 
 from lime_dist.errors import LimeError, run_command
 from lime_dist.monitor.charts import COLOURS, Line, bar_chart, heat_map, legend, line_chart
+from lime_dist.monitor.html import distinct_names, html_page, note, section, table
 from lime_dist.monitor.run_folder import RunFolder, read_router_weights, read_run
 
 EXAMPLES = """examples:
@@ -30,17 +31,6 @@ SPLIT = {
 
 SMALL = (520, 185)
 """Width and height of the charts beside a map, in pixels."""
-
-STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 24px auto; padding: 0 16px; }
-h1 { font-size: 22px; } h2 { font-size: 17px; margin: 32px 0 8px; } h3 { font-size: 14px; margin: 16px 0 4px; }
-table { border-collapse: collapse; } th, td { padding: 3px 10px; border-bottom: 1px solid #ddd; text-align: left; }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } code, td.value { font-family: ui-monospace, monospace; }
-svg { max-width: 100%; height: auto; } svg text { font-size: 11px; fill: #444; } .grid { stroke: #e5e5e5; }
-.legend span { margin-right: 16px; } .legend i { display: inline-block; width: 12px; height: 12px; margin-right: 5px; }
-.maps svg { display: block; }
-.maps { display: flex; flex-wrap: wrap; gap: 24px; } .note { color: #777; }
-"""
 
 
 def parse() -> argparse.Namespace:
@@ -83,38 +73,8 @@ def make_page(runs: Sequence[RunFolder]) -> str:
     return html_page(title, parts)
 
 
-def html_page(title: str, parts: Sequence[str]) -> str:
-    """A self-contained HTML page."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def section(title: str, content: str) -> str:
-    """A heading with its content; empty if there is no content."""
-    return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
-
-
-def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Names of the folders, or their paths if two names are the same."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-
-
 def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
-    """An HTML table. Cells after the first of a row have the CSS class ``kind``."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "\n".join(
-        "<tr><td>" + f'</td><td class="{kind}">'.join(escape(cell) for cell in row) + "</td></tr>" for row in rows
-    )
-    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
 
 
 def figures(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
@@ -215,10 +175,6 @@ def router_picture(run: RunFolder, name: str) -> str:
     ]
     caption = f"Step {step:,}. Mean |weight| over heads; the darkest colour is {top:.3g} and above."
     return f"<div><h3>{escape(name)}</h3>\n{picture}\n{note(caption)}</div>\n<div>{lines[0]}\n{lines[1]}</div>"
-
-
-def note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
 
 
 def settings_table(runs: Sequence[RunFolder], names: Sequence[str]) -> str:

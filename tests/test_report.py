@@ -21,6 +21,7 @@ from support.workers import WorkerGroup
 from lime_dist import report
 from lime_dist.checkpoint.manifest import manifest_checksum
 from lime_dist.errors import LimeError
+from lime_dist.monitor import html
 from lime_dist.monitor.charts import Line, bar_chart, heat_map, line_chart, png, short, thinned, ticks
 from lime_dist.monitor.routers import entropy, router_map, self_retrieval
 from lime_dist.monitor.run_folder import read_router_weights, read_run
@@ -128,7 +129,7 @@ def test_a_page_is_self_contained(monkeypatch: pytest.MonkeyPatch, runs: dict[st
     styles = "".join(
         value or "" for _, attributes in page.tags for name, value in attributes.items() if name == "style"
     )
-    assert "url(" not in styles + report.STYLE and "@import" not in report.STYLE
+    assert "url(" not in styles + html.STYLE and "@import" not in html.STYLE
 
 
 def test_the_map_is_that_of_the_newest_checkpoint(

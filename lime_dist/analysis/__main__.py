@@ -29,7 +29,7 @@ from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.files import json_bytes, write_atomic
 from lime_dist.errors import LimeError, run_command
 from lime_dist.export.exported import ExportedModel, check_vocabulary, open_verified, require_transformers, verify
-from lime_dist.report import distinct_names
+from lime_dist.monitor.html import distinct_names
 
 WORDS = "is,are,was,were"
 LONGEST = 512

@@ -12,7 +12,7 @@ from torch import Tensor
 from lime_dist.analysis.findings import Findings
 from lime_dist.analysis.routes import MIN_OCCURRENCES
 from lime_dist.analysis.words import FOLDS, Occurrences
-from lime_dist.report import html_page, note, section, table
+from lime_dist.monitor.html import html_page, note, section, table
 
 EXPLAINED = {
     "Matrix entropy": "Entropy of Z·Zᵀ divided by its trace, where Z holds the representations of a sample's tokens: mean over "
