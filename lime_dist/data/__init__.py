@@ -1,1 +1,1 @@
-"""Token shards on disk, the order in which their samples come, and the micro-batches that a rank reads."""
+"""Token shards on disk, the order of their samples, and the micro-batches that a rank reads."""

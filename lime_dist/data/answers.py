@@ -1,7 +1,7 @@
-"""Which tokens a loss counts where only answers are learnt: those after a mark, up to the end of the document.
+"""Which labels the loss counts when only answers are trained on: those after an answer token, up to the end of the document.
 
-A sample is cut out of the run of all tokens, so it may begin in the middle of a document. What stands before its first mark is not
-counted: its labels are a function of its own tokens.
+Labels are a function of the sample's own tokens. A sample may start in the middle of a document, so what precedes its first
+answer token is not counted.
 """
 
 from __future__ import annotations
@@ -14,36 +14,42 @@ from lime_dist.data.dataset import Samples, TokenSplit
 from lime_dist.errors import LimeError
 
 IGNORED = -100
-"""The label of a token that is not counted; torch's own default."""
+"""Label of a token that is not counted: the default ``ignore_index`` of torch."""
 
 MEASURED_SAMPLES = 16_384
-"""So many evenly spaced samples of a training split say which share of its tokens is counted: any constant would do."""
+"""Number of evenly spaced samples from which the counted share of a training split is estimated. The loss is divided by this
+share, so it must be a constant of the run; its exact value does not matter."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The ids of the mark, after which an answer begins, and of eos, which is its last token."""
+    """Where answers are.
+
+    Attributes:
+        mark: token after which an answer begins.
+        eos: last token of an answer.
+    """
 
     mark: int
     eos: int
 
     def labels(self, rows_BT1: np.ndarray) -> np.ndarray:
-        """For the tokens [B, T + 1] of samples the labels [B, T]: the tokens shifted by one, IGNORED outside of answers."""
+        """Labels [B, T] for the tokens [B, T + 1] of samples: the tokens shifted by one, IGNORED outside answers."""
         tokens, targets = rows_BT1[:, :-1], rows_BT1[:, 1:]
         borders = (tokens == self.mark) | (tokens == self.eos)
         newest = np.maximum.accumulate(np.where(borders, np.arange(tokens.shape[1]), -1), axis=1)
-        # Before the first border that is token 0, which is no mark then.
+        # Before the first border this picks token 0, which is not the mark there.
         newest_border = np.take_along_axis(tokens, np.maximum(newest, 0), axis=1)
         return np.where(newest_border == self.mark, targets, IGNORED)
 
     def share(self, split: Samples, sequence_length: int, samples: int, measured: int | None = None) -> float:
-        """The share of labels that are counted in the first ``samples`` samples of a split.
+        """Share of the labels that the loss counts in the first ``samples`` samples of a split.
 
         Args:
-            measured: look at no more than so many of them, evenly spaced; None: at all.
+            measured: number of evenly spaced samples to look at; None: all.
 
         Raises:
-            LimeError: there are none.
+            LimeError: no label is counted.
         """
         spaced = np.linspace(0, samples - 1, min(samples, measured or samples)).astype(np.int64)
         counted = sum(
@@ -76,16 +82,16 @@ ALL_COUNTED = CountedShares()
 
 
 def find_answers(split: Samples, answer_token: int | None) -> Answers | None:
-    """How labels of a split are made; None: every token is counted.
+    """The answers of a split, from ``data.answer_token``; None: the loss counts every token.
 
     Raises:
-        LimeError: it is not known how the split's documents end, or its vocabulary has no such token.
+        LimeError: the split does not say which token ends its documents, or ``answer_token`` does not fit its vocabulary.
     """
     if answer_token is None:
         return None
     if not isinstance(split, TokenSplit) or split.eos_id is None:
         raise LimeError(
-            f"data.answer_token={answer_token} needs documents that end with a known eos, and {split.path} does not say of any; "
+            f"data.answer_token={answer_token} needs documents that end with a known eos token, and {split.path} names none; "
             "give a folder made by data_tools.pretokenize without --no-eos"
         )
     if split.vocab_size is not None and answer_token >= split.vocab_size:

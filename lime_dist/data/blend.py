@@ -1,4 +1,4 @@
-"""Several datasets read as one: which dataset a position reads from is a pure function of (weights, seed, position)."""
+"""A blend of datasets. The dataset that a position reads from is a pure function of (weights, seed, position)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from lime_dist.data.order import SampleOrder
 from lime_dist.errors import LimeError
 
 BLOCK = 4096
-"""Positions after which every dataset has had its share, exact to one sample; the order within is a permutation of its own."""
+"""Number of positions in which every dataset has its share, exact to one sample. Each block has its own permutation."""
 
 
 class Pattern:
-    """Shares out positions 0, 1, 2, … over datasets by weight (any positive numbers).
+    """Divides positions 0, 1, 2, … among datasets by weight.
 
-    Each block of BLOCK positions holds the same counts, the weights rounded by largest remainders. LimeError if a weight is
-    too small to get one position of a block.
+    Every block of BLOCK positions has the same count of each dataset: the weights, rounded by largest remainders.
+
+    Args:
+        weights: positive numbers.
+
+    Raises:
+        LimeError: a weight is too small for one position in a block.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
@@ -37,17 +42,21 @@ class Pattern:
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For positions [n]: the dataset of each, and how many positions before it read from that dataset (int64 [n] both)."""
+        """The dataset of each of the positions [n], and the number of earlier positions that read from it; both int64 [n]."""
         blocks = positions // BLOCK
-        ranks = self._order.samples_at(positions)  # its epochs are the blocks
-        datasets = np.searchsorted(self._starts, ranks, side="right") - 1
-        return datasets, blocks * self.counts[datasets] + ranks - self._starts[datasets]
+        permuted = self._order.samples_at(positions)  # its epochs are the blocks
+        datasets = np.searchsorted(self._starts, permuted, side="right") - 1
+        return datasets, blocks * self.counts[datasets] + permuted - self._starts[datasets]
 
 
 class Blend:
-    """Splits of several datasets behind the interface of one `TokenSplit`: their samples are numbered one after another.
+    """Splits of several datasets with the interface of one `TokenSplit`. Samples are numbered dataset by dataset.
 
-    Attributes: ``path``, ``split``, ``vocab_size`` (the largest, None if no dataset says), ``tokenizer_hash``.
+    Attributes:
+        path: the paths of all datasets, in one text.
+        split: name of the split.
+        vocab_size: the largest of the datasets; None if no dataset states one.
+        tokenizer_hash: of the tokenizer that made the datasets; None if no dataset states one.
     """
 
     def __init__(self, splits: Sequence[TokenSplit], weights: Sequence[float]) -> None:
@@ -66,13 +75,13 @@ class Blend:
         self._length = 0
 
     def num_samples(self, sequence_length: int) -> int:
-        """Samples of all datasets together."""
+        """Number of samples of all datasets."""
         counts = [split.num_samples(sequence_length) for split in self.splits]
         self._starts, self._length = [0, *np.cumsum(counts[:-1]).tolist()], sequence_length
         return sum(counts)
 
     def start(self, dataset: int, sequence_length: int) -> int:
-        """The number of a dataset's first sample."""
+        """Index of a dataset's first sample."""
         if sequence_length != self._length:
             self.num_samples(sequence_length)
         return self._starts[dataset]
@@ -86,7 +95,7 @@ class Blend:
 
 
 class BlendOrder:
-    """The order of a blend's samples under a seed: positions are shared out by weight, and each dataset has epochs of its own."""
+    """The order of a blend's samples under a seed. Positions are divided by weight; each dataset has its own epochs."""
 
     def __init__(self, blend: Blend, sequence_length: int, seed: int) -> None:
         self.num_samples = blend.num_samples(sequence_length)
@@ -98,7 +107,7 @@ class BlendOrder:
         ]
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
-        """Samples int64 at ``positions`` (any shape), shaped alike."""
+        """Samples, int64, at ``positions`` of any shape; the result has the same shape."""
         datasets, turns = self._pattern.places(np.asarray(positions).reshape(-1))
         samples = np.empty(datasets.shape, dtype=np.int64)
         for dataset in np.unique(datasets):
@@ -107,13 +116,13 @@ class BlendOrder:
         return samples.reshape(np.shape(positions))
 
     def counts(self, positions: int) -> list[int]:
-        """How many of the first ``positions`` positions read from each dataset."""
+        """Number of the first ``positions`` positions that read from each dataset."""
         whole, rest = divmod(positions, BLOCK)
         datasets, _ = self._pattern.places(whole * BLOCK + np.arange(rest))
         return (whole * self._pattern.counts + np.bincount(datasets, minlength=len(self._starts))).tolist()
 
     def shares(self, positions: int) -> list[str]:
-        """What a run of so many samples reads, by dataset: its realised share, and how often it is gone through."""
+        """A line per dataset about a run of ``positions`` samples: the samples read, their share, and the number of epochs."""
         return [
             f"{count:,} of {positions:,} samples ({count / max(1, positions):.2%}), {count / order.num_samples:.2f} epochs"
             for count, order in zip(self.counts(positions), self._orders, strict=True)
@@ -121,7 +130,7 @@ class BlendOrder:
 
 
 class BlendedValidation:
-    """The validation splits of a blend, each from its beginning, interleaved in the blend's proportions; always the same."""
+    """The validation splits of a blend, interleaved in its proportions, each from its first sample on; always the same."""
 
     def __init__(self, blend: Blend) -> None:
         self.path, self.split = blend.path, blend.split
@@ -129,7 +138,7 @@ class BlendedValidation:
         self._datasets, self._turns = np.empty(0, np.int64), np.empty(0, np.int64)
 
     def num_samples(self, sequence_length: int) -> int:
-        """The samples up to the first one that a dataset no longer has."""
+        """Number of samples before a dataset has no more."""
         available = [split.num_samples(sequence_length) for split in self._blend.splits]
         datasets, _ = self._pattern.places(np.arange(sum(available) + 1))
         self._datasets, self._turns = datasets, np.empty_like(datasets)
@@ -139,12 +148,16 @@ class BlendedValidation:
         return int(np.flatnonzero(self._turns >= np.asarray(available)[datasets])[0])
 
     def sample(self, i: int, sequence_length: int) -> np.ndarray:
-        """Tokens [sequence_length + 1] of a sample; `num_samples` must have been asked for."""
+        """Tokens [sequence_length + 1] of a sample; `num_samples` must have been called before."""
         return self._blend.splits[int(self._datasets[i])].sample(int(self._turns[i]), sequence_length)
 
 
 def open_training(config: DataConfig, vocab_size: int) -> tuple[TokenSplit | Blend, SampleOrder | BlendOrder]:
-    """The training samples and their order. LimeError for datasets that cannot be read, or not together."""
+    """The training samples and their order.
+
+    Raises:
+        LimeError: a dataset cannot be read, or the datasets do not fit together.
+    """
     splits = _splits(config, "train", vocab_size)
     if config.blend is None:
         return splits[0], SampleOrder(config.seed, splits[0].num_samples(config.sequence_length))
@@ -153,7 +166,7 @@ def open_training(config: DataConfig, vocab_size: int) -> tuple[TokenSplit | Ble
 
 
 def open_validation(config: DataConfig, vocab_size: int) -> TokenSplit | BlendedValidation:
-    """The validation samples, in the order in which they are read every time."""
+    """The validation samples, in the order in which every validation reads them."""
     splits = _splits(config, "validation", vocab_size)
     return splits[0] if config.blend is None else BlendedValidation(Blend(splits, [b.weight for b in config.blend]))
 

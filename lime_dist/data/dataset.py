@@ -1,4 +1,4 @@
-"""One split of a dataset, seen as a single run of tokens that is cut into samples at read time."""
+"""One split of a dataset: its shards form one sequence of tokens, which is cut into samples when it is read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from lime_dist.errors import LimeError
 
 DATASET_FILE = "dataset.json"
 FORMAT = "lime_dist dataset 1"
-REWRITE = "run data_tools.pretokenize again, it rewrites what is damaged"
+REWRITE = "run data_tools.pretokenize again; it rewrites damaged shards"
 
 
 def read_dataset_json(folder: str | Path) -> dict[str, Any]:
-    """The description of a finished pretokenized folder; LimeError if there is no folder, or it is not finished."""
+    """The description of a pretokenized folder.
+
+    Raises:
+        LimeError: there is no such folder, or pretokenization has not finished.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise LimeError(
@@ -33,7 +37,11 @@ def read_dataset_json(folder: str | Path) -> dict[str, Any]:
 
 
 def check_shard_sizes(folder: Path, shard: dict[str, Any]) -> None:
-    """A LimeError unless both files of a listed shard are there with the listed sizes."""
+    """Check that both files of a listed shard exist and have the listed sizes.
+
+    Raises:
+        LimeError: one is missing or has another size.
+    """
     for path, size in zip(pair_paths(folder / shard["name"]), (shard["bin_bytes"], shard["idx_bytes"]), strict=True):
         if not path.is_file():
             raise LimeError(f"{path}: missing, though {DATASET_FILE} lists it; {REWRITE}")
@@ -45,7 +53,11 @@ def check_shard_sizes(folder: Path, shard: dict[str, Any]) -> None:
 
 
 def check_shard_hashes(folder: Path, shard: dict[str, Any]) -> None:
-    """A LimeError unless both files of a listed shard have the listed SHA-256; reads every byte."""
+    """Check that both files of a listed shard have the listed SHA-256. This reads every byte.
+
+    Raises:
+        LimeError: one has another hash.
+    """
     for path, kind in zip(pair_paths(folder / shard["name"]), ("bin", "idx"), strict=True):
         if sha256_file(path) != shard[f"{kind}_sha256"]:
             raise LimeError(
@@ -54,7 +66,7 @@ def check_shard_hashes(folder: Path, shard: dict[str, Any]) -> None:
 
 
 class Samples(Protocol):
-    """Where samples are read from: a TokenSplit, or a Blend of several."""
+    """A source of samples: a `TokenSplit`, or a `Blend` of several."""
 
     path: Any
     split: str
@@ -67,12 +79,16 @@ class Samples(Protocol):
 class TokenSplit:
     """The concatenated tokens of one split of a pretokenized folder, or of a Megatron-LM or GPT-NeoX ``.bin``/``.idx`` pair.
 
-    Opening checks shards' sizes; ``data_tools.inspect --verify`` their hashes. A pair has no splits of its own: its last
-    documents, ``validation_fraction`` of all, are "validation". Nor does it say its vocabulary: each sample's tokens are
-    compared with ``vocab_size`` when it is read.
+    Opening checks the sizes of shards; ``data_tools.inspect --verify`` checks their hashes. A pair has no splits: its last
+    documents, a fraction of ``validation_fraction``, are the validation split. A pair does not state its vocabulary either, so
+    the tokens of each sample are compared with ``vocab_size`` when it is read.
 
-    Attributes: ``path``, ``split``, ``num_tokens``, ``num_documents``, ``vocab_size`` and ``tokenizer_hash`` (None of a pair),
-    ``eos_id`` (None unless documents are known to end with it).
+    Attributes:
+        path: the folder, or the prefix of the pair.
+        split: name of the split.
+        num_tokens, num_documents: size of the split.
+        vocab_size, tokenizer_hash: of the tokenizer; None for a pair.
+        eos_id: the token that ends every document; None if that is not known.
     """
 
     def __init__(
@@ -135,7 +151,11 @@ class TokenSplit:
             self.num_tokens += tokens.size
 
     def num_samples(self, sequence_length: int) -> int:
-        """Whole samples of ``sequence_length`` tokens and the one that follows; LimeError if there is not even one."""
+        """Number of whole samples: ``sequence_length`` tokens and the one that follows.
+
+        Raises:
+            LimeError: there is not even one.
+        """
         samples = (self.num_tokens - 1) // sequence_length
         if samples < 1:
             raise LimeError(
@@ -149,9 +169,9 @@ class TokenSplit:
         return self.num_tokens - self.num_samples(sequence_length) * sequence_length - 1
 
     def sample(self, i: int, sequence_length: int) -> np.ndarray:
-        """Tokens [iT : iT + T + 1] of the split, T = ``sequence_length``: a view if one shard holds them, else a copy.
+        """Tokens [iT : iT + T + 1] of the split with T = ``sequence_length``: a view if one shard holds them, else a copy.
 
-        Neighbours share one token: the last target of sample i is the first input of sample i + 1.
+        Neighbouring samples share one token: the last target of sample i is the first input of sample i + 1.
         """
         start, end = i * sequence_length, (i + 1) * sequence_length + 1
         if i < 0 or end > self.num_tokens:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, hashes, and one writer a folder."""
+"""Files that are either whole or absent: atomic writes, hashes, and folders with one writer at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lime_dist.errors import LimeError
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries (the renames inside it) to disk."""
+    """Flush the entries of a folder to disk, so that renames in it are durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,7 +26,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new: temporary file, fsync, rename."""
+    """Write ``data`` to a temporary file and rename it, so that ``path`` holds either its old content or all of the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -40,12 +40,16 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The one JSON layout of this program (keys as given, two spaces, UTF-8): equal values have equal bytes."""
+    """JSON in the layout of all our files: keys in the given order, indented by two spaces, UTF-8. Equal values give equal bytes."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
-    """Read a JSON object. A file that is absent or no JSON object is a LimeError that ends with ``what_to_do``."""
+    """Read a JSON object from a file.
+
+    Raises:
+        LimeError: the file is missing or holds no JSON object; the message ends with ``what_to_do``.
+    """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -58,7 +62,7 @@ def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal, read in blocks of 1 MiB."""
+    """SHA-256 of a file's content, in hexadecimal. The file is read in blocks of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -67,7 +71,7 @@ def sha256_file(path: Path) -> str:
 
 
 class WholeAppends:
-    """A file that grows by whole pieces: what a full disk refuses is kept, and written with what comes next."""
+    """A file that grows by whole pieces. If the disk is full, pieces are kept and written at the next `flush`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,15 +80,19 @@ class WholeAppends:
 
     @property
     def waiting(self) -> bool:
-        """Whether something is not in the file yet."""
+        """Whether data has not reached the file yet."""
         return bool(self._waiting)
 
     def write(self, data: bytes) -> None:
-        """Nothing reaches the file before ``flush``."""
+        """Add data; it reaches the file at the next `flush`."""
         self._waiting += data
 
     def flush(self) -> None:
-        """OSError: nothing has been added."""
+        """Write all waiting data.
+
+        Raises:
+            OSError: it cannot be written. The file is as before, and the data wait for the next `flush`.
+        """
         size = os.fstat(self._file.fileno()).st_size
         left = bytes(self._waiting)
         try:
@@ -96,23 +104,25 @@ class WholeAppends:
         self._waiting.clear()
 
     def close(self) -> None:
-        """What was not flushed is lost."""
+        """Close the file. Data that was not flushed is lost."""
         self._file.close()
 
 
 @contextmanager
 def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Make ``folder`` if needed and hold it alone; a dead holder holds nothing. (A file system without locks: nobody is kept out.)
+    """Create ``folder`` if needed and lock it for this process. The lock ends with the process.
+
+    On a file system without locks every process gets the lock.
 
     Args:
-        patience: seconds to wait for another process that holds it.
+        patience: seconds to wait for another process to release the lock.
 
     Raises:
-        LimeError: another process holds it, or the folder cannot be written.
+        LimeError: another process holds the lock, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # closed below, after the block that it protects
+        file = open(folder / ".lock", "a+")  # closed below, when the caller's block ends
     except OSError as error:
         raise LimeError(f"{folder}: cannot be written ({error.strerror}); give another output folder") from None
     with file:

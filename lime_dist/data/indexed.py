@@ -1,4 +1,9 @@
-"""The Megatron .bin/.idx format (design §6): a writer and a reader that deal in whole pairs only."""
+"""Megatron's .bin/.idx format: a writer and a reader of whole pairs.
+
+The .bin file holds the tokens of all sequences, little-endian, one after the other. The .idx file holds a header (`HEADER`),
+the length of each sequence in tokens (int32), its offset in the .bin file in bytes (int64), and the bounds of documents in
+sequences (int64, one more than there are documents).
+"""
 
 from __future__ import annotations
 
@@ -26,20 +31,24 @@ DAMAGED = "the pair is truncated, stale or damaged: write it again"
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The token type that Megatron uses for a vocabulary: uint16 below 65500 entries, else int32."""
+    """The token type that Megatron uses for a vocabulary: uint16 for fewer than 65,500 entries, else int32."""
     return DTYPES[8] if vocab_size < UINT16_VOCAB_LIMIT else DTYPES[4]
 
 
 def pair_paths(prefix: str | Path) -> tuple[Path, Path]:
-    """The .bin and the .idx path of a prefix (which may itself contain dots)."""
+    """The paths of the .bin and the .idx file of a prefix, which may contain dots."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 class IndexedWriter:
-    """Write documents of token ids to ``prefix``.bin and .idx; one document is one sequence.
+    """Writes documents of token ids to ``prefix``.bin and ``prefix``.idx; one document is one sequence.
 
-    Both files grow under temporary names and are renamed at ``close`` (or at the end of a ``with`` block), .bin first;
-    an exception inside the block removes them. After ``close``, sizes in bytes and SHA-256 of both are attributes.
+    Both files are written under temporary names and renamed by `close`, or at the end of a ``with`` block, the .bin file first.
+    An exception in the block deletes them.
+
+    Attributes:
+        tokens: number of tokens added so far.
+        bin_bytes, idx_bytes, bin_sha256, idx_sha256: sizes and hashes of both files, after `close`.
     """
 
     def __init__(self, prefix: str | Path, dtype: Any) -> None:
@@ -59,11 +68,18 @@ class IndexedWriter:
 
     @property
     def documents(self) -> int:
-        """Documents added so far."""
+        """Number of documents added so far."""
         return len(self._lengths)
 
     def add_document(self, ids: np.ndarray) -> None:
-        """Append one document: ids [tokens], any integer type. ValueError if an id does not fit the shard's type."""
+        """Append a document.
+
+        Args:
+            ids: token ids [tokens] of any integer type.
+
+        Raises:
+            ValueError: an id does not fit the type of the shard.
+        """
         if ids.ndim != 1:
             raise ValueError(f"a document is a flat array of ids, not one of shape {ids.shape}")
         if ids.dtype != self.dtype and ids.size and self.dtype.kind in "iu":
@@ -77,7 +93,7 @@ class IndexedWriter:
         self.tokens += ids.size
 
     def close(self) -> None:
-        """Flush both files to disk and give them their names; an old .idx goes first: no stale pair is ever visible."""
+        """Flush both files to disk and rename them. An old .idx file is deleted first, so that it never goes with the new .bin."""
         lengths = np.asarray(self._lengths, dtype="<i4")
         sizes = lengths.astype("<i8") * self.dtype.itemsize
         offsets = np.zeros(lengths.size, dtype="<i8")
@@ -104,7 +120,7 @@ class IndexedWriter:
         self.bin_sha256, self.idx_sha256 = self._bin_hash.hexdigest(), hashlib.sha256(index).hexdigest()
 
     def abort(self) -> None:
-        """Throw away what was written."""
+        """Delete what was written."""
         self._bin.close()
         for temporary in self._temporary:
             temporary.unlink(missing_ok=True)
@@ -122,10 +138,17 @@ class IndexedWriter:
 
 
 class IndexedDataset:
-    """A memory-mapped .bin/.idx pair, checked at opening; each thing wrong with it is one LimeError line.
+    """A memory-mapped .bin/.idx pair of S sequences.
 
-    Attributes: ``dtype``; ``lengths`` int32 [S] in tokens; ``offsets`` int64 [S] in bytes; ``document_bounds``
-    int64 [documents + 1] in sequences; ``tokens`` [all tokens of the .bin], flat.
+    Attributes:
+        dtype: type of a token.
+        lengths: int32 [S], in tokens.
+        offsets: int64 [S], in bytes.
+        document_bounds: int64 [documents + 1], in sequences.
+        tokens: all tokens of the .bin file.
+
+    Raises:
+        LimeError: a file is missing, damaged or of another format.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -163,7 +186,7 @@ class IndexedDataset:
         bin_size, said = self.bin_path.stat().st_size, int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         if bin_size != said:
             raise LimeError(f"{self.bin_path}: has {bin_size} bytes, but its .idx lists {said}; {DAMAGED}")
-        # An empty file cannot be mapped.
+        # An empty file cannot be memory-mapped.
         self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r") if bin_size else np.empty(0, self.dtype)
 
     def _check_index(self, sequences: int) -> None:
@@ -179,7 +202,11 @@ class IndexedDataset:
         return self.document_bounds.size - 1
 
     def document(self, i: int) -> np.ndarray:
-        """Token ids of document i [tokens], a view over all its sequences. IndexError beyond the last document."""
+        """Token ids [tokens] of document i: a view over all its sequences.
+
+        Raises:
+            IndexError: there is no such document.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
         first, last = int(self.document_bounds[i]), int(self.document_bounds[i + 1])

@@ -1,4 +1,4 @@
-"""Micro-batches of (tokens, labels) for the engine: a stream that resumes exactly, and a fixed validation set."""
+"""Micro-batches of (tokens, labels) for the engine: a training stream that resumes exactly, and a fixed validation set."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from lime_dist.data.ramp import BatchSizes
 from lime_dist.errors import LimeError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-_Read = tuple[Batch, int]  # and the CRC-32 of its tokens
-
-
+_Read = tuple[Batch, int]
+"""A micro-batch and the CRC-32 of its tokens."""
 _Group = list[_Read | BaseException]
-PREFETCH = 4  # groups of micro-batches read ahead
-GROUP_SAMPLES = 32  # handed from thread to thread at once, so that small micro-batches do not cost a wake-up each
-ORDER_BLOCK = 1024  # samples whose order is computed at once: a call costs as much as some 700 samples
+PREFETCH = 4
+"""Number of groups of micro-batches that are read ahead."""
+GROUP_SAMPLES = 32
+"""Samples per group. Groups pass from thread to thread as one, so that small micro-batches do not cost a wake-up each."""
+ORDER_BLOCK = 1024
+"""Samples whose order is computed at once: the overhead of a call is that of about 700 samples."""
 
 
 def read_batch(split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None = None) -> Batch:
-    """Tokens and labels, int64 [b, T] each, of ``samples`` [b]; labels are the tokens shifted by one, or only those that
-    ``answers`` counts."""
+    """Tokens and labels, int64 [b, T] each, of ``samples`` [b]. Labels are the tokens shifted by one; with ``answers``, labels
+    outside answers are IGNORED."""
     return _read(split, samples, sequence_length, answers)[0]
 
 
 def _read(split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None) -> _Read:
-    """The checksum is of the tokens as they are stored: a fourth of the bytes that they become."""
+    """A micro-batch and its checksum, which covers tokens as they are stored: a quarter of the bytes of int64."""
     rows, checksum = np.empty((len(samples), sequence_length + 1), dtype=np.int64), 0
     for row, sample in zip(rows, samples.tolist(), strict=True):
         stored = split.sample(sample, sequence_length)
@@ -47,13 +49,13 @@ def _read(split: Samples, samples: np.ndarray, sequence_length: int, answers: An
 
 
 class _ReadAhead:
-    """Run an iterator in a thread, PREFETCH groups ahead; its exception is raised at the item where it happened."""
+    """Runs an iterator in a thread, PREFETCH groups ahead. An exception of the iterator is raised at the item where it occurred."""
 
     def __init__(self, items: Iterator[_Read], group_size: int) -> None:
         self._groups: queue.Queue[_Group] = queue.Queue(maxsize=PREFETCH)
         self._group: deque[_Read | BaseException] = deque()
         self._stop = threading.Event()
-        # The thread knows only the queue and the event, so that an abandoned reader can be collected, which stops it.
+        # The thread has no reference to the reader, so that an abandoned reader is collected; its finalizer stops the thread.
         self._thread = threading.Thread(
             target=_fill, args=(items, group_size, self._groups, self._stop), name="read-ahead", daemon=True
         )
@@ -61,7 +63,7 @@ class _ReadAhead:
         weakref.finalize(self, self._stop.set)
 
     def close(self) -> None:
-        """Stop the thread and wait for its end: a thread inside torch while the interpreter shuts down can abort the process."""
+        """Stop the thread and wait for its end. A thread inside torch can abort the process while the interpreter shuts down."""
         self._stop.set()
         self._thread.join()
 
@@ -92,19 +94,23 @@ def _fill(items: Iterator[_Read], group_size: int, ready: queue.Queue[_Group], s
                 if not hand_over(group):
                     return
                 group = []
-    except BaseException as error:  # handed to the consumer, which raises it
+    except BaseException as error:  # passed on to the consumer, which raises it
         hand_over([*group, error])
 
 
 class TrainBatches:
-    """The endless training stream of one data-parallel rank: (tokens, labels), int64 [micro_batch_size, T] each.
+    """The endless training stream of one replica: (tokens, labels), int64 [micro_batch_size, T] each.
 
-    ``consumed_samples`` (over all ranks) grows by the step's batch size once its last micro-batch is handed out.
-    What comes next depends on it alone; setting it jumps to the start of that step. A thread reads a few batches ahead.
-    LimeError if the global batch does not factor into micro-batches × width.
+    The stream is a function of ``consumed_samples``, which counts the samples of all replicas: it grows by the batch size of a
+    step when the last micro-batch of the step is returned. Setting it jumps to the step that starts there. A thread reads a
+    few micro-batches ahead.
 
     Attributes:
-        checksums: CRC-32 of the tokens of each micro-batch handed out in the newest step: whoever read the same has the same.
+        checksums: CRC-32 of the tokens of each micro-batch returned in the newest step. The first and the last stage of a
+            replica read the same tokens, so their checksums are equal.
+
+    Raises:
+        LimeError: the global batch size is no multiple of micro-batch size times replicas.
     """
 
     def __init__(
@@ -125,14 +131,14 @@ class TrainBatches:
         self._split, self._order, self._sequence_length, self._answers = split, order, sequence_length, answers
         self._batch_sizes = BatchSizes(batch_sizes) if isinstance(batch_sizes, int) else batch_sizes
         self._layout = (micro_batch_size, data_parallel_rank, data_parallel_size)
-        rank_positions(consumed_samples, self._batch_sizes.at(consumed_samples), *self._layout)  # does it factor?
+        rank_positions(consumed_samples, self._batch_sizes.at(consumed_samples), *self._layout)  # check the batch size
         self._reader: _ReadAhead | None = None
         self.checksums: list[int] = []
         self.consumed_samples = consumed_samples
 
     @property
     def consumed_samples(self) -> int:
-        """Samples that all ranks have consumed in finished steps."""
+        """Number of samples that all replicas have consumed in finished steps."""
         return self._consumed_samples
 
     @consumed_samples.setter
@@ -144,12 +150,12 @@ class TrainBatches:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of this rank in the current step."""
+        """Number of micro-batches of this replica in the current step."""
         micro_batch_size, _, data_parallel_size = self._layout
         return self._batch_sizes.at(self._consumed_samples) // (micro_batch_size * data_parallel_size)
 
     def close(self) -> None:
-        """Stop reading ahead; the next micro-batch asked for is the first of the current step."""
+        """Stop reading ahead. The next micro-batch is the first of the current step."""
         if self._reader is not None:
             self._reader.close()
         self._reader, self._handed_out = None, 0
@@ -195,10 +201,13 @@ def _stream(
 
 
 class ValidationBatches:
-    """Samples 0 … evaluation_samples − 1 of a split in order, the same every time, shared out like a training step.
+    """Samples 0 … evaluation_samples − 1 of a split, in order, divided among replicas as in a training step.
 
-    Iterating gives this rank's (tokens, labels), int64 [micro_batch_size, T]; ``len`` is its number of micro-batches.
-    LimeError if the samples do not share out evenly or the split has fewer.
+    Iterating yields this replica's (tokens, labels), int64 [micro_batch_size, T], the same every time; ``len`` is its number of
+    micro-batches.
+
+    Raises:
+        LimeError: the samples do not divide evenly among the replicas, or the split has too few.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Which sample comes when: a pure function of (seed, position), computed for any position without a stored permutation.
+"""The order of samples: a pure function of (seed, position), computed for any position without storing a permutation.
 
-Positions count the samples that a run has read since its start, 0, 1, 2, …; position p lies in epoch p // num_samples,
-and each epoch is a permutation of its own: a keyed Feistel network over a × b ≥ num_samples points (x = l·b + r; rounds
-add a hash of one half to the other, modulo a or b), which is a bijection whatever the hash; points outside are sent
-through again until they fall inside (cycle walking), which keeps it a bijection on the num_samples that matter.
+Positions 0, 1, 2, … count the samples that a run reads. Position p lies in epoch p // num_samples, and every epoch has its own
+permutation: a keyed Feistel network over a × b ≥ num_samples points. With x = l·b + r, each round adds a hash of one half to
+the other, modulo a or b; that is a bijection for any hash. A result outside the num_samples points goes through the network
+again until it lies inside (cycle walking), so the network is also a bijection of the num_samples points.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lime_dist.errors import LimeError
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64's finaliser
-ROUNDS = 12  # with 10, the 720 orders of six samples are uneven over seeds; tests/data/test_data_order.py measures it
+ROUNDS = 12  # with 10, some of the 720 orders of six samples come too often; tests/data/test_data_order.py measures it
 
 
 def _mix_int(value: int) -> int:
@@ -30,7 +30,7 @@ def _mix_int(value: int) -> int:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser on uint64 [n]; products wrap."""
+    """splitmix64's finaliser on uint64 [n]. Products wrap around."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
     values = (values ^ (values >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
     return values ^ (values >> np.uint64(31))
@@ -43,7 +43,7 @@ def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
 
 
 class Order(Protocol):
-    """Which sample comes when: a SampleOrder, or a BlendOrder of several datasets."""
+    """The order of samples: a `SampleOrder`, or a `BlendOrder` of several datasets."""
 
     num_samples: int
 
@@ -51,7 +51,7 @@ class Order(Protocol):
 
 
 class SampleOrder:
-    """The endless order of a split's samples under a seed. O(1) memory, random access, the same on every rank."""
+    """The endless order of a split's samples for a seed: random access in O(1) memory, the same on every rank."""
 
     def __init__(self, seed: int, num_samples: int) -> None:
         if num_samples < 1:
@@ -61,11 +61,11 @@ class SampleOrder:
         self._halves = (rows, -(-num_samples // rows))
 
     def sample_at(self, position: int) -> int:
-        """The sample at one position."""
+        """The sample at a position."""
         return int(self.samples_at(np.asarray([position], dtype=np.int64))[0])
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
-        """Samples int64 at ``positions`` (integers ≥ 0, any shape), shaped alike; they may lie in several epochs."""
+        """Samples, int64, at ``positions`` (integers ≥ 0 of any shape, in any epochs); the result has the same shape."""
         positions = np.asarray(positions)
         flat = positions.reshape(-1).astype(np.int64)
         if flat.size and int(flat.min()) < 0:
@@ -104,10 +104,13 @@ def rank_positions(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> np.ndarray:
-    """Positions int64 [micro_batches, micro_batch_size] that one rank reads in the step after ``consumed_samples``.
+    """Positions, int64 [micro_batches, micro_batch_size], that one replica reads in the step after ``consumed_samples``.
 
-    Micro-batch m of rank r starts at consumed + m·(micro_batch_size·data_parallel_size) + r·micro_batch_size: all ranks
-    together cover [consumed, consumed + global_batch_size) exactly once. LimeError if the batch does not factor.
+    Micro-batch m of replica r starts at consumed + m·(micro_batch_size·data_parallel_size) + r·micro_batch_size. So all
+    replicas together cover [consumed, consumed + global_batch_size) exactly once.
+
+    Raises:
+        LimeError: the global batch size is no multiple of micro-batch size times replicas.
     """
     wide = micro_batch_size * data_parallel_size
     if wide < 1 or global_batch_size < 1 or global_batch_size % wide:

@@ -111,7 +111,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
         load_config(None, ["data.answer_token=5", "data.blend=[{path: a, weight: 1}]"])
     for entries in ({"settings": {"eos": False}}, {"settings": {}}, {"settings": {"eos": True}, "eos_id": -1}):
         with pytest.raises(
-            LimeError, match="does not say of any; give a folder made by data_tools.pretokenize without"
+            LimeError, match="names none; give a folder made by data_tools.pretokenize without"
         ):
             find_answers(TokenSplit(describe(folder, **entries), "train"), MARK)
 
@@ -125,5 +125,5 @@ def test_merged_folders_and_pairs(folder: Path, tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "pair", np.uint16) as writer:
         for _ in range(50):
             writer.add_document(np.array([7, MARK, EOS]))
-    with pytest.raises(LimeError, match="does not say of any"):
+    with pytest.raises(LimeError, match="names none"):
         find_answers(TokenSplit(tmp_path / "pair", "train"), MARK)
