@@ -1,4 +1,4 @@
-"""Protects the compression of routers: exact where it can be, the best fit elsewhere, and a result that trains on."""
+"""Tests of the compression of routers: exact where possible, else the best fit, and training continues from the result."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def full() -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
 def compressed(
     full: tuple[Any, dict[str, torch.Tensor], torch.Tensor], rank: int, first: int
 ) -> tuple[float, list[float]]:
-    """Largest change of a logit, and by chunk the share of the squared weights that is lost."""
+    """Largest change of a logit, and the share of the squared weights that each chunk loses."""
     config, weights, wanted = full
     chunked = chunked_config(config, 4, rank, first, Path("run"))
-    found, fits = compress_weights(chunked, weights)
+    compressed_weights, fits = compress_weights(chunked, weights)
     decoder = build_decoder(chunked.model, dtype=torch.float64)
-    decoder.load_state_dict(found)
+    decoder.load_state_dict(compressed_weights)
     with torch.no_grad():
         change = (decoder(TOKENS) - wanted).abs().max().item()
     return change, [fit.left / fit.size for fit in fits]
@@ -62,13 +62,15 @@ def test_the_error_grows_as_the_rank_falls(full: tuple[Any, dict[str, torch.Tens
     assert lost[-1][0] > 0.05 and lost[-1][1] > 0.05, "something is lost at rank 1"
 
 
-def test_no_other_product_is_nearer(full: tuple[Any, dict[str, torch.Tensor], torch.Tensor]) -> None:
-    """Steps from the fit in any direction of Q and A lose more of the weights: it is at least a local optimum."""
+def test_no_other_product_fits_better(full: tuple[Any, dict[str, torch.Tensor], torch.Tensor]) -> None:
+    """Any step away from the fitted Q and A increases the residual: the fit is at least a local optimum."""
     config, weights, _ = full
-    found, fits = compress_weights(chunked_config(config, 4, 1, 0, Path("run")), weights)
+    compressed_weights, fits = compress_weights(chunked_config(config, 4, 1, 0, Path("run")), weights)
     block = torch.cat([weights[f"model.layers.{i}.self_attn.router.weight"][:, :8] for i in range(4, 11)])
-    left = torch.cat([found[f"model.layers.{i}.self_attn.router.summary_weight"][:, :2] for i in range(4, 11)]).double()
-    right = found["model.history.chunks.0.weight"].double()
+    left = torch.cat(
+        [compressed_weights[f"model.layers.{i}.self_attn.router.summary_weight"][:, :2] for i in range(4, 11)]
+    ).double()
+    right = compressed_weights["model.history.chunks.0.weight"].double()
     best = (block - left @ right).pow(2).sum().item()
     assert best == pytest.approx(fits[0].left, rel=1e-5)
     generator = torch.Generator().manual_seed(1)
@@ -78,10 +80,10 @@ def test_no_other_product_is_nearer(full: tuple[Any, dict[str, torch.Tensor], to
         assert (block - moved_left @ moved_right).pow(2).sum().item() > best
 
 
-def test_the_result_trains_on(
+def test_training_continues_from_the_result(
     workers: Callable[[int], WorkerGroup], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exact compression of a trained model on one stage; two stages go on with the loss that was printed."""
+    """A trained model is compressed exactly; two stages continue with the loss that was printed."""
     values = run_values(dataset, tmp_path / "full")
     assert workers(1).run("support.runs.run", values=values) == [""]
     (trained,) = (r for r in map(json.loads, (tmp_path / "full/metrics.jsonl").open()) if "validation_loss" in r)
@@ -102,7 +104,9 @@ def test_the_result_trains_on(
     records = [json.loads(line) for line in (tmp_path / "new/metrics.jsonl").read_text().splitlines()]
     assert records[0]["validation_loss"] == pytest.approx(trained["validation_loss"], rel=1e-5)
     steps = [record for record in records if "loss" in record]
-    assert [(r["step"], r["consumed_samples"]) for r in steps] == [(1, 16), (2, 20)], "the data go on after 12 samples"
+    assert [(r["step"], r["consumed_samples"]) for r in steps] == [(1, 16), (2, 20)], (
+        "the data continue after 12 samples"
+    )
 
 
 def test_mistakes_are_one_line(dataset: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Protects checkpoints from knowing their layout: every model goes on with other stages, widths, batch splits and precisions."""
+"""Tests that checkpoints do not depend on the layout: every model resumes with other stages, widths, batch splits, precisions."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 Leg = tuple[int, dict[str, dict[str, Any]]]
-"""How many processes go on, and what sections of the configuration have besides."""
+"""Number of processes, and changes to sections of the configuration."""
 
 
 def go(
     workers: Workers, dataset: Path, directory: Path, model: dict[str, Any], legs: list[Leg]
 ) -> list[dict[str, float]]:
-    """Train on one leg after the other, each as long as the others and begun by the same command; the records."""
+    """Train one leg after the other, of equal length, each started by the same command. Returns the records."""
     share = STEPS // len(legs)
     for index, (size, sections) in enumerate(legs):
-        found = values(dataset, directory, STEPS)
-        found["model"] |= model
-        found["train"] |= {"evaluation_samples": 0, "global_batch_size": 8}
+        settings = values(dataset, directory, STEPS)
+        settings["model"] |= model
+        settings["train"] |= {"evaluation_samples": 0, "global_batch_size": 8}
         for section, keys in sections.items():
-            found[section] = {**found[section], **keys} if isinstance(keys, dict) else keys
+            settings[section] = {**settings[section], **keys} if isinstance(keys, dict) else keys
         stop = {"do": "signal", "rank": 0, "step": share * (index + 1)}
         last = index == len(legs) - 1
-        for error, _ in workers(size).run("support.runs.observe", values=found, events=[] if last else [stop]):
+        for error, _ in workers(size).run("support.runs.observe", values=settings, events=[] if last else [stop]):
             assert error == ""
         assert records(directory)[-1]["step"] == (STEPS if last else stop["step"])
     return numbers(directory)
@@ -52,9 +52,9 @@ def stages(count: int) -> Leg:
     return count, {"parallel": {"pipeline_stages": count}}
 
 
-def assert_close(found: list[dict[str, float]], wanted: list[dict[str, float]], changes: list[int]) -> None:
-    """The same samples and rates; the first loss after a change within 1e-5, what follows within 1e-4."""
-    for one, other in zip(found, wanted, strict=True):
+def assert_close(run_records: list[dict[str, float]], wanted: list[dict[str, float]], changes: list[int]) -> None:
+    """Equal samples and learning rates; the first loss after a change within 1e-5, later ones within 1e-4."""
+    for one, other in zip(run_records, wanted, strict=True):
         same = ("step", "consumed_samples", "tokens", "lr", "router_lr")
         assert [one[key] for key in same] == [other[key] for key in same]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5 if one["step"] - 1 in changes else 1e-4), one
@@ -69,7 +69,7 @@ def test_stages_change_under_every_model(workers: Workers, dataset: Path, tmp_pa
 
 
 def test_widths_and_batch_splits_change(workers: Workers, dataset: Path, tmp_path: Path) -> None:
-    """One replica and 8 × 1 samples; two and 2 × 2; ZeRO 1 and 1 × 4; two stages of two, 4 × 1."""
+    """One replica with 8 × 1 samples; two with 2 × 2; ZeRO 1 with 1 × 4; two stages of two replicas with 4 × 1."""
     straight = go(workers, dataset, tmp_path / "straight", {}, [stages(1)])
     legs: list[Leg] = [
         (1, {"train": {"micro_batch_size": 1}}),
@@ -81,26 +81,26 @@ def test_widths_and_batch_splits_change(workers: Workers, dataset: Path, tmp_pat
 
 
 def test_precisions_change(workers: Workers, dataset: Path, tmp_path: Path) -> None:
-    """float32, bf16, float32: the weights in the checkpoint are float32 all the time. bf16 has 8 bits: 1e-2."""
+    """float32, bf16, float32. Weights in checkpoints are always float32. bf16 has 8 bits of precision: within 1e-2."""
     straight = go(workers, dataset, tmp_path / "straight", {}, [stages(1)])
     bf16 = (2, {"parallel": {"pipeline_stages": 2}, "precision": "bf16"})
-    found = go(workers, dataset, tmp_path / "changed", {}, [stages(1), bf16, bf16, stages(1)])
-    for one, other in zip(found, straight, strict=True):
+    run_records = go(workers, dataset, tmp_path / "changed", {}, [stages(1), bf16, bf16, stages(1)])
+    for one, other in zip(run_records, straight, strict=True):
         assert one["consumed_samples"] == other["consumed_samples"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
 
 
 def test_the_global_batch_changes(workers: Workers, dataset: Path, tmp_path: Path) -> None:
-    """No sample is skipped or repeated when a step takes fewer of them."""
+    """No sample is skipped or repeated when the batch size changes."""
     legs: list[Leg] = [(1, {}), (2, {"train": {"global_batch_size": 4}, "parallel": {"pipeline_stages": 2}})]
-    found = go(workers, dataset, tmp_path / "changed", {}, legs)
-    assert [record["consumed_samples"] for record in found] == [8, 16, 24, 32, 36, 40, 44, 48]
+    run_records = go(workers, dataset, tmp_path / "changed", {}, legs)
+    assert [record["consumed_samples"] for record in run_records] == [8, 16, 24, 32, 36, 40, 44, 48]
 
 
 @pytest.mark.slow
 def test_a_batch_that_grows_is_the_same_in_every_layout(workers: Workers, dataset: Path, tmp_path: Path) -> None:
-    """Batches of 4, 8, 12, then 16: the same samples and losses in one process and in 2 × 2 with ZeRO 1, and a first step
-    that is the one of a run with batches of 4."""
+    """Batches of 4, 8, 12, then 16: equal samples and losses in one process and in 2 × 2 with ZeRO 1. The first step equals
+    that of a run with batches of 4."""
     ramp = {"train": {"global_batch_size": 16, "micro_batch_size": 2, "batch_ramp": RAMP}}
     straight = go(workers, dataset, tmp_path / "straight", {}, [(1, ramp)])
     assert [record["consumed_samples"] for record in straight] == [4, 8, 16, 28, 44, 60, 76, 92]

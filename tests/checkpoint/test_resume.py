@@ -1,4 +1,4 @@
-"""Protects exact resume and layout-free checkpoints: nothing but time is lost by a stop, whatever layout goes on."""
+"""Tests of resuming: a stopped run ends with the same losses and weights as one without a stop, also with another layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Workers = Callable[[int], WorkerGroup]
 
 @pytest.fixture(scope="module")
 def straight(workers: Workers, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 steps on 2 stages without a stop."""
+    """A run of 20 steps on 2 stages without a stop."""
     directory = tmp_path_factory.mktemp("straight")
     assert set(workers(2).run("support.runs.run", values=values(dataset, directory, pipeline_stages=2))) == {""}
     return directory
@@ -30,7 +30,7 @@ def straight(workers: Workers, dataset: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def stopped(straight: Path, tmp_path: Path) -> Path:
-    """The straight run as a kill after step 13 would leave it: the checkpoint of step 10 and lines that go further."""
+    """The straight run as a kill after step 13 leaves it: the checkpoint of step 10 and records of later steps."""
     directory = tmp_path / "run"
     shutil.copytree(straight, directory)
     shutil.rmtree(directory / "checkpoints/global_step20")
@@ -71,11 +71,11 @@ def test_metrics_and_tensorboard_of_a_run(straight: Path) -> None:
 
 
 def test_resume_is_bit_for_bit(workers: Workers, dataset: Path, straight: Path, stopped: Path) -> None:
-    """20 steps straight = 10 + stop + 10, in every record and every weight and moment."""
+    """20 steps without a stop equal 10 + 10 in every record, weight and optimizer state."""
     assert set(workers(2).run("support.runs.run", values=values(dataset, stopped, pipeline_stages=2))) == {""}
     assert numbers(stopped) == numbers(straight)
-    found, wanted = weights(stopped, 20), weights(straight, 20)
-    assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    resumed, wanted = weights(stopped, 20), weights(straight, 20)
+    assert set(resumed) == set(wanted) and all(torch.equal(resumed[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
@@ -84,11 +84,11 @@ def test_a_checkpoint_of_two_stages_continues_on_others(
 ) -> None:
     group = workers(stages)
     assert set(group.run("support.runs.run", values=values(dataset, stopped, pipeline_stages=stages))) == {""}
-    found, wanted = numbers(stopped), numbers(straight)
-    assert [record["step"] for record in found] == [record["step"] for record in wanted]
-    for one, other in zip(found, wanted, strict=True):
+    resumed, wanted = numbers(stopped), numbers(straight)
+    assert [record["step"] for record in resumed] == [record["step"] for record in wanted]
+    for one, other in zip(resumed, wanted, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
-    (first,) = (record for record in found if record["step"] == 11)
+    (first,) = (record for record in resumed if record["step"] == 11)
     (same,) = (record for record in wanted if record["step"] == 11)
     assert first["loss"] == pytest.approx(same["loss"], rel=1e-5)
 
@@ -100,8 +100,8 @@ def test_more_replicas_with_zero_continue_it(workers: Workers, dataset: Path, st
         assert one == pytest.approx(other, rel=1e-4)
 
 
-def test_resume_is_bit_for_bit_with_masters_apart_and_sharded(workers: Workers, dataset: Path, tmp_path: Path) -> None:
-    """bf16 and ZeRO 1, as all configurations of the paper have it: weights are published from masters on loading."""
+def test_resume_is_bit_for_bit_with_sharded_master_weights(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """bf16 and ZeRO 1, as in the paper's configurations: loading publishes weights from the master weights."""
     directories = [tmp_path / "straight", tmp_path / "stopped"]
     for directory in directories:
         settings = {**values(dataset, directory, pipeline_stages=2, zero_stage=1), "precision": "bf16"}
@@ -111,11 +111,11 @@ def test_resume_is_bit_for_bit_with_masters_apart_and_sharded(workers: Workers, 
             assert set(workers(4).run("support.runs.run", values=settings)) == {""}
     straight, stopped = directories
     assert numbers(stopped) == numbers(straight)
-    found, wanted = weights(stopped, 20), weights(straight, 20)
-    assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    resumed, wanted = weights(stopped, 20), weights(straight, 20)
+    assert set(resumed) == set(wanted) and all(torch.equal(resumed[name], wanted[name]) for name in wanted)
 
 
-def test_a_finished_run_is_validated_again_and_otherwise_left_alone(
+def test_a_finished_run_is_only_validated_again(
     workers: Workers, dataset: Path, straight: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
@@ -128,7 +128,7 @@ def test_a_finished_run_is_validated_again_and_otherwise_left_alone(
 def test_a_damaged_checkpoint_is_passed_over(
     workers: Workers, dataset: Path, straight: Path, tmp_path: Path, damage: str
 ) -> None:
-    """The newest checkpoint is damaged: the run goes on from the one before and ends the same."""
+    """The newest checkpoint is damaged: the run resumes from the one before and ends the same."""
     directory = tmp_path / "run"
     shutil.copytree(straight, directory)
     folder = directory / "checkpoints/global_step20"
@@ -147,8 +147,8 @@ def test_a_damaged_checkpoint_is_passed_over(
         (folder / "manifest.json").write_text("{")
     assert set(workers(2).run("support.runs.run", values=values(dataset, directory, pipeline_stages=2))) == {""}
     assert numbers(directory) == numbers(straight)
-    found, wanted = weights(directory, 20), weights(straight, 20)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    resumed, wanted = weights(directory, 20), weights(straight, 20)
+    assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
 
 
 def test_mistakes_of_the_user_are_one_line_on_all_ranks(

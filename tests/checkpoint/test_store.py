@@ -1,4 +1,4 @@
-"""Protects what is on disk: a checkpoint is whole or passed over with a line, `latest` decides, old ones go, no kill tears one."""
+"""Tests of checkpoints on disk: a damaged one is passed over with a line, ``latest`` decides, and old ones are deleted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def names(directory: Path) -> list[str]:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest and make its checksum fit again, as somebody would who means it."""
+    """Change a manifest and correct its checksum."""
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     if "checksum" in manifest:
@@ -54,7 +54,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_what_a_save_leaves(saved: Path, workers: Workers) -> None:
+def test_files_of_a_saved_checkpoint(saved: Path, workers: Workers) -> None:
     assert names(saved) == ["global_step1", "global_step2", "latest"]
     assert (saved / "latest").read_text() == "global_step2\n"
     assert names(saved / "global_step2") == FILES
@@ -87,8 +87,8 @@ def test_damage_is_passed_over(workers: Workers, copy: Path, file: str, damage: 
     assert lines[0].startswith(f"{copy}/global_step2: {file} ") and lines[0].endswith("; passed over")
 
 
-def test_no_flipped_bit_of_a_manifest_is_believed(copy: Path) -> None:
-    """Either the line says that it is damaged, or (a bit of layout) nothing has changed."""
+def test_every_flipped_bit_of_a_manifest_is_noticed(copy: Path) -> None:
+    """Either the manifest is damaged, or, for a bit of white space, its values have not changed."""
     path = copy / "global_step2/manifest.json"
     content = path.read_bytes()
     _, whole = read_manifest(path.parent, 2)
@@ -125,7 +125,7 @@ def test_no_flipped_bit_of_a_manifest_is_believed(copy: Path) -> None:
         (lambda m: m["files"][1]["parameters"].update({"model.norm.weight": [4]}), "holds other tensors"),
     ],
 )  # fmt: skip
-def test_a_manifest_that_makes_no_sense_is_passed_over(
+def test_an_invalid_manifest_is_passed_over(
     workers: Workers, copy: Path, change: Callable[[dict[str, Any]], object], said: str
 ) -> None:
     rewrite(copy / "global_step2", change)
@@ -134,14 +134,14 @@ def test_a_manifest_that_makes_no_sense_is_passed_over(
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"files": [', "[" * 100_000, "null", '{"a": "\\ud800"}'])
-def test_a_manifest_that_is_no_manifest_is_passed_over(workers: Workers, copy: Path, text: str) -> None:
+def test_a_file_that_is_no_manifest_is_passed_over(workers: Workers, copy: Path, text: str) -> None:
     (copy / "global_step2/manifest.json").write_text(text)
     step, (line,) = find(workers, copy)
     assert step == 1 and "manifest.json is damaged" in line
 
 
 class Bomb:
-    """Does harm when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -154,7 +154,7 @@ class Bomb:
 def test_a_file_that_holds_something_else_is_never_unpickled(
     workers: Workers, copy: Path, tmp_path: Path, content: str
 ) -> None:
-    """Its hash fits the manifest, so that only reading it tells."""
+    """Its hash is that of the manifest, so the difference shows only when it is read."""
     import hashlib
 
     file = copy / "global_step2/stage001-replica000.pt"
@@ -186,12 +186,12 @@ def test_latest_decides_if_it_can(
     (copy / "latest").unlink()
     if text is not None:
         (copy / "latest").write_bytes(text if isinstance(text, bytes) else text.encode())
-    found, lines = find(workers, copy)
-    assert found == step and len(lines) == len(said)
+    chosen, lines = find(workers, copy)
+    assert chosen == step and len(lines) == len(said)
     assert all(f"{copy}/{part}" in line for part, line in zip(said, lines, strict=True)), lines
 
 
-def test_nothing_whole_is_nothing_found(workers: Workers, copy: Path, tmp_path: Path) -> None:
+def test_without_a_whole_checkpoint_none_is_returned(workers: Workers, copy: Path, tmp_path: Path) -> None:
     assert find(workers, tmp_path / "none") == (None, [])
     for step in (1, 2):
         (copy / f"global_step{step}/stage000-replica000.pt").unlink()
@@ -199,8 +199,8 @@ def test_nothing_whole_is_nothing_found(workers: Workers, copy: Path, tmp_path: 
     assert step is None and len(lines) == 2
 
 
-def test_old_checkpoints_go_and_marked_ones_stay(workers: Workers, tmp_path: Path) -> None:
-    """keep_last=2, keep_every=4; what a killed process left is removed, what is not ours is not."""
+def test_old_checkpoints_are_deleted(workers: Workers, tmp_path: Path) -> None:
+    """With keep_last=2 and keep_every=4. What a killed process left is removed; other files and folders stay."""
     directory = tmp_path / "checkpoints"
     (directory / ".global_step3.partial").mkdir(parents=True)
     (directory / ".global_step1.deleted").mkdir()
@@ -220,7 +220,7 @@ def test_old_checkpoints_go_and_marked_ones_stay(workers: Workers, tmp_path: Pat
 
 
 def test_a_step_is_saved_again(workers: Workers, copy: Path) -> None:
-    """A damaged one of the same step gives way."""
+    """It replaces a damaged checkpoint of the same step."""
     (copy / "global_step2/manifest.json").unlink()
     group = workers(2)
     assert group.run("support.checkpoints.save", values=settings(), directory=str(copy), steps=[2]) == [[""], [""]]

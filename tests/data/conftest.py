@@ -1,4 +1,4 @@
-"""Pretokenized folders made by hand, so that the reading side is tested without the tools that write."""
+"""Pretokenized folders made without data_tools, so that reading is tested apart from writing."""
 
 from __future__ import annotations
 

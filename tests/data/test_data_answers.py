@@ -1,4 +1,4 @@
-"""Protects the loss of answers alone: which labels are counted, whatever a sample begins with, and when it is refused."""
+"""Tests of ``data.answer_token``: which labels the loss counts, wherever a sample starts, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARK, EOS, LENGTH = 5, 2, 8
 
 
 def slow_labels(row: list[int]) -> list[int]:
-    """Token by token: an answer is open from a mark to the eos, which belongs to it."""
+    """Labels of a row, token by token: an answer lasts from the mark to the eos token, which belongs to it."""
     labels, is_open = [], False
     for token, following in zip(row, row[1:], strict=False):
         if token == MARK:
@@ -33,12 +33,12 @@ def slow_labels(row: list[int]) -> list[int]:
     return labels
 
 
-def test_labels_are_those_of_a_loop() -> None:
+def test_labels_equal_those_of_a_loop() -> None:
     generator = np.random.default_rng(0)
     rows = generator.integers(0, 12, size=(200, 31))
-    found = Answers(MARK, EOS).labels(rows)
-    assert found.shape == (200, 30) and found.tolist() == [slow_labels(row) for row in rows.tolist()]
-    assert 0.1 < (found != IGNORED).mean() < 0.9
+    labels = Answers(MARK, EOS).labels(rows)
+    assert labels.shape == (200, 30) and labels.tolist() == [slow_labels(row) for row in rows.tolist()]
+    assert 0.1 < (labels != IGNORED).mean() < 0.9
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_labels_are_those_of_a_loop() -> None:
         ([7, 8, 9, 9, 9, 9, 9, MARK], []),
     ],
 )
-def test_samples_that_begin_anywhere(row: list[int], counted: list[int]) -> None:
+def test_samples_that_start_anywhere(row: list[int], counted: list[int]) -> None:
     labels = Answers(MARK, EOS).labels(np.array([row]))[0]
     assert labels[labels != IGNORED].tolist() == counted
 
 
 @pytest.fixture
 def folder(make_dataset: MakeDataset) -> Path:
-    """Documents [7, 8, mark, 3, 4, eos] in two splits, by a tool that says that they end with eos."""
+    """Documents [7, 8, mark, 3, 4, eos] in two splits; the description says that documents end with eos."""
     documents = [np.array([7, 8, MARK, 3, 4, EOS])] * 60
     folder = make_dataset(train=[documents], validation=[documents[:20]])
     return describe(folder, settings={"eos": True})
@@ -70,8 +70,8 @@ def describe(folder: Path, **entries: object) -> Path:
     return folder
 
 
-def test_batches_count_answers_alone(folder: Path) -> None:
-    """The same tokens and checksums as without; labels are a function of the sample."""
+def test_batches_count_answers_only(folder: Path) -> None:
+    """Tokens and checksums are those of batches without answers; labels are a function of the sample."""
     split = TokenSplit(folder, "train")
     answers = find_answers(split, MARK)
     assert answers == Answers(MARK, EOS)
@@ -110,14 +110,12 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LimeError, match=r"data.answer_token=5 needs data.path; it does not go with data.blend"):
         load_config(None, ["data.answer_token=5", "data.blend=[{path: a, weight: 1}]"])
     for entries in ({"settings": {"eos": False}}, {"settings": {}}, {"settings": {"eos": True}, "eos_id": -1}):
-        with pytest.raises(
-            LimeError, match="names none; give a folder made by data_tools.pretokenize without"
-        ):
+        with pytest.raises(LimeError, match="names none; give a folder made by data_tools.pretokenize without"):
             find_answers(TokenSplit(describe(folder, **entries), "train"), MARK)
 
 
 def test_merged_folders_and_pairs(folder: Path, tmp_path: Path) -> None:
-    """A merged folder is known to end documents with eos if all its parts are; a pair never is."""
+    """A merged folder ends documents with eos if all its parts do; a pair does not say."""
     describe(folder, settings=None, eos_id=EOS, merged=[{"settings": {"eos": True}}, {"settings": {"eos": True}}])
     assert TokenSplit(folder, "train").eos_id == EOS
     describe(folder, merged=[{"settings": {"eos": True}}, {"settings": None}])

@@ -1,4 +1,4 @@
-"""Protects blends: exact proportions, every sample of each dataset once an epoch, the same after any resume."""
+"""Tests of blends: exact proportions, every sample of each dataset once per epoch, and the same order after any resume."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config(tmp_path: Path) -> DataConfig:
     return blend((write_pair(tmp_path / "a", 50, 0), 3.0), (write_pair(tmp_path / "b", 25, 1000), 1.0))
 
 
-def test_blocks_hold_exact_shares_and_every_turn_once() -> None:
+def test_blocks_have_exact_shares_and_every_turn_once() -> None:
     pattern = Pattern([0.5, 0.3, 0.2], seed=1)
     assert pattern.counts.tolist() == [2048, 1229, 819]
     datasets, turns = pattern.places(np.arange(3 * BLOCK))
@@ -53,18 +53,20 @@ def test_blocks_hold_exact_shares_and_every_turn_once() -> None:
         Pattern([1.0, 0.0001], seed=1)
 
 
-def test_each_dataset_is_gone_through_by_epochs_of_its_own(config: DataConfig) -> None:
+def test_each_dataset_has_its_own_epochs(config: DataConfig) -> None:
     samples, order = open_training(config, vocab_size=2000)
     assert isinstance(order, BlendOrder)
     sizes = [split.num_samples(LENGTH) for split in samples.splits]
     assert sizes == [40 * 40 // LENGTH - 1, 20 * 40 // LENGTH - 1] and order.num_samples == sum(sizes)
     positions = 2 * BLOCK
-    found = order.samples_at(np.arange(positions))
+    samples_read = order.samples_at(np.arange(positions))
     assert order.counts(positions) == [6144, 2048] and order.counts(0) == [0, 0]
     prefix = order.counts(777)
-    assert prefix == [int(np.sum(found[:777] < sizes[0])), int(np.sum(found[:777] >= sizes[0]))]
+    assert prefix == [int(np.sum(samples_read[:777] < sizes[0])), int(np.sum(samples_read[:777] >= sizes[0]))]
     for first, size, count in [(0, sizes[0], 6144), (sizes[0], sizes[1], 2048)]:
-        times = np.bincount(found[(found >= first) & (found < first + size)] - first, minlength=size)
+        times = np.bincount(
+            samples_read[(samples_read >= first) & (samples_read < first + size)] - first, minlength=size
+        )
         assert times.sum() == count and times.max() - times.min() <= 1
     assert order.shares(positions)[1] == f"2,048 of 8,192 samples (25.00%), {2048 / sizes[1]:.2f} epochs"
 
@@ -74,13 +76,13 @@ def test_a_blend_resumes_and_changes_its_width_without_repeats(config: DataConfi
 
     def read(consumed: int, steps: int, width: int) -> list[list[int]]:
         streams = [TrainBatches(samples, order, LENGTH, 16, 4, rank, width, consumed) for rank in range(width)]
-        found = []
+        samples_read = []
         for _ in range(steps):
             rows = [row for stream in streams for _ in range(stream.micro_batches) for row in next(stream)[0].tolist()]
-            found.append(sorted(map(tuple, rows)))
+            samples_read.append(sorted(map(tuple, rows)))
         for stream in streams:
             stream.close()
-        return found
+        return samples_read
 
     straight = read(0, 8, 1)
     assert read(0, 3, 2) + read(48, 5, 4) == straight
@@ -88,7 +90,7 @@ def test_a_blend_resumes_and_changes_its_width_without_repeats(config: DataConfi
     assert any(token < 1000 for token in tokens) and any(token >= 1000 for token in tokens)
 
 
-def test_validation_has_the_same_proportions_always_and_from_the_beginning(config: DataConfig) -> None:
+def test_validation_has_the_same_proportions_and_is_always_the_same(config: DataConfig) -> None:
     validation = open_validation(config, vocab_size=2000)
     available = validation.num_samples(LENGTH)
     batches = ValidationBatches(validation, LENGTH, 40, 4, 0, 1)
@@ -117,7 +119,7 @@ def test_what_cannot_be_blended_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pair_is_read_as_it_is(tmp_path: Path) -> None:
-    """A prefix with dots, its last documents held out, and a vocabulary that does not fit named when it shows."""
+    """A prefix with dots; the last documents are held out; a token outside the vocabulary is an error when it is read."""
     prefix = write_pair(tmp_path / "corpus.v1_text_document", 50, 0)
     values = {"data": {"path": str(prefix), "validation_fraction": 0.1, "sequence_length": 40}}
     config = make_config(values, "a test").data

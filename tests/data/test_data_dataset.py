@@ -1,4 +1,4 @@
-"""Protects how a split is cut into samples: nothing between shards is lost, and a folder that is not whole is refused."""
+"""Tests of how a split is cut into samples: nothing between shards is lost, and a damaged folder is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_too_short_for_one_sample(folder: Path) -> None:
         split.num_samples(4)
 
 
-def test_what_is_not_there_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
+def test_something_missing_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LimeError, match="no split 'test'; it has train, validation"):
         TokenSplit(folder, "test")
     with pytest.raises(LimeError, match="no such folder"):

@@ -1,4 +1,4 @@
-"""Protects a folder from two writers."""
+"""Tests of the lock of a folder: one writer at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_folder_has_one_writer_and_a_patient_one_waits(tmp_path: Path) -> None
     thread.join()
 
 
-def test_a_lock_outlives_no_error(tmp_path: Path) -> None:
+def test_an_error_releases_the_lock(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError), lock_folder(tmp_path):
         raise BlockingIOError("of the caller's own")
     with lock_folder(tmp_path):

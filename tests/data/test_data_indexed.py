@@ -1,4 +1,4 @@
-"""Protects the .bin/.idx format: foreign corpora read as they are, and damaged pairs never open."""
+"""Tests of the .bin/.idx format: existing corpora are read as they are, and damaged pairs are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_pair(prefix: Path, dtype: str = "<u2") -> list[np.ndarray]:
 
 
 def by_hand(magic: bytes = b"MMIDIDX\0\0", version: int = 1, code: int = 4) -> bytes:
-    """An .idx laid out field by field from design §6: three sequences of 2, 1 and 3 int32 tokens, in two documents."""
+    """An .idx file, field by field: three sequences of 2, 1 and 3 int32 tokens, in two documents."""
     parts = [magic, struct.pack("<Q", version), struct.pack("<B", code), struct.pack("<Q", 3), struct.pack("<Q", 3)]
     parts += [struct.pack("<i", length) for length in (2, 1, 3)]
     parts += [struct.pack("<q", offset) for offset in (0, 8, 12)]
@@ -43,7 +43,7 @@ def test_what_is_written_reads_back(tmp_path: Path, dtype: str) -> None:
         data.document(4)
 
 
-def test_a_file_laid_out_byte_by_byte_reads_back(tmp_path: Path) -> None:
+def test_a_file_written_byte_by_byte_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.idx").write_bytes(by_hand())
     (tmp_path / "x.bin").write_bytes(struct.pack("<6i", 1, -2, 70000, 4, 5, 6))
     data = IndexedDataset(tmp_path / "x")
@@ -131,7 +131,7 @@ def test_a_damaged_pair_is_one_clear_line(tmp_path: Path, how: str, file: str, s
     assert says in message and f"{tmp_path / file}: " in message and "\n" not in message and ";" in message
 
 
-def test_nothing_appears_under_its_name_unless_whole(tmp_path: Path) -> None:
+def test_only_whole_files_get_their_name(tmp_path: Path) -> None:
     with pytest.raises(KeyError), IndexedWriter(tmp_path / "s", np.uint16) as writer:
         writer.add_document(np.arange(4))
         assert not (tmp_path / "s.bin").exists()
@@ -177,7 +177,7 @@ def test_megatron_core_reads_what_we_write_and_we_what_it_writes(tmp_path: Path,
             builder.add_item(torch.from_numpy(documents[i].astype(np.int64)))
         builder.end_document()
     builder.finalize(str(tmp_path / "theirs.idx"))
-    found = IndexedDataset(tmp_path / "theirs")
-    assert len(found) == 3 and found.dtype == np.dtype(dtype)
-    np.testing.assert_array_equal(found.document(0), np.concatenate(documents[:2]))
-    np.testing.assert_array_equal(found.document(2), documents[4])
+    pair = IndexedDataset(tmp_path / "theirs")
+    assert len(pair) == 3 and pair.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(pair.document(0), np.concatenate(documents[:2]))
+    np.testing.assert_array_equal(pair.document(2), documents[4])

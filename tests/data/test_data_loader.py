@@ -1,4 +1,4 @@
-"""Protects the training stream (exact resume at any width) and the validation set (always the same samples)."""
+"""Tests of the training stream, which resumes exactly at any width, and of the validation set, which is always the same."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_validation_is_the_same_samples_in_order_every_time(split: TokenSplit) -
             assert starts.tolist() == list(range(0, 96, 8))
 
 
-def test_validation_that_cannot_be_is_refused(split: TokenSplit) -> None:
+def test_an_impossible_validation_is_refused(split: TokenSplit) -> None:
     with pytest.raises(LimeError, match=r"evaluation_samples=10 is no multiple of .*micro_batch_size=4"):
         ValidationBatches(split, LENGTH, 10, 4, 0, 1)
     with pytest.raises(LimeError, match=r"has 40 train samples of 8 tokens; use at most 36"):

@@ -1,4 +1,4 @@
-"""Protects the sample order: each sample once an epoch, evenly shuffled, whatever the width and whenever it changes."""
+"""Tests of the sample order: each sample once per epoch, evenly shuffled, for any width and any change of width."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_epochs_and_seeds_differ_and_the_same_seed_repeats() -> None:
 
 
 def test_the_order_is_pinned() -> None:
-    """A change here changes what every resumed run reads next."""
+    """A change of the order would change what every resumed run reads next."""
     assert SampleOrder(1234, 10**9).samples_at(np.asarray([0, 1, 10**9])).tolist() == PINNED
 
 
@@ -53,13 +53,13 @@ def test_a_billion_samples_need_no_memory() -> None:
 
 
 def excess(counts: np.ndarray, expected: float) -> float:
-    """How many standard deviations chi-square lies above its mean (for a uniform distribution: about 0 ± 1)."""
+    """Distance of chi-square from its mean in standard deviations; about 0 ± 1 for a uniform distribution."""
     freedom = counts.size - 1
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
 
 
 def test_all_orders_of_a_few_samples_are_equally_likely() -> None:
-    """Over 7200 seeds, the 720 orders of six samples; with 8 rounds in place of 12 this is 20 and more."""
+    """The 720 orders of six samples over 7,200 seeds. With 8 rounds instead of 12 the value is 20 or more."""
     orders = Counter(tuple(SampleOrder(seed, 6).samples_at(np.arange(6)).tolist()) for seed in range(7200))
     counts = np.asarray([orders[order] for order in permutations(range(6))])
     assert abs(excess(counts, 10)) < 4
@@ -79,7 +79,7 @@ def test_every_sample_is_equally_likely_at_every_position_and_the_test_can_fail(
 
 
 def test_neighbours_are_independent() -> None:
-    """Successive samples of an epoch have no fixed distance (as a linear congruential order would)."""
+    """Successive samples of an epoch have no fixed distance, as they would in a linear congruential order."""
     size = 10007
     steps = np.diff(SampleOrder(2, size).samples_at(np.arange(size))) % size
     assert np.bincount(steps).max() < 12  # 1 expected; chance of 12 is below 1e-6
@@ -96,7 +96,7 @@ def test_ranks_together_read_each_position_once(width: int, micro: int) -> None:
     assert step_samples(48, 24, micro, width) == list(range(48, 72))
 
 
-def test_the_documented_rule() -> None:
+def test_the_documented_formula() -> None:
     assert rank_positions(100, 12, 2, 1, 3).tolist() == [[102, 103], [108, 109]]
 
 
