@@ -40,9 +40,6 @@ KNOWS_ALL = {
 }
 """Files that may import more than their package: the training loop puts checkpoints and monitor to use."""
 
-KNOWN = {"data_tools.sources", "data_tools.tokenizer"}
-"""Commands that are imported nevertheless, until they are packages with a ``__main__.py``."""
-
 
 def is_command(path: Path) -> bool:
     """Whether a file calls ``run_command(main)``, as commands do when they are run."""
@@ -89,7 +86,7 @@ def violations() -> set[tuple[str, str]]:
         names = f"{ALLOWED[package]} {KNOWS_ALL.get(file, '')}".split()
         allowed = {name if name == "data_tools" else f"lime_dist.{name}" for name in names} | {package, "lime_dist"}
         for imported in imported_modules(path):
-            commands = imported in COMMANDS - KNOWN
+            commands = imported in COMMANDS
             above = package_of(imported) not in allowed and module_of(path) not in COMMANDS
             if commands or above:
                 wrong.add((file, imported))
@@ -98,7 +95,6 @@ def violations() -> set[tuple[str, str]]:
 
 def test_imports_point_one_way() -> None:
     assert violations() == set()
-    assert KNOWN <= COMMANDS, "these are packages now: remove them"
 
 
 def test_every_package_has_a_rule() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lime_dist.config.registry import SCHEDULES
+from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -72,6 +72,12 @@ def test_schedules_are_compared_in_their_package_only() -> None:
     names = {*SCHEDULES, *(schedule.engine for schedule in SCHEDULES.values())}
     assert {"1f1b", "stock", "overlap"} <= names
     assert files_that_compare(names, "lime_dist/pipeline/schedules") == []
+
+
+def test_optimizers_are_compared_in_their_package_only() -> None:
+    assert "adamw" in OPTIMIZERS and "cosine" in LEARNING_RATES
+    assert files_that_compare({*OPTIMIZERS}, "lime_dist/train/optimizers") == []
+    assert files_that_compare({*LEARNING_RATES}, "lime_dist/train/learning_rates") == []
 
 
 @pytest.mark.parametrize(
