@@ -1,14 +1,16 @@
-"""Kill runs at random moments, start them again by the same command, and compare with a run that nobody disturbed.
+"""Kill runs at random moments, start them again with the same command, and compare them with an undisturbed run.
 
     python benchmarks/chaos.py --data data/quickstart/shards --output runs/chaos --runs 40
     python benchmarks/chaos.py --data … --output … --runs 3 --steps 30 model.hidden_size=32
 
-A run is two stages under `deepspeed` on this machine. Half of them lose a rank to `kill -9`, half their launcher: in turn the
-`deepspeed` that a user starts and the `deepspeed.launcher.launch` under it. Every third is killed while a checkpoint is being
-written (its hidden folder is there), the others at a random moment of a random step. Half save in the background. A run passes
-if the same command, called at once, ends with the undisturbed run's losses, gradient norms and validation losses bit for bit,
-if no more steps were repeated than lie between checkpoints (in the background: and are taken while one is written), and if all
-killed processes' companions were gone within 30 s.
+A run has two stages under `deepspeed` on this machine. `kill -9` hits a rank in half of the runs, and a launcher in the other half: in turn
+the `deepspeed` that a user starts and the `deepspeed.launcher.launch` under it. Every third run is killed while it writes a checkpoint
+(whose hidden folder exists), the others at a random moment of a random step. Half of them save in the background.
+
+The same command starts again at once. A run passes if
+- its losses, gradient norms and validation losses equal those of the undisturbed run bit for bit;
+- it repeated no more steps than lie between two checkpoints, plus, in the background, those taken while one was written;
+- all other processes of the killed job were gone within 30 s.
 
 Resumable: a run that is in results.json of --output is not repeated.
 """
@@ -42,22 +44,22 @@ SIZE = [
     "model.num_attention_heads=4", "data.sequence_length=32", "train.global_batch_size=8", "train.micro_batch_size=2",
     "train.evaluation_samples=16", "train.log_interval=1000", "parallel.pipeline_stages=2", "pipeline.timeout=60",
 ]  # fmt: skip
-"""What all runs share, over configs/quickstart.yaml; overrides on the command line come after it."""
+"""Overrides of configs/quickstart.yaml for all runs; those of the command line follow."""
 
 PATIENCE = 300.0
-"""Seconds that anything here may take before the harness gives up."""
+"""Seconds after which the benchmark gives up waiting."""
 GONE_WITHIN = 30.0
-"""Seconds that the other processes may take to end: as long as the launcher waits before it kills them."""
+"""Seconds within which the other processes must end: as long as the launcher waits before it kills them."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to a run.
+    """When and where a run is killed.
 
     Attributes:
-        victim: rank, deepspeed (what a user starts) or launch (the process that it starts, the ranks' parent).
-        step: in which it is killed.
-        inside: while the checkpoint of that step is written.
+        victim: ``rank``, ``deepspeed`` (the process that a user starts) or ``launch`` (its child and the parent of the ranks).
+        step: the step in which it is killed.
+        inside: whether it is killed while it writes the checkpoint of that step.
         delay: seconds from that moment to the kill.
     """
 
@@ -71,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it. ``seconds_until_gone``: from the kill to the end of the last process of the job."""
+    """The outcome of a run. ``seconds_until_gone`` is the time from the kill to the end of the last process of the job."""
 
     victim: str
     inside: bool
@@ -100,7 +102,7 @@ def make_plan(seed: int, index: int, steps: int, interval: int) -> Plan:
 
 
 class Job:
-    """One call of the command, its output in ``log``."""
+    """One call of the command, with its output in ``log``."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         environment = {
@@ -116,12 +118,12 @@ class Job:
         return self._log.read_bytes()[self._begin :].decode(errors="replace")
 
     def family(self) -> list[psutil.Process]:
-        """The process and all below it."""
+        """Return the process and its descendants."""
         top = psutil.Process(self.process.pid)
         return [top, *top.children(recursive=True)]
 
     def finish(self) -> None:
-        """LimeError unless it ends well."""
+        """Wait for the end; raise LimeError if the command fails."""
         status = self.process.wait(PATIENCE)
         if status:
             raise LimeError(f"{self._log}: the command ended with status {status}: {self.said().strip()[-500:]}")
@@ -173,14 +175,14 @@ def main() -> None:
 
 
 def undisturbed(output: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """The records of a run that nothing happens to; run once."""
+    """Train without a kill, unless this was done before; return the records."""
     directory = output / "undisturbed"
     Job(make_command(directory, overrides), output / "undisturbed.log").finish()  # a finished one ends at once
     return numbers(directory)
 
 
 def disturb(directory: Path, overrides: list[str], plan: Plan, wanted: list[dict[str, Any]]) -> Result:
-    """Run, kill, run again by the same command, compare."""
+    """Run, kill, run again with the same command, and compare."""
     begin = time.monotonic()
     overrides = [*overrides, f"checkpoint.asynchronous={str(plan.asynchronous).lower()}"]
     log = directory.with_suffix(".log")
@@ -222,7 +224,7 @@ def disturb(directory: Path, overrides: list[str], plan: Plan, wanted: list[dict
 
 
 def make_command(directory: Path, overrides: list[str]) -> list[str]:
-    """The command of a run, the same whenever it is called: the port too, which the run's name decides."""
+    """Return the command of a run. It is the same at every call, including the port, which is derived from the name of the run."""
     port = 20000 + zlib.crc32(str(directory).encode()) % 10000
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull]
     entry = [str(ROOT / "pretrain.py"), "--config", str(ROOT / "configs/quickstart.yaml")]
@@ -230,7 +232,11 @@ def make_command(directory: Path, overrides: list[str]) -> list[str]:
 
 
 def wait_for_moment(job: Job, directory: Path, plan: Plan) -> None:
-    """Return when the victim is to be killed; ``psutil.NoSuchProcess`` if the run ends before."""
+    """Wait for the moment of the kill.
+
+    Raises:
+        psutil.NoSuchProcess: the run ended before.
+    """
 
     def until(condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -256,7 +262,7 @@ def wait_for_moment(job: Job, directory: Path, plan: Plan) -> None:
 
 
 def partial_folders(directory: Path) -> list[str]:
-    """The checkpoints that are being written."""
+    """Return the names of checkpoints that are being written."""
     try:
         return [name for name in os.listdir(directory / "checkpoints") if name.endswith(".partial")]
     except FileNotFoundError:
@@ -276,7 +282,7 @@ def choose_victim(family: list[psutil.Process], plan: Plan) -> psutil.Process:
 
 
 def last_step(directory: Path) -> int:
-    """The newest step whose line is whole."""
+    """Return the last step with a complete line in metrics.jsonl."""
     try:
         text = (directory / "metrics.jsonl").read_text()
     except FileNotFoundError:
@@ -286,7 +292,7 @@ def last_step(directory: Path) -> int:
 
 
 def numbers(directory: Path) -> list[dict[str, Any]]:
-    """The records of a run without what the clock decides. Every figure is a float's shortest text: equal means bit for bit."""
+    """Return the records of a run without times. Figures are the shortest texts of floats, so equal ones are equal bit for bit."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [without_clock(json.loads(line)) for line in lines]
 

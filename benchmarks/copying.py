@@ -1,7 +1,7 @@
-"""LIMe over keys and values as the paper's published code runs it: every layer makes a fresh copy of all earlier slots.
+"""LIMe over keys and values as in the paper's published code: every layer copies all earlier slots.
 
-Autograd keeps each copy for the gradient of the router, so L layers hold L·(L + 1)/2 slots. This is the baseline that
-`step_cost.py` measures; it runs the layers of a decoder from `lime_dist.build_decoder`, with the same parameters.
+Autograd keeps each copy for the gradient of the router, so L layers hold L·(L + 1)/2 slots. This is the baseline of
+`step_cost.py`. It runs the layers of a decoder from `lime_dist.build_decoder`, with the same parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lime_dist.model.layers import language_model_loss
 
 
 def copying_logits(decoder: Decoder, tokens_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] of a decoder with ``routes: kv`` and ``policy: full`` (design, section 3)."""
+    """Logits [B, T, V] of a decoder with ``routes: kv`` and ``policy: full``."""
     config = decoder.config
     embedding, *layers, norm, head = (decoder.get_submodule(spec.name) for spec in decoder.specs)
     hidden = embed(config, embedding, tokens_BT)
@@ -34,7 +34,7 @@ def copying_logits(decoder: Decoder, tokens_BT: Tensor) -> Tensor:
 
 
 def copying_layer(layer: DecoderLayer, x_BTD: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer; ``history`` is [ℓ·G, 2, N, d], the slots of the ℓ layers before it, and comes back with one more."""
+    """Run one layer. ``history`` [ℓ·G, 2, N, d] holds the slots of the ℓ layers before it; it is returned with one more slot."""
     attention = layer.self_attn
     rotary = attention.rotary(x_BTD)
     batch, length, _ = x_BTD.shape
@@ -58,10 +58,10 @@ def copied_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype, check
 
 
 def check_equality() -> str:
-    """Compare with the decoder's own ``full`` in float64 at a small size; returns one line that says how well it fits.
+    """Compare with the decoder's ``full`` in float64 at a small size; return one line with the differences.
 
     Raises:
-        AssertionError: loss or gradients differ: one of the two is wrong.
+        AssertionError: loss or gradients differ.
     """
     worst_loss = worst_gradient = 0.0
     for heads in (4, 2):
@@ -88,7 +88,7 @@ def check_equality() -> str:
 
 
 def random_batch(batch: int, length: int, vocab_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, [B, T] each; the same at every call."""
+    """Return tokens and labels, [B, T] each, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     both = torch.randint(vocab_size, (2, batch, length), generator=generator).to(device)
     return both[0], both[1]

@@ -1,7 +1,7 @@
-"""From which depth on do links, not computation, set the pace of a pipeline? By history policy, simulated.
+"""Simulate at which depth links, not computation, become the limit of a pipeline, by history policy.
 
-Depth grows from 32 to 1024 layers with a fixed number of layers a stage, so that each stage computes as much as ever, while
-what crosses the boundaries grows with the history. A step has four micro-batches a stage, so that filling and draining takes
+Depth grows from 32 to 1024 layers with a fixed number of layers per stage. So the work of a stage stays the same, while
+what crosses the boundaries grows with the history. A step has four micro-batches per stage, so that filling and draining take
 the same share at all depths. Steps are simulated exactly (`lime_dist/plan/wavefront.py`), for pipelines of up to 512 stages.
 
 examples:
@@ -29,7 +29,7 @@ SIZE = [
     "model.hidden_size=2048", "model.intermediate_size=8192", "model.num_attention_heads=16", "model.num_key_value_heads=4",
     "model.vocab_size=32768", "data.sequence_length=2048", "train.micro_batch_size=1", "precision=bf16",
 ]  # fmt: skip
-"""What the picture in RESULTS.md was made with; overrides on the command line come after it."""
+"""The size behind the picture in RESULTS.md; overrides of the command line follow."""
 POLICIES: dict[str, list[str]] = {
     "llama": ["model.architecture=llama"],
     "first_last": ["model.lime.history={policy: first_last, first: 2, last: 1}"],
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def make_config(name: str, depth: int, overrides: list[str]) -> Config:
-    """A pipeline of that depth, with stages of equal numbers of layers."""
+    """Return the configuration of a pipeline with this depth and equal stages."""
     stages = depth // PER_STAGE
     shape = [f"model.num_hidden_layers={depth}", f"parallel.pipeline_stages={stages}",
              f"parallel.stage_layers={[PER_STAGE] * stages}"]  # fmt: skip
@@ -104,7 +104,7 @@ def pass_times(config: Config, machine: Machine) -> list[StageTimes]:
 
 
 def crossing(config: Config, machine: Machine, bandwidth: str) -> str:
-    """The first boundary whose transfers take longer than the passes of the stage behind it, as the layers before it."""
+    """Return the number of layers before the first boundary whose transfers take longer than the passes of the next stage."""
     times = pass_times(config, machine)
     for stage, size in enumerate(boundary_bytes(config), 1):
         if size / read_bandwidth(bandwidth) > times[stage].forward + times[stage].backward:
@@ -117,7 +117,7 @@ def share(seconds: float, parts: Parts) -> str:
 
 
 def make_table(depths: list[int], found: dict[str, list[Parts]], crossings: dict[str, list[str]]) -> str:
-    """By policy and depth: seconds of a step, and which shares of it are computation (imbalance included) and link."""
+    """Return the step time by policy and depth, with the shares of computation (including imbalance) and links."""
     lines = [
         f"| layers × stages | {' | '.join(f'{depth} × {depth // PER_STAGE}' for depth in depths)} |",
         f"|---|{'---|' * len(depths)}",
@@ -131,14 +131,14 @@ def make_table(depths: list[int], found: dict[str, list[Parts]], crossings: dict
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "", "Cells: a step's time; shares of computation (with imbalance) and of link. The rest is filling and draining.", "",
-        f"| links set the pace behind so many layers | {' | '.join(BANDWIDTHS)} |", f"|---|{'---|' * len(BANDWIDTHS)}",
+        f"| layers after which links are the limit | {' | '.join(BANDWIDTHS)} |", f"|---|{'---|' * len(BANDWIDTHS)}",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in crossings.items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def draw(depths: list[int], found: dict[str, list[Parts]], machine: Machine, path: Path) -> None:
-    """A panel a policy: shares of the step against depth; and one with times over LLaMA's."""
+    """Draw one panel per policy with the shares of the step against depth, and one with times over LLaMA's."""
     try:
         import matplotlib
     except ImportError:

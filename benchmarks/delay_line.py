@@ -1,7 +1,7 @@
-"""A slow cable: carries frames between two TAP devices, and what enters at the first leaves at the second some time later.
+"""A slow cable: carry frames between two TAP devices, with a delay in one direction.
 
-Started by `links.py`, in the network namespace where the devices are to be made; they may be moved to others afterwards.
-(The kernel's own way, `tc … netem delay`, is a module that many machines' kernels lack, containers' among them.)
+Started by `links.py`, in the network namespace in which it makes the devices; they may be moved to others afterwards.
+(The kernel's `tc … netem delay` is a module that many kernels lack, such as those of containers.)
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MOST_FRAMES = 10_000
 
 
 def open_tap(name: str) -> int:
-    """Make a TAP device; its file reads what the kernel sends by it, and what is written there arrives by it."""
+    """Make a TAP device. Reading its file gives what the kernel sends through it; what is written there arrives from it."""
     file = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(file, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
     return file
 
 
 def carry(slow: int, prompt: int, delay: float) -> None:
-    """Carry for ever: from ``slow`` to ``prompt`` after ``delay`` seconds, the other way at once."""
+    """Carry frames forever: from ``slow`` to ``prompt`` after ``delay`` seconds, the other way at once."""
     under_way: deque[tuple[float, bytes]] = deque()
     while True:
         patience = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None

@@ -1,13 +1,13 @@
-"""What a bounded history costs in quality: validation loss against entries over the last boundary, by policy.
+"""Measure what a bounded history costs in quality: validation loss against entries over the last boundary, by policy.
 
-Every variant trains with the same seeds (initial values and order of the data) for the same steps, and is compared seed by
-seed with `full` and with LLaMA. The last boundary is the one before the last quarter of the layers, as with four equal stages.
+Every variant trains from the same seeds (for initial values and order of the data) for the same steps, and is compared seed by
+seed with `full` and with LLaMA. The last boundary lies before the last quarter of the layers, as with four equal stages.
 
     python benchmarks/history_quality.py --data data/quickstart/shards --output runs/history_quality
     python benchmarks/history_quality.py --data … --output … --seeds 0 1 2 3 4 --variants llama full chunked-8-r1-f2
-    python benchmarks/history_quality.py --data … --output … --minutes 30                (stop beginning runs after that)
+    python benchmarks/history_quality.py --data … --output … --minutes 30                (start no runs after that)
 
-Resumable: the same command finishes what a stop left over (`runs.py`). Seeds that not every variant has ended are left out.
+Resumable: after a stop, the same command finishes the rest (`runs.py`). Seeds that some variant has not finished are left out.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def main() -> None:
 
 
 def entries(study: Study, name: str) -> int:
-    """Entries of the history over the boundary before the last quarter of the layers."""
+    """Return the number of entries over the boundary before the last quarter of the layers."""
     model = study.model(name).model
     return boundary_entries(model, model.num_hidden_layers - model.num_hidden_layers // 4)
 
 
 def make_table(study: Study, seeds: Sequence[int]) -> str:
-    """By variant: entries, loss, difference to `full` and share of its gain over LLaMA, with 95 % intervals."""
+    """Return the table by variant: entries, loss, difference from `full` and share of its gain over LLaMA, with 95 % intervals."""
     llama, full = study.losses("llama", seeds), study.losses("full", seeds)
     gains = [a - b for a, b in zip(llama, full, strict=True)]
     lines = [
@@ -119,7 +119,7 @@ def make_table(study: Study, seeds: Sequence[int]) -> str:
 
 
 def share(gains: Sequence[float], of: Sequence[float]) -> str:
-    """Ratio of the mean gains with its interval, where there is one."""
+    """Return the ratio of the mean gains, with its interval if it is bounded."""
     interval = ratio_interval(gains, of)
     if interval is None:
         return "unresolved"
@@ -127,14 +127,14 @@ def share(gains: Sequence[float], of: Sequence[float]) -> str:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean of normally distributed values (Student)."""
+    """Return the 95 % interval of the mean of normally distributed values (Student)."""
     half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean - half, mean + half
 
 
 def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval | None:
-    """95 % interval of a ratio of means over paired values (Fieller); None: the divisor may be 0, and it is unbounded."""
+    """Return the 95 % interval of a ratio of means of paired values (Fieller); None if it is unbounded, as the divisor may be 0."""
     count = len(above)
     square = t_quantile(count - 1) ** 2 / count
     covariance = np.cov(above, below)
@@ -151,7 +151,7 @@ def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval |
 
 
 def t_quantile(freedom: int, level: float = 0.975) -> float:
-    """Quantile of Student's distribution, by integrating its density."""
+    """Return a quantile of Student's distribution, by integrating its density."""
     x = np.linspace(0.0, 400.0, 4_000_001)
     scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
     density = scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
@@ -160,7 +160,7 @@ def t_quantile(freedom: int, level: float = 0.975) -> float:
 
 
 def draw(study: Study, seeds: Sequence[int]) -> None:
-    """Validation loss minus LLaMA's against entries: small dots a seed, large ones the mean, bars its 95 % interval."""
+    """Draw validation loss minus LLaMA's against entries: a small dot per seed, a large one for the mean, a bar for its 95 % interval."""
     try:
         import matplotlib
     except ImportError:

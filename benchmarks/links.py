@@ -1,7 +1,7 @@
 """Several hosts on one machine: namespaces joined by links of a given rate and delay. Needs root, util-linux and iproute2.
 
-A host has a network, a host name, process numbers and mounts of its own. All of it hangs on one process, the host's init,
-which the kernel ends when the process that made the host ends, however that happens: nothing is ever left over.
+A host has its own network, host name, process numbers and mounts. They live as long as one process, the host's init.
+The kernel ends it when the process that made the host ends, for whatever reason, so nothing is left over.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ a question to a name server that cannot be reached takes a quarter of a minute t
 
 
 class NoNamespaces(LimeError):
-    """This machine, or this user, cannot make hosts."""
+    """Hosts cannot be made on this machine or by this user."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Host:
     """One of several machines.
 
     Attributes:
-        init: number of its first process, as its maker sees it.
+        init: process number of its first process, as seen by its maker.
     """
 
     name: str
@@ -62,30 +62,34 @@ class Host:
     init: int
 
     def command(self, *words: str, directory: str | None = None) -> list[str]:
-        """A command line that runs ``words`` on this host, in a directory as it is there (default: the present one)."""
+        """Return a command line that runs ``words`` on this host, in a directory of the host (default: the current one)."""
         namespaces = ["--net", "--uts", "--mount", "--pid", f"--wdns={directory or os.getcwd()}"]
         return ["nsenter", "--target", str(self.init), *namespaces, *words]
 
     def network_command(self, *words: str) -> list[str]:
-        """The same in its network alone: files and process numbers are the maker's."""
+        """Return a command line that runs ``words`` in the host's network only, with the files and process numbers of its maker."""
         return ["nsenter", "--target", str(self.init), "--net", *words]
 
     def run(self, *words: str) -> str:
-        """Run a command of a few moments on this host; its output, or a LimeError with the end of what it said."""
+        """Run a short command on this host and return its output.
+
+        Raises:
+            LimeError: it failed; with the end of its output.
+        """
         return _run(self.command(*words))
 
 
 @contextmanager
 def hosts(names: Sequence[str], rate: str | None = None, delay: float = 0.0) -> Iterator[list[Host]]:
-    """Hosts on one network, which know each other by name; gone, with all that runs on them, when the block ends.
+    """Make hosts on one network that know each other by name. At the end of the block they and their processes are gone.
 
     Args:
-        rate: of what leaves a host, as `tc` takes it (200mbit); None: as fast as it can.
-        delay: seconds from a host to any other.
+        rate: rate of what leaves a host, in the form of `tc` (200mbit); None for no limit.
+        delay: seconds from a host to any other host.
 
     Raises:
-        NoNamespaces: the rights or the tools are missing.
-        LimeError: a rate that `tc` does not take.
+        NoNamespaces: rights or tools are missing.
+        LimeError: `tc` rejects the rate.
     """
     for program, package in PROGRAMS.items():
         if shutil.which(program) is None:
@@ -119,7 +123,7 @@ def _host(name: str, address: str, table: str) -> Iterator[Host]:
 
 @contextmanager
 def _cable(host: Host, switch: Host, delay: float) -> Iterator[None]:
-    """A link whose ends are ``INTERFACE`` on the host and a device of the host's name on the switch."""
+    """Make a link from ``INTERFACE`` on the host to a device with the host's name on the switch."""
     if not delay:
         end = ["peer", "name", INTERFACE, "netns", str(host.init)]
         _run(switch.network_command("ip", "link", "add", "name", host.name, "type", "veth", *end))
@@ -133,7 +137,7 @@ def _cable(host: Host, switch: Host, delay: float) -> Iterator[None]:
 
 @contextmanager
 def _helper(command: list[str]) -> Iterator[int]:
-    """A process that says when it is ready, by its number; ended after the block."""
+    """Start a process and wait until it is ready; yield its process number, and end it after the block."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([*LIFELINE, *command], text=True, **pipes) as process:
         try:
@@ -151,9 +155,9 @@ class Hosts:
     """Where two processes run.
 
     Attributes:
-        commands: by host, what comes before a command that is to run there.
-        address: of the first host, as the second sees it.
-        interface: the network interface between them.
+        commands: for each host, the words before a command that runs there.
+        address: address of the first host, as seen by the second.
+        interface: network interface between them.
     """
 
     commands: tuple[list[str], list[str]]
@@ -166,7 +170,7 @@ LOOPBACK = Hosts(([], []), "127.0.0.1", "lo")
 
 @contextmanager
 def slow_link(rate: str, delay: float) -> Iterator[Hosts]:
-    """Two hosts; arguments and errors as of `hosts`."""
+    """Make two hosts; arguments and errors as for `hosts`."""
     with hosts(["a", "b"], rate, delay) as (one, other):
         yield Hosts((one.command(), other.command()), one.address, INTERFACE)
 

@@ -1,10 +1,10 @@
-"""How many samples a second the training stream hands out from the page cache, on one core.
+"""Measure how many samples per second the training stream reads from the page cache, on one core.
 
     python benchmarks/loading.py --output runs/loading
 
-A sample is 2,049 uint16 tokens at a random place, given out as int64 (tokens, labels) of 2,048 each in micro-batches. Measured
-are the reading alone and the whole stream with its reading-ahead thread; the process is bound to one core. Beside them, the
-least that must be done: as many bytes copied out of the same file by numpy and widened, in order.
+A sample is 2,049 uint16 tokens at a random position, returned as int64 (tokens, labels) of 2,048 each in micro-batches. The benchmark
+measures reading alone and the whole stream with its read-ahead thread, bound to one core. For comparison, numpy copies as many
+bytes from the same file in order and widens them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LENGTH = 2048
 
 
 def rate(work: Callable[[int], None], samples: int, repeats: int) -> float:
-    """Median samples a second."""
+    """Return the median number of samples per second."""
     found = []
     for _ in range(repeats):
         begin = time.perf_counter()

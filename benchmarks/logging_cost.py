@@ -1,10 +1,10 @@
-"""What watching a run costs: the share of step time that goes into measuring, gathering, drawing and writing.
+"""Measure what monitoring costs: the share of step time for measuring, gathering, drawing and writing.
 
     python benchmarks/logging_cost.py --data data/quickstart/shards --output runs/logging_cost
     python benchmarks/logging_cost.py --data … --output … --steps 20 train.log_interval=1 monitor.router_interval=1
 
-A run of configs/quickstart.yaml on two processes of this machine, with the intervals that it has by default. Every function
-that is there for watching alone is timed in it (`logging_cost_worker.py`), on rank 0, which does most of it.
+Runs configs/quickstart.yaml on two processes of this machine, with its default intervals. Every function that only serves monitoring
+is timed (`logging_cost_worker.py`), on rank 0, which does most of the work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One process of `logging_cost.py`: trains as pretrain.py does, and adds up what watching takes, by what it does.
+"""One process of `logging_cost.py`: train as pretrain.py does, and sum up the time of monitoring by kind of work.
 
-Of functions within each other the outermost is counted. Gathering includes the wait for the slower rank, which would otherwise
-come a little later.
+If one timed function calls another, only the outer one is counted. Gathering includes the wait for the slower rank, which would
+otherwise come a little later.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WATCHING = {
 
 
 class Stopwatch:
-    """Seconds and calls of functions, by label; what they call is theirs."""
+    """Seconds and calls of functions by label, including what they call."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Two processes of one job, one a host, that measure something and hand over what they found."""
+"""Run two processes of one job, one per host, that measure something and return their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from links import Hosts
 
 
 def run_pair(hosts: Hosts, worker: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run ``worker`` (a script beside this one) twice, with ``settings`` as JSON and a folder as its arguments; returns what
+    """Run ``worker`` (a script beside this one) twice, with ``settings`` as JSON and a folder as its arguments; return what
     each rank wrote into ``<rank>.json`` there."""
     with socket.socket() as probe:
         probe.bind(("", 0))

@@ -1,20 +1,20 @@
-"""What a training step costs on two stages: step time over LLaMA's on the same engine, bytes over the boundary, and what the
-simulator says of both, over loopback and over a slow link.
+"""Measure a training step on two stages: step time over LLaMA's on the same engine, bytes over the boundary, and what the
+simulator predicts for both, over loopback and over a slow link.
 
 stock-tuple   DeepSpeed's schedule and transfers; hidden state and history as a tuple, copied in every layer: the usual way
 stock         DeepSpeed's schedule and blocking transfers (pipeline.engine: stock) with this program's one payload
 overlap       this program's engine (pipeline.engine: overlap)
 
-Two processes build every variant once; rounds alternate: each runs one step of every variant, the first round warms up and
-is dropped. Times are medians. The simulator gets the forward and backward seconds that the stages measured over loopback
-and the rates that a transfer alone measured on each link.
+Two processes build every variant once. Each round runs one step of every variant; the first round warms up and
+is dropped. Times are medians. The simulator gets the forward and backward seconds that the stages measured over loopback,
+and the rate of a single transfer on each link.
 
 examples:
   python benchmarks/pipeline_cost.py --output runs/pipeline_cost
   python benchmarks/pipeline_cost.py --output runs/pipeline_cost --links loopback --rounds 5
   python benchmarks/pipeline_cost.py --output /tmp/toy --layers 4 --hidden 32 --heads 4 --length 32 --micro-batches 4
 
-The slow link needs root (two network namespaces); it is left out with a message where that is missing. A link that is in
+The slow link needs root (two network namespaces); without root it is left out with a message. A link that is in
 results.json of --output is not measured again.
 """
 
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def make_config(settings: dict[str, Any], engine: str, model: str, stages: int) -> Config:
-    """The run of a variant."""
+    """Return the configuration of a variant."""
     hidden = settings["hidden"]
     shape = {
         "model.vocab_size": settings["vocabulary"], "model.hidden_size": hidden, "model.intermediate_size": 4 * hidden,
@@ -116,7 +116,7 @@ def make_config(settings: dict[str, Any], engine: str, model: str, stages: int) 
 
 
 def measure(hosts: Hosts, settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """Run all variants on two processes, one a host."""
+    """Run all variants on two processes, one per host."""
     ranks = run_pair(hosts, "pipeline_worker.py", {**settings, "link": name})
     return {
         "bandwidth": ranks[0]["bandwidth"],
@@ -143,7 +143,7 @@ def make_tables(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> s
 
 
 def simulated(settings: dict[str, Any], variant: str, links: dict[str, dict[str, Any]], name: str) -> float:
-    """Seconds of a step of a variant on a link, from what its stages took over loopback."""
+    """Return the simulated step time of a variant on a link, from the times of its stages over loopback."""
     engine, model = VARIANTS[variant]
     stages = links["loopback" if "loopback" in links else name]["variants"][variant]["stages"]
     times = [StageTimes(stage["forward"], stage["backward"]) for stage in stages]
@@ -159,7 +159,7 @@ def simulated(settings: dict[str, Any], variant: str, links: dict[str, dict[str,
 
 
 def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, Any]]) -> str:
-    """By variant: step time and ratios, bytes predicted and counted, simulated time."""
+    """Return the table by variant: step time and ratios, bytes predicted and counted, simulated time."""
     found = links[name]
     speed = f"{found['bandwidth'] / 1e6:.0f} MB/s, {found['latency'] * 1e3:.2f} ms, measured"
     lines = [
@@ -183,12 +183,12 @@ def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, A
 
 
 def ratio(own: Sequence[float], base: Sequence[float]) -> float:
-    """Median over rounds of the ratio within a round."""
+    """Return the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(own, base, strict=True))
 
 
 def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> str:
-    """Four stages: bytes over each boundary and simulated steps. (Two cores cannot show the bubbles of four stages.)"""
+    """Return the table for four stages: bytes over each boundary and simulated steps. (Two cores cannot show the bubbles of four stages.)"""
     lines = [
         "four stages, simulated", "",
         f"| variant | bytes over the boundaries, a micro-batch | {' | '.join(f'{name}, s/step' for name in links)} |",

@@ -1,4 +1,4 @@
-"""One of the two processes of `pipeline_cost.py`: builds every variant, runs the rounds, writes what it measured."""
+"""One of the two processes of `pipeline_cost.py`: build every variant, run the rounds, write the measurements."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Payload = tuple[Tensor, Tensor]
 
 
 class TupleModule(LimePipelineModule):
-    """Hidden state and history go on as a tuple of two tensors; every layer makes a fresh copy of the history."""
+    """A module that passes on hidden state and history as a tuple of two tensors; every layer copies the history."""
 
     def forward(self, inputs: Any, history: Any = None) -> Any:
         functions, config = self.forward_funcs, self.config.model
@@ -50,7 +50,7 @@ class TupleModule(LimePipelineModule):
 
 
 class TupleEngine(LimeEngine):
-    """The stock way with a tuple: inputs are cloned, and backward walks the graph once per tensor of the output."""
+    """DeepSpeed's way with a tuple: it clones inputs, and backward walks the graph once per tensor of the output."""
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         inputs = self.pipe_buffers["inputs"][buffer_id]
@@ -105,7 +105,7 @@ def time_instructions(engine: LimeEngine, taken: dict[str, list[float]]) -> None
 
 
 def count_stock_bytes(counts: dict[str, int]) -> None:
-    """Count what the stock engine sends forwards, announcements of shapes left out."""
+    """Count what the stock engine sends forwards, without the announcements of shapes."""
     from deepspeed.runtime.pipe import p2p
 
     send = p2p.send
@@ -119,7 +119,7 @@ def count_stock_bytes(counts: dict[str, int]) -> None:
 
 
 def link_speed(rank: int) -> tuple[float, float]:
-    """Bytes per second of a large transfer from the first process, and half of a small round trip, in seconds."""
+    """Return the bytes per second of a large transfer from the first process, and the seconds of half a small round trip."""
 
     def transfer(size: int) -> float:
         data = torch.zeros(size // 4)
@@ -193,7 +193,7 @@ def main() -> None:
 
 
 def sent_forwards(engine: LimeEngine, counts: dict[str, int]) -> int:
-    """Bytes that this process has sent so far; the first one sends payloads alone."""
+    """Return the bytes that this process has sent so far; the first process sends only payloads."""
     if isinstance(engine, OverlapEngine):
         return sum(found.bytes for name, found in engine.transfer_stats().items() if name.startswith("sent"))
     return counts.get("sent", 0)

@@ -1,16 +1,16 @@
-"""Does the plan rank step times as they are measured? Settings of two processes, over loopback and over a slow link.
+"""Compare the plan's ranking of step times with measured ones: settings of two processes, over loopback and a slow link.
 
-Two processes build every setting once; rounds alternate: each runs one step of every setting, the first round warms up and is
-dropped. What counts is a setting's fastest round: what else runs on the machine only makes rounds slower. The plan is told the
-measured speed of links and of memory (a copy in both processes at a time), and one more number: the FLOPs a second with which
-it predicts LLaMA's step over loopback right. Settings that differ by less than 5 % are not told apart.
+Two processes build every setting once. Each round runs one step of every setting; the first round warms up and is
+dropped. A setting counts by its fastest round, because other work on the machine only makes rounds slower. The plan is given the
+measured speed of links and of memory (while both processes copy), and one more number: the FLOP/s with which
+it predicts LLaMA's step over loopback correctly. Settings that differ by less than 5 % are not ranked.
 
 examples:
   python benchmarks/planning.py --output runs/planning
   python benchmarks/planning.py --output runs/planning --links loopback --rounds 5
   python benchmarks/planning.py --output /tmp/toy --hidden 32 --layers 8 --length 32 --rounds 1 --links loopback
 
-The slow link needs root (two network namespaces); it is left out with a message where that is missing. A link that is in
+The slow link needs root (two network namespaces); without root it is left out with a message. A link that is in
 results.json of --output is not measured again.
 """
 
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def make_config(settings: dict[str, Any], name: str) -> Config:
-    """The run of a setting."""
+    """Return the configuration of a setting."""
     hidden, layers = settings["hidden"], settings["layers"]
     shape = [
         "model.vocab_size=4096", f"model.hidden_size={hidden}", f"model.intermediate_size={4 * hidden}",
@@ -138,7 +138,7 @@ def make_tables(settings: dict[str, Any], found: dict[str, Result]) -> str:
 
 
 def link_table(settings: dict[str, Any], link: str, found: Result, process: Result) -> str:
-    """By setting, as predicted: seconds measured and predicted; then what is ranked otherwise than measured."""
+    """Return the table by setting in predicted order, with predicted and measured seconds, and then the pairs that are ranked wrongly."""
     forecasts = {name: predict(settings, found, name, process) for name in found["seconds"]}
     names = sorted(forecasts, key=lambda name: forecasts[name].seconds)
     fastest = {name: min(found["seconds"][name]) for name in names}
@@ -160,7 +160,7 @@ def link_table(settings: dict[str, Any], link: str, found: Result, process: Resu
 
 
 def compare(names: list[str], seconds: dict[str, list[float]]) -> str:
-    """How far the order in which names are given, the faster first, is that of their fastest rounds."""
+    """Compare the given order of names, the fastest first, with the order of their fastest rounds."""
     fastest = {name: min(found) for name, found in seconds.items()}
     pairs = list(combinations(names, 2))
     wrong = [pair for pair in pairs if fastest[pair[0]] > fastest[pair[1]]]

@@ -1,4 +1,4 @@
-"""One of the two processes of `planning.py`: builds every setting, runs the rounds, writes what it measured."""
+"""One of the two processes of `planning.py`: build every setting, run the rounds, write the measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lime_dist.train.optim import build_engine
 
 
 def seconds_of_step(engine: LimeEngine, config: Config) -> float:
-    """One step of both processes."""
+    """Run one step on both processes."""
     shape = {
         "batch": config.train.micro_batch_size,
         "length": config.data.sequence_length,
@@ -34,7 +34,7 @@ def seconds_of_step(engine: LimeEngine, config: Config) -> float:
 
 
 def memory_speed() -> float:
-    """Bytes per second that a process moves while both copy."""
+    """Return the bytes per second that a process moves while both copy."""
     source = torch.ones(1 << 24)
     target = torch.empty_like(source)
     seconds = []

@@ -1,12 +1,12 @@
-"""How fast and how large `data_tools.pretokenize` is, beside the least that must be done: sentencepiece over the same files.
+"""Measure speed and memory of `data_tools.pretokenize` beside bare sentencepiece over the same files.
 
     python benchmarks/pretokenize.py --output runs/pretokenize
     python benchmarks/pretokenize.py --output runs/pretokenize-memory --memory-gigabytes 5
 
 The bare side reads the parquet files, encodes batches of 64 documents to numpy in as many threads as there are workers, and
 writes the ids to one file: no hashes, no index, no fsync, no end-of-document token, no splits. Both sides are whole commands,
-start-up included; they alternate, and the ratio is that of the medians. Memory is the sum over a command's processes of their
-resident pages, its largest value in samples every 50 ms.
+including start-up; they alternate, and the ratio is that of the medians. Memory is the sum of the resident pages of all processes of
+a command, the largest of samples every 50 ms.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ with ThreadPoolExecutor(threads) as pool, open(output, "wb") as file:
 
 
 def make_input(folder: Path, megabytes: int) -> None:
-    """Parquet files of documents with FineWeb-Edu's lengths, made of this machine's documentation text."""
+    """Write parquet files with documents of FineWeb-Edu's lengths, from this machine's documentation."""
     if (folder / "done").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -83,7 +83,7 @@ def make_input(folder: Path, megabytes: int) -> None:
     generator = np.random.default_rng(0)
 
     def texts() -> Iterator[str]:
-        """Whole paragraphs in random order until a document's length is reached."""
+        """Yield documents: whole paragraphs in random order, up to a document's length."""
         left = megabytes * 1e6
         while left > 0:
             wanted, parts = generator.lognormal(np.log(MEDIAN_BYTES), SPREAD), list[str]()
@@ -104,14 +104,14 @@ def make_input(folder: Path, megabytes: int) -> None:
 
 
 def make_tokenizer(folder: Path, given: Path, model_type: str, vocab_size: int) -> None:
-    """A tokenizer of the kind that users train."""
+    """Train a tokenizer as users do."""
     command = [sys.executable, "-m", "data_tools.tokenizer", "train", "--input", str(given), "--output", str(folder)]
     command += ["--vocab-size", str(vocab_size), "--model-type", model_type, "--sample-megabytes", "16"]
     subprocess.run(command, check=True, cwd=ROOT)
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak megabytes of a command with all its children."""
+    """Return the seconds and peak megabytes of a command with its children."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
@@ -127,7 +127,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that come from it."""
+    """Return a process and its descendants."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -136,7 +136,7 @@ def family(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory; of pages that processes share, each counts its own part."""
+    """Return the bytes in memory; shared pages count in proportion."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -147,7 +147,7 @@ def resident(pid: int) -> int:
 
 
 def ours(work: Path, given: Path, model_type: str, workers: int, *options: str) -> list[str]:
-    """The tool's command, into an empty folder."""
+    """Return the command of data_tools.pretokenize, into an empty folder."""
     shutil.rmtree(work / "ours", ignore_errors=True)
     return [
         sys.executable, "-m", "data_tools.pretokenize", "--input", str(given), "--tokenizer", str(work / model_type),
@@ -156,7 +156,7 @@ def ours(work: Path, given: Path, model_type: str, workers: int, *options: str) 
 
 
 def bare(work: Path, given: Path, model_type: str, threads: int) -> list[str]:
-    """The yardstick's command."""
+    """Return the command of the bare side."""
     model = str(work / model_type / "tokenizer.model")
     return [sys.executable, "-c", BARE, model, str(given), str(work / "bare.bin"), str(threads)]
 
@@ -200,7 +200,7 @@ def measure_speed(
     settings: dict[str, object],
     results: dict[str, list[list[float]]],
 ) -> list[str]:
-    """Both sides in turn, whichever has fewer runs first."""
+    """Run both sides in turn, first the one with fewer runs."""
     cases = [(kind, workers) for kind in ("bpe", "unigram") for workers in (1, 2)]
     for repeat in range(arguments.repeats):
         for kind, workers in cases:
@@ -235,7 +235,7 @@ def measure_memory(
     settings: dict[str, object],
     results: dict[str, list[list[float]]],
 ) -> list[str]:
-    """One run over so many links to the input's files that they hold the text asked for, and one that drops duplicates."""
+    """Run once over enough links to the input's files to hold the requested amount of text, and once with duplicates dropped."""
     many = work / "many"
     copies = -(-int(arguments.memory_gigabytes * 1000) // int(size))
     shutil.rmtree(many, ignore_errors=True)

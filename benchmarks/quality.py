@@ -1,9 +1,9 @@
-"""Which model learns best: trains models for the same steps on the same batches and seeds; a table and a picture.
+"""Compare how well models learn: train them for the same steps on the same batches and seeds; make a table and a picture.
 
     python benchmarks/quality.py --data data/quickstart/shards --output runs/quality
     python benchmarks/quality.py --data … --output … --models llama lime-kv --seeds 0 1 2 --steps 300 model.hidden_size=128
 
-Resumable: the same command finishes what a stop left over (`runs.py`).
+Resumable: after a stop, the same command finishes the rest (`runs.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def make_table(study: Study, seeds: list[int]) -> str:
-    """Validation loss (mean ± standard deviation over seeds), parameters, median seconds a step."""
+    """Return the table: validation loss (mean ± standard deviation over seeds), parameters, median seconds per step."""
     lines = ["| model | validation loss | difference to the first | parameters | s/step |", "|---|---|---|---|---|"]
     base: list[float] | None = None
     for name in study.variants:
@@ -75,7 +75,7 @@ def mean_and_spread(values: list[float], sign: str = "", digits: int = 4) -> str
 
 
 def draw(study: Study, seeds: list[int]) -> None:
-    """Training loss (smoothed) and validation loss against tokens, mean over seeds."""
+    """Draw training loss (smoothed) and validation loss against tokens, as means over seeds."""
     try:
         import matplotlib
     except ImportError:

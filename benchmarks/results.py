@@ -1,4 +1,4 @@
-"""Measurements that survive a stop: results.json of a benchmark's output folder, whole or absent."""
+"""Keep measurements across stops, in results.json of a benchmark's output folder, which is whole or absent."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lime_dist.errors import LimeError
 
 
 def read_results(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What earlier calls with the same settings measured, by what was measured; {} if there is nothing.
+    """Return the results of earlier calls with the same settings by name; {} without any.
 
     Raises:
-        LimeError: the folder cannot be used, or its results were measured with other settings.
+        LimeError: the folder cannot be used, or its results are of other settings.
     """
     path = output / "results.json"
     try:
@@ -32,14 +32,14 @@ def read_results(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_results(output: Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
-    """Keep what has been measured so far."""
+    """Write the results so far."""
     machine = f"{platform.node()}, torch {torch.__version__}"
     text = json.dumps({"settings": settings, "machine": machine, "results": results}, indent=1)
     write(output / "results.json", text + "\n")
 
 
 def write(path: Path, text: str) -> None:
-    """Write a whole file or none of it."""
+    """Write a file, whole or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)

@@ -1,7 +1,7 @@
-"""Many training runs that differ in a few settings: every one in its own folder, resumable, several at a time.
+"""Run many trainings that differ in a few settings, each in its own folder, resumable, several at a time.
 
-A run is `pretrain.py` in one process with one thread. A run that has its final validation is not repeated, and one that was
-stopped goes on from its checkpoint, so the same command finishes what a stop left over.
+A run is `pretrain.py` in one process with one thread. A run that has its final validation is not repeated, and a stopped
+one resumes from its checkpoint, so the same command finishes the rest.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
-    """The options of a study on given data."""
+    """Add the options of a study on given data."""
     parser.add_argument("--data", required=True, type=Path, help="folder with dataset.json")
     parser.add_argument("--config", default=ROOT / "configs/quickstart.yaml", type=Path, help="what all runs share")
     add_run_options(parser, steps)
 
 
 def add_run_options(parser: argparse.ArgumentParser, steps: int) -> None:
-    """The options that every study has."""
+    """Add the options of every study."""
     parser.add_argument("--output", required=True, type=Path, help="folder for the runs, the table and the picture")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps)
@@ -43,11 +43,11 @@ def add_run_options(parser: argparse.ArgumentParser, steps: int) -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs of every variant with every seed: seed by seed, so that what is there at any time can be compared.
+    """Runs of every variant from every seed, seed by seed, so that variants can be compared at any time.
 
     Attributes:
-        shared: overrides of the configuration that all runs have.
-        variants: by name, the overrides of its own.
+        shared: overrides of the configuration for all runs.
+        variants: the overrides of each variant, by name.
     """
 
     config: Path
@@ -71,14 +71,14 @@ class Study:
         return study
 
     def model(self, name: str) -> Config:
-        """The configuration of a variant, seeds and folder apart."""
+        """Return the configuration of a variant, without seeds and folder."""
         return load_config(self.config, [*self.shared, *self.variants[name]])
 
     def folder(self, name: str, seed: int) -> Path:
         return self.output / f"{name}-seed{seed}"
 
     def run(self, jobs: int, minutes: float | None) -> None:
-        """Do what is not done yet, ``jobs`` runs at a time; after ``minutes`` no run begins."""
+        """Run what is not finished, ``jobs`` runs at a time; start none after ``minutes``."""
         deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
         pairs = [(name, seed) for seed in self.seeds for name in self.variants]
         with ThreadPoolExecutor(jobs) as pool:
@@ -112,22 +112,22 @@ class Study:
         print(f"{directory.name}: {time.perf_counter() - begin:.0f} s", flush=True)
 
     def records(self, name: str, seed: int) -> list[dict[str, float]]:
-        """The lines of a run's metrics.jsonl."""
+        """Return the records of a run's metrics.jsonl."""
         path = self.folder(name, seed) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def validation(self, name: str, seed: int) -> float | None:
-        """Validation loss after the last step; None: the run has not ended."""
+        """Return the validation loss after the last step, or None if the run has not finished."""
         for record in self.records(name, seed):
             if record["step"] == self.steps and "validation_loss" in record:
                 return record["validation_loss"]
         return None
 
     def finished_seeds(self) -> list[int]:
-        """The seeds with which every variant has ended."""
+        """Return the seeds that every variant has finished."""
         return [seed for seed in self.seeds if all(self.validation(name, seed) is not None for name in self.variants)]
 
     def losses(self, name: str, seeds: Sequence[int]) -> list[float]:
-        """Validation losses of a variant's runs, all of which have ended."""
+        """Return the validation losses of a variant's runs, all of which must have finished."""
         found = [self.validation(name, seed) for seed in seeds]
         return [loss for loss in found if loss is not None]

@@ -1,9 +1,9 @@
-"""What a training step of LIMe costs beside LLaMA's, in one process: time and peak memory, by history policy.
+"""Measure a training step of LIMe beside LLaMA's, in one process: time and peak memory, by history policy.
 
-A step is forward, loss and backward; gradients are set to None between steps and no optimizer runs. Rounds alternate:
-each runs every variant once, in rotated order; the first warms up and is dropped. A time ratio is the median over rounds
-of (variant's time / LLaMA's time in the same round). Memory is the peak of live tensor bytes during one step, parameters,
-gradients and activations counted, taken in a separate pass.
+A step is forward, loss and backward; gradients are set to None between steps, and no optimizer runs. Each round runs
+every variant once, in rotated order; the first round warms up and is dropped. A time ratio is the median over rounds
+of (variant's time / LLaMA's time in the same round). Memory is the peak of live tensor bytes during one step, including
+parameters, gradients and activations, measured in a separate pass.
 
 examples:
   python benchmarks/step_cost.py --output runs/step_cost
@@ -11,8 +11,8 @@ examples:
   python benchmarks/step_cost.py --output runs/step_cost_h100 --device cuda --dtype bf16 --batch 16 --length 2048
   python benchmarks/step_cost.py --output /tmp/toy --layers 4 --hidden 32 --heads 4 --kv-heads 4 2 --length 32
 
-A pair of layers and K/V heads that is in results.json of --output is not measured again, so the same command finishes
-what a stop left over.
+A pair of layers and K/V heads that is in results.json of --output is not measured again, so after a stop the
+same command finishes the rest.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def group_name(layers: int, heads: int) -> str:
 
 
 def model_config(arguments: argparse.Namespace, layers: int, heads: int, name: str) -> ModelConfig | None:
-    """None where the variant cannot have that many K/V heads."""
+    """Return the configuration, or None if the variant cannot have this number of K/V heads."""
     if name.startswith("hidden") and heads != arguments.heads:
         return None
     shape = {
@@ -125,7 +125,7 @@ def model_config(arguments: argparse.Namespace, layers: int, heads: int, name: s
 
 
 def step_flops(config: ModelConfig, length: int) -> float:
-    """FLOPs of matrix products of a step, per token, by formula."""
+    """Return the FLOPs of a step's matrix products per token, by formula."""
     return sum(found.both for found in layer_flops(config, length)) + head_flops(config).both
 
 
@@ -137,7 +137,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def measure(arguments: argparse.Namespace, layers: int, heads: int) -> dict[str, Result]:
-    """One group: first every variant's peak memory, then the rounds."""
+    """Measure one group: first the peak memory of every variant, then the rounds."""
     say(f"{group_name(layers, heads)}: building {len(arguments.variants)} variants")
     subjects, results = build_subjects(arguments, layers, heads)
     batch = random_batch(arguments.batch, arguments.length, arguments.vocabulary, arguments.device)
@@ -171,7 +171,7 @@ def measure(arguments: argparse.Namespace, layers: int, heads: int) -> dict[str,
 def build_subjects(
     arguments: argparse.Namespace, layers: int, heads: int
 ) -> tuple[dict[str, Subject], dict[str, Result]]:
-    """The variants that can run, and results for those that cannot; variants of the same model share its parameters."""
+    """Return the variants that can run, and results for those that cannot. Variants of one model share its parameters."""
     decoders: dict[str, Decoder] = {}
     subjects: dict[str, Subject] = {}
     results: dict[str, Result] = {}
@@ -195,7 +195,7 @@ def build_subjects(
 
 
 def memory_limit(arguments: argparse.Namespace) -> float:
-    """Bytes that a step may need: as given, or nine tenths of what is free."""
+    """Return the bytes that a step may need: the given limit, or nine tenths of free memory."""
     if arguments.memory_limit is not None:
         return arguments.memory_limit * GB
     if arguments.device == "cuda":
@@ -208,7 +208,7 @@ def memory_limit(arguments: argparse.Namespace) -> float:
 
 
 def make_table(variants: Sequence[str], groups: dict[str, dict[str, Result]]) -> str:
-    """Ratios of time, memory and FLOPs by variant and group; LLaMA's own row has seconds and GB (1e9 bytes)."""
+    """Return the ratios of time, memory and FLOPs by variant and group; LLaMA's row has seconds and GB (1e9 bytes)."""
     lines = [f"| | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
     for name in variants:
         cells = [cell(results[name], results["llama"], name == "llama") for results in groups.values()]
@@ -222,8 +222,8 @@ def make_table(variants: Sequence[str], groups: dict[str, dict[str, Result]]) ->
     if "copying" in variants:
         measured = "; ".join(formula) or "it was measured nowhere"
         lines.append(
-            "What copying needs where it does not fit is by formula: LLaMA's measured peak and the copies. The formula "
-            f"for the peak where it was measured, in GB: {measured}."
+            "Where copying does not fit, its need is computed: LLaMA's measured peak plus the copies. Where it was measured, "
+            f"the formula gives, in GB: {measured}."
         )
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,10 @@
-"""How well models answer questions that need steps: trains them on a synthetic task and counts equal solutions.
+"""Measure how well models answer questions that need several steps: train them on a synthetic task and count equal solutions.
 
     python benchmarks/tasks.py arithmetic --output runs/arithmetic
     python benchmarks/tasks.py graph --output runs/graph --models llama lime-kv --seeds 0 --steps 500
 
 Makes the data (data_tools.tasks), trains every model from every seed with configs/tasks/TASK.yaml, exports it, and lets it answer
-questions that it has not seen (lime_dist.exact_match). Resumable: the same command finishes what a stop left over.
+unseen questions (lime_dist.exact_match). Resumable: after a stop, the same command finishes the rest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "arithmetic": {"options": ["--operands", "5"], "documents": 300_000, "vocab_size": 280},
     "graph": {"options": ["--concepts", "10", "--hops", "3"], "documents": 50_000, "vocab_size": 512},
 }
-"""By task: what its questions are like, how many there are, and its tokenizer's pieces."""
+"""Options of the questions, their number, and the size of the vocabulary, by task."""
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def make_data(output: Path, task: str, documents: int | None) -> tuple[Path, Tokenizer]:
-    """The shards of a task and their tokenizer; what is complete is used again."""
+    """Make the shards and the tokenizer of a task, reusing what is complete."""
     folder, settings = output.resolve() / "data", TASKS[task]
     text, tokenizer, shards = folder / "text", folder / "tokenizer", folder / "shards"
     count = str(documents or settings["documents"])
@@ -81,7 +81,7 @@ def make_data(output: Path, task: str, documents: int | None) -> tuple[Path, Tok
 
 
 def measure(run: Path, shards: Path, questions: int) -> dict[str, Any]:
-    """Export a run and ask it, unless that is done; what it said lies in its folder, and goes with it."""
+    """Export a run and let it answer, unless this was done. The result lies in the run's folder, and is deleted with it."""
     exported, path = run / "exported", run / "exact_match.json"
     there = json.loads(path.read_text()) if path.exists() else {}
     if there.get("asked") == questions:
@@ -96,7 +96,7 @@ def measure(run: Path, shards: Path, questions: int) -> dict[str, Any]:
 
 
 def make_table(study: Study, seeds: list[int], results: dict[str, Any]) -> str:
-    """Over seeds: mean ± standard deviation; the 95 % interval (Student) of what a model has more than the first."""
+    """Return the table over seeds: mean ± standard deviation, and the 95 % interval (Student) of the difference from the first model."""
     seeded = f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}"
     lines = [
         f"| model, {seeded} | whole solution, % | more than the first | final answer, % | validation loss | parameters | s/step |",
@@ -119,7 +119,7 @@ def make_table(study: Study, seeds: list[int], results: dict[str, Any]) -> str:
 
 
 def difference(paired: list[float]) -> str:
-    """The mean of paired differences, with its interval where there are several."""
+    """Return the mean of paired differences, with its interval if there are several."""
     text = f"{statistics.fmean(paired):+.1f}"
     if len(paired) < 2:
         return text

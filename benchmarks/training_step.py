@@ -1,8 +1,8 @@
-"""One training step of a model: its seconds, and its peak of live tensor bytes.
+"""Measure one training step of a model: its seconds, and its peak of live tensor bytes.
 
-A step is forward, loss and backward. The peak counts parameters, inputs, gradients, activations and all else that torch
-allocates. On the CPU every storage that an operation returns counts from then until it is freed; what an operation
-allocates and frees inside itself is not seen, nor is what the allocator keeps back.
+A step is forward, loss and backward. The peak includes parameters, inputs, gradients, activations and all else that torch
+allocates. On the CPU, the storage that an operation returns counts until it is freed; what an operation
+allocates and frees itself is not seen, nor what the allocator holds back.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lime_dist.model.layers import language_model_loss
 
 @dataclass(frozen=True)
 class Subject:
-    """A decoder, and how its logits [B, T, V] are made from tokens [B, T]."""
+    """A decoder, and the function from tokens [B, T] to its logits [B, T, V]."""
 
     decoder: Decoder
     logits: Callable[[Tensor], Tensor]
 
     def step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Forward, loss, backward; ``batch`` holds tokens and labels."""
+        """Run forward, loss and backward; ``batch`` holds tokens and labels."""
         tokens_BT, labels_BT = batch
         language_model_loss(self.logits(tokens_BT), labels_BT).backward()
 
@@ -40,7 +40,7 @@ class Subject:
 
 
 def step_seconds(subject: Subject, batch: tuple[Tensor, Tensor]) -> float:
-    """Time of one step; its gradients are dropped after the clock has stopped."""
+    """Return the seconds of one step. Gradients are dropped after the clock has stopped."""
     device = batch[0].device
     _synchronise(device)
     begin = time.perf_counter()
@@ -52,7 +52,7 @@ def step_seconds(subject: Subject, batch: tuple[Tensor, Tensor]) -> float:
 
 
 def step_peak_bytes(subject: Subject, batch: tuple[Tensor, Tensor]) -> int:
-    """Peak of live bytes during one step. On CUDA a step before it makes what libraries allocate once, which is left out."""
+    """Return the peak of live bytes during one step. On CUDA, an earlier step makes libraries allocate what they keep; it is left out."""
     gc.collect()
     device = batch[0].device
     before = [*subject.decoder.parameters(), *batch]
@@ -76,10 +76,10 @@ def _synchronise(device: torch.device) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages while it is active.
+    """Counts the bytes of storages while it is active.
 
     Attributes:
-        live: bytes alive now.
+        live: bytes that are alive now.
         peak: the largest ``live`` so far.
     """
 
@@ -89,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
         self._counted: set[int] = set()
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once, however many views it has."""
+        """Count a tensor's storage, once for all its views."""
         storage = tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
         if not size or address in self._counted:
