@@ -1,3 +1,3 @@
-"""From text to token shards: gather documents, train a tokenizer, pretokenize, look at the result."""
+"""From text to token shards: gather documents, train or import a tokenizer, pretokenize, inspect and merge."""
 
-TOOL_VERSION = "0.2.0"  # stands in every dataset.json; raise it when the bytes of an output change
+TOOL_VERSION = "0.2.0"  # recorded in every dataset.json; raise it when the bytes of an output change

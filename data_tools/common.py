@@ -1,4 +1,4 @@
-"""What the data commands share: help texts, progress bars, and worker processes that never outlive their parent."""
+"""Helpers for the data commands: help texts, progress bars, and worker processes that never outlive their parent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lime_dist.errors import LimeError
 
 
 def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
-    """A parser whose --help ends with an example."""
+    """Return a parser whose --help ends with an example."""
     return argparse.ArgumentParser(
         prog=f"python -m data_tools.{name}",
         description=description,
@@ -27,14 +27,14 @@ def command_parser(name: str, description: str, example: str) -> argparse.Argume
 
 
 def progress_bar(total: int, description: str, **options: Any) -> tqdm[Any]:
-    """A bar on stderr, in bytes unless ``options`` say otherwise; in a log file, a line every 10 s at most."""
+    """Return a progress bar on stderr, in bytes unless ``options`` say otherwise. In a log file it writes at most one line every 10 s."""
     defaults = {"unit": "B", "unit_scale": True, "mininterval": 0.2 if os.isatty(2) else 10.0, "dynamic_ncols": True}
     return tqdm(total=total, desc=description, **(defaults | options))
 
 
 @contextmanager
 def disk_errors(what_to_do: str) -> Iterator[None]:
-    """Turn what the disk refuses (full, not writable) into a LimeError that ends with ``what_to_do``."""
+    """Turn an OSError (disk full, not writable) into a LimeError that ends with ``what_to_do``."""
     try:
         yield
     except OSError as error:
@@ -42,9 +42,9 @@ def disk_errors(what_to_do: str) -> Iterator[None]:
 
 
 def start_worker(parent: int) -> None:
-    """Initialise a worker process: die silently on Ctrl-C, and within a quarter of a second of the parent's death.
+    """Initialise a worker process: it dies silently on Ctrl-C, and within 0.25 s of the parent's death.
 
-    A killed parent leaves the workers of a ProcessPoolExecutor waiting for ever: each holds both ends of the queue.
+    Without this, the workers of a ProcessPoolExecutor whose parent was killed wait forever: each holds both ends of the queue.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""Show what a pretokenized folder holds, and check every byte of it against its hashes."""
+"""Show the content of a pretokenized folder, and check every byte of it against its hashes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ SAMPLES, SAMPLE_TOKENS = 3, 64
 
 
 def verify(folder: Path, description: dict[str, Any]) -> int:
-    """Recompute the hash of every file; returns their number. LimeError naming the first that differs."""
+    """Recompute the hash of every file and return the number of files.
+
+    Raises:
+        LimeError: a file differs; the message names the first one.
+    """
     tokenizer = Tokenizer(folder / description["tokenizer"])
     if tokenizer.hash != description["tokenizer_hash"]:
         raise LimeError(
-            f"{tokenizer.folder}: is not the tokenizer that {DATASET_FILE} names; pretokenize again with --fresh"
+            f"{tokenizer.folder}: not the tokenizer that {DATASET_FILE} names; pretokenize again with --fresh"
         )
     shards = [shard for split in description["splits"].values() for shard in split["shards"]]
     with progress_bar(sum(shard["bin_bytes"] + shard["idx_bytes"] for shard in shards), "verify") as bar:
@@ -35,7 +39,7 @@ def verify(folder: Path, description: dict[str, Any]) -> int:
 
 
 def histogram(lengths: np.ndarray) -> str:
-    """Document lengths [documents] in tokens, in powers of two, as lines of text."""
+    """A histogram of document lengths [documents] in tokens, binned by powers of two, as lines of text."""
     bins = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
     counts = np.bincount(bins)
     rows = [
@@ -47,7 +51,7 @@ def histogram(lengths: np.ndarray) -> str:
 
 
 def show_split(folder: Path, split: str, facts: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Print one split: counts, lengths, the beginnings of a few documents."""
+    """Print the counts, the document lengths and the beginnings of a few documents of one split."""
     print(
         f"\n{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, {len(facts['shards'])} shards, "
         f"{facts['tokens'] / max(1, facts['text_bytes']):.4f} tokens per byte of text"
@@ -74,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         "python -m data_tools.inspect data/shards --verify",
     )
     parser.add_argument("folder", metavar="DIR", help="the --output of data_tools.pretokenize")
-    parser.add_argument("--verify", action="store_true", help="recompute every hash; a difference is exit status 2")
+    parser.add_argument("--verify", action="store_true", help="recompute every hash; exit with status 2 if one differs")
     options = parser.parse_args(arguments)
     folder = Path(options.folder)
     description = read_dataset_json(folder)
@@ -82,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"verified: {verify(folder, description)} files have the size and SHA-256 that {DATASET_FILE} lists")
     tokenizer = Tokenizer(folder / description["tokenizer"])
     counts = description["counts"]
-    print(f"{folder}: from {description['source']}, made by version {description['tool_version']}")
+    print(f"{folder}: from {description['source']}, written by version {description['tool_version']}")
     print(f"tokenizer: {tokenizer.vocab_size} pieces, hash {tokenizer.hash[:16]}, tokens as {description['dtype']}")
     print(", ".join(f"{key} {value:,}" for key, value in counts.items()))
     for split, facts in description["splits"].items():

@@ -1,4 +1,4 @@
-"""Join pretokenized folders of one tokenizer into one, without copying where the file system can link."""
+"""Join pretokenized folders of the same tokenizer; files are hard-linked where the file system allows it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SAME = ("tokenizer_hash", "vocab_size", "bos_id", "eos_id", "pad_id", "dtype")
 
 
 def merged_description(folders: list[Path], descriptions: list[dict[str, Any]]) -> dict[str, Any]:
-    """The dataset.json of a merged folder: shards in the order of the folders, counts added up."""
+    """Return the dataset.json of a merged folder: shards in the order of the folders, counts summed."""
     first = descriptions[0]
     splits: dict[str, Any] = {}
     for split in SPLITS:
-        listed = [(k, one["splits"][split]) for k, one in enumerate(descriptions) if split in one["splits"]]
-        if listed:
-            shards = [{**shard, "name": _name(k, shard["name"])} for k, facts in listed for shard in facts["shards"]]
-            sums = {key: sum(facts[key] for _, facts in listed) for key in ("tokens", "documents", "text_bytes")}
+        parts = [(i, one["splits"][split]) for i, one in enumerate(descriptions) if split in one["splits"]]
+        if parts:
+            shards = [{**shard, "name": _name(i, shard["name"])} for i, facts in parts for shard in facts["shards"]]
+            sums = {key: sum(facts[key] for _, facts in parts) for key in ("tokens", "documents", "text_bytes")}
             splits[split] = {**sums, "shards": shards}
     return {
         "format": FORMAT,
@@ -44,24 +44,28 @@ def merged_description(folders: list[Path], descriptions: list[dict[str, Any]]) 
     }
 
 
-def _name(number: int, shard: str) -> str:
+def _name(folder_index: int, shard: str) -> str:
     """``train-00003-00`` of the second folder becomes ``train-m01-00003-00``."""
     split, _, rest = shard.partition("-")
-    return f"{split}-m{number:02d}-{rest}"
+    return f"{split}-m{folder_index:02d}-{rest}"
 
 
 def merge(given: list[str], output: Path) -> None:
-    """Check everything, then link or copy the shards, and write dataset.json last."""
+    """Check all folders, then link or copy the shards, and write dataset.json last.
+
+    Raises:
+        LimeError: the folders have different tokenizers, a folder is incomplete, or ``output`` holds something else.
+    """
     folders = [Path(folder) for folder in given]
     if output.resolve() in [folder.resolve() for folder in folders]:
-        raise LimeError(f"--output {output}: is one of the folders to be merged; give another one")
+        raise LimeError(f"--output {output}: is one of the folders to merge; give another one")
     descriptions = [read_dataset_json(folder) for folder in folders]
     for folder, one in zip(folders[1:], descriptions[1:], strict=True):
         for key in SAME:
             if one.get(key) != descriptions[0].get(key):
                 raise LimeError(
-                    f"{folder}: {key} is {one.get(key)}, that of {folders[0]} is {descriptions[0].get(key)}; only "
-                    "datasets of one tokenizer can be merged: pretokenize one of them again"
+                    f"{folder}: {key} is {one.get(key)}, but {descriptions[0].get(key)} in {folders[0]}; only "
+                    "datasets of the same tokenizer can be merged: pretokenize one of them again"
                 )
     description = merged_description(folders, descriptions)
     with lock_folder(output):
@@ -70,17 +74,17 @@ def merge(given: list[str], output: Path) -> None:
                 print(f"dataset complete, reused: {output}")
                 return
             raise LimeError(f"{output}: holds another dataset; give another --output")
-        pieces = [
-            (number, shard)
-            for number, one in enumerate(descriptions)
+        shards = [
+            (i, shard)
+            for i, one in enumerate(descriptions)
             for facts in one["splits"].values()
             for shard in facts["shards"]
         ]
-        with progress_bar(sum(shard["bin_bytes"] + shard["idx_bytes"] for _, shard in pieces), "merge") as bar:
-            for number, shard in pieces:
-                check_shard_sizes(folders[number], shard)
-                sources = pair_paths(folders[number] / shard["name"])
-                for source, target in zip(sources, pair_paths(output / _name(number, shard["name"])), strict=True):
+        with progress_bar(sum(shard["bin_bytes"] + shard["idx_bytes"] for _, shard in shards), "merge") as bar:
+            for i, shard in shards:
+                check_shard_sizes(folders[i], shard)
+                sources = pair_paths(folders[i] / shard["name"])
+                for source, target in zip(sources, pair_paths(output / _name(i, shard["name"])), strict=True):
                     _link(source, target)
                 bar.update(shard["bin_bytes"] + shard["idx_bytes"])
         Tokenizer(folders[0] / descriptions[0]["tokenizer"]).copy_to(output / "tokenizer")
@@ -96,7 +100,7 @@ def merge(given: list[str], output: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, or a durable copy where the file systems differ."""
+    """Make a hard link, or a durable copy if the file systems differ."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -110,14 +114,16 @@ def main(arguments: list[str] | None = None) -> None:
     """``python -m data_tools.merge``."""
     parser = command_parser(
         "merge",
-        "Join folders made by data_tools.pretokenize with one tokenizer into one. Shards are linked, or copied where they\n"
-        "cannot be. To mix datasets by weight without joining them, list them under data.blend in the run's configuration.",
+        "Join folders that data_tools.pretokenize wrote with the same tokenizer. Shards are hard-linked if possible, otherwise\n"
+        "copied. To mix datasets by weight without joining them, list them under data.blend in the run's configuration.",
         "python -m data_tools.merge data/fineweb data/cosmopedia --output data/both",
     )
-    parser.add_argument("folders", metavar="DIR", nargs="+", help="finished folders, in this order")
+    parser.add_argument(
+        "folders", metavar="DIR", nargs="+", help="finished folders, in the order in which to join them"
+    )
     parser.add_argument("--output", required=True, help="folder for the joined dataset")
     options = parser.parse_args(arguments)
-    with disk_errors("put this right and run the same command again"):
+    with disk_errors("fix this and run the same command again"):
         merge(options.folders, Path(options.output))
 
 

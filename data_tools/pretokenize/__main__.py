@@ -15,8 +15,8 @@ def main(arguments: list[str] | None = None) -> None:
     """``python -m data_tools.pretokenize``."""
     parser = command_parser(
         "pretokenize",
-        "Encode parquet or JSONL text into Megatron .bin/.idx shards split by a hash of each document.\n"
-        "Killed at any moment, the same command finishes the rest. Rows count from 1.",
+        "Encode parquet or JSONL text into Megatron .bin/.idx shards; a hash of each document decides its split.\n"
+        "If the command is killed, running it again finishes the rest. Messages count rows from 1.",
         "python -m data_tools.pretokenize --input data/embedded --tokenizer data/tokenizer --output data/shards\n"
         "  python -m data_tools.pretokenize --input hub:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer data/tokenizer \\\n"
         "    --output data/fineweb --where 'score>=3' --where 'token_count>=64' --drop-duplicates",
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--drop-duplicates",
         action="store_true",
-        help="of equal texts use the first one; the input is read twice, memory stays small",
+        help="keep only the first of identical texts; reads the input twice, needs little memory",
     )
     parser.add_argument(
         "--validation-fraction", type=float, default=0.01, help="share of documents held out (default 0.01)"
@@ -38,33 +38,37 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--test-fraction", type=float, default=0.0, help="share of documents for a third split, test (default 0)"
     )
-    parser.add_argument("--shard-tokens", type=int, default=1 << 26, help="most tokens in a shard (default 67108864)")
+    parser.add_argument("--shard-tokens", type=int, default=1 << 26, help="maximum tokens per shard (default 67108864)")
     parser.add_argument(
         "--shuffle",
         type=int,
         metavar="SEED",
-        help="shuffle the documents of each shard (default: keep the input's order)",
+        help="shuffle the documents within each shard (default: keep the order of the input)",
     )
     parser.add_argument("--bos", action="store_true", help="begin documents with bos")
     parser.add_argument("--no-eos", action="store_true", help="do not end documents with eos")
     parser.add_argument(
-        "--on-error", choices=("skip", "stop"), default="skip", help="bad rows: count and name (default), or stop"
+        "--on-error",
+        choices=("skip", "stop"),
+        default="skip",
+        help="bad rows: count and report them (default), or stop",
     )
     parser.add_argument(
         "--max-rejected", type=float, default=0.01, help="fail if a larger share of rows or files is bad (default 0.01)"
     )
-    parser.add_argument("--fresh", action="store_true", help="drop what the folder holds and start again")
+    parser.add_argument("--fresh", action="store_true", help="delete the folder's shards and start again")
     options = parser.parse_args(arguments)
     if options.workers < 1 or options.shard_tokens < 1:
         raise LimeError("--workers and --shard-tokens must be at least 1")
     fractions = (options.validation_fraction, options.test_fraction)
     if min(fractions) < 0 or sum(fractions) >= 1 or not 0 <= options.max_rejected <= 1:
         raise LimeError(
-            "--validation-fraction and --test-fraction must add up to less than 1, --max-rejected be in [0, 1]"
+            "--validation-fraction and --test-fraction must not be negative and must add up to less than 1; "
+            "--max-rejected must be in [0, 1]"
         )
     if options.shuffle is not None and options.shuffle < 0:
-        raise LimeError("--shuffle takes a seed, a number from 0 on")
-    with disk_errors("what is finished is kept, put this right and run the same command again"):
+        raise LimeError("--shuffle takes a seed, a whole number from 0 on")
+    with disk_errors("finished shards are kept, fix this and run the same command again"):
         pretokenize(options)
 
 

@@ -1,8 +1,9 @@
 """Text to token shards: cut the input into units, encode them in worker processes, describe the result in dataset.json.
 
-Workers write into a scratch folder; the parent alone moves a unit's finished shards to their names and then notes them
-in ``units.ndjson``. A killed run continues from the noted shards whose hashes still hold. dataset.json comes last, so a
-folder that has it is whole. The bytes depend on the input's names and content, the tokenizer and the settings alone.
+Workers write into a scratch folder. Only the parent moves a unit's finished shards to their final names and then records
+the unit in ``units.ndjson``. After a kill, the next run continues from the recorded units whose hashes still match.
+dataset.json is written last, so a folder that has it is complete. The bytes of the shards depend only on the names and
+content of the input, the tokenizer and the settings.
 """
 
 from __future__ import annotations
@@ -35,26 +36,30 @@ CHECKED_DOCUMENTS = 64
 
 
 def check_round_trip(given: str, selection: Selection, tokenizer: Tokenizer) -> None:
-    """Before anything is written: there is text, and the tokenizer gives its beginning back exactly (LimeError)."""
+    """Check, before anything is written, that the input has text and that its first documents survive encoding and decoding.
+
+    Raises:
+        LimeError: there is no text, or a text changes although the tokenizer is said to be exact.
+    """
     tally = Tally()
-    found = documents(given, selection.text_column, tally, selection.filters)
-    texts = [text for *_, text in islice(found, CHECKED_DOCUMENTS)]
+    rows = documents(given, selection.text_column, tally, selection.filters)
+    texts = [text for *_, text in islice(rows, CHECKED_DOCUMENTS)]
     if not texts:
-        why = f"{tally.filtered} of {tally.rows} rows do not fulfil --where, and the others are empty or null"
-        why = f"the first thing wrong: {tally.rejected[0]}" if tally.rejected else why
-        raise LimeError(f"--input {given}: no text found; {why}; give other files, --text-column or --where")
+        reason = f"{tally.filtered} of {tally.rows} rows do not satisfy --where, and the others are empty or null"
+        reason = f"first error: {tally.rejected[0]}" if tally.rejected else reason
+        raise LimeError(f"--input {given}: no text found; {reason}; give other files, --text-column or --where")
     failure = first_failure(tokenizer, texts)
     if failure is not None and not tokenizer.exact:
-        print(f"decoding does not give this text back, as {tokenizer.folder} was imported to allow: {failure[:80]!r}")
+        print(f"decoding changes this text, which the import of {tokenizer.folder} allowed: {failure[:80]!r}")
     elif failure is not None:
         raise LimeError(
-            f"{tokenizer.folder}: decoding does not give this text of the input back: {failure[:80]!r}; train one "
-            "with data_tools.tokenizer"
+            f"{tokenizer.folder}: encoding and decoding changes this text of the input: {failure[:80]!r}; train a "
+            "tokenizer with data_tools.tokenizer"
         )
 
 
 def pretokenize(options: argparse.Namespace) -> None:
-    """The whole command: reuse, resume or start, and finish."""
+    """Run the command: reuse a complete dataset, or start or resume one and finish it."""
     files, tokenizer, output = list_inputs(options.input), Tokenizer(options.tokenizer), Path(options.output)
     selection = Selection(options.text_column, tuple(map(Filter.parse, options.where)), options.on_error == "stop")
     layout = Layout(
@@ -66,7 +71,7 @@ def pretokenize(options: argparse.Namespace) -> None:
         eos=not options.no_eos,
     )
     if options.bos and tokenizer.bos_id < 0:
-        raise LimeError(f"--bos: the tokenizer in {options.tokenizer} has no bos; leave --bos out")
+        raise LimeError(f"--bos: the tokenizer in {options.tokenizer} has no bos; omit --bos")
     header = {
         "settings": {
             "tokenizer_hash": tokenizer.hash,
@@ -83,7 +88,7 @@ def pretokenize(options: argparse.Namespace) -> None:
             shutil.rmtree(scratch)
         manifest, duplicates = Manifest(output, header, fresh=options.fresh), output / DUPLICATES
         complete = whole(output)
-        if options.fresh or complete:  # complete: a kill may have come before this was tidied away
+        if options.fresh or complete:  # complete: a kill may have left the folder behind
             shutil.rmtree(duplicates, ignore_errors=True)
         if complete:
             print(f"dataset complete, reused: {output}")
@@ -93,11 +98,11 @@ def pretokenize(options: argparse.Namespace) -> None:
         units = plan_units(files, options.text_column, options.shard_tokens)
         results = manifest.load(len(units))
         if results:
-            print(f"{len(results)} of {len(units)} units are finished and whole; going on with the rest")
+            print(f"{len(results)} of {len(units)} units are finished and intact; continuing with the rest")
         todo = [unit for unit in units if unit.index not in results]
         if todo and options.drop_duplicates:
             mark_duplicates(duplicates, units, selection, options.workers)
-        # A name of this run's own: whatever an orphan of a killed run still writes, it cannot land among our shards.
+        # A unique name: whatever an orphaned worker of a killed run still writes cannot end up among our shards.
         scratch = output / f"{SCRATCH}-{os.getpid()}-{time.time_ns()}"
         scratch.mkdir()
 
@@ -119,7 +124,7 @@ def pretokenize(options: argparse.Namespace) -> None:
 
 
 def mark_duplicates(folder: Path, units: list[Unit], selection: Selection, workers: int) -> None:
-    """Hash what is not hashed yet, then compare; the findings lie in ``folder``."""
+    """Hash the units that are not hashed yet, then compare all hashes; the result is written to ``folder``."""
     folder.mkdir(exist_ok=True)
     todo = [unit for unit in units if not hashed(folder, unit)]
     if todo:

@@ -1,7 +1,7 @@
-"""Exact de-duplication: of equal texts, wherever they stand in the input, the first one is kept.
+"""Exact de-duplication: of identical texts anywhere in the input, only the first is kept.
 
-    FOLDER/00000.npy …      by unit, what a worker leaves: (high, low, document) of each document's 128-bit hash, sorted
-    FOLDER/duplicates.npy   what the parent makes of them: one bit a document of the whole input, 1 where it is left out
+    FOLDER/00000.npy …      one per unit, from its worker: (high, low, document) of each document's 128-bit hash, sorted
+    FOLDER/duplicates.npy   from the parent: one bit per document of the whole input, 1 for a duplicate
     FOLDER/starts.npy       int64 [units + 1]: the first document of each unit
 
 Hashes are compared bucket by bucket (a bucket is a range of hashes), so memory holds one bucket whatever the input's size.
@@ -23,18 +23,18 @@ from data_tools.sources.tally import Tally
 from lime_dist.data.files import sync_folder
 from lime_dist.errors import LimeError
 
-BUCKET_DOCUMENTS = 1 << 21  # some 60 bytes each while they are sorted
+BUCKET_DOCUMENTS = 1 << 21  # about 60 bytes each during sorting
 ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u4")])
 
 
 class HashUnit:
-    """The task: hash a unit's documents into ``folder``; returns the unit's index."""
+    """A task that hashes a unit's documents into ``folder`` and returns the unit's index."""
 
     def __init__(self, folder: Path, selection: Selection) -> None:
         self._folder, self._selection = folder, selection
 
     def prepare(self) -> None:
-        """Nothing is needed."""
+        """Do nothing: hashing needs no preparation."""
 
     def __call__(self, unit: Unit, progress: Progress) -> int:
         hashes = bytearray()
@@ -51,20 +51,24 @@ class HashUnit:
 
 
 class Duplicates:
-    """The findings of `find_duplicates`, one unit at a time."""
+    """The result of `find_duplicates`, read one unit at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._starts = np.load(folder / "starts.npy")
         self._bits = np.load(folder / "duplicates.npy", mmap_mode="r")
 
     def of(self, unit: Unit) -> np.ndarray:
-        """bool [documents of the unit]: True where a document is left out."""
+        """bool [documents of the unit]: True for a duplicate."""
         first, end = int(self._starts[unit.index]), int(self._starts[unit.index + 1])
         bits = np.unpackbits(self._bits[first // 8 : -(-end // 8)], bitorder="little")
         return bits[first % 8 : first % 8 + end - first].astype(bool)
 
     def without(self, unit: Unit, texts: Iterator[str]) -> Iterator[str]:
-        """The texts of a unit less its duplicates. LimeError if there are not as many texts as were hashed."""
+        """Yield the texts of a unit without its duplicates.
+
+        Raises:
+            LimeError: the number of texts differs from the number that was hashed.
+        """
         marks, number = self.of(unit), 0
         for number, text in enumerate(texts, start=1):
             if number > len(marks):
@@ -73,18 +77,18 @@ class Duplicates:
                 yield text
         if number != len(marks):
             raise LimeError(
-                f"{unit}: has not the {len(marks)} documents that it had when they were compared; the input must not change "
+                f"{unit}: no longer has the {len(marks)} documents that were hashed; the input must not change "
                 "while it is read: run the command again with --fresh"
             )
 
 
 def hashed(folder: Path, unit: Unit) -> bool:
-    """Whether a unit's hashes are there from an earlier, interrupted run; they got their name when they were whole."""
+    """Whether an earlier, interrupted run has left a unit's hashes; files get this name only when complete."""
     return _hashes_path(folder, unit.index).exists()
 
 
 def find_duplicates(folder: Path, units: int) -> int:
-    """Compare all units' hashes and leave the findings in ``folder``; returns the number of duplicates."""
+    """Compare the hashes of all units, write the result to ``folder`` and return the number of duplicates."""
     paths = [_hashes_path(folder, unit) for unit in range(units)]
     counts = [len(np.load(path, mmap_mode="r")) for path in paths]
     starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -96,7 +100,7 @@ def find_duplicates(folder: Path, units: int) -> int:
         cuts[unit, 1:-1] = np.searchsorted(high, np.asarray(borders, dtype=np.uint64))
         cuts[unit, -1] = len(high)
     bits = np.zeros(-(-int(starts[-1]) // 8), dtype=np.uint8)
-    found = 0
+    duplicates = 0
     with progress_bar(buckets, "comparing hashes", unit=" buckets", unit_scale=False, leave=False) as bar:
         for bucket in range(buckets):
             pieces = [_read(path, *cuts[unit, bucket : bucket + 2]) for unit, path in enumerate(paths)]
@@ -106,11 +110,11 @@ def find_duplicates(folder: Path, units: int) -> int:
             high, low, place = high[order], low[order], place[order]
             again = place[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])]
             np.bitwise_or.at(bits, again // 8, np.left_shift(1, again % 8).astype(np.uint8))
-            found += again.size
+            duplicates += again.size
             bar.update()
     _save(folder / "starts.npy", starts)
     _save(folder / "duplicates.npy", bits)
-    return found
+    return duplicates
 
 
 def _hashes_path(folder: Path, unit: int) -> Path:
@@ -118,7 +122,7 @@ def _hashes_path(folder: Path, unit: int) -> Path:
 
 
 def _read(path: Path, first: int, end: int) -> np.ndarray:
-    """Entries [first, end) of a file, without mapping it: mapped pages would count as this process's memory."""
+    """Read the entries [first, end) of a file without mapping it: mapped pages would count as this process's memory."""
     with open(path, "rb") as file:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)

@@ -1,4 +1,4 @@
-"""What a worker does with a unit: choose its documents, encode them, and write one series of shards a split."""
+"""What a worker does with a unit: select its documents, encode them, and write a series of shards for each split."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """How documents become shards. ``validation`` and ``test``: shares of documents; ``shuffle``: a seed, or None to keep
-    the order of the input; ``bos``, ``eos``: whether a document begins and ends with them."""
+    """How documents become shards.
+
+    Attributes:
+        validation, test: shares of the documents.
+        shard_tokens: the maximum number of tokens in a shard.
+        shuffle: a seed, or None to keep the order of the input.
+        bos, eos: whether a document begins with bos and ends with eos.
+    """
 
     validation: float
     test: float
@@ -35,19 +41,19 @@ class Layout:
 
 
 def split_of(text: bytes, validation: float, test: float = 0.0) -> str:
-    """The split of a document, from a hash of its text: the same wherever it stands and whatever stands beside it."""
+    """The split of a document: a function of its text alone, whatever its place in the input and its neighbours."""
     number = int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"lime split").digest(), "little") / 2**64
     return "validation" if number < validation else "test" if number < validation + test else "train"
 
 
 class ShardSeries:
-    """The shards of one unit and split: a new one begins where the next document would pass ``shard_tokens``."""
+    """The shards of one unit and split; a new one begins when the next document would exceed ``shard_tokens``."""
 
     def __init__(self, scratch: Path, layout: Layout, unit: int, split: str, dtype: np.dtype[Any]) -> None:
         self._scratch, self._layout, self._dtype = scratch, layout, dtype
         self._unit, self._split = unit, split
         self._writer: IndexedWriter | None = None
-        self._waiting: list[np.ndarray] = []  # for their turn, where documents are shuffled
+        self._waiting: list[np.ndarray] = []  # until the shard is shuffled and written
         self._tokens = self._text_bytes = 0
         self.shards: list[dict[str, Any]] = []
 
@@ -69,7 +75,7 @@ class ShardSeries:
         return f"{self._split}-{self._unit:05d}-{len(self.shards):02d}"
 
     def close(self) -> None:
-        """Finish the shard that is open, if any."""
+        """Finish the open shard, if any."""
         if not self._writer:
             return
         if self._layout.shuffle is not None:
@@ -93,15 +99,16 @@ class ShardSeries:
         )
 
     def abort(self) -> None:
-        """Remove the shard that is open."""
+        """Remove the open shard, if any."""
         if self._writer:
             self._writer.abort()
 
 
 class EncodeUnit:
-    """The task: encode a unit into shards in ``scratch`` and describe them (a JSON value: shards by split, and the tally).
+    """A task that encodes a unit into shards in ``scratch`` and returns a JSON value: the shards by split, and the tally.
 
-    ``duplicates`` is the folder in which duplicates.py left its findings; None keeps all documents.
+    Args:
+        duplicates: the folder that `duplicates.find_duplicates` wrote to; None keeps all documents.
     """
 
     def __init__(
@@ -131,7 +138,7 @@ class EncodeUnit:
                 for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                     document = np.empty(before + ids.size + after, dtype=self._dtype)
                     document[before : before + ids.size] = ids
-                    if before:  # a tokenizer without bos has -1 for it, which no unsigned type can hold
+                    if before:  # without bos, bos_id is -1, which an unsigned type cannot hold
                         document[0] = tokenizer.bos_id
                     if after:
                         document[-1] = tokenizer.eos_id

@@ -1,4 +1,4 @@
-"""The record of a pretokenized folder: which units are finished while it grows, dataset.json when it is whole."""
+"""The records of a pretokenized folder: its finished units while it grows, and dataset.json when it is complete."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from lime_dist.data.files import json_bytes, read_json, sha256_file, sync_folder
 from lime_dist.data.indexed import pair_paths, smallest_dtype
 from lime_dist.errors import LimeError
 
-UNITS_FILE = "units.ndjson"  # not .jsonl: it must not pass for input where a dataset lies inside an input folder
+UNITS_FILE = "units.ndjson"  # not .jsonl: it must not be read as input if the dataset lies inside an input folder
 NAMED_REJECTIONS = 20
 COUNTED = ("rows", "null", "empty", "filtered", "duplicates")
 Result = dict[str, Any]  # what encoding.EncodeUnit returns
 
 
 class Manifest:
-    """Finished units of one output folder, in ``units.ndjson``: the header (settings and inputs), then a line a unit.
+    """The finished units of an output folder, in ``units.ndjson``: a header (settings and inputs), then a line per unit.
 
-    A LimeError if the folder was made with another header; ``fresh`` drops its content instead.
+    Args:
+        fresh: delete the folder's shards and records first.
+
+    Raises:
+        LimeError: the folder was made with another header.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any], fresh: bool) -> None:
@@ -36,21 +40,21 @@ class Manifest:
             self._path.unlink(missing_ok=True)
             for path in [path for split in SPLITS for path in folder.glob(f"{split}-*-*.*")]:
                 path.unlink()
-        present = self._present()
-        if present is not None and present != header:
+        recorded = self._recorded_header()
+        if recorded is not None and recorded != header:
             raise LimeError(
-                f"{folder}: was made with {_differences(present, header)}; give another --output, or --fresh to "
+                f"{folder}: was made with {_differences(recorded, header)}; give another --output, or --fresh to "
                 "replace it"
             )
 
-    def _present(self) -> dict[str, Any] | None:
+    def _recorded_header(self) -> dict[str, Any] | None:
         if (self.folder / DATASET_FILE).exists():
             description = read_json(self.folder / DATASET_FILE, "add --fresh to write the dataset again")
             return {key: description.get(key) for key in self.header}
         return next(iter(self._lines()), None)
 
     def _lines(self) -> list[Any]:
-        """The whole lines; the last one may be torn by a kill."""
+        """The complete lines; a kill may have left the last one incomplete."""
         lines = []
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
@@ -60,7 +64,7 @@ class Manifest:
         return lines
 
     def load(self, units: int) -> dict[int, Result]:
-        """Results of the units whose shards are all there with the noted hashes; the file then holds just these."""
+        """Return the results of the units whose shards all match the recorded hashes, and keep only these in the file."""
         results = {result["unit"]: result for result in self._lines()[1:] if 0 <= result["unit"] < units}
         verified = {unit: result for unit, result in sorted(results.items()) if self._holds(result)}
         self.write(verified.values())
@@ -76,17 +80,17 @@ class Manifest:
         return True
 
     def write(self, results: Any) -> None:
-        """Write the header and ``results`` anew, atomically."""
+        """Replace the file atomically by the header and ``results``."""
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (self.header, *results)]
         write_atomic(self._path, "".join(lines).encode())
 
     def publish(self, result: Result, scratch: Path) -> None:
-        """Give a unit's shards their names in the folder, then note the unit; both are on disk when this returns."""
+        """Move a unit's shards into the folder, then record the unit; both are on disk when this returns."""
         for shard in (shard for split in SPLITS for shard in result["shards"][split]):
             bin_path, idx_path = pair_paths(self.folder / shard["name"])
-            idx_path.unlink(missing_ok=True)  # never an old .idx beside a new .bin
-            for made, path in zip(pair_paths(scratch / shard["name"]), (bin_path, idx_path), strict=True):
-                os.replace(made, path)
+            idx_path.unlink(missing_ok=True)  # an old .idx must never lie beside a new .bin
+            for scratch_path, path in zip(pair_paths(scratch / shard["name"]), (bin_path, idx_path), strict=True):
+                os.replace(scratch_path, path)
         sync_folder(self.folder)
         with open(self._path, "ab") as file:
             file.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
@@ -96,9 +100,9 @@ class Manifest:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     then, now = old.get("settings") or {}, new["settings"]
-    found = [f"{key}={then.get(key)} (now {now[key]})" for key in now if then.get(key) != now[key]]
-    if found:
-        return ", ".join(found)
+    changes = [f"{key}={then.get(key)} (now {now[key]})" for key in now if then.get(key) != now[key]]
+    if changes:
+        return ", ".join(changes)
     before = {entry["name"]: entry for entry in old.get("inputs") or []}
     after = {entry["name"]: entry for entry in new["inputs"]}
     names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
@@ -106,7 +110,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def whole(folder: Path) -> bool:
-    """Whether the folder is finished and every shard has its size; if not, says why and removes dataset.json."""
+    """Whether the dataset is finished and every shard has its size; if not, print the reason and remove dataset.json."""
     if not (folder / DATASET_FILE).exists():
         return False
     try:
@@ -115,7 +119,7 @@ def whole(folder: Path) -> bool:
                 check_shard_sizes(folder, shard)
         return True
     except LimeError as error:
-        print(f"not complete any more: {error}")
+        print(f"no longer complete: {error}")
         (folder / DATASET_FILE).unlink()
         return False
 
@@ -123,7 +127,11 @@ def whole(folder: Path) -> bool:
 def finish(
     manifest: Manifest, results: list[Result], tokenizer: Tokenizer, source: str, stop: bool, max_rejected: float
 ) -> None:
-    """Check the share of bad rows, write dataset.json, print the summary. LimeError, and no file, above the limit."""
+    """Check the share of bad rows, write dataset.json and print the summary.
+
+    Raises:
+        LimeError: the share is above ``max_rejected``, or ``stop`` is set and there is a bad row; nothing is written.
+    """
     rejected = [Rejection(**entry) for result in results for entry in result["rejected"]]
     if stop and rejected:
         raise rejection_error(rejected[0])
@@ -134,13 +142,13 @@ def finish(
     for rejection in rejected[:NAMED_REJECTIONS]:
         print(f"rejected: {rejection}")
     if len(rejected) > NAMED_REJECTIONS:
-        print(f"rejected: {len(rejected) - NAMED_REJECTIONS} more, all named in {manifest.folder / UNITS_FILE}")
+        print(f"rejected: {len(rejected) - NAMED_REJECTIONS} more, all listed in {manifest.folder / UNITS_FILE}")
     manifest.write(results)
     if share > max_rejected:
         raise LimeError(
             f"{source}: {counts['rejected']} of {counts['rows']} rows were rejected and {len(cut_short)} of "
             f"{len(manifest.header['inputs'])} files could not be read to their end, above --max-rejected "
-            f"{max_rejected}; first: {rejected[0]}; mend the input, or allow more (what is encoded is kept)"
+            f"{max_rejected}; first: {rejected[0]}; fix the input, or allow more (finished shards are kept)"
         )
     splits = {}
     for split in SPLITS:

@@ -1,4 +1,4 @@
-"""Worker processes over units of the input: progress that the parent sees, retries, and a dead worker named at once."""
+"""Worker processes for units of the input, with shared progress, retries, and immediate reports of dead workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_tools.pretokenize.units import Unit
 from lime_dist.errors import LimeError
 
 COUNTERS = 3  # per unit: text bytes, tokens, process
-ATTEMPTS = 6  # of a unit with remote files; the pauses between them add up to a minute
+ATTEMPTS = 6  # for a unit with remote files; the pauses between them add up to a minute
 Result = TypeVar("Result")
 Returned = TypeVar("Returned", covariant=True)
 
@@ -30,17 +30,21 @@ class Stopped(Exception):
 
 
 class Progress:
-    """What a worker says of one unit, in memory that the parent reads."""
+    """A worker's progress on one unit, in memory that the parent reads."""
 
     def __init__(self, shared: Any, unit: int) -> None:
         self._shared, self._first = shared, 1 + COUNTERS * unit
 
     def begin(self) -> None:
-        """This process takes the unit up, from its beginning."""
+        """Record that this process starts the unit from its beginning."""
         self._shared[self._first : self._first + COUNTERS] = [0, 0, os.getpid()]
 
     def add(self, text_bytes: int, tokens: int) -> None:
-        """Count finished work. Raises Stopped when the parent does not want any more."""
+        """Count finished work.
+
+        Raises:
+            Stopped: the parent has asked the workers to stop.
+        """
         self._shared[self._first] += text_bytes
         self._shared[self._first + 1] += tokens
         if self._shared[0]:
@@ -48,15 +52,15 @@ class Progress:
 
 
 class Task(Protocol[Returned]):
-    """What workers do with a unit; sent to each of them once."""
+    """What workers do with each unit; it is sent to every worker once."""
 
     def prepare(self) -> None:
-        """Open what is needed, in the worker."""
+        """Open what the task needs, in the worker."""
 
     def __call__(self, unit: Unit, progress: Progress) -> Returned: ...
 
 
-_worker: dict[str, Any] = {}  # what the initialiser leaves for the units that this worker process gets
+_worker: dict[str, Any] = {}  # set by the initialiser for all units of this worker process
 
 
 def _start(parent: int, task: Task[Any], shared: Any) -> None:
@@ -74,31 +78,35 @@ def _run(unit: Unit) -> Any:
             return _worker["task"](unit, progress)
         except (LimeError, Stopped):
             raise
-        except Exception as error:  # a network's errors come from several libraries
+        except Exception as error:  # network errors come from several libraries
             if attempts == 1:
                 raise
             if attempt == attempts:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise LimeError(
-                    f"{unit}: cannot be read ({reason}), also not at the {attempts}th attempt; what is finished is kept, "
+                    f"{unit}: cannot be read ({reason}) after {attempts} attempts; finished shards are kept, "
                     "run the same command again"
                 ) from None
             time.sleep(2.0**attempt)
 
 
 class UnitPool(Generic[Result]):
-    """Runs a task over units in ``workers`` processes.
+    """Runs a task on units in ``workers`` processes.
 
-    A spawned process, not a forked one: a fork would copy the threads' locks of pyarrow and sentencepiece.
+    Processes are spawned, not forked: a fork would copy locks that threads of pyarrow and sentencepiece hold.
     """
 
     def __init__(self, task: Task[Result], workers: int, description: str) -> None:
         self._task, self._workers, self._description = task, workers, description
 
     def run(self, units: list[Unit], todo: list[Unit], publish: Callable[[Result], None]) -> tuple[int, float]:
-        """Run the units ``todo`` of all ``units``, of which the others count as done; ``publish`` gets results as they come.
+        """Run the task on the units ``todo``; the other ``units`` count as done. ``publish`` gets each result as it arrives.
 
-        Returns the bytes of text worked on and the seconds taken. LimeError if a worker dies: what is published stays.
+        Returns:
+            The bytes of text processed and the seconds taken.
+
+        Raises:
+            LimeError: a worker died; published results stay.
         """
         context = multiprocessing.get_context("spawn")
         shared = context.RawArray("q", 1 + COUNTERS * len(units))
@@ -125,13 +133,13 @@ class UnitPool(Generic[Result]):
                 under_way = [unit.index for unit in running.values()]
                 text_bytes, tokens, _ = counts.sum(axis=0).tolist()
                 speed = text_bytes / 1e6 / (time.perf_counter() - begin)
-                said = f"{tokens / 1e6:.2f} M tokens, " if tokens else ""
-                bar.set_postfix_str(f"{said}{speed:.1f} MB/s", refresh=False)
+                token_count = f"{tokens / 1e6:.2f} M tokens, " if tokens else ""
+                bar.set_postfix_str(f"{token_count}{speed:.1f} MB/s", refresh=False)
                 bar.update(done_bytes + int(np.minimum(counts[under_way, 0], sizes[under_way]).sum()) - bar.n)
         except BrokenProcessPool:
-            pool.shutdown()  # only after it are all exit statuses known: two threads may be waiting for one child
+            pool.shutdown()  # all exit statuses are known only after this: two threads may wait for the same child
             begun = [unit for unit in running.values() if counts[unit.index, 2]]
-            raise LimeError(_obituary(children, begun, counts[:, 2])) from None
+            raise LimeError(_describe_death(children, begun, counts[:, 2])) from None
         finally:
             shared[0] = 1
             pool.shutdown(cancel_futures=True)
@@ -139,15 +147,15 @@ class UnitPool(Generic[Result]):
         return int(counts[:, 0].sum()), time.perf_counter() - begin
 
 
-def _obituary(children: set[BaseProcess], under_way: list[Unit], holders: np.ndarray) -> str:
-    """Which worker died of what, and over which unit. The executor ends the others with SIGTERM."""
+def _describe_death(children: set[BaseProcess], under_way: list[Unit], holders: np.ndarray) -> str:
+    """Say which worker died, how, and at which unit. The executor ends the others with SIGTERM."""
     dead = [child for child in children if child.exitcode not in (None, 0, -signal.SIGTERM)] or list(children)
     child = min(dead, key=lambda child: child.pid or 0)
     status = child.exitcode or 0
-    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    its = [str(unit) for unit in under_way if holders[unit.index] == child.pid]
-    where = its[-1] if its else ", ".join(map(str, under_way)) or "no unit"
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+    own_units = [str(unit) for unit in under_way if holders[unit.index] == child.pid]
+    where = own_units[-1] if own_units else ", ".join(map(str, under_way)) or "no unit"
     return (
         f"worker process {child.pid} died at {where}: it {how}{' (out of memory?)' if status == -signal.SIGKILL else ''}; "
-        "what is finished is kept, run the same command again, with fewer --workers if memory is short"
+        "finished shards are kept, run the same command again, with fewer --workers if memory is short"
     )

@@ -1,4 +1,4 @@
-"""The unit of pretokenization: consecutive row groups or files of the input, all read by one worker."""
+"""Units of pretokenization: consecutive row groups or files of the input that one worker reads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from data_tools.sources.inputs import InputFile, row_group_bytes
 from data_tools.sources.tally import Rejection, Tally
 from lime_dist.errors import LimeError
 
-BYTES_PER_TOKEN = 4  # expected; it only steers how much text makes a unit
+BYTES_PER_TOKEN = 4  # expected; only affects how much text makes a unit
 UNITS_WANTED, SMALLEST_UNIT = 64, 4 << 20
-FOOTERS_AT_ONCE = 16  # of parquet files, read in as many threads: a network answers late
+FOOTERS_AT_ONCE = 16  # of parquet files, one thread each, to hide network latency
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive parts of the input: (file, row groups (first, end), or None for all); ``text_bytes`` is a guess."""
+    """Consecutive parts of the input.
+
+    Attributes:
+        index: the unit's position among all units.
+        parts: (file, (first, end) of its row groups, or None for the whole file).
+        text_bytes: an estimate.
+    """
 
     index: int
     parts: tuple[tuple[InputFile, tuple[int, int] | None], ...]
@@ -33,7 +39,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents of the input are wanted; ``stop_at_rejection``: not one row may be bad."""
+    """Which documents of the input to use; with ``stop_at_rejection``, the first bad row is an error."""
 
     text_column: str
     filters: tuple[Filter, ...] = ()
@@ -41,9 +47,9 @@ class Selection:
 
 
 def plan_units(files: list[InputFile], text_column: str, shard_tokens: int) -> list[Unit]:
-    """Cut the input into units, in order; a function of the input and ``shard_tokens`` alone, never of the workers.
+    """Cut the input into units, in order. They depend only on the input and ``shard_tokens``, never on the workers.
 
-    A unit holds the text of about one shard, or less where the input is so small that there would be fewer than 64.
+    A unit holds the text of about one shard, or less if the input is so small that there would be fewer than 64 units.
     """
 
     def groups_of(file: InputFile) -> list[int]:
@@ -52,7 +58,7 @@ def plan_units(files: list[InputFile], text_column: str, shard_tokens: int) -> l
     pieces: list[tuple[InputFile, tuple[int, int] | None, int]] = []
     with (
         ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads,
-        progress_bar(len(files), "looking at files", unit=" files", unit_scale=False, leave=False) as bar,
+        progress_bar(len(files), "reading footers", unit=" files", unit_scale=False, leave=False) as bar,
     ):
         for file, groups in zip(files, threads.map(groups_of, files), strict=True):
             pieces += [(file, (group, group + 1), size) for group, size in enumerate(groups)]
@@ -78,7 +84,11 @@ def plan_units(files: list[InputFile], text_column: str, shard_tokens: int) -> l
 
 
 def unit_documents(unit: Unit, selection: Selection, tally: Tally) -> Iterator[str]:
-    """The texts of a unit's documents, in order. LimeError at the first bad row if the selection allows none."""
+    """Yield the texts of a unit's documents, in order.
+
+    Raises:
+        LimeError: a row is bad and the selection allows none.
+    """
     for file, row_groups in unit.parts:
         for _, text in read_file(file, selection.text_column, tally, row_groups, selection.filters):
             _refuse(selection, tally)
@@ -92,5 +102,5 @@ def _refuse(selection: Selection, tally: Tally) -> None:
 
 
 def rejection_error(rejection: Rejection) -> LimeError:
-    """What ``--on-error stop`` says."""
-    return LimeError(f"{rejection}; mend the file, or count such rows and go on with --on-error skip")
+    """The error of ``--on-error stop``."""
+    return LimeError(f"{rejection}; fix the file, or skip and count such rows with --on-error skip")

@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run the sub-command."""
     parser = command_parser(
         "sources",
-        "Gather text that needs no download, as parquet with FineWeb-Edu's columns.",
+        "Gather text without a download, as parquet with FineWeb-Edu's columns.",
         "python -m data_tools.sources embedded --output data/embedded",
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -1,4 +1,4 @@
-"""Documents from parquet and JSONL files: the rows whose text is wanted, and what is wrong with the others."""
+"""Read the selected documents of parquet and JSONL files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ def read_file(
     row_groups: tuple[int, int] | None = None,
     filters: tuple[Filter, ...] = (),
 ) -> Iterator[tuple[int, str]]:
-    """The (row, text) of a file's documents, rows counted from 1; what is not given out is counted in ``tally``.
+    """Yield (row, text) of a file's documents, with rows counted from 1; ``tally`` counts the rows that are left out.
 
-    ``row_groups`` (first, end) reads a part of a parquet file. Damage costs the rows that it hits, not a file's rest.
+    Damage costs only the rows that it hits, not the rest of the file.
+
+    Args:
+        row_groups: (first, end), the part of a parquet file to read. Default: all of it.
 
     Raises:
-        OSError: a remote file cannot be reached; nothing is known of its rows then.
+        OSError: a remote file cannot be reached, so nothing is known about its rows.
     """
     if file.is_parquet:
         yield from read_parquet(file, text_column, tally, row_groups, filters)
@@ -34,7 +37,7 @@ def read_file(
 def documents(
     given: str, text_column: str, tally: Tally, filters: tuple[Filter, ...] = ()
 ) -> Iterator[tuple[str, int, str]]:
-    """The (file name, row, text) of every document of an input, in order."""
+    """Yield (file name, row, text) of every document of an input, in order."""
     for file in list_inputs(given):
         for row, text in read_file(file, text_column, tally, filters=filters):
             yield file.name, row, text

@@ -1,9 +1,9 @@
-"""The embedded corpus: Python's help topics and the docstrings of all that is installed, as parquet.
+"""The embedded corpus: Python's help topics and the docstrings of all installed packages, as parquet.
 
-Sources are parsed, never imported. A document is what one module documents (its own docstring, those of its classes and
-functions, in the order of the source), or one help topic. A docstring that occurs twice is kept where it comes first.
-Help topics come first, then files in the order of a hash of their names, so that any cut sees all packages. The columns
-are FineWeb-Edu's; ``language``, ``language_score``, ``score`` and ``int_score`` are constants, nothing was measured.
+Source files are parsed, never imported. A document is either one help topic, or the docstrings of one module with its
+classes and functions, in source order. Of a docstring that occurs several times, only the first is kept. Help topics
+come first, then files ordered by a hash of their names, so that any prefix samples all packages. The columns are
+FineWeb-Edu's; ``language``, ``language_score``, ``score`` and ``int_score`` are constants, not measurements.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OWN_PACKAGES = ("lime_dist", "data_tools")
 MIN_DOCUMENT = 200  # characters
 MIN_CORPUS = 5e6  # bytes
 MIN_DENSITY = (
-    0.1  # share of a source inside triple quotes; sparser files give 7 % of the text for 45 % of the parsing time
+    0.1  # share of a source file inside triple quotes; sparser files give 7 % of the text for 45 % of the parsing time
 )
 MAX_SOURCE = 2_000_000  # bytes
 FILE_TEXT_BYTES, ROW_GROUP_ROWS, FILES_AT_ONCE = 8_000_000, 512, 16
@@ -56,15 +56,15 @@ SCHEMA = pa.schema(
         "score": pa.float64(),
         "int_score": pa.int64(),
     },
-    metadata={"about": __doc__, "token_count": "words between white space"},
+    metadata={"about": __doc__, "token_count": "words separated by white space"},
 )
 Documents = list[tuple[str, list[str]]]  # (url, docstrings) of one source file
 
 
 def source_files() -> list[tuple[str, str]]:
-    """(name relative to its root, path) of every Python source of the standard library and the installed packages."""
+    """(name relative to its root, path) of every Python file of the standard library and the installed packages."""
     paths = sysconfig.get_paths()
-    found: dict[str, str] = {}
+    path_of: dict[str, str] = {}
     for root in dict.fromkeys((paths["stdlib"], paths["purelib"], paths["platlib"])):
         for folder, inner, names in os.walk(root):
             top = folder == root
@@ -76,13 +76,13 @@ def source_files() -> list[tuple[str, str]]:
             for name in names:
                 if name.endswith(".py"):
                     path = os.path.join(folder, name)
-                    found.setdefault(os.path.relpath(path, root).replace(os.sep, "/"), path)
-    order = sorted(found, key=lambda name: (name != TOPICS, hashlib.sha256(name.encode()).digest()))
-    return [(name, found[name]) for name in order]
+                    path_of.setdefault(os.path.relpath(path, root).replace(os.sep, "/"), path)
+    order = sorted(path_of, key=lambda name: (name != TOPICS, hashlib.sha256(name.encode()).digest()))
+    return [(name, path_of[name]) for name in order]
 
 
 def read_source(name: str, path: str) -> Documents | str:
-    """The documents of one source file, or the reason why it has none."""
+    """Return the documents of one source file, or the reason why it has none."""
     try:
         with open(path, "rb") as file:
             source = file.read()
@@ -116,16 +116,16 @@ def _read_sources(files: list[tuple[str, str]]) -> list[Documents | str]:
 
 
 def collect(max_bytes: int, workers: int, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the corpus, at most ``max_bytes`` of text in all; what is left out is counted in ``skipped``."""
+    """Yield rows of the corpus, at most ``max_bytes`` of text in all; ``skipped`` counts what is left out, by reason."""
     files = source_files()
-    chunks = [files[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)]
+    batches = [files[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)]
     seen: set[bytes] = set()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(os.getpid(),))
     try:
         with progress_bar(max_bytes, "embedded corpus") as bar:
-            for chunk, results in zip(chunks, pool.map(_read_sources, chunks), strict=True):
-                for (name, _), documents in zip(chunk, results, strict=True):
+            for batch, results in zip(batches, pool.map(_read_sources, batches), strict=True):
+                for (name, _), documents in zip(batch, results, strict=True):
                     if isinstance(documents, str):
                         skipped[documents] += 1
                         continue
@@ -155,7 +155,7 @@ def _distinct_text(docstrings: list[str], seen: set[bytes]) -> str:
 
 
 def _encodable(text: str) -> bool:
-    """False for text with a lone surrogate (from an escape in a docstring), which no file can hold."""
+    """False for text with a lone surrogate (from an escape in a docstring), which UTF-8 cannot encode."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -166,7 +166,11 @@ def _row(text: str, url: str, name: str) -> dict[str, Any]:
 
 
 def write_corpus(output: Path, max_megabytes: float, workers: int) -> dict[str, Any]:
-    """Gather and write the corpus into a folder; the manifest, which lists every file's size and hash, comes last."""
+    """Write the corpus into a folder and return its manifest, which lists every file's size and hash and is written last.
+
+    Raises:
+        LimeError: the installed packages hold too little text.
+    """
     for stale in [output / MANIFEST, *output.glob("embedded-*.parquet")]:
         stale.unlink(missing_ok=True)
     skipped: Counter[str] = Counter()
@@ -195,8 +199,8 @@ def write_corpus(output: Path, max_megabytes: float, workers: int) -> dict[str, 
     total = sum(file["text_bytes"] for file in files)
     if total < min(MIN_CORPUS, 0.9e6 * max_megabytes):
         raise LimeError(
-            f"{output}: only {total / 1e6:.1f} MB of documentation found on this machine; install the project's "
-            "requirements (torch, deepspeed, datasets) into this Python first"
+            f"{output}: only {total / 1e6:.1f} MB of documentation found on this machine; first install the project's "
+            "requirements (torch, deepspeed, datasets) into this Python environment"
         )
     manifest = {
         "format": FORMAT,
@@ -212,7 +216,11 @@ def write_corpus(output: Path, max_megabytes: float, workers: int) -> dict[str, 
 
 
 def complete(output: Path, max_megabytes: float) -> dict[str, Any] | None:
-    """The manifest if the folder holds this corpus, whole; None if it must be written; LimeError if it is another."""
+    """Return the manifest if the folder holds this corpus completely, None if it must be written.
+
+    Raises:
+        LimeError: the folder holds another corpus.
+    """
     if not (output / MANIFEST).exists():
         return None
     manifest = read_json(output / MANIFEST, "add --fresh to write the corpus again")
@@ -224,19 +232,19 @@ def complete(output: Path, max_megabytes: float) -> dict[str, Any] | None:
     for file in manifest["files"]:
         path = output / file["name"]
         if not path.is_file() or path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
-            print(f"{path} is missing or changed: the corpus is written again")
+            print(f"{path} is missing or changed; writing the corpus again")
             return None
     return manifest
 
 
 def add_arguments(commands: Any) -> None:
-    """The sub-command and its options."""
-    about = "Gather docstrings of the standard library and installed packages, read without importing them."
+    """Add the sub-command with its options."""
+    about = "Gather the docstrings of the standard library and the installed packages, without importing them."
     parser = commands.add_parser("embedded", help=about, description=about)
     parser.add_argument("--output", required=True, help="folder for the parquet files and their manifest")
     parser.add_argument("--max-megabytes", type=float, default=20.0, help="stop at this much text (default 20)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--fresh", action="store_true", help="write the corpus again, whatever the folder holds")
+    parser.add_argument("--fresh", action="store_true", help="write the corpus again, even if the folder holds one")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -244,7 +252,7 @@ def run(options: argparse.Namespace) -> None:
     if options.max_megabytes <= 0 or options.workers < 1:
         raise LimeError("--max-megabytes and --workers must be above 0")
     output = Path(options.output)
-    with disk_errors("put this right and run the same command again"), lock_folder(output):
+    with disk_errors("fix this and run the same command again"), lock_folder(output):
         manifest = None if options.fresh else complete(output, options.max_megabytes)
         state = "complete, reused" if manifest else "written"
         manifest = manifest or write_corpus(output, options.max_megabytes, options.workers)

@@ -1,4 +1,4 @@
-"""Conditions on a document's other columns: ``score>=3``, ``language=en``, ``metadata.token_count<4096``."""
+"""Conditions on the other columns of a document: ``score>=3``, ``language=en``, ``metadata.token_count<4096``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
 }
 WHERE_HELP = (
-    "use only documents whose columns fulfil this, for example 'score>=3', 'token_count>=64', 'language=en', "
-    "'metadata.int_score!=0'; may be given several times; a null fulfils nothing"
+    "use only documents that satisfy this condition, for example 'score>=3', 'token_count>=64', 'language=en', "
+    "'metadata.int_score!=0'; may be repeated; a null satisfies no condition"
 )
 _CONDITION = re.compile(r"\s*([^<>=!\s]+)\s*(>=|<=|!=|>|<|=)\s*(.*?)\s*")
 
 
 @dataclass(frozen=True)
 class Filter:
-    """``column comparison value``; ``column`` may lie in a struct (``metadata.score``)."""
+    """``column comparison value``; ``column`` may be a field of a struct (``metadata.score``)."""
 
     column: str
     comparison: str
@@ -35,29 +35,33 @@ class Filter:
 
     @classmethod
     def parse(cls, condition: str) -> Filter:
-        """A condition as given on the command line; LimeError if it is none."""
-        found = _CONDITION.fullmatch(condition)
-        if found is None or not found[3]:
-            raise LimeError(f"--where {condition!r}: no condition; give COLUMN>=VALUE (or <=, >, <, =, !=)")
-        column, comparison, text = found.groups()
+        """Parse a condition from the command line.
+
+        Raises:
+            LimeError: the text is not a condition.
+        """
+        match = _CONDITION.fullmatch(condition)
+        if match is None or not match[3]:
+            raise LimeError(f"--where {condition!r}: not a condition; give COLUMN>=VALUE (or <=, >, <, =, !=)")
+        column, comparison, text = match.groups()
         try:
             value: float | str = float(text)
         except ValueError:
             value = text
         if isinstance(value, str) and comparison not in ("=", "!="):
-            raise LimeError(f"--where {condition!r}: {comparison} compares numbers, and {text!r} is none")
+            raise LimeError(f"--where {condition!r}: {comparison} compares numbers, but {text!r} is not a number")
         return cls(column, comparison, value)
 
     def passes(self, value: Any) -> bool:
         """Whether a document with this value in the column is used.
 
         Raises:
-            TypeError: the value is of another kind than the filter's.
+            TypeError: the value has another type than the filter's.
         """
         if value is None:
             return False
         if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(self.value, float) else str):
-            raise TypeError(f"column {self.column!r} holds {type(value).__name__}, which {self} cannot be asked of")
+            raise TypeError(f"column {self.column!r} holds {type(value).__name__}, which {self} cannot compare")
         return COMPARISONS[self.comparison](value, self.value)
 
     def __str__(self) -> str:
@@ -66,7 +70,7 @@ class Filter:
 
 
 def nested(record: Any, column: str) -> Any:
-    """The value of a column in a record, by its dotted path.
+    """Return the value of a column in a record; ``column`` is a name or a dotted path.
 
     Raises:
         KeyError: the record has no such column.

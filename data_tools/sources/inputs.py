@@ -1,4 +1,4 @@
-"""Which files there are to read: of a folder, a glob, or a dataset of the Hugging Face hub; their sizes and fingerprints."""
+"""List the files of an input (a folder, a glob, or a dataset of the Hugging Face hub), with sizes and fingerprints."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ INPUT_HELP = (
     "folder, glob or file of parquet or JSONL (.gz, .zst); or hub:OWNER/NAME[@REVISION][:CONFIGURATION], for example "
     "hub:HuggingFaceFW/fineweb-edu:sample-10BT"
 )
-COMPRESSION_RATIO = 4  # expected of gz and zst, for estimates alone
+COMPRESSION_RATIO = 4  # expected for gz and zst; only used for estimates
 PROBES, PROBE_BYTES = 64, 1 << 20
 _HUB = re.compile(r"hub:(?P<name>[^@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<configuration>.+))?")
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read: ``path`` on this machine or a URL, and ``name`` within the input, for outputs and messages."""
+    """A file to read: ``path`` is local or a URL; ``name`` identifies it within the input, in outputs and messages."""
 
     path: str
     name: str
 
     @property
     def is_parquet(self) -> bool:
-        """Parquet, else JSONL."""
+        """True for parquet, False for JSONL."""
         return self.name.endswith(".parquet")
 
     @property
     def is_remote(self) -> bool:
-        """Whether a network may stand between: what cannot be read may be readable a moment later."""
+        """Whether the file may be read over a network, where a failed read may succeed a moment later."""
         return "://" in self.path
 
     def open(self) -> IO[bytes]:
-        """The file's bytes, seekable."""
+        """Open the file for reading bytes, seekable."""
         if not self.is_remote:
             return open(self.path, "rb")
         import fsspec
@@ -56,7 +56,7 @@ class InputFile:
 
     @cached_property
     def size(self) -> int:
-        """Bytes."""
+        """The file's size in bytes."""
         if not self.is_remote:
             return Path(self.path).stat().st_size
         import fsspec
@@ -66,12 +66,16 @@ class InputFile:
 
     @property
     def text_bytes(self) -> int:
-        """About how much text a JSONL file holds."""
+        """An estimate of the bytes of text in a JSONL file."""
         return self.size * (COMPRESSION_RATIO if self.name.endswith((".gz", ".zst")) else 1)
 
 
 def list_inputs(given: str) -> list[InputFile]:
-    """The files of a folder (searched through), a glob, one file or a hub dataset, by name; LimeError if there are none."""
+    """List the files of a folder (recursively), a glob, one file or a hub dataset, sorted by name.
+
+    Raises:
+        LimeError: there are none.
+    """
     kinds = ", ".join(SUFFIXES)
     root = Path(given)
     if given.startswith("hub:"):
@@ -82,42 +86,43 @@ def list_inputs(given: str) -> list[InputFile]:
     elif root.is_file():
         files = [InputFile(given, root.name)]
     else:
-        found = [path for path in map(Path, glob.glob(given, recursive=True)) if path.is_file()]
-        if not found:
+        matches = [path for path in map(Path, glob.glob(given, recursive=True)) if path.is_file()]
+        if not matches:
             raise LimeError(f"--input {given}: no such file or folder, and no file matches; give one with {kinds}")
-        # Names are relative to the last folder before the first wildcard: two files of one name stay apart.
+        # Names are relative to the last folder before the first wildcard, so that files in different folders keep
+        # different names.
         fixed = Path(*root.parts[: next(i for i, part in enumerate(root.parts) if glob.has_magic(part))])
-        files = [InputFile(str(path), path.relative_to(fixed).as_posix()) for path in found]
+        files = [InputFile(str(path), path.relative_to(fixed).as_posix()) for path in matches]
     usable = sorted((file for file in files if file.name.endswith(SUFFIXES)), key=lambda file: file.name)
     if not usable:
-        raise LimeError(f"--input {given}: no {kinds} among {len(files)} files; give text in one of these forms")
+        raise LimeError(f"--input {given}: no {kinds} among {len(files)} files; give text in one of these formats")
     return usable
 
 
 def _hub_files(given: str) -> list[InputFile]:
-    """The files of a hub dataset's training split, as `datasets` finds them, pinned to one commit by their URLs."""
-    found = _HUB.fullmatch(given)
-    if found is None:
+    """The files of a hub dataset's training split, as `datasets` lists them; their URLs pin one commit."""
+    match = _HUB.fullmatch(given)
+    if match is None:
         raise LimeError(f"--input {given}: give hub:OWNER/NAME[@REVISION][:CONFIGURATION]")
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(found["name"], name=found["configuration"], revision=found["revision"])
+        builder = datasets.load_dataset_builder(match["name"], name=match["configuration"], revision=match["revision"])
         paths = [str(path) for path in (builder.config.data_files or {}).get("train", [])]
-    except Exception as error:  # the hub's errors come from half a dozen libraries
+    except Exception as error:  # hub errors come from half a dozen libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LimeError(
             f"--input {given}: {reason}; check the name, the configuration and the network, or give local files"
         ) from None
-    here = f"{Path(found['name']).absolute()}/"  # of a dataset folder on this machine
-    names = [path.split("://")[-1].removeprefix(here) for path in paths]
+    local_folder = f"{Path(match['name']).absolute()}/"  # if the dataset is a folder on this machine
+    names = [path.split("://")[-1].removeprefix(local_folder) for path in paths]
     return [InputFile(path, name) for path, name in zip(paths, names, strict=True)]
 
 
 def fingerprint(file: InputFile) -> dict[str, Any]:
-    """Name, bytes and SHA-256 of a file; of one over 64 MiB, of 64 blocks of 1 MiB spread evenly from end to end.
+    """Name, size in bytes and SHA-256 of a file; above 64 MiB, the SHA-256 covers 64 evenly spread blocks of 1 MiB.
 
-    A remote file has no SHA-256 here: its name holds the commit, and reading it for a hash would be a second download.
+    Remote files get no SHA-256: their name holds the commit, and hashing would mean downloading them twice.
     """
     if file.is_remote:
         return {"name": file.name, "bytes": file.size}
@@ -131,7 +136,7 @@ def fingerprint(file: InputFile) -> dict[str, Any]:
 
 
 def row_group_bytes(file: InputFile, text_column: str) -> list[int]:
-    """Bytes of text, before compression, in each row group of a parquet file; [] if its footer cannot be read."""
+    """Uncompressed bytes of text in each row group of a parquet file; [] if its footer cannot be read."""
     try:
         with open_parquet(file) as reader:
             paths = [reader.schema.column(i).path for i in range(len(reader.schema))]
@@ -145,7 +150,7 @@ def row_group_bytes(file: InputFile, text_column: str) -> list[int]:
 
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
-    """A reader. Page checksums, where a file has them, find damage that would decode to other text."""
+    """Open a parquet file. Page checksums, if the file has them, detect damage that would decode to different text."""
     reader = pq.ParquetFile(file.open() if file.is_remote else file.path, page_checksum_verification=True)
     try:
         yield reader
@@ -154,7 +159,7 @@ def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
 
 
 def raise_if_unreachable(file: InputFile, error: BaseException) -> None:
-    """A network's failure says nothing of a file's content; pyarrow's and gzip's own errors do."""
+    """Re-raise network errors: unlike pyarrow's and gzip's own errors, they say nothing about a file's content."""
     damage = isinstance(error, (pa.ArrowInvalid, gzip.BadGzipFile)) or not isinstance(error, OSError)
     if file.is_remote and not damage:
         raise error

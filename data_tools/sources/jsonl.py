@@ -19,6 +19,7 @@ from data_tools.sources.tally import Rejection, Tally, first_line
 def read_jsonl(
     file: InputFile, text_column: str, tally: Tally, filters: tuple[Filter, ...]
 ) -> Iterator[tuple[int, str]]:
+    """Yield (row, text) of a JSONL file's documents; see `documents.read_file`."""
     row = 0
     try:
         with file.open() as raw, _decompressed(file, raw) as stream:
@@ -32,8 +33,8 @@ def read_jsonl(
                 if record is None:
                     tally.rejected.append(Rejection(file.name, row, reason))
                     continue
-                found = ((condition, nested(record, condition.column)) for condition in filters)
-                if filters and not tally.wanted(file.name, row, found):
+                values = ((condition, nested(record, condition.column)) for condition in filters)
+                if filters and not tally.wanted(file.name, row, values):
                     continue
                 value, reason = _json_text(record[text_column], text_column)
                 if reason:
@@ -49,7 +50,7 @@ def read_jsonl(
 
 
 def _decompressed(file: InputFile, raw: IO[bytes]) -> Any:
-    """A stream of lines."""
+    """Return a stream of decompressed lines."""
     if file.name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     if file.name.endswith(".zst"):
@@ -58,7 +59,7 @@ def _decompressed(file: InputFile, raw: IO[bytes]) -> Any:
 
 
 def _json_record(line: bytes, text_column: str, filters: tuple[Filter, ...]) -> tuple[dict[str, Any] | None, str]:
-    """The record of one JSONL line that has all columns asked for, or why there is none."""
+    """(record, "") of a JSONL line that has all the columns needed, or (None, reason)."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -79,7 +80,7 @@ def _json_record(line: bytes, text_column: str, filters: tuple[Filter, ...]) -> 
 
 
 def _json_text(value: Any, text_column: str) -> tuple[bytes | None, str]:
-    """A text as UTF-8, or why it is none; (None, "") is a null."""
+    """(text as UTF-8, ""), or (None, reason); (None, "") for a null."""
     if value is None:
         return None, ""
     if not isinstance(value, str):
@@ -87,4 +88,4 @@ def _json_text(value: Any, text_column: str) -> tuple[bytes | None, str]:
     try:
         return value.encode(), ""
     except UnicodeEncodeError:
-        return None, "a lone surrogate: text that no encoding can hold"
+        return None, "a lone surrogate, which UTF-8 cannot encode"

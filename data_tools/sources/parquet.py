@@ -23,6 +23,7 @@ def read_parquet(
     row_groups: tuple[int, int] | None,
     filters: tuple[Filter, ...],
 ) -> Iterator[tuple[int, str]]:
+    """Yield (row, text) of a parquet file's documents; see `documents.read_file`."""
     with ExitStack() as stack:
         try:
             reader = stack.enter_context(open_parquet(file))
@@ -32,7 +33,7 @@ def read_parquet(
             return
         meta = reader.metadata
         first, end = row_groups or (0, meta.num_row_groups)
-        # ends[g]: rows of the file before row group g
+        # ends[g]: the number of rows before row group g
         ends = [0, *accumulate(meta.row_group(group).num_rows for group in range(end))]
         reason = _no_text_column(reader.schema_arrow, text_column) or _no_column(reader.schema_arrow, filters)
         if reason:
@@ -50,8 +51,8 @@ def read_parquet(
                     for i, raw in enumerate(texts):
                         row += 1
                         tally.rows += 1
-                        found = ((condition, value[i]) for condition, value in zip(filters, values, strict=True))
-                        if filters and not tally.wanted(file.name, row, found):
+                        row_values = ((condition, column[i]) for condition, column in zip(filters, values, strict=True))
+                        if filters and not tally.wanted(file.name, row, row_values):
                             continue
                         text = tally.text_or_none(file.name, row, raw)
                         if text is not None:
@@ -65,7 +66,7 @@ def read_parquet(
 
 
 def _as_bytes(column: pa.Array) -> list[bytes | None]:
-    """As bytes, so that one row with invalid UTF-8 is one row's damage."""
+    """Read texts as bytes, so that invalid UTF-8 costs only its own row."""
     plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
     return plain.cast(pa.large_binary()).to_pylist()
 
@@ -76,7 +77,7 @@ def _values(batch: pa.RecordBatch, column: str) -> list[Any]:
 
 
 def _no_text_column(schema: pa.Schema, text_column: str) -> str:
-    """Why a parquet file's column cannot be read as text, or ""."""
+    """The reason why a parquet file's column cannot be read as text, or ""."""
     if text_column not in schema.names:
         return f"no column {text_column!r}, it has {', '.join(schema.names)}"
     kind = schema.field(text_column).type
@@ -87,7 +88,7 @@ def _no_text_column(schema: pa.Schema, text_column: str) -> str:
 
 
 def _no_column(schema: pa.Schema, filters: tuple[Filter, ...]) -> str:
-    """Which condition's column a parquet file lacks, or ""."""
+    """The reason why a condition cannot be checked, the parquet file lacking its column, or ""."""
     for condition in filters:
         if condition.column in schema.names:
             continue

@@ -1,4 +1,4 @@
-"""What a reader counts: rows, those without text, those that conditions exclude, and those that cannot be read."""
+"""Count the rows that a reader meets: all, those without text, those filtered out, and those that cannot be read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from data_tools.sources.filters import Filter
 
 @dataclass(frozen=True)
 class Rejection:
-    """What could not be read: ``row`` counts from 1 (0: the whole file), ``rows`` are lost with it (0: unknown)."""
+    """Rows that cannot be read.
+
+    Attributes:
+        row: the first one, counted from 1; 0 for the whole file.
+        rows: how many rows are lost; 0 if unknown.
+    """
 
     file: str
     row: int
@@ -24,8 +29,15 @@ class Rejection:
 
 @dataclass
 class Tally:
-    """What a reader met: ``rows`` in all; among them those without text (``null``; ``empty``: white space only), those that
-    conditions left out (``filtered``), and rejections."""
+    """Counts of the rows that a reader met.
+
+    Attributes:
+        rows: all rows, those counted below included.
+        null: rows without a text.
+        empty: rows whose text is white space only.
+        filtered: rows that do not satisfy the conditions.
+        rejected: what could not be read.
+    """
 
     rows: int = 0
     null: int = 0
@@ -34,7 +46,7 @@ class Tally:
     rejected: list[Rejection] = field(default_factory=list)
 
     def text_or_none(self, file: str, row: int, value: bytes | None) -> str | None:
-        """Give a row's text, or count why it has none that can be used."""
+        """Return a row's text; if it has no usable one, count the reason and return None."""
         if value is None:
             self.null += 1
             return None
@@ -49,7 +61,7 @@ class Tally:
         return text
 
     def wanted(self, file: str, row: int, conditions: Iterator[tuple[Filter, Any]]) -> bool:
-        """Whether a row's values fulfil all conditions; counts it if not."""
+        """Whether a row's values satisfy all conditions; if not, count the row."""
         try:
             if all(condition.passes(value) for condition, value in conditions):
                 return True
@@ -60,6 +72,6 @@ class Tally:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line, which is all that belongs in a list of rejections."""
+    """The first line of an error, short enough for a list of rejections."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -1,1 +1,1 @@
-"""Synthetic tasks: questions with worked solutions to fine-tune and measure a model on."""
+"""Synthetic tasks: questions with worked solutions for training and testing a model."""

@@ -15,7 +15,7 @@ from lime_dist.errors import LimeError, run_command
 
 
 def run(options: argparse.Namespace) -> None:
-    """Both sub-commands."""
+    """Run either sub-command."""
     names = {"arithmetic": ("operands", "largest"), "graph": ("concepts", "hops", "names")}[options.task]
     values = {name: getattr(options, name) for name in names}
     task: Task = Arithmetic(**values) if options.task == "arithmetic" else Graph(**values)
@@ -24,27 +24,27 @@ def run(options: argparse.Namespace) -> None:
             raise LimeError(f"--{name} {getattr(options, name)}: must be at least {least}")
     settings = {"task": options.task, **values, "documents": options.documents, "seed": options.seed}
     output = Path(options.output)
-    with disk_errors("put this right and run the same command again"), lock_folder(output):
-        there = not options.fresh and complete(output, settings)
-        if not there:
+    with disk_errors("fix this and run the same command again"), lock_folder(output):
+        reused = not options.fresh and complete(output, settings)
+        if not reused:
             write_documents(output, task, options.documents, options.seed, settings)
-    print(f"{options.task} {'complete, reused' if there else 'written'}: {options.documents:,} documents in {output}")
+    print(f"{options.task} {'complete, reused' if reused else 'written'}: {options.documents:,} documents in {output}")
 
 
-def add_task(kinds: Any, name: str, about: str, option: str) -> argparse.ArgumentParser:
-    """A sub-command with what all tasks have."""
-    kind: argparse.ArgumentParser = kinds.add_parser(
+def add_task(commands: Any, name: str, about: str, option: str) -> argparse.ArgumentParser:
+    """Add a sub-command with the options that all tasks share."""
+    parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=about,
         description=about,
         epilog=f"example:\n  python -m data_tools.tasks {name} --output data/{name}/text {option}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kind.add_argument("--output", required=True, help=f"folder for {DOCUMENTS}")
-    kind.add_argument("--documents", type=int, default=100_000, help="default 100000")
-    kind.add_argument("--seed", type=int, default=0, help="default 0")
-    kind.add_argument("--fresh", action="store_true", help="write again, whatever the folder holds")
-    return kind
+    parser.add_argument("--output", required=True, help=f"folder for {DOCUMENTS}")
+    parser.add_argument("--documents", type=int, default=100_000, help="default 100000")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--fresh", action="store_true", help="write the documents again, even if the folder holds some")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,16 +56,20 @@ def main(arguments: list[str] | None = None) -> None:
         f"  python -m data_tools.tokenizer train --input data/arithmetic/text --output data/arithmetic/tokenizer \\\n"
         f"    --vocab-size 320 --symbol '{MARK}'",
     )
-    kinds = parser.add_subparsers(dest="task", required=True)
+    commands = parser.add_subparsers(dest="task", required=True)
     arithmetic = add_task(
-        kinds, "arithmetic", "nested expressions, reduced level by level, like 2*(3+4)", "--operands 4"
+        commands, "arithmetic", "nested expressions such as 2*(3+4), reduced level by level", "--operands 4"
     )
     arithmetic.add_argument("--operands", type=int, default=4, help="numbers in an expression (default 4)")
-    arithmetic.add_argument("--largest", type=int, default=20, help="largest number, also on the way (default 20)")
-    graph = add_task(kinds, "graph", "which of two made-up concepts is somebody, by a chain of facts", "--hops 3")
+    arithmetic.add_argument(
+        "--largest", type=int, default=20, help="largest number, intermediate results included (default 20)"
+    )
+    graph = add_task(commands, "graph", "which of two made-up concepts a person is, by a chain of facts", "--hops 3")
     graph.add_argument("--concepts", type=int, default=12, help="concepts in a question (default 12)")
-    graph.add_argument("--hops", type=int, default=3, help="facts of the chain (default 3)")
-    graph.add_argument("--names", type=int, default=64, help="made-up words to name concepts with (default 64)")
+    graph.add_argument("--hops", type=int, default=3, help="facts in the chain (default 3)")
+    graph.add_argument(
+        "--names", type=int, default=64, help="made-up words from which concepts take their names (default 64)"
+    )
     run(parser.parse_args(arguments))
 
 

@@ -1,7 +1,7 @@
-"""Write questions with worked solutions as JSONL: documents ``question<answer>solution`` to fine-tune and measure a model on.
+"""Write questions with worked solutions as JSONL documents ``question<answer>solution``.
 
-OUT/documents.jsonl    {"text": …} a line, no question twice
-OUT/task.json          the settings, and the SHA-256 of the documents; written last
+OUT/documents.jsonl    one {"text": …} per line, no question twice
+OUT/task.json          the settings and the SHA-256 of the documents; written last
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ from lime_dist.data.files import json_bytes, read_json, sha256_file, write_atomi
 from lime_dist.errors import LimeError
 
 MARK = "<answer>"
-"""Between a question and its solution; give it to the tokenizer as ``--symbol``."""
+"""Separates a question from its solution; pass it to the tokenizer as ``--symbol``."""
 
 FORMAT = "lime_dist task 1"
 DOCUMENTS, FACTS = "documents.jsonl", "task.json"
 MAX_REPEATS = 1000
-"""Questions in a row that were all there already: then there are hardly any others."""
+"""After this many repeated questions in a row, hardly any new ones are left."""
 
 Task = Arithmetic | Graph
 
 
 def draw_documents(task: Task, seed: int) -> Iterator[str]:
-    """Documents without end, no question twice. LimeError when there are hardly any questions left."""
+    """Yield documents endlessly, no question twice.
+
+    Raises:
+        LimeError: hardly any new questions are left.
+    """
     generator, seen, repeats = random.Random(seed), set[bytes](), 0
     while True:
         question, solution = task.draw(generator)
@@ -41,8 +45,8 @@ def draw_documents(task: Task, seed: int) -> Iterator[str]:
             repeats += 1
             if repeats == MAX_REPEATS:
                 raise LimeError(
-                    f"--documents: these settings give little more than {len(seen):,} different questions; lower it, or make "
-                    "questions larger"
+                    f"--documents: these settings give little more than {len(seen):,} different questions; lower --documents, "
+                    "or make the questions larger"
                 )
             continue
         repeats = 0
@@ -51,7 +55,7 @@ def draw_documents(task: Task, seed: int) -> Iterator[str]:
 
 
 def write_documents(output: Path, task: Task, count: int, seed: int, settings: dict[str, Any]) -> None:
-    """Write both files; an exception leaves those that were there before."""
+    """Write both files; an exception leaves earlier ones as they are."""
     temporary = output / f".{DOCUMENTS}.{os.getpid()}.tmp"
     documents = draw_documents(task, seed)
     try:
@@ -62,7 +66,7 @@ def write_documents(output: Path, task: Task, count: int, seed: int, settings: d
                     bar.update()
             file.flush()
             os.fsync(file.fileno())
-        (output / FACTS).unlink(missing_ok=True)  # never the facts of other documents
+        (output / FACTS).unlink(missing_ok=True)  # they describe the old documents
         temporary.replace(output / DOCUMENTS)
     finally:
         temporary.unlink(missing_ok=True)
@@ -71,7 +75,11 @@ def write_documents(output: Path, task: Task, count: int, seed: int, settings: d
 
 
 def complete(output: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds the documents of this very call, whole; LimeError if it holds something else."""
+    """Whether the folder already holds the complete documents of these settings.
+
+    Raises:
+        LimeError: it holds something else.
+    """
     if not (output / FACTS).exists():
         if (output / DOCUMENTS).exists():
             raise LimeError(
@@ -81,10 +89,10 @@ def complete(output: Path, settings: dict[str, Any]) -> bool:
     facts = read_json(output / FACTS, "give another --output, or --fresh to replace it")
     if facts.get("format") != FORMAT or facts.get("settings") != settings:
         raise LimeError(
-            f"{output}: holds documents of other settings; give another --output, or --fresh to replace them"
+            f"{output}: holds documents with other settings; give another --output, or --fresh to replace them"
         )
     path = output / DOCUMENTS
     if not path.is_file() or sha256_file(path) != facts.get("sha256"):
-        print(f"{path} is missing or changed: it is written again")
+        print(f"{path} is missing or changed; writing it again")
         return False
     return True

@@ -1,8 +1,8 @@
-"""Questions about a graph of made-up concepts: of two concepts somebody is one, and only a chain of facts says which.
+"""Questions about a graph of made-up concepts: a person is one of two concepts, and only a chain of facts says which.
 
-The facts draw two trees of concepts, with cross links. Somebody is the root of the first; the right answer lies so many steps below
-it, the wrong one as many below the root of the second, which nothing of the first leads to. One path alone leads to the right
-answer, so that a question has one solution.
+The facts form two trees of concepts, with cross links. The person is the root of the first tree. The right answer lies
+``hops`` steps below this root; the wrong one lies as many steps below the root of the second tree, which no path from the
+first tree reaches. A single path leads to the right answer, so each question has one solution.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 @dataclass(frozen=True)
 class Graph:
-    """Questions over ``concepts`` concepts, whose answer lies ``hops`` facts away; they are named out of ``names`` words.
+    """Questions over ``concepts`` concepts, named with ``names`` made-up words, whose answer lies ``hops`` facts away.
 
     Raises:
         LimeError: a setting is out of range.
@@ -34,13 +34,13 @@ class Graph:
             raise LimeError(f"--hops {self.hops}: must be from 1 to 64")
         if not 2 * (self.hops + 1) <= self.concepts <= 256:
             raise LimeError(
-                f"--concepts {self.concepts}: must be from {2 * (self.hops + 1)}, two chains of --hops {self.hops} facts, to 256"
+                f"--concepts {self.concepts}: must be from {2 * (self.hops + 1)} (two chains of --hops {self.hops} facts) to 256"
             )
         if not self.concepts <= self.names <= 10_000:
             raise LimeError(f"--names {self.names}: must be from --concepts {self.concepts} to 10000")
 
     def draw(self, generator: random.Random) -> tuple[str, str]:
-        """A question, and its solution: the chain of facts and the conclusion, one a line."""
+        """Return a question and its solution: the chain of facts and the conclusion, one per line."""
         names = generator.sample(make_names(self.names), self.concepts)
         person = generator.choice(PEOPLE)
         facts = [f"Every {names[child]} is a {names[parent]}." for child, parent in self._edges(generator)]
@@ -53,9 +53,10 @@ class Graph:
         return question, "\n".join([f"{person} is a {names[0]}.", *chain, f"{person} is a {right}."])
 
     def _edges(self, generator: random.Random) -> list[tuple[int, int]]:
-        """Facts (x, y), every x is a y. 0 … hops is the chain to the right answer, hops + 1 … 2·hops + 1 the other one.
+        """Draw the facts (x, y), "every x is a y".
 
-        What is added below the chains has one or two concepts that lead to it, and leads back to no chain.
+        Concepts 0 … hops are the chain to the right answer, hops + 1 … 2·hops + 1 the chain to the wrong one. One or two
+        earlier concepts lead to each of the others, and none of these leads back to a chain.
         """
         length = self.hops + 1
         sides = [list(range(length)), list(range(length, 2 * length))]
@@ -64,7 +65,7 @@ class Graph:
             side = generator.randrange(2)
             sources = {generator.choice(sides[side])}
             if generator.random() < 0.5:
-                # What somebody is may be reached from the second tree too, but not the other way.
+                # A concept of the first tree may also be reached from the second, but never the other way round.
                 sources.add(generator.choice([*sides[1], *sides[0]] if side == 0 else sides[1]))
             edges.extend((source, concept) for source in sorted(sources))
             sides[side].append(concept)
@@ -73,7 +74,7 @@ class Graph:
 
 @cache
 def make_names(count: int) -> list[str]:
-    """Different words of two or three syllables that mean nothing: the same whatever the seed, so that one tokenizer serves."""
+    """Return distinct made-up words of two or three syllables; they do not depend on the seed, so one tokenizer fits all."""
     generator, names = random.Random(0), dict[str, None]()
     while len(names) < count:
         syllables = generator.randint(2, 3)

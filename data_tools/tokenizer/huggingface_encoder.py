@@ -21,14 +21,19 @@ PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normaliz
 
 
 def canonical(source: dict[str, Any], special: dict[str, int]) -> bytes:
-    """The part of a ``tokenizer.json`` that decides over ids, in one layout: equal encoders have equal bytes.
+    """Return the part of a ``tokenizer.json`` that determines ids, in one layout: equal encoders have equal bytes.
 
-    Truncation, padding, dropout and the template of the post-processor go. ``special`` tokens (text: id) are marked as
-    special, so that their text in a document is only text. Raises KeyError, TypeError, ValueError for another structure.
+    Truncation, padding, dropout and the post-processor's template are dropped.
+
+    Args:
+        special: text and id of tokens to mark as special, so that their text in a document is encoded as ordinary text.
+
+    Raises:
+        KeyError, TypeError, ValueError: the file has another structure.
     """
     model = {key: value for key, value in source["model"].items() if value is not None and value is not False}
     model.pop("dropout", None)
-    if "merges" in model:  # older versions write no type, and "a b" for ["a", "b"]
+    if "merges" in model:  # older versions omit the type and write "a b" for ["a", "b"]
         model.setdefault("type", "BPE")
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     added = {token["id"]: token for token in source.get("added_tokens") or []}
@@ -49,27 +54,32 @@ def canonical(source: dict[str, Any], special: dict[str, int]) -> bytes:
 
 
 def without_prefix(component: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer without what it puts before a text."""
+    """A normalizer or pre-tokenizer that prepends nothing to a text."""
     if component is None or component["type"] == "Prepend":
         return None
     if component["type"] == "Sequence":
         parts = "normalizers" if "normalizers" in component else "pretokenizers"
         return {**component, parts: [part for part in map(without_prefix, component[parts]) if part]}
     if component["type"] == "Metaspace":
-        kept = {key: value for key, value in component.items() if key != "add_prefix_space"}  # what it was called once
+        kept = {key: value for key, value in component.items() if key != "add_prefix_space"}  # the older name
         return kept | {"prepend_scheme": "never"}
     return component | {"add_prefix_space": False} if component["type"] == "ByteLevel" else component
 
 
 def load(data: bytes) -> tokenizers.Tokenizer:
-    """A tokenizer that takes special tokens' text as text, in this process's one thread. ValueError if it is none."""
+    """Open a tokenizer that encodes the text of special tokens as ordinary text, and uses a single thread.
+
+    Raises:
+        ValueError: the data is not a tokenizer.
+        LimeError: the package tokenizers is not installed.
+    """
     try:
         import tokenizers
     except ImportError:
         raise LimeError(
             "a Hugging Face tokenizer needs the package tokenizers, which is not installed; pip install 'lime_dist[hf]'"
         ) from None
-    # Processes share the cores here: one that started threads of its own would take its neighbours' share.
+    # There is a process for each core already: more threads would only compete with the other processes.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         tokenizer = tokenizers.Tokenizer.from_str(data.decode())
@@ -80,11 +90,18 @@ def load(data: bytes) -> tokenizers.Tokenizer:
 
 
 class HuggingFaceEncoder:
-    """One of the two encoders behind ``Tokenizer``, from the bytes of ``canonical``; ValueError if it cannot be loaded.
+    """An encoder for `Tokenizer`, from the bytes that `canonical` returns.
 
-    Attributes: ``vocab_size`` (highest id + 1, added tokens included), ``model_type`` (bpe, unigram, …), ``hash``,
-    ``holes`` (ids without a token), ``unknown_token`` (what a lossy model makes of a word that it does not know),
-    ``special_ids`` (all -1: the file does not say which token is bos, eos or pad).
+    Attributes:
+        vocab_size: the highest id + 1, added tokens included.
+        model_type: bpe, unigram, …
+        hash: SHA-256 of the bytes.
+        holes: the number of ids without a token.
+        unknown_token: what a lossy model encodes an unknown word as.
+        special_ids: all -1, as the file does not say which token is bos, eos or pad.
+
+    Raises:
+        ValueError: it cannot be loaded.
     """
 
     cut_rule = BETWEEN_WORDS
@@ -103,21 +120,21 @@ class HuggingFaceEncoder:
         self.hash = hashlib.sha256(data).hexdigest()
         self.special_ids = {"bos": -1, "eos": -1, "pad": -1}
         self.unknown_token: str | None = getattr(self._tokenizer.model, "unk_token", None)
-        # Some pipelines put a space before a text that begins with none, and take one away in decoding: there a text
-        # that begins with one is given a second, as sentencepiece's own prefix would.
-        self._doubles_space = (self._back(" a"), self._back("  a")) == ("a", " a")
+        # Some pipelines prepend a space to a text that begins without one, and remove one when decoding. For them, a
+        # text that begins with a space gets a second one, as sentencepiece's own prefix would give it.
+        self._doubles_space = (self._round_trip(" a"), self._round_trip("  a")) == ("a", " a")
 
-    def _back(self, text: str) -> str:
+    def _round_trip(self, text: str) -> str:
         return self.decode(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids int32 of whole texts."""
+        """Ids int32 [tokens] of each text."""
         if self._doubles_space:
             texts = [" " + text if text.startswith(" ") else text for text in texts]
         return self._ids(self._tokenizer, texts)
 
     def encode_middle(self, text: str) -> np.ndarray:
-        """Ids int32 of a text that is the continuation of another: nothing is put before it."""
+        """Ids int32 [tokens] of a text that continues another one: nothing is prepended to it."""
         return self._ids(self._without_prefix, [text])[0]
 
     @staticmethod
@@ -134,24 +151,24 @@ class HuggingFaceEncoder:
         return load(json.dumps(content | changed).encode())
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; special tokens, and ids that name no token, give nothing."""
+        """The text of ids; special tokens and ids without a token decode to nothing."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token."""
+        """The id of a token, or None if it is not in the vocabulary."""
         return self._tokenizer.token_to_id(token)
 
     def special_tokens(self) -> dict[str, int]:
-        """The tokens that no text must become, with their ids."""
+        """The special tokens, which no text may become, with their ids."""
         added = self._tokenizer.get_added_tokens_decoder()
         return {added[number].content: number for number in sorted(added) if added[number].special}
 
     def whole_tokens(self) -> list[str]:
-        """Special tokens, and tokens that are taken out of a text before it is encoded."""
+        """Special tokens, and tokens that are split off a text before it is encoded."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def token_texts(self) -> Iterator[str]:
-        """What each token that a text can be encoded with stands for, U+FFFD for incomplete characters."""
+        """The text of each token that a text can be encoded with; U+FFFD stands for incomplete characters."""
         import tokenizers
 
         bytes_decoder = tokenizers.decoders.ByteLevel()

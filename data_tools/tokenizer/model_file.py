@@ -1,8 +1,8 @@
-"""Read and change what sentencepiece itself neither shows nor changes in its model file: protobuf's wire format.
+"""Read and change parts of a sentencepiece model file that its library does not expose, in protobuf's wire format.
 
-The classes that sentencepiece ships for it load only with the very protobuf that they were made with, or a newer one.
-A message is a sequence of fields: a number and a wire type, then an integer, four or eight bytes, or a counted string.
-Numbers and defaults below are those of sentencepiece_model.proto.
+The protobuf classes that sentencepiece ships load only with the protobuf version that generated them, or a newer one.
+A message is a sequence of fields: a number and a wire type, then an integer, four or eight bytes, or a string with its
+length. Field numbers and defaults are those of sentencepiece_model.proto.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ CHARACTER_MAP, DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5  # fields
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model does to a text before it looks for pieces, and how it was trained."""
+    """How a model changes a text before splitting it into pieces, and its type."""
 
     model_type: str
-    character_map: bytes  # empty: every character stays
+    character_map: bytes  # empty: no character is changed
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
     escape_whitespaces: bool
@@ -33,7 +33,7 @@ class Settings:
 
 
 def _integer(data: bytes, place: int) -> tuple[int, int]:
-    """(value, the place after it): seven bits a byte, lowest first, the eighth bit says that more follow."""
+    """(value, the place after it): seven bits per byte, lowest first; the eighth bit says that more bytes follow."""
     value = shift = 0
     while True:
         value |= (data[place] & 0x7F) << shift
@@ -42,7 +42,7 @@ def _integer(data: bytes, place: int) -> tuple[int, int]:
             return value, place
 
 
-def _written(value: int) -> bytes:
+def _encode_integer(value: int) -> bytes:
     low = bytearray()
     while value > 0x7F:
         low.append(value & 0x7F | 0x80)
@@ -51,7 +51,7 @@ def _written(value: int) -> bytes:
 
 
 class Field(NamedTuple):
-    """One field of a message: its value is ``integer`` or ``content``, by its wire type; ``whole`` is how it stands."""
+    """One field of a message: its value is ``integer`` or ``content``, by its wire type; ``whole`` is its encoded form."""
 
     number: int
     integer: int
@@ -60,7 +60,7 @@ class Field(NamedTuple):
 
 
 def read_fields(message: bytes) -> Iterator[Field]:
-    """The fields of a message, in order."""
+    """Yield the fields of a message, in order."""
     place = 0
     while place < len(message):
         start, (key, place) = place, _integer(message, place)
@@ -76,27 +76,27 @@ def read_fields(message: bytes) -> Iterator[Field]:
 
 
 def _integer_of(message: bytes, number: int, default: int) -> int:
-    """An integer field's value: the last one counts."""
+    """The value of an integer field; if it is repeated, the last one counts."""
     return ([default] + [field.integer for field in read_fields(message) if field.number == number])[-1]
 
 
 def _content_of(message: bytes, number: int) -> bytes:
-    """A string field's value, or that of a message inside: the last one counts."""
+    """The value of a string or message field; if it is repeated, the last one counts."""
     return ([b""] + [field.content for field in read_fields(message) if field.number == number])[-1]
 
 
 def _with_integer(message: bytes, number: int, value: int) -> bytes:
-    """The message with an integer field set."""
+    """Return the message with an integer field set."""
     kept = b"".join(field.whole for field in read_fields(message) if field.number != number)
-    return kept + _written(number << 3 | INTEGER) + _written(value)
+    return kept + _encode_integer(number << 3 | INTEGER) + _encode_integer(value)
 
 
 def _string_field(number: int, content: bytes) -> bytes:
-    return _written(number << 3 | STRING) + _written(len(content)) + content
+    return _encode_integer(number << 3 | STRING) + _encode_integer(len(content)) + content
 
 
 def read_settings(model: bytes) -> Settings:
-    """The settings in a model file's content."""
+    """Read the settings from the content of a model file."""
     trainer, normalizer = _content_of(model, TRAINER), _content_of(model, NORMALIZER)
     return Settings(
         model_type=MODEL_TYPES.get(_integer_of(trainer, MODEL_TYPE, 1), "unknown"),
@@ -115,7 +115,7 @@ def read_pieces(model: bytes) -> list[tuple[str, int]]:
 
 
 def without_dummy_prefix(model: bytes) -> bytes:
-    """The model that puts nothing before a text."""
+    """Return the model changed so that it prepends nothing to a text."""
     return b"".join(
         _string_field(NORMALIZER, _with_integer(field.content, DUMMY_PREFIX, 0))
         if field.number == NORMALIZER
@@ -125,7 +125,7 @@ def without_dummy_prefix(model: bytes) -> bytes:
 
 
 def with_control_symbols(model: bytes, ids: set[int]) -> bytes:
-    """The model with these pieces as control symbols, which no text becomes; its own bytes if they are so already."""
+    """Return the model with these pieces made control symbols, which no text becomes; unchanged if they are already."""
     fields, piece_id = [], 0
     for field in read_fields(model):
         whole = field.whole

@@ -1,4 +1,4 @@
-"""Which texts do not survive encoding and decoding, and the texts that every tokenizer is checked with."""
+"""Find texts that encoding and decoding changes, and define the texts that every tokenizer is checked with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from data_tools.tokenizer.pieces import SPACE_MARK
 from data_tools.tokenizer.tokenizer import Tokenizer
 
-# EVERY_BYTE has every byte that UTF-8 text can contain. A vocabulary without one of them loses characters.
+# EVERY_BYTE contains every byte that can occur in UTF-8. A vocabulary that lacks one of them loses characters.
 FIRST_BYTES = [*(bytes([lead, 0x80]) for lead in range(0xC3, 0xE0)), b"\xe0\xa0\x80", b"\xf0\x90\x80\x80"]
 FIRST_BYTES += [bytes([lead, 0x80, 0x80]) for lead in range(0xE1, 0xF0)]
 FIRST_BYTES += [bytes([lead, 0x80, 0x80, 0x80]) for lead in range(0xF1, 0xF5)]
@@ -31,7 +31,7 @@ HARD_TEXTS = [
 
 
 def failures(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[str, str]]:
-    """(text, decoded text) of each text that encoding and decoding changes."""
+    """Yield (text, decoded text) of each text that encoding and decoding changes."""
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         decoded = tokenizer.decode(ids)
         if decoded != text:
@@ -39,5 +39,5 @@ def failures(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[str, str]
 
 
 def first_failure(tokenizer: Tokenizer, texts: list[str]) -> str | None:
-    """The first text that encoding and decoding changes, or None."""
+    """Return the first text that encoding and decoding changes, or None."""
     return next((text for text, _ in failures(tokenizer, texts)), None)

@@ -23,7 +23,7 @@ from data_tools.tokenizer.pieces import AT_BLANKS, SPACE_MARK
 
 
 def piece_hash(model: sentencepiece.SentencePieceProcessor) -> str:
-    """SHA-256 of the list of pieces, their scores and types: equal for models that encode alike, unlike their files."""
+    """SHA-256 of the pieces with their scores and types: equal for models that encode alike, even if their files differ."""
     digest = hashlib.sha256()
     for i in range(model.vocab_size()):
         kinds = (model.is_unknown(i), model.is_control(i), model.is_byte(i), model.is_unused(i))
@@ -32,10 +32,16 @@ def piece_hash(model: sentencepiece.SentencePieceProcessor) -> str:
 
 
 class SentencePieceEncoder:
-    """One of the two encoders behind ``Tokenizer``, from a model file's content; RuntimeError if it is no model.
+    """An encoder for `Tokenizer`, from the content of a model file.
 
-    Attributes: ``vocab_size``, ``model_type`` (bpe, unigram, …), ``hash`` (of the pieces and of what is done to a text
-    before), ``unknown_token``, ``special_ids`` (what each bos, eos and pad is in the model itself, -1 for none).
+    Attributes:
+        vocab_size: the number of pieces.
+        model_type: bpe, unigram, …
+        unknown_token: the piece for unknown text.
+        special_ids: the model's own bos, eos and pad, -1 for none.
+
+    Raises:
+        RuntimeError: the content is not a model.
     """
 
     cut_rule = AT_BLANKS
@@ -53,9 +59,9 @@ class SentencePieceEncoder:
 
     @cached_property
     def hash(self) -> str:
-        """Equal for models that encode alike. That of the pieces alone for those that change nothing in a text."""
+        """A hash of the pieces and of the normalisation; `piece_hash` alone if the model does not normalise text."""
         settings = self._settings
-        what = [
+        normalization = [
             hashlib.sha256(settings.character_map).hexdigest(),
             settings.add_dummy_prefix,
             settings.remove_extra_whitespaces,
@@ -63,16 +69,16 @@ class SentencePieceEncoder:
             settings.treat_whitespace_as_suffix,
         ]
         pieces = piece_hash(self._model)
-        if what == [hashlib.sha256(b"").hexdigest(), False, False, True, False]:
+        if normalization == [hashlib.sha256(b"").hexdigest(), False, False, True, False]:
             return pieces
-        return hashlib.sha256(json.dumps([pieces, *what]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([pieces, *normalization]).encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids int32 of whole texts."""
+        """Ids int32 [tokens] of each text."""
         return self._model.encode(texts, return_type="numpy", num_threads=1)
 
     def encode_middle(self, text: str) -> np.ndarray:
-        """Ids int32 of a text that is the continuation of another: nothing is put before it."""
+        """Ids int32 [tokens] of a text that continues another one: nothing is prepended to it."""
         return self._without_prefix.encode(text, return_type="numpy")
 
     @cached_property
@@ -82,24 +88,24 @@ class SentencePieceEncoder:
         return sentencepiece.SentencePieceProcessor(model_proto=without_dummy_prefix(self._data))
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; control symbols give nothing."""
+        """The text of ids; control symbols decode to nothing."""
         return self._model.decode(ids)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a piece."""
+        """The id of a piece, or None if it is not in the vocabulary."""
         number = self._model.piece_to_id(token)
         return number if self._model.id_to_piece(number) == token else None
 
     def special_tokens(self) -> dict[str, int]:
-        """The symbols that no text must become, with their ids."""
+        """The control symbols, which no text may become, with their ids."""
         return {self._model.id_to_piece(i): i for i in range(self.vocab_size) if self._model.is_control(i)}
 
     def whole_tokens(self) -> list[str]:
-        """Control symbols, and symbols that are taken out of a text before it is encoded."""
+        """Control symbols, and user-defined symbols, which are split off a text before it is encoded."""
         return [piece for piece, kind in read_pieces(self._data) if kind in (CONTROL, USER_DEFINED)]
 
     def token_texts(self) -> Iterator[str]:
-        """What each piece that a text can be encoded with stands for, those for bytes left out."""
+        """The text of each piece that a text can be encoded with, except those for single bytes."""
         for piece, kind in read_pieces(self._data):
             if kind not in (CONTROL, UNKNOWN, BYTE):
                 yield piece.replace(SPACE_MARK, " ")

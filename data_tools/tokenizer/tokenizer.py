@@ -87,7 +87,7 @@ class Tokenizer:
         try:
             ids = iter(self._encoder.encode_batch(plain_texts) if plain_texts else [])
             return [next(ids) if self._is_plain(text) else self.encode_in_pieces(text) for text in texts]
-        except TypeError:  # the libraries say no more about a lone surrogate
+        except TypeError:  # how the libraries report a lone surrogate; raise a clearer error
             "".join(texts).encode()
             raise
 

@@ -1,4 +1,4 @@
-"""Train a sentencepiece model on an even sample of the input, and accept it only if texts come back exactly."""
+"""Train a sentencepiece model on an even sample of the input; it is accepted only if texts survive encoding and decoding."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from lime_dist.data.files import lock_folder
 from lime_dist.errors import LimeError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
-TRAINING_CHARACTERS = (
-    1000  # sentencepiece skips training sentences over 4192 bytes without a word; a character has at most 4
-)
+TRAINING_CHARACTERS = 1000
+"""sentencepiece silently skips training sentences over 4192 bytes; a character has at most 4 bytes."""
+
 CHECKED_DOCUMENTS = 1000
 
 
 def file_budgets(sizes: list[int], budget: int) -> list[int]:
-    """Share ``budget`` bytes evenly over files: equal shares, and what small files leave over goes to larger ones."""
+    """Share ``budget`` bytes equally among files; what small files do not use goes to larger ones."""
     budgets, left = [0] * len(sizes), budget
-    for rank, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
-        budgets[i] = min(sizes[i], left // (len(sizes) - rank))
+    for finished, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        budgets[i] = min(sizes[i], left // (len(sizes) - finished))
         left -= budgets[i]
     return budgets
 
@@ -46,10 +46,10 @@ def file_budgets(sizes: list[int], budget: int) -> list[int]:
 def sample_documents(
     files: list[InputFile], text_column: str, budget: int, seed: int, tally: Tally
 ) -> Iterator[tuple[str, int]]:
-    """(text, its share of the budget in bytes) of documents sampled evenly over the files.
+    """Yield (text, bytes of the budget that it uses) of documents sampled evenly over the files.
 
-    Of a parquet file, row groups come in random order until the file's budget is filled; of a JSONL file, documents are
-    kept with the probability that fills it. A file's random numbers depend on the seed and its place in the input only.
+    A parquet file's row groups are read in random order until the file's budget is used up. A JSONL file's documents are
+    kept with the probability that uses up its budget. A file's random numbers depend only on the seed and its index.
     """
     groups = [row_group_bytes(file, text_column) if file.is_parquet else [] for file in files]
     sizes = [sum(group) if file.is_parquet else file.text_bytes for file, group in zip(files, groups, strict=True)]
@@ -59,7 +59,7 @@ def sample_documents(
         keep = min(1.0, 1.1 * left / max(1, sizes[i]))
         if file.is_parquet:
             parts = [(int(group), int(group) + 1) for group in generator.permutation(len(groups[i]))]
-            # From each row group at most a fourth of the budget, so that no single one speaks for the file.
+            # At most a fourth of the budget comes from one row group, so that no single one represents the file.
             keep = min(1.0, max(keep, 0.25 * left / max(1, max(groups[i], default=1))))
         for part in parts:
             for _, text in read_file(file, text_column, tally, part):
@@ -72,9 +72,13 @@ def sample_documents(
 
 
 def train_model(texts: Iterator[str], vocab_size: int, model_type: str, symbols: Sequence[str] = ()) -> bytes:
-    """Train on texts, cut so that none is skipped, and give a model file's content. Each of ``symbols`` is always one token.
+    """Train on texts, cut so that none is skipped, and return the content of a model file.
 
-    LimeError with sentencepiece's own words if it cannot be done.
+    Args:
+        symbols: texts that are always encoded as one token.
+
+    Raises:
+        LimeError: training fails; the message includes sentencepiece's reason.
     """
     pieces = (
         piece for text in texts for piece in cut(text.replace("\0", "").replace(SPACE_MARK, ""), TRAINING_CHARACTERS)
@@ -97,7 +101,7 @@ def train_model(texts: Iterator[str], vocab_size: int, model_type: str, symbols:
             bos_id=BOS_ID,
             eos_id=EOS_ID,
             pad_id=PAD_ID,
-            num_threads=1,  # with more, unigram pieces depend on their number
+            num_threads=1,  # unigram pieces depend on the number of threads
             shuffle_input_sentence=False,
             minloglevel=3,
         )
@@ -111,7 +115,7 @@ def train_model(texts: Iterator[str], vocab_size: int, model_type: str, symbols:
 def write_tokenizer(
     files: list[InputFile], output: Path, options: argparse.Namespace, training: dict[str, Any]
 ) -> None:
-    """Sample, train, check and write; nothing is left in ``output`` unless every checked text comes back exactly."""
+    """Sample, train, check and write; ``output`` stays as it is unless every checked text survives encoding and decoding."""
     start, tally, budget = time.perf_counter(), Tally(), int(options.sample_megabytes * 1e6)
     texts: list[str] = []
     with progress_bar(budget, "sampling text") as bar:
@@ -127,7 +131,7 @@ def write_tokenizer(
     print(
         f"training {options.vocab_size} {options.model_type} pieces on {size / 1e6:.1f} MB, {len(texts):,} documents …"
     )
-    # Input without a space teaches no piece for it, and it has no bytes to fall back to: it is the mark in the model.
+    # Input without a space yields no piece for it, and it cannot fall back to bytes, as the model sees the space mark.
     space = [] if any(" " in text for text in texts) else [SPACE_MARK]
     model = train_model(iter(texts), options.vocab_size, options.model_type, [*options.symbol, *space])
     encoder = SentencePieceEncoder(model)
@@ -144,21 +148,25 @@ def write_tokenizer(
     failure = first_failure(tokenizer, [*HARD_TEXTS, *checked, *beside])
     if failure is not None:
         shutil.rmtree(scratch)
-        raise LimeError(f"the trained tokenizer does not give this text back, it is refused: {failure[:80]!r}")
+        raise LimeError(f"the trained tokenizer changes this text and is rejected: {failure[:80]!r}")
     replace_folder(scratch, output)
     seconds = time.perf_counter() - start
-    print(f"tokenizer written to {output} in {seconds:.1f} s; {len(checked):,} documents came back exactly")
+    print(f"tokenizer written to {output} in {seconds:.1f} s; {len(checked):,} documents are decoded exactly")
     for symbol, number in symbols.items():
-        print(f"symbol {symbol}: always the one token {number}")
+        print(f"symbol {symbol}: always the single token {number}")
 
 
 def reusable(output: Path, training: dict[str, Any], fresh: bool) -> bool:
-    """Whether the folder holds the tokenizer of this very call, whole; a LimeError if it holds another one."""
+    """Whether the folder holds a complete tokenizer with this ``training``.
+
+    Raises:
+        LimeError: it holds another tokenizer.
+    """
     facts = existing_facts(output)
     if facts is None or fresh:
         return False
     trained = facts.get("training") or {}
-    keys = dict.fromkeys([*training, "symbols"])  # which stand there only if there are any
+    keys = dict.fromkeys([*training, "symbols"])  # recorded only if there are any
     different = [key for key in keys if trained.get(key) != training.get(key)]
     if different:
         kind = f"trained with other {' and '.join(different)}" if trained else "that was imported"
@@ -168,9 +176,9 @@ def reusable(output: Path, training: dict[str, Any], fresh: bool) -> bool:
 
 
 def add_arguments(commands: Any) -> None:
-    """The sub-command and its options."""
+    """Add the sub-command with its options."""
     about = (
-        "Train on an even sample of the input; identity normalisation, byte fallback, digits split, white space kept."
+        "Train on an even sample of the input: no normalisation, byte fallback, single digits, white space preserved."
     )
     example = "python -m data_tools.tokenizer train --input data/embedded --output data/tokenizer --vocab-size 4096"
     parser = commands.add_parser(
@@ -191,27 +199,35 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--sample-megabytes", type=float, default=32.0, help="text to train on (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     parser.add_argument(
-        "--symbol", action="append", default=[], metavar="TEXT", help="a text that is always one token; may be repeated"
+        "--symbol",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text that is always encoded as one token; may be repeated",
     )
-    parser.add_argument("--fresh", action="store_true", help="train again, whatever the folder holds")
+    parser.add_argument("--fresh", action="store_true", help="train again, even if the folder holds a tokenizer")
 
 
 def check_symbols(symbols: Sequence[str]) -> None:
-    """Refuse symbols that no text could hold as they are, or that mean something already (LimeError)."""
+    """Check the symbols.
+
+    Raises:
+        LimeError: a symbol cannot stay one token in a text, exists already, or is given twice.
+    """
     for symbol in symbols:
         if not symbol.isprintable() or " " in symbol or SPACE_MARK in symbol or not symbol:
             raise LimeError(f"--symbol {symbol!r}: must be printable characters without spaces")
         if symbol in ("<unk>", "<s>", "</s>", "<pad>") or re.fullmatch("<0x[0-9A-F]{2}>", symbol):
             raise LimeError(f"--symbol {symbol}: the tokenizer has a piece of this name; give another one")
     if len(set(symbols)) < len(symbols):
-        raise LimeError(f"--symbol {' --symbol '.join(symbols)}: one of them stands twice")
+        raise LimeError(f"--symbol {' --symbol '.join(symbols)}: a symbol is given twice")
 
 
 def run(options: argparse.Namespace) -> None:
     """``python -m data_tools.tokenizer train``."""
     check_symbols(options.symbol)
     if options.vocab_size < 262 or options.sample_megabytes <= 0 or options.seed < 0:
-        raise LimeError("--vocab-size must be at least 262, --sample-megabytes above 0, --seed not negative")
+        raise LimeError("--vocab-size must be at least 262, --sample-megabytes above 0, --seed at least 0")
     files, output = list_inputs(options.input), Path(options.output)
     training = {
         key: getattr(options, key) for key in ("vocab_size", "model_type", "text_column", "sample_megabytes", "seed")
@@ -219,7 +235,7 @@ def run(options: argparse.Namespace) -> None:
     if options.symbol:
         training["symbols"] = options.symbol
     training["inputs"] = [fingerprint(file) for file in files]
-    with disk_errors("put this right and run the same command again"), lock_folder(output):
+    with disk_errors("fix this and run the same command again"), lock_folder(output):
         if reusable(output, training, options.fresh):
             print(f"tokenizer complete, reused: {options.vocab_size} pieces in {output}")
             return

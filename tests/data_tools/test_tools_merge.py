@@ -18,7 +18,7 @@ from lime_dist.errors import LimeError
 
 @pytest.fixture
 def folders(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> list[Path]:
-    """Two datasets of one tokenizer; the second has a test split."""
+    """Two datasets with the same tokenizer; the second has a test split."""
     given = [(corpus / "a.parquet", []), (corpus / "c.jsonl", ["--test-fraction", "0.2"])]
     for number, (path, options) in enumerate(given):
         common = f"--input {path} --tokenizer {tokenizer_folder} --output {tmp_path / str(number)} --workers 1"
@@ -56,12 +56,12 @@ def test_a_merged_folder_holds_all_in_order(
 def test_what_does_not_belong_together_is_refused(
     folders: list[Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(LimeError, match="is one of the folders to be merged"):
+    with pytest.raises(LimeError, match="is one of the folders to merge"):
         merge.main([*map(str, folders), "--output", str(folders[0])])
     path = folders[1] / "dataset.json"
     facts = json.loads(path.read_text())
     path.write_text(json.dumps({**facts, "tokenizer_hash": "0"}))
-    with pytest.raises(LimeError, match="tokenizer_hash is 0.*only datasets of one tokenizer can be merged"):
+    with pytest.raises(LimeError, match="tokenizer_hash is 0.*only datasets of the same tokenizer can be merged"):
         merge.main([*map(str, folders), "--output", str(tmp_path / "both")])
     path.write_text(json.dumps(facts))
     merge.main([str(folders[0]), "--output", str(tmp_path / "both")])

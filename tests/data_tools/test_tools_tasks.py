@@ -107,7 +107,7 @@ def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     before = (tmp_path / "documents.jsonl").read_bytes()
     main(given)
     assert "arithmetic complete, reused: 50 documents" in capsys.readouterr().out
-    with pytest.raises(LimeError, match="holds documents of other settings; give another --output, or --fresh"):
+    with pytest.raises(LimeError, match="holds documents with other settings; give another --output, or --fresh"):
         main([*given, "--operands", "5"])
     with pytest.raises(LimeError, match="little more than 8[0-9] different questions"):
         main([*given, "--fresh", "--operands", "2", "--largest", "8", "--documents", "100000"])
@@ -135,7 +135,7 @@ def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("graph --seed -1", "--seed -1: must be at least 0"),
         ("graph --hops 0", "--hops 0: must be from 1 to 64"),
         ("graph --names 11", "--names 11: must be from --concepts 12 to 10000"),
-        ("graph --concepts 9 --hops 4", "--concepts 9: must be from 10, two chains of --hops 4 facts, to 256"),
+        ("graph --concepts 9 --hops 4", "--concepts 9: must be from 10 (two chains of --hops 4 facts) to 256"),
     ],
 )
 def test_mistakes_are_one_line(given: str, line: str, tmp_path: Path) -> None:
