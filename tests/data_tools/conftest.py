@@ -1,4 +1,4 @@
-"""A small corpus of many kinds of text, and a tokenizer trained on it once for the whole folder."""
+"""A small corpus of many kinds of text, and a tokenizer trained on it once for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ODD_TEXTS = [
 
 
 def make_texts(count: int, seed: int) -> list[str]:
-    """Documents of made-up words, of 20 to 300 words each, with a text of ODD_TEXTS after every tenth."""
+    """Documents of 20 to 300 made-up words each; every tenth ends with a text from ODD_TEXTS."""
     generator = np.random.default_rng(seed)
     letters = np.asarray(list("abcdefghijklmnoprstuvw"))
     words = ["".join(generator.choice(letters, size)) for size in generator.integers(1, 9, size=800)]
@@ -36,14 +36,14 @@ def make_texts(count: int, seed: int) -> list[str]:
 
 
 def write_parquet(path: Path, texts: list[str | None], row_group_size: int = 2, column: str = "text") -> None:
-    """A parquet file of one text column with page checksums."""
+    """Write a parquet file with a text column, a score column and page checksums."""
     table = pa.table({column: pa.array(texts, pa.string()), "score": [1.0] * len(texts)})
     pq.write_table(table, path, row_group_size=row_group_size, write_page_checksum=True, compression="none")
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two parquet files and a JSONL file, 320 documents of some 800 bytes."""
+    """A folder of two parquet files and a JSONL file, 320 documents of about 800 bytes."""
     folder = tmp_path_factory.mktemp("corpus")
     write_parquet(folder / "a.parquet", list(make_texts(120, 1)))
     (folder / "inner").mkdir()

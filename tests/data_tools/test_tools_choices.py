@@ -1,4 +1,4 @@
-"""Protects what is chosen of the input: conditions, duplicates, splits, the order within a shard, and hub datasets."""
+"""Protects the selection of documents: conditions, duplicates, splits, order within a shard, and hub datasets."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def run(tokenizer_folder: Path, tmp_path: Path) -> Run:
 
 def texts_of(folder: Path, facts: dict[str, Any], split: str) -> list[str]:
     tokenizer = Tokenizer(folder / "tokenizer")
-    found = []
+    texts = []
     for shard in facts["splits"][split]["shards"]:
         data = IndexedDataset(folder / shard["name"])
-        found += [tokenizer.decode(data.document(i)) for i in range(len(data))]
-    return found
+        texts += [tokenizer.decode(data.document(i)) for i in range(len(data))]
+    return texts
 
 
-def test_conditions_choose_documents_of_both_forms(tmp_path: Path, run: Run) -> None:
+def test_conditions_select_documents_in_both_formats(tmp_path: Path, run: Run) -> None:
     rows = [
         {"text": f"document {i}", "score": score, "language": language, "metadata": {"tokens": i}}
         for i, (score, language) in enumerate([(1.0, "en"), (3.0, "en"), (3.5, "de"), (4.0, "en"), (None, "en")])
@@ -74,20 +74,24 @@ def test_conditions_choose_documents_of_both_forms(tmp_path: Path, run: Run) -> 
     assert texts_of(tmp_path / "nested", nested, "train") == ["document 0", "document 1"] * 2
     with pytest.raises(LimeError, match="was made with where=.*give another --output, or --fresh"):
         run(tmp_path / "in", "--where", "score>=4")
-    with pytest.raises(LimeError, match=r"no text found; 10 of 10 rows do not fulfil --where"):
+    with pytest.raises(LimeError, match=r"no text found; 10 of 10 rows do not satisfy --where"):
         run(tmp_path / "in", "--where", "score>99", name="none")
 
 
-def test_a_condition_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
-    for given, says in [("score", "no condition"), ("score>=", "no condition"), ("score>=x", "'x' is none")]:
-        with pytest.raises(LimeError, match=says):
+def test_a_condition_that_cannot_be_checked_is_reported(tmp_path: Path) -> None:
+    for given, message in [
+        ("score", "not a condition"),
+        ("score>=", "not a condition"),
+        ("score>=x", "'x' is not a number"),
+    ]:
+        with pytest.raises(LimeError, match=message):
             Filter.parse(given)
     pq.write_table(pa.table({"text": ["a", "b"], "language": ["en", "de"]}), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text('{"text": "a", "language": "en"}\n{"text": "b", "language": 7}\n')
     tally = Tally()
     assert not list(documents(str(tmp_path), "text", tally, (Filter.parse("score>=3"),)))
     has = "no column 'score' (--where score>=3), it has text, language"
-    assert [str(found) for found in tally.rejected] == [
+    assert [str(rejection) for rejection in tally.rejected] == [
         f"a.parquet: {has}",
         f"b.jsonl row 1: {has}",
         f"b.jsonl row 2: {has}",
@@ -95,11 +99,11 @@ def test_a_condition_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
     tally = Tally()
     assert len(list(documents(str(tmp_path), "text", tally, (Filter.parse("language=en"),)))) == 2
     (bad,) = tally.rejected
-    assert str(bad) == "b.jsonl row 2: column 'language' holds int, which language=en cannot be asked of"
+    assert str(bad) == "b.jsonl row 2: column 'language' holds int, which language=en cannot compare"
 
 
 def test_of_equal_texts_the_first_is_kept(corpus: Path, tmp_path: Path, run: Run) -> None:
-    """Across rows, files and forms; and the choice does not depend on the number of workers."""
+    """Across rows, files and formats, and independently of the number of workers."""
     given = tmp_path / "in"
     shutil.copytree(corpus, given)
     texts = [text for *_, text in documents(str(corpus), "text", Tally())]
@@ -114,7 +118,7 @@ def test_of_equal_texts_the_first_is_kept(corpus: Path, tmp_path: Path, run: Run
 
 
 def test_hashes_are_compared_bucket_by_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many small buckets find what a dictionary finds."""
+    """Many small buckets find the same duplicates as a dictionary."""
     monkeypatch.setattr(duplicates, "BUCKET_DOCUMENTS", 50)
     generator, units, seen, expected = np.random.default_rng(0), [], set[str](), []
     shared = pool.multiprocessing.get_context("spawn").RawArray("q", 1 + pool.COUNTERS * 7)
@@ -126,13 +130,13 @@ def test_hashes_are_compared_bucket_by_bucket(tmp_path: Path, monkeypatch: pytes
         task = duplicates.HashUnit(tmp_path, Selection("text"))
         assert task(units[-1], Progress(shared, number)) == number
     assert duplicates.find_duplicates(tmp_path, len(units)) == sum(map(sum, expected)) > 50
-    found = duplicates.Duplicates(tmp_path)
-    assert [found.of(unit).tolist() for unit in units] == expected
-    with pytest.raises(LimeError, match=r"unit 3 \(3.jsonl\): has not the \d+ documents that it had"):
-        list(found.without(units[3], iter(["another text"] * 1000)))
+    marked = duplicates.Duplicates(tmp_path)
+    assert [marked.of(unit).tolist() for unit in units] == expected
+    with pytest.raises(LimeError, match=r"unit 3 \(3.jsonl\): no longer has the \d+ documents"):
+        list(marked.without(units[3], iter(["another text"] * 1000)))
 
 
-def test_three_splits_stay_what_they_were_when_files_are_added(corpus: Path, tmp_path: Path, run: Run) -> None:
+def test_documents_keep_their_split_when_files_are_added(corpus: Path, tmp_path: Path, run: Run) -> None:
     options = ["--validation-fraction", "0.1", "--test-fraction", "0.2"]
     whole = run(corpus, *options)
     part = run(corpus / "a.parquet", *options, name="part")
@@ -141,7 +145,9 @@ def test_three_splits_stay_what_they_were_when_files_are_added(corpus: Path, tmp
         assert few and set(few) < set(many)
         assert all(split_of(text.encode(), 0.1, 0.2) == split for text in many)
     numbers = [split_of(f"{i}".encode(), 0.1, 0.2) for i in range(10000)]
-    assert abs(numbers.count("test") - 2000) < 160 and abs(numbers.count("validation") - 1000) < 120  # four deviations
+    assert (
+        abs(numbers.count("test") - 2000) < 160 and abs(numbers.count("validation") - 1000) < 120
+    )  # four standard deviations
     with pytest.raises(LimeError, match="add up to less than 1"):
         run(corpus, "--validation-fraction", "0.5", "--test-fraction", "0.5", name="too-much")
 
@@ -162,7 +168,7 @@ def test_documents_of_a_shard_are_shuffled_by_seed(corpus: Path, tmp_path: Path,
         run(corpus, "--shuffle", "-1", name="bad")
 
 
-def test_bos_and_eos_are_as_asked(corpus: Path, tmp_path: Path, run: Run, trained: Tokenizer) -> None:
+def test_bos_and_eos_follow_the_options(corpus: Path, tmp_path: Path, run: Run, trained: Tokenizer) -> None:
     for name, options, first, last in [("neither", ["--no-eos"], False, False), ("bos", ["--bos"], True, True)]:
         facts = run(corpus / "c.jsonl", *options, name=name)
         data = IndexedDataset(tmp_path / name / facts["splits"]["train"]["shards"][0]["name"])
@@ -170,7 +176,7 @@ def test_bos_and_eos_are_as_asked(corpus: Path, tmp_path: Path, run: Run, traine
         assert (ids[0] == trained.bos_id, ids[-1] == trained.eos_id) == (first, last)
 
 
-def test_zstandard_is_read_also_in_several_frames_and_damaged(tmp_path: Path) -> None:
+def test_zstandard_in_several_frames_and_damaged(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     lines = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(500))
     data = pa.Codec("zstd").compress(lines.encode(), asbytes=True)
@@ -216,19 +222,19 @@ def test_a_hub_dataset_is_found_by_its_configuration(hub: Path, run: Run) -> Non
             list_inputs(given)
 
 
-def test_the_hub_out_of_reach_is_one_line() -> None:
+def test_an_unreachable_hub_is_a_one_line_error() -> None:
     code = "from data_tools.sources.inputs import list_inputs; from lime_dist.errors import run_command\n"
     code += "run_command(lambda: list_inputs('hub:HuggingFaceFW/fineweb-edu:sample-10BT'))"
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # else half a minute of attempts
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # avoids half a minute of retries
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=offline)
     assert done.returncode == 2 and "check the name, the configuration and the network" in done.stderr
     assert done.stderr.count("error:") == 1
 
 
-def test_files_behind_urls_are_read_and_a_network_error_is_no_damage(
+def test_files_behind_urls_are_read_and_a_network_error_is_not_damage(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row that cannot be fetched is fetched again, and in the end an error: never counted as a bad row."""
+    """A failed read is retried and finally raises an error; it never counts as a bad row."""
     path = hub / "sample" / "10BT" / "000.parquet"
     remote = Unit(0, ((InputFile(f"file://{path}", "000.parquet"), None),), 1)
     attempts = []
@@ -240,12 +246,12 @@ def test_files_behind_urls_are_read_and_a_network_error_is_no_damage(
                 path.rename(path.with_suffix(".away"))
             tally = Tally()
             try:
-                found = [text for _, text in pool_documents(unit, tally)]
+                texts = [text for _, text in pool_documents(unit, tally)]
             finally:
                 if len(attempts) < 3:
                     path.with_suffix(".away").rename(path)
             assert not tally.rejected
-            return found
+            return texts
 
     def pool_documents(unit: Unit, tally: Tally) -> Any:
         from data_tools.sources.documents import read_file
@@ -258,5 +264,5 @@ def test_files_behind_urls_are_read_and_a_network_error_is_no_damage(
     assert pool._run(remote) == ["s"] and len(attempts) == 3
     path.unlink()
     attempts.extend(range(10))
-    with pytest.raises(LimeError, match=r"unit 0 \(000.parquet\): cannot be read .*also not at the 6th attempt"):
+    with pytest.raises(LimeError, match=r"unit 0 \(000.parquet\): cannot be read .*after 6 attempts"):
         pool._run(remote)

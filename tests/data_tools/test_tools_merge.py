@@ -1,4 +1,4 @@
-"""Protects merging: nothing is copied that can be linked, nothing is merged that does not belong together."""
+"""Protects merging: files are linked where possible, and datasets that do not match are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folders(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> list[Path]:
     return [tmp_path / "0", tmp_path / "1"]
 
 
-def test_a_merged_folder_holds_all_in_order(
+def test_a_merged_folder_holds_everything_in_order(
     folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [*map(str, folders), "--output", str(tmp_path / "both")]
@@ -53,7 +53,7 @@ def test_a_merged_folder_holds_all_in_order(
     assert "complete, reused" in capsys.readouterr().out
 
 
-def test_what_does_not_belong_together_is_refused(
+def test_datasets_that_do_not_match_are_refused(
     folders: list[Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(LimeError, match="is one of the folders to merge"):
@@ -75,7 +75,7 @@ def test_what_does_not_belong_together_is_refused(
     assert Tokenizer(folders[0] / "tokenizer").vocab_size == 500
 
 
-def test_file_systems_that_cannot_link_copy(
+def test_files_are_copied_if_the_file_system_cannot_link(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Protects what is said of a worker process that dies."""
+"""Protects the error message about a worker process that dies."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from lime_dist.errors import LimeError
 def test_a_dead_workers_signal_is_named_though_two_threads_wait_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The executor's thread has taken the exit status from the system and not yet noted it when the pool asks for it."""
+    """The executor's thread has collected the exit status but not yet recorded it when the pool asks for it."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "words"}\n')
     (file,) = list_inputs(str(path))
     unit = Unit(0, ((file, None),), 5)
-    taken = os.waitpid
+    waitpid = os.waitpid
 
-    def slow_to_note(pid: int, options: int) -> Any:
+    def record_late(pid: int, options: int) -> Any:
         is_main = threading.current_thread() is threading.main_thread()
         time.sleep(0.3 if is_main else 0)
-        found = taken(pid, options)
+        status = waitpid(pid, options)
         time.sleep(0 if is_main else 1)
-        return found
+        return status
 
-    monkeypatch.setattr(os, "waitpid", slow_to_note)
-    said = (
-        r"worker process \d+ died at unit 0 \(a\.jsonl\): it was ended by SIGKILL \(out of memory\?\); what is finished"
+    monkeypatch.setattr(os, "waitpid", record_late)
+    message = (
+        r"worker process \d+ died at unit 0 \(a\.jsonl\): it was killed by SIGKILL \(out of memory\?\); finished shards"
     )
-    with pytest.raises(LimeError, match=said):
+    with pytest.raises(LimeError, match=message):
         UnitPool(Killed(), 1, "test").run([unit], [unit], lambda _: None)

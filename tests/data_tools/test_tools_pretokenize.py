@@ -1,4 +1,4 @@
-"""Protects pretokenization: the same bytes for any workers and any kills, and shards whose content can be trusted."""
+"""Protects pretokenization: any number of workers and kills gives the same bytes, and shards hold what they should."""
 
 from __future__ import annotations
 
@@ -60,22 +60,20 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def test_every_document_is_there_once_in_its_split_and_in_order(
-    dataset: Path, corpus: Path, trained: Tokenizer
-) -> None:
+def test_every_document_occurs_once_in_its_split_and_in_order(dataset: Path, corpus: Path, trained: Tokenizer) -> None:
     facts = json.loads((dataset / "dataset.json").read_text())
     texts = [text for *_, text in documents(str(corpus), "text", Tally())]
     for split in ("train", "validation"):
         expected = [text for text in texts if split_of(text.encode(), 0.1) == split]
-        listed, found = facts["splits"][split], list[str]()
+        listed, decoded = facts["splits"][split], list[str]()
         for shard in listed["shards"]:
             data = IndexedDataset(dataset / shard["name"])
             assert shard["tokens"] <= 3000 or shard["documents"] == 1
             for i in range(len(data)):
                 ids = data.document(i)
                 assert ids[-1] == trained.eos_id and trained.eos_id not in ids[:-1]
-                found.append(trained.decode(ids[:-1]))
-        assert found == expected and listed["documents"] == len(expected) == TokenSplit(dataset, split).num_documents
+                decoded.append(trained.decode(ids[:-1]))
+        assert decoded == expected and listed["documents"] == len(expected) == TokenSplit(dataset, split).num_documents
         assert listed["text_bytes"] == sum(len(text.encode()) for text in expected)
         assert listed["tokens"] == TokenSplit(dataset, split).num_tokens
     assert facts["counts"] == {
@@ -99,31 +97,31 @@ def test_two_workers_write_the_same_bytes(
 
 
 def children(pid: int) -> list[int]:
-    """The worker processes of a run, by their command lines."""
-    found = []
+    """The process ids of a run's workers, recognised by their command lines."""
+    workers = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-            found.append(int(child))
-    return found
+            workers.append(int(child))
+    return workers
 
 
 def start_and_wait_for_units(command: list[str], output: Path, more: int) -> subprocess.Popen[str]:
-    """Start a run and return when ``more`` further units are noted."""
+    """Start a run and return when ``more`` further units are recorded."""
 
-    def noted() -> int:
+    def recorded() -> int:
         path = output / "units.ndjson"
         return path.read_bytes().count(b"\n") if path.exists() else 1
 
-    before = noted()
+    before = recorded()
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while noted() < before + more and run.poll() is None and time.monotonic() < deadline:
+    while recorded() < before + more and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert run.poll() is None and noted() >= before + more
+    assert run.poll() is None and recorded() >= before + more
     return run
 
 
-def test_killed_workers_and_parents_leave_what_is_finished(
+def test_finished_units_survive_killed_workers_and_parents(
     dataset: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "killed"
@@ -134,7 +132,7 @@ def test_killed_workers_and_parents_leave_what_is_finished(
     os.kill(victim, signal.SIGKILL)
     _, errors = run.communicate(timeout=30)
     assert run.returncode == 2 and "Traceback" not in errors
-    assert re.search(rf"error: worker process {victim} died at unit \d+ \(.*\): it was ended by SIGKILL", errors), (
+    assert re.search(rf"error: worker process {victim} died at unit \d+ \(.*\): it was killed by SIGKILL", errors), (
         errors
     )
     run = start_and_wait_for_units(command, output, more=2)
@@ -147,18 +145,18 @@ def test_killed_workers_and_parents_leave_what_is_finished(
         time.sleep(0.05)
     assert not any(Path(f"/proc/{orphan}").exists() for orphan in orphans)
     with open(output / "units.ndjson", "ab") as file:
-        file.write(b'{"unit": 3, "ro')  # a line torn by the kill
+        file.write(b'{"unit": 3, "ro')  # a line that the kill cut short
     damaged = next(output.glob("train-*.bin"))
-    damaged.write_bytes(damaged.read_bytes()[:-2] + b"\0\1")  # and a finished shard that no longer holds what it held
+    damaged.write_bytes(damaged.read_bytes()[:-2] + b"\0\1")  # and a finished shard with changed content
     pretokenize(given)
-    assert "units are finished and whole; going on with the rest" in capsys.readouterr().out
+    assert "units are finished and intact; continuing with the rest" in capsys.readouterr().out
     assert content(output) == content(dataset)
 
 
-def test_a_kill_between_the_end_and_its_tidying_leaves_nothing(
+def test_a_kill_during_the_final_clean_up_leaves_nothing_behind(
     corpus: Path, tokenizer_folder: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The dataset is complete, but the hashes of its documents are there still."""
+    """The dataset is complete, but the hashes of its documents still exist."""
     before = content(copy)
     (copy / ".duplicates").mkdir()
     (copy / ".duplicates/00003.npy").write_bytes(b"hashes")
@@ -169,7 +167,7 @@ def test_a_kill_between_the_end_and_its_tidying_leaves_nothing(
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Of a worker, of the parent, or of all at once, in any phase, de-duplication included; with 1, 2 or 3 workers."""
+    """Kills of a worker, the parent, or all at once, in any phase including de-duplication, with 1, 2 or 3 workers."""
     generator = random.Random(0)
     options = ["--drop-duplicates", "--shuffle", "5", "--test-fraction", "0.1"]
     pretokenize(arguments(corpus, tokenizer_folder, tmp_path / "whole", "--workers", "1", *options))
@@ -196,7 +194,7 @@ def test_thirty_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_f
                 else:
                     os.killpg(run.pid, signal.SIGKILL)
             _, errors = run.communicate(timeout=60)
-            # Python's own start of a child says so if the parent is killed meanwhile.
+            # Starting a child prints a traceback if the parent is killed meanwhile.
             assert "Traceback" not in errors or run.returncode < 0, errors
             if run.returncode == 0:
                 break
@@ -205,10 +203,10 @@ def test_thirty_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_f
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(
+def test_a_real_full_disk(
     dataset: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was finished stays and is whole; with more space the same command finishes the same bytes."""
+    """Finished shards stay intact; with more space, the same command finishes with the same bytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True, text=True)
@@ -216,7 +214,7 @@ def test_a_disk_that_is_really_full(
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     try:
         given = arguments(corpus, tokenizer_folder, disk / "out", "--workers", "2")
-        with pytest.raises(LimeError, match="No space left on device; what is finished is kept"):
+        with pytest.raises(LimeError, match="No space left on device; finished shards are kept"):
             pretokenize(given)
         assert not list((disk / "out").glob(".scratch*")) and not (disk / "out" / "dataset.json").exists()
         finished = {path.name: path.read_bytes() for path in (disk / "out").glob("*.bin")}
@@ -224,7 +222,7 @@ def test_a_disk_that_is_really_full(
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         capsys.readouterr()
         pretokenize(given)
-        assert "units are finished and whole; going on with the rest" in capsys.readouterr().out
+        assert "units are finished and intact; continuing with the rest" in capsys.readouterr().out
         assert content(disk / "out") == content(dataset)
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -243,7 +241,7 @@ def test_a_document_of_fifty_megabytes(tokenizer_folder: Path, trained: Tokenize
     assert facts["counts"]["rejected"] == 0
 
 
-def test_a_full_disk_leaves_what_was_finished(
+def test_a_full_disk_keeps_finished_shards(
     dataset: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, publish = tmp_path / "full", Manifest.publish
@@ -254,7 +252,7 @@ def test_a_full_disk_leaves_what_was_finished(
         publish(self, result, scratch)
 
     given = arguments(corpus, tokenizer_folder, output, "--workers", "1")
-    with monkeypatch.context() as patch, pytest.raises(LimeError, match="No space left on device; what is finished is"):
+    with monkeypatch.context() as patch, pytest.raises(LimeError, match="No space left on device; finished shards"):
         patch.setattr(Manifest, "publish", fill)
         pretokenize(given)
     assert len(list(output.glob("*.idx"))) >= 6 and not list(output.glob(".scratch*"))
@@ -262,13 +260,13 @@ def test_a_full_disk_leaves_what_was_finished(
     assert content(output) == content(dataset)
 
 
-def test_a_complete_folder_that_lost_a_shard_is_mended(
+def test_a_complete_folder_that_lost_a_shard_is_repaired(
     dataset: Path, copy: Path, corpus: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     victim = sorted(copy.glob("train-*.idx"))[1]
     victim.unlink()
     pretokenize(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
-    assert f"not complete any more: {victim}: missing" in capsys.readouterr().out
+    assert f"no longer complete: {victim}: missing" in capsys.readouterr().out
     assert content(copy) == content(dataset)
 
 
@@ -279,7 +277,7 @@ def test_other_settings_or_inputs_in_a_used_folder_are_refused(
         pretokenize(arguments(corpus, tokenizer_folder, copy, "--bos"))
     with pytest.raises(LimeError, match=r"other input files \(a.parquet, inner/b.parquet differ\)"):
         pretokenize(arguments(corpus / "c.jsonl", tokenizer_folder, copy))
-    (copy / "dataset.json").unlink()  # also when only begun
+    (copy / "dataset.json").unlink()  # also for an unfinished dataset
     with pytest.raises(LimeError, match="was made with bos=False"):
         pretokenize(arguments(corpus, tokenizer_folder, copy, "--bos"))
     given = arguments(corpus / "c.jsonl", tokenizer_folder, copy, "--fresh", "--bos", "--workers", "1")
@@ -297,7 +295,7 @@ def test_a_second_run_into_the_same_folder_is_refused(corpus: Path, tokenizer_fo
         pretokenize(arguments(corpus, tokenizer_folder, tmp_path))
 
 
-def test_bad_input_is_counted_named_and_limited(
+def test_bad_input_is_counted_reported_and_limited(
     corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, output = tmp_path / "in", tmp_path / "out"
@@ -318,9 +316,9 @@ def test_bad_input_is_counted_named_and_limited(
     assert not (output / "dataset.json").exists()
     capsys.readouterr()
     attempt("--max-rejected", "0.5")
-    said = capsys.readouterr().out
-    assert "rejected: b.parquet: not readable" in said and "rejected: c.jsonl row 11: not UTF-8" in said
-    assert "rejected: c.jsonl row 14: no column 'text', it has other" in said
+    output_text = capsys.readouterr().out
+    assert "rejected: b.parquet: not readable" in output_text and "rejected: c.jsonl row 11: not UTF-8" in output_text
+    assert "rejected: c.jsonl row 14: no column 'text', it has other" in output_text
     facts = json.loads((output / "dataset.json").read_text())
     assert (
         facts["counts"] == {"rows": 144, "null": 1, "empty": 1, "filtered": 0, "duplicates": 0, "rejected": 2}
@@ -331,12 +329,12 @@ def test_bad_input_is_counted_named_and_limited(
 
 def test_input_without_text_is_refused_before_anything_is_written(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"content": "x"}\n')
-    with pytest.raises(LimeError, match=r"no text found; the first thing wrong: in.jsonl row 1: no column 'text'"):
+    with pytest.raises(LimeError, match=r"no text found; first error: in.jsonl row 1: no column 'text'"):
         pretokenize(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*-*"))
 
 
-def test_units_depend_on_the_input_alone_and_cover_it(corpus: Path) -> None:
+def test_units_depend_only_on_the_input_and_cover_it(corpus: Path) -> None:
     units = plan_units(list_inputs(str(corpus)), "text", 3000)
     assert len(units) > 10 and [unit.index for unit in units] == list(range(len(units)))
     groups = [
@@ -357,14 +355,14 @@ def test_the_split_is_by_text_and_close_to_the_fraction() -> None:
 
 def test_inspect_shows_and_verifies(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect.main([str(dataset), "--verify"])
-    said = capsys.readouterr().out
+    output_text = capsys.readouterr().out
     for words in (
         "files have the size and SHA-256",
         "tokens per byte",
         "document lengths in tokens",
         "document 0: Doc",
     ):
-        assert words in said
+        assert words in output_text
 
 
 def test_a_tampered_shard_is_caught_by_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -384,7 +382,7 @@ def test_help_has_an_example(command: Callable[[list[str]], None], capsys: pytes
     assert stop.value.code == 0 and "example:\n  python -m data_tools." in capsys.readouterr().out
 
 
-def test_exit_statuses_of_the_real_command(dataset: Path, tmp_path: Path) -> None:
+def test_exit_status_of_the_command(dataset: Path, tmp_path: Path) -> None:
     def status(*given: str) -> tuple[int, str]:
         done = subprocess.run([sys.executable, "-m", *given], capture_output=True, text=True, timeout=60)
         return done.returncode, done.stderr

@@ -1,4 +1,4 @@
-"""Protects reading: damage costs the rows that it hits and is named with file and row; nothing is dropped silently."""
+"""Protects reading: damage costs only the rows that it hits and is reported with file and row; nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(given: Path | str) -> tuple[list[tuple[str, int, str]], Tally]:
     return list(documents(str(given), "text", tally)), tally
 
 
-def test_folder_glob_and_file_give_documents_in_the_order_of_names(tmp_path: Path) -> None:
+def test_folder_glob_and_file_give_documents_in_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "z").mkdir()
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "no.jsonl").write_text('{"text": "hidden"}\n')
@@ -48,14 +48,14 @@ def test_folder_glob_and_file_give_documents_in_the_order_of_names(tmp_path: Pat
     assert read(tmp_path)[0] == everything
     assert read(f"{tmp_path}/**/*.*")[0] == everything
     assert read(tmp_path / "a.jsonl")[0] == everything[:2]
-    for given, says in [("nowhere", "no such file or folder"), ("notes.txt", "give text in one of these forms")]:
-        with pytest.raises(LimeError, match=says):
+    for given, message in [("nowhere", "no such file or folder"), ("notes.txt", "give text in one of these formats")]:
+        with pytest.raises(LimeError, match=message):
             list_inputs(str(tmp_path / given))
 
 
-def test_bad_jsonl_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+def test_bad_jsonl_lines_are_reported_and_the_rest_is_read(tmp_path: Path) -> None:
     lines = [
-        b'\xef\xbb\xbf{"text": "a byte order mark is no damage"}',
+        b'\xef\xbb\xbf{"text": "a byte order mark is not damage"}',
         b'{"text": "not utf-8: \xff"}',
         b'{"text": "cut off',
         b'{"other": 1}',
@@ -68,10 +68,10 @@ def test_bad_jsonl_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
         '{"text": "the last, ünïcode"}'.encode(),
     ]
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
-    found, tally = read(tmp_path)
-    assert [row for _, row, _ in found] == [1, 11] and found[-1][2] == "the last, ünïcode"
+    rows, tally = read(tmp_path)
+    assert [row for _, row, _ in rows] == [1, 11] and rows[-1][2] == "the last, ünïcode"
     assert (tally.rows, tally.null, tally.empty) == (11, 1, 2)
-    said = [str(rejection) for rejection in tally.rejected]
+    messages = [str(rejection) for rejection in tally.rejected]
     expected = [
         "not UTF-8",
         "not JSON",
@@ -80,54 +80,57 @@ def test_bad_jsonl_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
         "holds int",
         "surrogate",
     ]
-    assert len(said) == len(expected)
-    for row, (line, words) in enumerate(zip(said, expected, strict=True), start=2):
+    assert len(messages) == len(expected)
+    for row, (line, words) in enumerate(zip(messages, expected, strict=True), start=2):
         assert line.startswith(f"bad.jsonl row {row}: ") and words in line
 
 
-def test_a_truncated_gzip_gives_what_it_holds(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_read_up_to_the_damage(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": f"line {i} " + "x" * 50}) + "\n" for i in range(2000))
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-200])
-    found, tally = read(tmp_path)
-    assert 0 < len(found) < 2000 and found[0][2].startswith("line 0")
+    rows, tally = read(tmp_path)
+    assert 0 < len(rows) < 2000 and rows[0][2].startswith("line 0")
     assert "t.jsonl.gz row" in str(tally.rejected[-1]) and "cannot be read from here on" in str(tally.rejected[-1])
 
 
-def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path) -> None:
+def test_a_damaged_row_group_costs_only_its_own_rows(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     write_parquet(path, {"text": [f"text number {i} {'y' * 40}" for i in range(6)]})
     data = bytearray(path.read_bytes())
     place = data.index(b"text number 2")
     data[place : place + 4] = b"XXXX"
     path.write_bytes(data)
-    found, tally = read(tmp_path)
-    assert [row for _, row, _ in found] == [1, 2, 5, 6] and tally.rows == 6
+    rows, tally = read(tmp_path)
+    assert [row for _, row, _ in rows] == [1, 2, 5, 6] and tally.rows == 6
     (rejection,) = tally.rejected
     assert (rejection.row, rejection.rows) == (3, 2) and "p.parquet row 3: row group 1 is damaged" in str(rejection)
 
 
-def test_a_parquet_row_that_is_no_utf8_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_parquet_row_with_invalid_utf8_costs_only_itself(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"bad \xff", b"fine", None, b" "], pa.binary()).view(pa.string())
     write_parquet(tmp_path / "p.parquet", {"text": raw}, rows=5)
-    found, tally = read(tmp_path)
-    assert [text for *_, text in found] == ["good", "fine"] and (tally.null, tally.empty) == (1, 1)
+    rows, tally = read(tmp_path)
+    assert [text for *_, text in rows] == ["good", "fine"] and (tally.null, tally.empty) == (1, 1)
     assert [str(rejection) for rejection in tally.rejected] == ["p.parquet row 2: not UTF-8 (byte 4 of the text)"]
 
 
-def test_files_that_are_no_parquet_or_lack_the_column_are_named(tmp_path: Path) -> None:
+def test_invalid_parquet_and_missing_columns_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
     write_parquet(tmp_path / "b.parquet", {"content": ["x", "y"]})
     write_parquet(tmp_path / "c.parquet", {"text": [1, 2]})
     write_parquet(tmp_path / "d.parquet", {"text": pa.array(["p", "q"]).dictionary_encode()})
-    found, tally = read(tmp_path)
-    assert [text for *_, text in found] == ["p", "q"]
-    said = [str(rejection) for rejection in tally.rejected]
-    assert said[0].startswith("a.parquet: not readable as parquet")
-    assert said[1:] == ["b.parquet: no column 'text', it has content", "c.parquet: column 'text' holds int64, not text"]
+    rows, tally = read(tmp_path)
+    assert [text for *_, text in rows] == ["p", "q"]
+    messages = [str(rejection) for rejection in tally.rejected]
+    assert messages[0].startswith("a.parquet: not readable as parquet")
+    assert messages[1:] == [
+        "b.parquet: no column 'text', it has content",
+        "c.parquet: column 'text' holds int64, not text",
+    ]
     assert [rejection.rows for rejection in tally.rejected] == [0, 2, 2]
 
 
-def test_a_fingerprint_follows_content_not_place_or_time(tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_content_not_on_place_or_time(tmp_path: Path) -> None:
     for folder, content in [("one", b"same"), ("two", b"same"), ("three", b"more")]:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.jsonl").write_bytes(content)

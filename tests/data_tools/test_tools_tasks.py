@@ -1,4 +1,4 @@
-"""Protects the synthetic tasks: right answers, no question twice, the same bytes from the same seed, and what is there stays."""
+"""Protects the synthetic tasks: right answers, distinct questions, the same bytes for the same seed, finished output kept."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def value(expression: str) -> Fraction:
-    """By Python's own rules, in fractions."""
-    found = eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression), {"Fraction": Fraction})
-    assert isinstance(found, Fraction)
-    return found
+    """The value by Python's own rules, as a fraction."""
+    result = eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression), {"Fraction": Fraction})
+    assert isinstance(result, Fraction)
+    return result
 
 
 @pytest.mark.parametrize(("operands", "largest"), [(2, 4), (4, 20), (7, 30)])
@@ -43,7 +43,7 @@ def test_every_step_has_the_value_of_the_question(operands: int, largest: int) -
     assert operators == set("+-*/")
 
 
-def test_brackets_stand_where_they_are_needed_and_nowhere_else() -> None:
+def test_brackets_appear_only_where_needed() -> None:
     expression = ("-", ("-", 9, ("+", 1, 2)), ("*", ("/", 8, 2), ("-", 4, 3)))
     assert write(expression) == "9-(1+2)-8/2*(4-3)"
     assert write(reduce(expression)) == "9-3-4*1" and write(reduce(reduce(expression))) == "6-4"
@@ -52,7 +52,7 @@ def test_brackets_stand_where_they_are_needed_and_nowhere_else() -> None:
 
 @pytest.mark.parametrize(("concepts", "hops"), [(4, 1), (8, 3), (14, 3), (30, 6)])
 def test_one_chain_of_facts_gives_the_right_answer(concepts: int, hops: int) -> None:
-    """By searching the graph that the question draws: one of the two is reachable, over one path, which is the solution."""
+    """Search the graph of the question: exactly one of the two concepts is reachable, by a single path, the solution."""
     first = 0
     for document in itertools.islice(draw_documents(Graph(concepts, hops, 40), 2), 100):
         question, solution = document.split(MARK)
@@ -78,7 +78,7 @@ def find_paths(edges: list[tuple[str, str]], start: str, end: str) -> list[list[
 
 
 def test_names_differ() -> None:
-    """All that may be asked for."""
+    """For the largest number of names allowed."""
     assert len(set(make_names(10_000))) == 10_000
 
 
@@ -94,14 +94,14 @@ def test_the_same_seed_gives_the_same_bytes(task: str, tmp_path: Path) -> None:
 
 
 def test_another_process_writes_the_same(tmp_path: Path) -> None:
-    """Whatever Python hashes strings with."""
+    """Independently of the seed of Python's string hashes."""
     main(["graph", "--output", str(tmp_path / "a"), "--documents", "20"])
     command = [sys.executable, "-m", "data_tools.tasks", "graph", "--output", str(tmp_path / "b"), "--documents", "20"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "a/documents.jsonl").read_bytes() == (tmp_path / "b/documents.jsonl").read_bytes()
 
 
-def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_documents_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["arithmetic", "--output", str(tmp_path), "--documents", "50"]
     main(given)
     before = (tmp_path / "documents.jsonl").read_bytes()
@@ -138,7 +138,7 @@ def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("graph --concepts 9 --hops 4", "--concepts 9: must be from 10 (two chains of --hops 4 facts) to 256"),
     ],
 )
-def test_mistakes_are_one_line(given: str, line: str, tmp_path: Path) -> None:
+def test_mistakes_are_one_line_errors(given: str, line: str, tmp_path: Path) -> None:
     with pytest.raises(LimeError, match=re.escape(line)):
         main([*given.split(), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

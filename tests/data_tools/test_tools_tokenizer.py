@@ -1,4 +1,4 @@
-"""Protects the tokenizer: every text comes back exactly, the same seed gives the same pieces, no document is skipped."""
+"""Protects trained tokenizers: texts are decoded exactly, the same seed gives the same pieces, no document is skipped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def either(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytes
     return train(corpus, tmp_path_factory.mktemp(request.param), "--model-type", request.param)
 
 
-def test_every_text_comes_back_exactly(either: Tokenizer, corpus: Path) -> None:
+def test_every_text_is_decoded_exactly(either: Tokenizer, corpus: Path) -> None:
     texts = [*HARD_TEXTS, *(text for *_, text in documents(str(corpus), "text", Tally()))]
     for text, ids in zip(texts, either.encode_batch(texts), strict=True):
         assert either.decode(ids) == text
@@ -50,19 +50,19 @@ def test_every_text_comes_back_exactly(either: Tokenizer, corpus: Path) -> None:
 
 @given(text=any_text)
 @quick
-def test_any_text_comes_back_exactly(either: Tokenizer, text: str) -> None:
+def test_any_text_is_decoded_exactly(either: Tokenizer, text: str) -> None:
     ids = either.encode(text)
     assert either.decode(ids) == text and not np.isin(ids, [0, 1, 2, 3]).any()
     assert either.decode(either.encode_in_pieces(text, 5)) == text
 
 
 def test_the_hard_texts_have_every_byte_of_utf_8() -> None:
-    """A byte that UTF-8 never has (C0, C1, F5 to FF) need not be in a vocabulary; all others must."""
+    """A vocabulary needs every byte except those that never occur in UTF-8 (C0, C1, F5 to FF)."""
     assert sorted(set(EVERY_BYTE.encode())) == [*range(0xC0), *range(0xC2, 0xF5)]
 
 
-def test_pieces_are_as_asked(either: Tokenizer, tmp_path: Path) -> None:
-    """256 bytes to fall back on, no piece with two digits, however often they stand together, and the stated ids."""
+def test_pieces_follow_the_settings(either: Tokenizer, tmp_path: Path) -> None:
+    """256 bytes for fallback, no piece with two digits even if they often occur together, and the specified ids."""
     texts = [*TEXTS[0].split("\n\n"), *["In 2024 and 1999, 100 of 1000 or 2024"] * 500]
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     given = ["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size", "400"]
@@ -79,7 +79,7 @@ def test_pieces_are_as_asked(either: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_another_process_learns_the_same_pieces(either: Tokenizer, corpus: Path, tmp_path: Path) -> None:
-    """BPE and unigram, with other hashes of strings and more threads allowed."""
+    """BPE and unigram, with another string hash seed and more threads allowed."""
     given = ["--input", str(corpus), "--output", str(tmp_path), "--vocab-size", "500"]
     subprocess.run(
         [sys.executable, "-m", "data_tools.tokenizer", "train", *given, "--model-type", either.facts["model_type"]],
@@ -90,7 +90,7 @@ def test_another_process_learns_the_same_pieces(either: Tokenizer, corpus: Path,
     assert Tokenizer(tmp_path).facts == either.facts
 
 
-def test_a_folder_from_before_there_was_an_import(trained: Tokenizer, tmp_path: Path) -> None:
+def test_a_folder_from_before_imports_existed(trained: Tokenizer, tmp_path: Path) -> None:
     facts = {key: value for key, value in trained.facts.items() if key not in ("kind", "exact", "cuttable")}
     shutil.copytree(trained.folder, tmp_path / "t")
     (tmp_path / "t" / FACTS_FILE).write_text(json.dumps(facts))
@@ -118,7 +118,7 @@ def test_a_very_long_document(trained: Tokenizer) -> None:
     assert trained.decode(trained.encode(text)) == text
 
 
-def test_cuts_concatenate_to_the_text_and_respect_the_limit() -> None:
+def test_pieces_concatenate_to_the_text_and_respect_the_limit() -> None:
     generator = np.random.default_rng(0)
     for _ in range(300):
         text = "".join(generator.choice(list("ab \n"), size=int(generator.integers(0, 60)), p=[0.4, 0.3, 0.2, 0.1]))
@@ -126,14 +126,14 @@ def test_cuts_concatenate_to_the_text_and_respect_the_limit() -> None:
         assert "".join(pieces) == text and all(len(piece) <= 7 for piece in pieces)
     assert cut("one two\nthree four", 10) == ["one two\n", "three four"]
     assert cut("one.\ntwo  \nthree four", 12, BETWEEN_WORDS) == ["one.\n", "two  \nthree", " four"]
-    assert cut("one\n\ntwo\n !", 9, BETWEEN_WORDS) == ["one\n\ntwo\n", " !"]  # nowhere to cut, so at the limit
+    assert cut("one\n\ntwo\n !", 9, BETWEEN_WORDS) == ["one\n\ntwo\n", " !"]  # no place to cut, so at the limit
     assert cut("one   three", 6) == ["one", "   three"[:6], "ee"] and cut("x" * 9, 4) == ["xxxx", "xxxx", "x"]
 
 
 def test_facts_and_special_ids(trained: Tokenizer) -> None:
     assert (trained.vocab_size, trained.bos_id, trained.eos_id, trained.pad_id) == (500, 1, 2, 3)
     assert trained.decode([1, 2, 3]) == "" and trained.encode("\n").size == 1  # a newline is one symbol
-    assert trained.encode("1234").size >= 4  # digits stay apart
+    assert trained.encode("1234").size >= 4  # digits are split
     with pytest.raises(LimeError, match=r"token ids 5..500 are outside the vocabulary of 500"):
         trained.decode([5, 500])
 
@@ -156,7 +156,7 @@ def test_the_same_input_and_seed_give_the_same_pieces(
 
 def test_long_documents_are_trained_on(tmp_path: Path) -> None:
     """A word that occurs only inside one document of 300 KB becomes a piece (sentencepiece alone skips the document),
-    and so does one of a document without a single blank, of characters of three bytes."""
+    and so does one of a document without spaces whose characters have three bytes."""
     lines = [json.dumps({"text": f"short text {i}"}) for i in range(50)]
     lines += [json.dumps({"text": "the zyzzyva sings " * 15000}), json.dumps({"text": "漢字" * 15000})]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
@@ -178,7 +178,7 @@ def test_the_sample_is_even_over_files(corpus: Path) -> None:
 
 def test_a_model_that_loses_text_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "something else")
-    with pytest.raises(LimeError, match="does not give this text back, it is refused"):
+    with pytest.raises(LimeError, match="the trained tokenizer changes this text and is rejected"):
         train(corpus, tmp_path / "t")
     assert [path.name for path in (tmp_path / "t").iterdir()] == [".lock"]
 
@@ -199,7 +199,7 @@ def test_a_changed_model_is_refused_on_load(tokenizer_folder: Path, tmp_path: Pa
         Tokenizer(tmp_path / "nowhere")
 
 
-def test_what_cannot_be_trained_is_one_clear_line(tmp_path: Path) -> None:
+def test_failed_training_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "too little"}\n')
     given = ["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size"]
     with pytest.raises(LimeError, match="cannot train 5000 pieces on this input: .*lower --vocab-size"):
@@ -224,8 +224,8 @@ def marked(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytes
     return train(corpus, folder, "--model-type", request.param, *(f"--symbol={symbol}" for symbol in SYMBOLS))
 
 
-def test_a_symbol_is_one_token_wherever_it_stands(marked: Tokenizer) -> None:
-    """Its id stands in the facts, and what is before and after it does not change."""
+def test_a_symbol_is_one_token_everywhere(marked: Tokenizer) -> None:
+    """Its id is in the facts, and the tokens of the text around it do not change."""
     ids = marked.facts["symbols"]
     assert list(ids) == list(SYMBOLS) and len(set(ids.values())) == 3
     for symbol, number in ids.items():
@@ -238,15 +238,15 @@ def test_a_symbol_is_one_token_wherever_it_stands(marked: Tokenizer) -> None:
             ("<", ">"),
             ("\u2581", "\u2581"),
         ):
-            found = marked.encode(left + symbol + right).tolist()
-            assert found == [*marked.encode(left).tolist(), number, *marked.encode(right).tolist()]
+            encoded = marked.encode(left + symbol + right).tolist()
+            assert encoded == [*marked.encode(left).tolist(), number, *marked.encode(right).tolist()]
     assert marked.encode("".join(SYMBOLS)).tolist() == list(ids.values())
     assert not set(marked.encode("<answer").tolist()) & set(ids.values())
 
 
 @given(parts=st.lists(st.one_of(any_text, st.sampled_from(SYMBOLS)), max_size=6))
 @quick
-def test_texts_with_symbols_come_back_exactly(marked: Tokenizer, parts: list[str]) -> None:
+def test_texts_with_symbols_are_decoded_exactly(marked: Tokenizer, parts: list[str]) -> None:
     text = "".join(parts)
     ids = marked.encode(text)
     assert marked.decode(ids) == text
@@ -255,11 +255,11 @@ def test_texts_with_symbols_come_back_exactly(marked: Tokenizer, parts: list[str
 
 
 def test_symbols_change_nothing_else(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without, the facts are as they ever were; a folder says whether it was trained with others."""
+    """Without symbols the facts do not mention them; training into a folder with other symbols is refused."""
     plain = train(corpus, tmp_path / "plain")
     assert "symbols" not in plain.facts and "symbols" not in plain.facts["training"]
     one = train(corpus, tmp_path / "one", "--symbol", "<answer>")
-    assert f"symbol <answer>: always the one token {one.facts['symbols']['<answer>']}" in capsys.readouterr().out
+    assert f"symbol <answer>: always the single token {one.facts['symbols']['<answer>']}" in capsys.readouterr().out
     train(corpus, tmp_path / "one", "--symbol", "<answer>")
     assert "tokenizer complete, reused" in capsys.readouterr().out
     for folder, options in (("one", []), ("plain", ["--symbol", "<answer>"])):
@@ -272,8 +272,8 @@ def test_input_without_spaces_can_be_trained_on(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"{n}+{n}={2 * n}"}) for n in range(300)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     main(["train", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size", "274"])
-    found = Tokenizer(tmp_path / "t")
-    assert found.encode("12+12=24").size == 8 and found.decode(found.encode(" a  b ")) == " a  b "
+    opened = Tokenizer(tmp_path / "t")
+    assert opened.encode("12+12=24").size == 8 and opened.decode(opened.encode(" a  b ")) == " a  b "
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_input_without_spaces_can_be_trained_on(tmp_path: Path) -> None:
         (["\u2581x"], "must be printable"),
         (["<s>"], "--symbol <s>: the tokenizer has a piece of this name"),
         (["<0x41>"], "the tokenizer has a piece of this name"),
-        (["<a>", "<a>"], "--symbol <a> --symbol <a>: one of them stands twice"),
+        (["<a>", "<a>"], "--symbol <a> --symbol <a>: a symbol is given twice"),
     ],
 )
 def test_symbols_that_cannot_be(symbols: list[str], line: str, corpus: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Protects the import of existing models: what is taken over, what is refused and why, and that nothing is harmed."""
+"""Protects the import of existing models: what is accepted, what is refused and why, and that no file is harmed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lime_dist.data.indexed import IndexedDataset
 from lime_dist.errors import LimeError, run_command
 
 
-def take_over(model: Path, output: Path, *options: str) -> Tokenizer:
+def import_model(model: Path, output: Path, *options: str) -> Tokenizer:
     main(["import", "--model", str(model), "--output", str(output), *options])
     return Tokenizer(output)
 
@@ -51,7 +51,7 @@ def byte_level() -> dict[str, Any]:
 
 
 def write(path: Path, value: dict[str, Any] | bytes | str | tokenizers.Tokenizer) -> Path:
-    """A file of bytes, of text, of JSON or of a tokenizer."""
+    """Write a file of bytes, text, JSON or a tokenizer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(value, bytes):
         path.write_bytes(value)
@@ -63,14 +63,14 @@ def write(path: Path, value: dict[str, Any] | bytes | str | tokenizers.Tokenizer
 
 
 def test_the_folder_and_its_facts(byte_level: dict[str, Any], pieces: bytes, tmp_path: Path) -> None:
-    one = take_over(write(tmp_path / "tokenizer.json", byte_level), tmp_path / "t")
+    one = import_model(write(tmp_path / "tokenizer.json", byte_level), tmp_path / "t")
     assert sorted(content(tmp_path / "t")) == [".lock", "huggingface.json", "tokenizer_facts.json"]
     assert (one.facts["kind"], one.facts["model_type"], one.exact) == ("huggingface", "bpe", True)
     assert (one.vocab_size, one.eos_id, one.bos_id, one.pad_id) == (700, 0, -1, -1)
-    two = take_over(write(tmp_path / "any.model", pieces), tmp_path / "s")
+    two = import_model(write(tmp_path / "any.model", pieces), tmp_path / "s")
     assert (tmp_path / "s" / "tokenizer.model").read_bytes() == pieces
     assert (two.facts["kind"], two.vocab_size, two.bos_id, two.eos_id, two.pad_id) == ("sentencepiece", 600, 1, 2, -1)
-    padded = take_over(tmp_path / "any.model", tmp_path / "p", "--pad", "<unk>")
+    padded = import_model(tmp_path / "any.model", tmp_path / "p", "--pad", "<unk>")
     assert padded.decode([0, padded.eos_id, 0]) == "" != two.decode([0])
     two.copy_to(tmp_path / "copy")
     one.copy_to(tmp_path / "copy")
@@ -79,12 +79,12 @@ def test_the_folder_and_its_facts(byte_level: dict[str, Any], pieces: bytes, tmp
 
 
 def test_a_trained_model_imports_as_itself(trained: Tokenizer, tmp_path: Path) -> None:
-    assert take_over(trained.folder / "tokenizer.model", tmp_path / "t").hash == trained.hash
+    assert import_model(trained.folder / "tokenizer.model", tmp_path / "t").hash == trained.hash
 
 
 def test_shards_of_an_imported_tokenizer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole way: the pretokenizer takes the folder, documents begin and end with its ids, inspect decodes them."""
-    take_over(write(tmp_path / "tokenizer.json", llama_3()), tmp_path / "t")
+    """From end to end: pretokenize uses the folder, documents begin and end with its ids, inspect decodes them."""
+    import_model(write(tmp_path / "tokenizer.json", llama_3()), tmp_path / "t")
     given = [
         "--input",
         str(corpus / "c.jsonl"),
@@ -100,8 +100,8 @@ def test_shards_of_an_imported_tokenizer(corpus: Path, tmp_path: Path, capsys: p
     assert "Document 3-" in capsys.readouterr().out
 
 
-def test_which_token_is_which(pieces: bytes, tmp_path: Path) -> None:
-    """By hand, else tokenizer_config.json, else special_tokens_map.json, else the model itself, else the usual names."""
+def test_the_choice_of_special_tokens(pieces: bytes, tmp_path: Path) -> None:
+    """From options, else tokenizer_config.json, else special_tokens_map.json, else the model itself, else usual names."""
     file = write(tmp_path / "a" / "tokenizer.json", llama_3())
     config = {
         "bos_token": {"content": "<|begin_of_text|>", "lstrip": False},
@@ -110,7 +110,7 @@ def test_which_token_is_which(pieces: bytes, tmp_path: Path) -> None:
     }
 
     def ids(*options: str) -> tuple[int, int, int]:
-        one = take_over(file, tmp_path / "t", "--fresh", *options)
+        one = import_model(file, tmp_path / "t", "--fresh", *options)
         return one.bos_id, one.eos_id, one.pad_id
 
     assert ids() == (800, 801, -1)
@@ -123,10 +123,10 @@ def test_which_token_is_which(pieces: bytes, tmp_path: Path) -> None:
         ids("--eos", "</s>")
     write(tmp_path / "b" / "any.model", pieces)
     write(tmp_path / "b" / "tokenizer_config.json", {"eos_token": "nothing that it has"})
-    assert take_over(tmp_path / "b", tmp_path / "s").eos_id == 2  # what the model says
+    assert import_model(tmp_path / "b", tmp_path / "s").eos_id == 2  # what the model says
     write(tmp_path / "b" / "tokenizer_config.json", "{")
     with pytest.raises(LimeError, match="tokenizer_config.json: cannot be read .*name the tokens with --eos"):
-        take_over(tmp_path / "b", tmp_path / "s")
+        import_model(tmp_path / "b", tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_which_token_is_which(pieces: bytes, tmp_path: Path) -> None:
 def test_a_model_that_does_not_say_its_eos(make: Callable[[], tokenizers.Tokenizer], tmp_path: Path) -> None:
     file = write(tmp_path / "tokenizer.json", make())
     with pytest.raises(
-        LimeError, match=r"which token ends a document is not said; name it with --eos \(its special to"
+        LimeError, match=r"no file says which token ends a document; name it with --eos \(its special to"
     ):
-        take_over(file, tmp_path / "t")
+        import_model(file, tmp_path / "t")
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
@@ -148,7 +148,7 @@ def test_an_ordinary_token_as_eos_becomes_special(kind: str, byte_level: dict[st
     else:
         added = byte_level["added_tokens"][0] | {"id": 700, "content": "<|end|>", "special": False}
         file = write(tmp_path / "tokenizer.json", byte_level | {"added_tokens": [*byte_level["added_tokens"], added]})
-    one = take_over(file, tmp_path / "t", "--eos", "<|end|>")
+    one = import_model(file, tmp_path / "t", "--eos", "<|end|>")
     ids = one.encode("a<|end|>b")
     assert one.eos_id not in ids and one.decode(ids) == "a<|end|>b" and one.decode([one.eos_id]) == ""
 
@@ -157,40 +157,40 @@ def test_importing_again(
     byte_level: dict[str, Any], pieces: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, output = write(tmp_path / "tokenizer.json", byte_level), tmp_path / "t"
-    first = take_over(file, output)
+    first = import_model(file, output)
     before = content(output)
     capsys.readouterr()
-    take_over(write(tmp_path / "b" / "tokenizer.json", json.dumps(byte_level, indent=4)), output)
+    import_model(write(tmp_path / "b" / "tokenizer.json", json.dumps(byte_level, indent=4)), output)
     assert "complete, reused: 700 ids" in capsys.readouterr().out and content(output) == before
     other, text = write(tmp_path / "any.model", pieces), write(tmp_path / "in.jsonl", {"text": "x"})
     with pytest.raises(LimeError, match="holds another tokenizer; give another --output, or --fresh to replace it"):
-        take_over(other, output)
+        import_model(other, output)
     with pytest.raises(LimeError, match="holds a tokenizer that was imported; give another --output, or --fresh"):
         main(["train", "--input", str(text), "--output", str(output), "--vocab-size", "300"])
     assert content(output) == before
-    (output / ".new").mkdir()  # a killed import's
-    assert take_over(other, output, "--fresh").hash != first.hash
+    (output / ".new").mkdir()  # left by a killed import
+    assert import_model(other, output, "--fresh").hash != first.hash
     assert sorted(content(output)) == [".lock", "tokenizer.model", "tokenizer_facts.json"]
 
 
-def test_a_folder_of_someone_else_is_not_harmed(byte_level: dict[str, Any], pieces: bytes, tmp_path: Path) -> None:
-    """Importing a model into its own folder, --fresh or not, would put our facts in place of its tokenizer.json."""
+def test_a_folder_of_another_program_is_not_harmed(byte_level: dict[str, Any], pieces: bytes, tmp_path: Path) -> None:
+    """Importing a model into its own folder, with or without --fresh, is refused and changes nothing."""
     file = write(tmp_path / "a" / "tokenizer.json", byte_level)
     model = write(tmp_path / "b" / "tokenizer.model", pieces)
     for given in (file, model):
         for options in ([], ["--fresh"]):
             with pytest.raises(LimeError, match=f"holds a {given.name} that is not this program's; give another --out"):
-                take_over(given, given.parent, *options)
+                import_model(given, given.parent, *options)
     assert read_json(file, "") == byte_level and model.read_bytes() == pieces
 
 
 def test_equal_encoders_have_equal_hashes(byte_level: dict[str, Any], tmp_path: Path) -> None:
-    """However the file is written, and whatever it says about padding; and different ones have different hashes."""
+    """Whatever the file's layout and padding settings; different encoders have different hashes."""
     numbers = iter(range(100))
 
     def hash_of(change: dict[str, Any], *options: str) -> str:
         folder = tmp_path / str(next(numbers))
-        return take_over(write(folder / "tokenizer.json", byte_level | change), folder / "t", *options).hash
+        return import_model(write(folder / "tokenizer.json", byte_level | change), folder / "t", *options).hash
 
     model = byte_level["model"]
     same = hash_of({})
@@ -208,7 +208,7 @@ def test_equal_encoders_have_equal_hashes(byte_level: dict[str, Any], tmp_path: 
 def test_no_dropout_and_no_truncation(byte_level: dict[str, Any], tmp_path: Path) -> None:
     cut_short = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     changed = byte_level | {"model": byte_level["model"] | {"dropout": 0.5}, "truncation": cut_short}
-    one = take_over(write(tmp_path / "tokenizer.json", changed), tmp_path / "t")
+    one = import_model(write(tmp_path / "tokenizer.json", changed), tmp_path / "t")
     text = "Licensed under the terms and conditions for use " * 5
     assert len({one.encode(text).tobytes() for _ in range(5)}) == 1 and one.decode(one.encode(text)) == text
 
@@ -236,40 +236,42 @@ def lossy(kind: str) -> tokenizers.Tokenizer | bytes:
 @pytest.mark.parametrize(
     "kind,shown",
     [
-        ("nmt_nfkc", "' ' came back as ''"),
-        ("no bytes", r"came back as ' \u2047"),
-        ("word pieces", "' ' came back as ''"),
-        ("missing bytes", "came back as"),
+        ("nmt_nfkc", "' ' is decoded as ''"),
+        ("no bytes", r"is decoded as ' \u2047"),
+        ("word pieces", "' ' is decoded as ''"),
+        ("missing bytes", "is decoded as"),
         ("lowercase", r"'UPPER Case \u0130"),
-        ("nfc", r", \xe9, e\u0301' came back as '"),
-        ("strip", "' ' came back as ''"),
+        ("nfc", r", \xe9, e\u0301' is decoded as '"),
+        ("strip", "' ' is decoded as ''"),
     ],
 )
 def test_a_tokenizer_that_loses_text(kind: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused with a text and what came back; with --allow-loss accepted, and its facts say so."""
+    """Refused with a text and its decoded form; accepted with --allow-loss, which its facts record."""
     model = lossy(kind)
     file = write(tmp_path / ("any.model" if isinstance(model, bytes) else "tokenizer.json"), model)
-    with pytest.raises(LimeError, match="does not give every text back: .*accept that with --allow-loss") as refusal:
-        take_over(file, tmp_path / "t")
+    with pytest.raises(LimeError, match="changes texts: .*accept that with --allow-loss") as refusal:
+        import_model(file, tmp_path / "t")
     assert shown in str(refusal.value) and "\n" not in str(refusal.value)
     assert list(content(tmp_path / "t")) == [".lock"]
     capsys.readouterr()
-    one = take_over(file, tmp_path / "t", "--allow-loss")
+    one = import_model(file, tmp_path / "t", "--allow-loss")
     assert one.exact is False and one.facts["exact"] is False
     said = capsys.readouterr().out
-    assert shown in said and "texts for the check came back exactly" in said
-    with pytest.raises(LimeError, match="does not give every text back"):  # the folder that stands does not excuse it
-        take_over(file, tmp_path / "t")
+    assert shown in said and "test texts are decoded exactly" in said
+    with pytest.raises(LimeError, match="changes texts"):  # even if the folder holds one imported with --allow-loss
+        import_model(file, tmp_path / "t")
 
 
 def test_text_that_would_become_special_is_refused(byte_level: dict[str, Any], tmp_path: Path) -> None:
-    """A letter as eos; a unigram model, which finds its </s> in texts like any piece; what unknown words become.
-    --allow-loss does not help. An unknown token that is never needed may be eos, as in some forms of GPT-2's."""
+    """A letter as eos; a unigram model, which finds its </s> in texts like any piece; the token for unknown words.
+
+    --allow-loss does not help. An unknown token that is never needed may be eos, as in some versions of GPT-2's.
+    """
     vocabulary = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -5.0) for letter in "abc</s>")]
     tokenizer = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0))
     tokenizer.add_special_tokens(["</s>"])
     unknown = byte_level | {"model": byte_level["model"] | {"unk_token": "<|endoftext|>"}}
-    assert take_over(write(tmp_path / "u" / "tokenizer.json", unknown), tmp_path / "u" / "t").eos_id == 0
+    assert import_model(write(tmp_path / "u" / "tokenizer.json", unknown), tmp_path / "u" / "t").eos_id == 0
     letters = models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")
     for name, model, eos in (
         ("a", byte_level, "a"),
@@ -278,7 +280,7 @@ def test_text_that_would_become_special_is_refused(byte_level: dict[str, Any], t
     ):
         file = write(tmp_path / name / "tokenizer.json", model)
         with pytest.raises(LimeError, match=f"the text '{eos}' in a document would become the special token"):
-            take_over(file, tmp_path / "t", "--allow-loss", "--eos", eos)
+            import_model(file, tmp_path / "t", "--allow-loss", "--eos", eos)
 
 
 def without(value: dict[str, Any], *path: str) -> dict[str, Any]:
@@ -295,11 +297,15 @@ def without(value: dict[str, Any], *path: str) -> dict[str, Any]:
             r"tokenizer.json: cannot be read \(.*give a whole tok",
         ),
         ("tokenizer.json", lambda good: "[1, 2]", "holds no JSON object"),
-        ("tokenizer.json", lambda good: without(good, "model"), "no Hugging Face tokenizer, it has no model"),
-        ("tokenizer.json", lambda good: without(good, "model", "vocab"), r"no Hugging Face tokenizer \(.*; give a tok"),
-        ("tokenizer.json", lambda good: good | {"model": {"type": "Novel"}}, r"no Hugging Face tokenizer \("),
-        ("tokenizer.json", lambda good: good | {"added_tokens": [7]}, r"no Hugging Face tokenizer \("),
-        ("tokenizer.json", lambda good: good | {"decoder": {"type": "Novel"}}, r"no Hugging Face tokenizer \("),
+        ("tokenizer.json", lambda good: without(good, "model"), "not a Hugging Face tokenizer, it has no model"),
+        (
+            "tokenizer.json",
+            lambda good: without(good, "model", "vocab"),
+            r"not a Hugging Face tokenizer \(.*; give a tok",
+        ),
+        ("tokenizer.json", lambda good: good | {"model": {"type": "Novel"}}, r"not a Hugging Face tokenizer \("),
+        ("tokenizer.json", lambda good: good | {"added_tokens": [7]}, r"not a Hugging Face tokenizer \("),
+        ("tokenizer.json", lambda good: good | {"decoder": {"type": "Novel"}}, r"not a Hugging Face tokenizer \("),
         (
             "tokenizer.json",
             lambda good: good | {"model": good["model"] | {"vocab": good["model"]["vocab"] | {"a": 5}}},
@@ -310,13 +316,17 @@ def without(value: dict[str, Any], *path: str) -> dict[str, Any]:
             lambda good: good | {"model": good["model"] | {"vocab": good["model"]["vocab"] | {"far": 10**6}}},
             "its 701 tokens have ids up to 1000000",
         ),
-        ("tokenizer.model", lambda good: b"IQ== 0\nIg== 1\n" * 50, r"no sentencepiece model \("),  # tiktoken's form
-        ("tokenizer.model", lambda good: b"", r"no sentencepiece model \(the file is empty\)"),
-        ("tokenizer.model", lambda good: train_sentencepiece()[:3000], r"no sentencepiece model \("),
+        (
+            "tokenizer.model",
+            lambda good: b"IQ== 0\nIg== 1\n" * 50,
+            r"not a sentencepiece model \(",
+        ),  # tiktoken's format
+        ("tokenizer.model", lambda good: b"", r"not a sentencepiece model \(the file is empty\)"),
+        ("tokenizer.model", lambda good: train_sentencepiece()[:3000], r"not a sentencepiece model \("),
         ("readme.txt", lambda good: "text", "holds neither a .model file nor a tokenizer.json"),
     ],
 )
-def test_what_is_no_model_is_one_clear_line(
+def test_an_invalid_model_is_a_one_line_error(
     name: str,
     change: Callable[[dict[str, Any]], Any],
     said: str,
@@ -333,42 +343,46 @@ def test_what_is_no_model_is_one_clear_line(
     assert not (tmp_path / "t").exists()
 
 
-def test_which_file_is_meant(byte_level: dict[str, Any], pieces: bytes, trained: Tokenizer, tmp_path: Path) -> None:
+def test_the_choice_of_the_model_file(
+    byte_level: dict[str, Any], pieces: bytes, trained: Tokenizer, tmp_path: Path
+) -> None:
     with pytest.raises(LimeError, match="nowhere: no such file or folder"):
-        take_over(tmp_path / "nowhere", tmp_path / "t")
+        import_model(tmp_path / "nowhere", tmp_path / "t")
     write(tmp_path / "in" / "tokenizer.json", byte_level)
     write(tmp_path / "in" / "tokenizer.model", pieces)
     with pytest.raises(LimeError, match="holds tokenizer.json and tokenizer.model; name the one to import"):
-        take_over(tmp_path / "in", tmp_path / "t")
+        import_model(tmp_path / "in", tmp_path / "t")
     for given in (
         trained.folder,
         trained.folder / FACTS_FILE,
         copy_as_old(trained.folder, tmp_path / "old") / OLD_FACTS_FILE,
     ):
-        with pytest.raises(LimeError, match="json: is a tokenizer of this program; give its folder to data_tools.pre"):
-            take_over(given, tmp_path / "t")
+        with pytest.raises(
+            LimeError, match="json: already a tokenizer of this program; give its folder to data_tools.pre"
+        ):
+            import_model(given, tmp_path / "t")
 
 
-def test_holes_in_the_vocabulary_are_said(
+def test_holes_in_the_vocabulary_are_reported(
     byte_level: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They cost rows of the embedding and nothing else."""
+    """They take rows of the embedding and have no other effect."""
     vocabulary = byte_level["model"]["vocab"] | {"far away": 710}
     file = write(tmp_path / "tokenizer.json", byte_level | {"model": byte_level["model"] | {"vocab": vocabulary}})
-    one = take_over(file, tmp_path / "t")
+    one = import_model(file, tmp_path / "t")
     assert one.vocab_size == 711 and one.decode([705]) == ""
-    assert "10 ids below 711 name no token" in capsys.readouterr().out
+    assert "10 ids below 711 have no token" in capsys.readouterr().out
 
 
 def test_without_the_package(byte_level: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "tokenizer.json", byte_level)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(LimeError, match=r"needs the package tokenizers, .* pip install 'lime_dist\[hf\]'"):
-        take_over(file, tmp_path / "t")
+        import_model(file, tmp_path / "t")
 
 
-def test_what_is_damaged_is_refused_when_opened(byte_level: dict[str, Any], tmp_path: Path) -> None:
-    take_over(write(tmp_path / "tokenizer.json", byte_level), tmp_path / "t")
+def test_a_damaged_folder_is_refused_when_opened(byte_level: dict[str, Any], tmp_path: Path) -> None:
+    import_model(write(tmp_path / "tokenizer.json", byte_level), tmp_path / "t")
     facts = read_json(tmp_path / "t" / FACTS_FILE, "")
     for change, said in (
         ({"kind": "novel"}, "damaged, kind is invalid"),
@@ -383,18 +397,18 @@ def test_what_is_damaged_is_refused_when_opened(byte_level: dict[str, Any], tmp_
             Tokenizer(tmp_path / "d")
 
 
-def test_the_spelt_out_mark_is_that_of_the_pieces(pieces: bytes, tmp_path: Path) -> None:
-    """A mark in a text is three bytes, in sentencepiece's own model and in its Hugging Face form."""
+def test_a_space_mark_is_encoded_as_its_bytes(pieces: bytes, tmp_path: Path) -> None:
+    """A space mark in a text becomes three bytes, in a sentencepiece model and in its Hugging Face form."""
     model = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     spelt = [model.piece_to_id(f"<0x{byte:02X}>") for byte in b"\xe2\x96\x81"]
     for file in (write(tmp_path / "any.model", pieces), write(tmp_path / "tokenizer.json", llama_2(pieces))):
-        one = take_over(file, tmp_path / file.stem)
+        one = import_model(file, tmp_path / file.stem)
         assert one.encode("\u2581").tolist() == spelt
         np.testing.assert_array_equal(one.encode("a\u2581")[-3:], spelt)
 
 
 def test_model_files_are_read_and_changed_as_protobuf_would(pieces: bytes) -> None:
-    """Against the classes that sentencepiece ships, which need a protobuf no older than theirs (the pinned one is)."""
+    """Compared with the classes that sentencepiece ships, which need a recent enough protobuf (the pinned one is)."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     suffix = train_sentencepiece(treat_whitespace_as_suffix=True, model_type="unigram", vocab_size=450)
@@ -424,7 +438,7 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_vocabulary_without_bos_makes_shards(corpus: Path, tmp_path: Path) -> None:
-    """As GPT-2's: its eos ends documents, and asking for a bos that it has not is refused before anything is written."""
+    """As GPT-2's: its eos ends documents, and --bos is refused before anything is written."""
     gpt_2().save(str(tmp_path / "tokenizer.json"))
     main(["import", "--model", str(tmp_path / "tokenizer.json"), "--output", str(tmp_path / "imported")])
     tokenizer = Tokenizer(tmp_path / "imported")

@@ -1,4 +1,4 @@
-"""Protects what all kinds of tokenizer promise: texts come back, ids are the model's own, no text becomes special."""
+"""Protects what all tokenizers guarantee: exact decoding, the model's own ids, and no special tokens from text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def raw_models() -> dict[str, bytes | tokenizers.Tokenizer]:
 
 @pytest.fixture(scope="module")
 def raw() -> dict[str, bytes | tokenizers.Tokenizer]:
-    """The models as their libraries make them."""
+    """The models as their libraries create them."""
     return raw_models()
 
 
@@ -49,7 +49,7 @@ def raw() -> dict[str, bytes | tokenizers.Tokenizer]:
 def imported(
     raw: dict[str, bytes | tokenizers.Tokenizer], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Tokenizer]:
-    """The same, each imported by the command."""
+    """The same models, imported by the command."""
     opened = {}
     for kind, model in raw.items():
         folder = tmp_path_factory.mktemp(kind)
@@ -62,13 +62,16 @@ def imported(
 
 @pytest.fixture(params=KINDS)
 def one(request: pytest.FixtureRequest, imported: dict[str, Tokenizer]) -> Tokenizer:
-    """Each kind in turn."""
+    """A tokenizer of each kind in turn."""
     return imported[request.param]
 
 
 def same_ids(one: Tokenizer, ids: np.ndarray, expected: np.ndarray) -> bool:
-    """Equal; in a unigram model up to order, for a run of one character can be parted in several ways of equal score,
-    of which rounding chooses, and it rounds otherwise when a text begins elsewhere."""
+    """Whether ids are equal; for a unigram model, up to their order.
+
+    A unigram model can split a run of one character in several ways of equal score. Rounding decides, and depends on where
+    the text begins.
+    """
     if one.facts["model_type"] == "unigram":
         ids, expected = np.sort(ids), np.sort(expected)
     return np.array_equal(ids, expected)
@@ -81,8 +84,8 @@ def test_each_kind_is_exact_and_can_be_cut(one: Tokenizer) -> None:
 
 @given(texts=st.lists(any_text, min_size=1, max_size=8))
 @quick
-def test_every_text_comes_back(one: Tokenizer, texts: list[str]) -> None:
-    """Whatever the text, encoded as a whole, in a batch, or in pieces that end anywhere; and no id of it is special."""
+def test_every_text_is_decoded_exactly(one: Tokenizer, texts: list[str]) -> None:
+    """Any text, encoded as a whole, in a batch, or in pieces that end anywhere, and without special ids."""
     special = list(one._encoder.special_tokens().values())
     for text, ids in zip(texts, one.encode_batch(texts), strict=True):
         assert ids.dtype == np.int32 and one.decode(ids) == text
@@ -93,14 +96,14 @@ def test_every_text_comes_back(one: Tokenizer, texts: list[str]) -> None:
 @given(segments=st.lists(segment, min_size=3, max_size=12))
 @quick
 def test_pieces_have_the_ids_of_the_whole(one: Tokenizer, segments: list[str]) -> None:
-    """As long as every piece has a place to cut; ``test_cuts_without_a_place`` is about the others."""
+    """As long as every piece has a place to cut; ``test_cuts_without_a_place_…`` covers the others."""
     text = "".join(segments)
     for limit in (45, 80):
         assert same_ids(one, one.encode_in_pieces(text, limit), one.encode(text))
 
 
 def test_cuts_without_a_place_keep_the_text_and_lose_few_ids(one: Tokenizer) -> None:
-    """The bound: two more or fewer ids a cut than as a whole, here over 64 cuts in the middle of words."""
+    """Each cut in the middle of a word changes the number of ids by at most two; here there are about 64 cuts."""
     text = "sublicensing" * 64
     pieces, whole = one.encode_in_pieces(text, 13), one.encode(text)
     assert one.decode(pieces) == text
@@ -116,8 +119,8 @@ def test_a_text_beyond_the_limit_has_the_ids_of_the_whole(imported: dict[str, To
     np.testing.assert_array_equal(ids, whole)
 
 
-def test_the_trial_text_has_a_place_wherever_it_is_cut() -> None:
-    """Otherwise import would take every vocabulary for one that cannot be cut."""
+def test_the_trial_text_has_a_place_for_every_cut() -> None:
+    """Otherwise the import would consider every vocabulary uncuttable."""
     for limit in CUT_LIMITS:
         pieces = cut(CUT_TEXT, limit, BETWEEN_WORDS)
         assert len(pieces) >= 5 and all(
@@ -143,13 +146,13 @@ def test_ids_are_those_of_the_library(
 @given(text=any_text)
 @quick
 def test_llama_2_has_the_ids_of_its_sentencepiece_model(imported: dict[str, Tokenizer], text: str) -> None:
-    """In all three forms. A metaspace alone would lose a space at the beginning; it is given a second one."""
+    """In all three forms. A metaspace alone would lose a leading space, so the text gets a second one."""
     expected = imported["sentencepiece"].encode(text).tolist()
     assert imported["llama-2"].encode(text).tolist() == expected
     assert imported["llama-2-metaspace"].encode(text).tolist() == expected
 
 
-def test_nothing_is_added_and_special_ids_give_nothing(one: Tokenizer) -> None:
+def test_nothing_is_added_and_special_ids_decode_to_nothing(one: Tokenizer) -> None:
     ids = one.encode("a word")
     assert not {one.bos_id, one.eos_id} & set(ids.tolist())
     around = [number for number in (one.bos_id, one.eos_id) if number >= 0]
@@ -157,7 +160,7 @@ def test_nothing_is_added_and_special_ids_give_nothing(one: Tokenizer) -> None:
     assert one.encode("").size == 0 and one.decode([]) == ""
 
 
-def test_a_lone_surrogate_is_refused_alike(one: Tokenizer) -> None:
+def test_a_lone_surrogate_is_refused(one: Tokenizer) -> None:
     with pytest.raises(UnicodeEncodeError):
         one.encode_batch(["fine", "\ud800"])
 
@@ -180,7 +183,7 @@ def test_vocabularies_with_tokens_across_words_are_never_cut(
 
 
 def gpt_2_across_words() -> tokenizers.Tokenizer:
-    """A byte-level vocabulary learnt without splitting texts into words."""
+    """A byte-level vocabulary trained without splitting texts into words."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -195,7 +198,7 @@ def gpt_2_across_words() -> tokenizers.Tokenizer:
 
 
 def test_encoding_stays_in_one_thread(imported: dict[str, Tokenizer]) -> None:
-    """In a process of its own, since a pool of threads that exists stays; with the variable set against it."""
+    """In a separate process, since an existing thread pool would persist; with the variable set to allow threads."""
     script = (
         "import os, sys; from data_tools.tokenizer import Tokenizer\n"
         "before = len(os.listdir('/proc/self/task'))\n"

@@ -81,7 +81,7 @@ def test_the_commands_take_old_folders(
 
 
 def test_a_hugging_face_file_beside_the_facts_stays(tokenizer_folder: Path, trained: Tokenizer, tmp_path: Path) -> None:
-    """The name now is free for it."""
+    """The name is free for it now."""
     foreign = json.dumps({"model": {}})
     trained.copy_to(tmp_path)
     (tmp_path / OLD_FACTS_FILE).write_text(foreign)
