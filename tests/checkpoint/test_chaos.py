@@ -1,4 +1,4 @@
-"""Protects runs from real kills and signals, under the launcher that users run; `benchmarks/chaos.py` is the long form."""
+"""Tests of runs that are killed or signalled under the real launcher; `benchmarks/chaos.py` is the long form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def chaos(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_three_kills_cost_nothing_but_time(dataset: Path, tmp_path: Path) -> None:
-    """A rank in a save, a launcher, a rank while a thread saves: the same command ends with the same losses, bit for bit."""
+    """Kills of a rank while it saves, of a launcher, and of a rank while a thread saves. The same command, run again, ends with
+    the same losses, bit for bit."""
     finished = chaos("--data", str(dataset), "--output", str(tmp_path), "--runs", "3", "--steps", "18")
     assert finished.returncode == 0, finished.stderr
     table = (tmp_path / "table.md").read_text()
@@ -37,7 +38,7 @@ def test_three_kills_cost_nothing_but_time(dataset: Path, tmp_path: Path) -> Non
 def test_a_signal_under_the_launcher_ends_in_a_checkpoint(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str, number: int
 ) -> None:
-    """Well inside the launcher's 30 s. A rank's status is 0, and so is the launcher's, unless the signal was to itself."""
+    """It ends well within the launcher's 30 s. Exit status is 0, except for a launcher that got the signal itself."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from chaos import SIZE, Job, Plan, choose_victim, last_step, make_command, wait_for_moment
 
@@ -71,7 +72,7 @@ def test_a_mistake_in_the_call_is_one_line(tmp_path: Path) -> None:
 def test_a_second_start_waits_for_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not for ever, and a folder that nobody holds is not waited for."""
+    """It waits for a limited time, and not at all if nobody holds the folder."""
     from lime_dist.data.files import lock_folder
     from lime_dist.errors import LimeError
     from lime_dist.monitor import run_lock
