@@ -89,7 +89,7 @@ class Result:
 def make_plan(seed: int, index: int, steps: int, interval: int) -> Plan:
     generator = random.Random(f"{seed} {index}")
     inside = index % 3 == 0
-    latest = max(2, steps - interval)  # so that it does not end before its moment
+    latest = max(2, steps - interval)  # so that the run does not end before its kill
     checkpoints = range(interval, max(interval + 1, latest), interval)
     return Plan(
         victim="rank" if index % 2 == 0 else ("deepspeed", "launch")[index // 2 % 2],
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--interval", type=int, default=6, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and victims")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     if arguments.runs < 1 or not 1 <= arguments.interval < arguments.steps:
@@ -148,7 +148,7 @@ def main() -> None:
         *SIZE, *arguments.overrides, f"data.path={arguments.data.resolve()}", f"train.steps={arguments.steps}",
         f"train.checkpoint_interval={arguments.interval}", f"train.evaluation_interval={2 * arguments.interval}",
     ]  # fmt: skip
-    load_config(ROOT / "configs/quickstart.yaml", overrides)  # a mistake shows before anything runs
+    load_config(ROOT / "configs/quickstart.yaml", overrides)  # report mistakes before anything runs
     settings = {
         "overrides": overrides,
         "steps": arguments.steps,
@@ -171,13 +171,13 @@ def main() -> None:
     print(table)
     for index, result in enumerate(results):
         if not passes(result, arguments.interval):
-            raise LimeError(f"run {index} of {output} is not what an undisturbed run gives: {result}")
+            raise LimeError(f"run {index} of {output} does not equal the undisturbed run: {result}")
 
 
 def undisturbed(output: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """Train without a kill, unless this was done before; return the records."""
     directory = output / "undisturbed"
-    Job(make_command(directory, overrides), output / "undisturbed.log").finish()  # a finished one ends at once
+    Job(make_command(directory, overrides), output / "undisturbed.log").finish()  # a finished run ends at once
     return numbers(directory)
 
 
@@ -197,16 +197,18 @@ def disturb(directory: Path, overrides: list[str], plan: Plan, wanted: list[dict
         victim.kill()
         killed = time.monotonic()
     except psutil.NoSuchProcess:
-        raise LimeError(f"{directory.name} ended before its moment came; give more --steps") from None
+        raise LimeError(f"{directory.name} ended before its kill; give more --steps") from None
     killed_at = last_step(directory)
-    if plan.victim == "rank":  # its launcher ends with it; a launcher's death nobody waits for
+    if plan.victim == "rank":  # a launcher ends with its rank; nothing waits for the death of a launcher
         job.process.wait(PATIENCE)
     again = Job(command, log)
     gone, alive = psutil.wait_procs(family, timeout=PATIENCE)
     seconds_until_gone = time.monotonic() - killed
     if alive:
-        raise LimeError(f"{directory.name}: still there {PATIENCE:.0f} s after the kill: {alive}")
-    reached = last_step(directory)  # before the new processes cut off what they repeat: they take seconds to start
+        raise LimeError(f"{directory.name}: still alive {PATIENCE:.0f} s after the kill: {alive}")
+    reached = last_step(
+        directory
+    )  # before the new processes, which take seconds to start, cut off the records of steps that they repeat
     again.finish()
     resumed = re.search(r"^resumed from step (\d+) ", again.said(), re.MULTILINE)
     resumed_from = int(resumed[1]) if resumed else 0
@@ -254,7 +256,7 @@ def wait_for_moment(job: Job, directory: Path, plan: Plan) -> None:
         time.sleep(plan.delay)
         return
     until(lambda: last_step(directory) >= plan.step - 1)
-    while True:  # a save may be over before the delay is: then the next one
+    while True:  # if the save ends before the delay, take the next save
         until(lambda: bool(partial_folders(directory)))
         time.sleep(plan.delay)
         if partial_folders(directory):

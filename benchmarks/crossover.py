@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for table.md and crossover.png")
     parser.add_argument(
-        "--flops", type=read_flops, default="480T", help="that a process reaches (default: %(default)s)"
+        "--flops", type=read_flops, default="480T", help="FLOP/s that a process reaches (default: %(default)s)"
     )
     parser.add_argument("--memory-bandwidth", type=read_bandwidth, default="3TB", help="(default: %(default)s)")
     parser.add_argument("--bandwidth", type=read_bandwidth, default="400Gbit", help="(default: %(default)s)")

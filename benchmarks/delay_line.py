@@ -17,7 +17,7 @@ from collections import deque
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000  # linux/if_tun.h
 LARGEST_FRAME = 1 << 16
 MOST_FRAMES = 10_000
-"""Under way at a time; more are dropped, as a switch would drop them."""
+"""Most frames in transit; more are dropped, as a switch would do."""
 
 
 def open_tap(name: str) -> int:
@@ -53,7 +53,7 @@ def _read(end: int) -> bytes:
 def _write(end: int, frame: bytes) -> None:
     try:
         os.write(end, frame)
-    except OSError:  # the device is down, or the frame is none
+    except OSError:  # the device is down, or this is no frame
         pass
 
 

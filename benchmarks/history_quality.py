@@ -28,7 +28,7 @@ SIZE = [
     "data.sequence_length=128", "train.global_batch_size=8", "train.micro_batch_size=8", "parallel.pipeline_stages=1",
     "train.evaluation_interval=0", "train.evaluation_samples=400", "train.log_interval=100", "train.checkpoint_interval=200",
 ]  # fmt: skip
-"""What the table in RESULTS.md was made with; overrides on the command line come after it."""
+"""The settings behind the table in RESULTS.md; overrides of the command line follow."""
 
 
 def chunked(chunk_size: int, rank: int, first: int) -> str:
@@ -81,7 +81,9 @@ def main() -> None:
     study.run(arguments.jobs, arguments.minutes)
     seeds = study.finished_seeds()
     if len(seeds) < 2:
-        raise LimeError(f"{len(seeds)} seeds have been run with every variant, and an interval needs 2; run it again")
+        raise LimeError(
+            f"{len(seeds)} seeds are finished for every variant, and an interval needs 2; run the same command again"
+        )
     table = make_table(study, seeds)
     (study.output / "table.md").write_text(table)
     print(table)

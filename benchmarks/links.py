@@ -28,9 +28,9 @@ PROGRAMS = {
     "setpriv": "util-linux",
     "unshare": "util-linux",
 }
-"""What is called, and the Debian package that has it."""
+"""The programs in use, and their Debian packages."""
 LIFELINE = ["setpriv", "--pdeathsig", "KILL"]
-"""Before a command: the kernel ends it with the process that started it."""
+"""Words before a command, so that the kernel ends it with the process that started it."""
 
 INIT = """
 hostname "$1" && ip link set lo up && mount -t tmpfs none /run && mkdir /run/sshd || exit 1
@@ -180,7 +180,7 @@ def _run(command: list[str]) -> str:
     if finished.returncode:
         line = f"{' '.join(command)}: {_last(finished.stderr)}"
         if "tc" in command:
-            raise LimeError(f"the link cannot be shaped so: {line}")
+            raise LimeError(f"the link cannot get this rate and delay: {line}")
         raise NoNamespaces(f"hosts on one machine need root and namespaces: {line}")
     return finished.stdout
 

@@ -42,9 +42,9 @@ def rate(work: Callable[[int], None], samples: int, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the data and the table")
-    parser.add_argument("--megabytes", type=int, default=800, help="of tokens (default 800)")
+    parser.add_argument("--megabytes", type=int, default=800, help="megabytes of tokens (default 800)")
     parser.add_argument("--micro-batch", type=int, default=8, help="samples in a micro-batch (default 8)")
-    parser.add_argument("--samples", type=int, default=100_000, help="a measurement (default 100000)")
+    parser.add_argument("--samples", type=int, default=100_000, help="samples per measurement (default 100000)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements (default 5)")
     arguments = parser.parse_args()
     if min(arguments.megabytes, arguments.micro_batch, arguments.samples, arguments.repeats) < 1:

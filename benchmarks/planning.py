@@ -65,11 +65,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for table.md and results.json")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
-    parser.add_argument("--rate", default="200mbit", help="of the slow link, each way")
+    parser.add_argument("--rate", default="200mbit", help="rate of the slow link, each way")
     parser.add_argument("--rounds", type=int, default=4, help="rounds that count")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=128, help="hidden size; the SwiGLU has four times as much")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     return parser.parse_args()
 
 
@@ -80,7 +80,7 @@ def main() -> None:
         if settings[name] < 1:
             raise LimeError(f"--{name} {settings[name]} must be at least 1")
     for name in SETTINGS:
-        make_config(settings, name)  # a mistake shows before anything runs
+        make_config(settings, name)  # report mistakes before anything runs
     found = read_results(arguments.output, settings)
     for link in arguments.links:
         if link in found:
@@ -113,8 +113,8 @@ def make_config(settings: dict[str, Any], name: str) -> Config:
 
 
 def calibrated(settings: dict[str, Any], found: dict[str, Result]) -> Result:
-    """What the plan is told of the processes: memory as it was measured beside loopback, where it was, and the FLOPs a second
-    with which LLaMA's step there is predicted right."""
+    """Return the machine for the plan: memory bandwidth as measured with loopback, if it was, and the FLOP/s
+    with which LLaMA's step over loopback is predicted correctly."""
     base = found["loopback" if "loopback" in found else next(iter(found))]
     process = {"memory_bandwidth": base["memory_bandwidth"], "flops": 1e10}
     for _ in range(20):

@@ -33,7 +33,7 @@ from data_tools.sources.tally import Tally
 from lime_dist.errors import LimeError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-MEDIAN_BYTES, SPREAD = 3600, 1.0  # of a document of FineWeb-Edu: log-normal, about
+MEDIAN_BYTES, SPREAD = 3600, 1.0  # of FineWeb-Edu's documents, roughly log-normal
 ROW_GROUP = 1000
 
 BARE = """
@@ -164,11 +164,11 @@ def bare(work: Path, given: Path, model_type: str, threads: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder for results, input and tokenizers; a second call goes on"
+        "--output", type=Path, required=True, help="folder for results, input and tokenizers; a second call continues"
     )
-    parser.add_argument("--megabytes", type=int, default=240, help="of text (default 240)")
+    parser.add_argument("--megabytes", type=int, default=240, help="megabytes of text (default 240)")
     parser.add_argument("--vocab-size", type=int, default=32000, help="default 32000")
-    parser.add_argument("--repeats", type=int, default=3, help="of each side (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default 3)")
     parser.add_argument(
         "--memory-gigabytes", type=float, help="measure memory at this much text instead, with 2 workers"
     )

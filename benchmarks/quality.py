@@ -31,7 +31,7 @@ SIZE = [
     "data.sequence_length=128", "train.global_batch_size=16", "train.micro_batch_size=16", "parallel.pipeline_stages=1",
     "train.evaluation_samples=256", "train.log_interval=100", "train.checkpoint_interval=100",
 ]  # fmt: skip
-"""What the table in RESULTS.md was made with; overrides on the command line come after it."""
+"""The settings behind the table in RESULTS.md; overrides of the command line follow."""
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     study.run(arguments.jobs, arguments.minutes)
     seeds = study.finished_seeds()
     if not seeds:
-        raise LimeError("no seed has been run with every model; run the same command again")
+        raise LimeError("no seed is finished for every model; run the same command again")
     table = make_table(study, seeds)
     (study.output / "table.md").write_text(table)
     print(table)

@@ -37,7 +37,7 @@ def add_run_options(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--minutes", type=float, help="start no run after this many minutes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
@@ -66,7 +66,7 @@ class Study:
         ]  # fmt: skip
         study = cls(arguments.config, arguments.output.resolve(), overrides, variants, arguments.seeds, arguments.steps)
         for name in variants:
-            study.model(name)  # a mistake shows before anything runs
+            study.model(name)  # report mistakes before anything runs
         study.output.mkdir(parents=True, exist_ok=True)
         return study
 

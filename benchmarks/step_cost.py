@@ -52,7 +52,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GB = 1e9
 
 Result = dict[str, Any]
-"""Of one variant: ``seconds`` by round and ``peak_bytes``, or ``left_out``, a reason; ``predicted_bytes`` of copying."""
+"""Results of one variant: ``seconds`` by round and ``peak_bytes``, or the reason why it is ``left_out``; of copying, ``predicted_bytes``."""
 
 
 def parse() -> argparse.Namespace:
@@ -70,7 +70,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--checkpointing", action="store_true", help="keep each layer's input alone for backward")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="keep only each layer's input for the backward pass"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-limit", type=float, metavar="GB",
                         help="what copying may need (default: nine tenths of what is free)")  # fmt: skip
@@ -90,7 +92,7 @@ def main() -> None:
     groups = [(layers, heads) for layers in arguments.layers for heads in arguments.kv_heads]
     for layers, heads in groups:
         for name in arguments.variants:
-            model_config(arguments, layers, heads, name)  # a mistake shows before anything is measured
+            model_config(arguments, layers, heads, name)  # report mistakes before anything is measured
     left_out = ("output", "layers", "kv_heads", "memory_limit")
     settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
     found = read_results(arguments.output, settings)

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama", "lime-kv", "lime-static"], choices=sorted(MODELS),
                         metavar="MODEL", help=f"of {', '.join(sorted(MODELS))}")  # fmt: skip
     parser.add_argument("--documents", type=int, help="questions to train on (default: by task)")
-    parser.add_argument("--questions", type=int, default=1000, help="asked of each model (default 1000)")
+    parser.add_argument("--questions", type=int, default=1000, help="questions for each model (default 1000)")
     arguments = parser.parse_intermixed_args()
     config = ROOT / f"configs/tasks/{arguments.task}.yaml"
     shards, tokenizer = make_data(arguments.output, arguments.task, arguments.documents)
@@ -54,7 +54,7 @@ def main() -> None:
     study.run(arguments.jobs, arguments.minutes)
     seeds = study.finished_seeds()
     if not seeds:
-        raise LimeError("no seed has been run with every model; run the same command again")
+        raise LimeError("no seed is finished for every model; run the same command again")
     folders = [study.folder(name, seed) for seed in seeds for name in study.variants]
     results = {folder.name: measure(folder, shards, arguments.questions) for folder in folders}
     table = make_table(study, seeds, results)
