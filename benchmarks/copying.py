@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.blocks import DecoderLayer
+from lime_dist.model.architectures.lime.kv.layer import KeyValueLayer
 from lime_dist.model.decoder import Decoder, apply_head, embed
 from lime_dist.model.layers import language_model_loss
 
@@ -33,19 +33,19 @@ def copying_logits(decoder: Decoder, tokens_BT: Tensor) -> Tensor:
     return apply_head(config, norm, head, hidden)
 
 
-def copying_layer(layer: DecoderLayer, x_BTD: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+def copying_layer(layer: KeyValueLayer, x_BTD: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
     """Run one layer. ``history`` [ℓ·G, 2, N, d] holds the slots of the ℓ layers before it; it is returned with one more slot."""
     attention = layer.self_attn
     rotary = attention.rotary(x_BTD)
     batch, length, _ = x_BTD.shape
-    q_BHTd, *own_BTC = layer.before(x_BTD, rotary)
+    q_BHTd, *own_BTC = layer.project(x_BTD, rotary)
     slot = torch.stack([t.view(batch * length, -1, attention.head_size).transpose(0, 1) for t in own_BTC], dim=1)
     history = torch.cat([history, slot])
     mixed = slot
     if attention.router is not None:
         mixed = (attention.router.weight @ history.flatten(1)).view_as(slot)
     k_BGTd, v_BGTd = (t.view(-1, batch, length, attention.head_size).transpose(0, 1) for t in mixed.unbind(1))
-    return layer.after(x_BTD, q_BHTd, k_BGTd, v_BGTd, rotary), history
+    return layer.finish(x_BTD, q_BHTd, k_BGTd, v_BGTd, rotary), history
 
 
 def copied_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype, checkpointing: bool) -> int:

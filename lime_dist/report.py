@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from lime_dist.errors import LimeError, run_command
+from lime_dist.model.architecture import architecture_of
 from lime_dist.monitor.charts import COLOURS, Line, bar_chart, heat_map, legend, line_chart
 from lime_dist.monitor.html import distinct_names, html_page, note, section, table
 from lime_dist.monitor.run_folder import RunFolder, read_router_weights, read_run
@@ -147,7 +148,7 @@ def router_picture(run: RunFolder, name: str) -> str:
     except LimeError as error:
         return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: {error}.')}</div>"
     if not weights:
-        reason = "its weights depend on the token" if config.architecture == "lime" else "it has no layer history"
+        reason = architecture_of(config).router_map_obstacle
         return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: {reason}.')}</div>"
 
     from lime_dist.monitor.routers import entropy, router_map, self_retrieval

@@ -18,7 +18,7 @@ from lime_dist import load_config
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS
 from lime_dist.errors import LimeError
-from lime_dist.model import cost, traffic
+from lime_dist.model import cost, memory_traffic
 from lime_dist.pipeline.schedules.base import make_schedule
 from lime_dist.plan import __main__ as plan
 from lime_dist.plan import text
@@ -168,12 +168,12 @@ def test_passes_take_products_and_memory_traffic(checkpointing: bool) -> None:
 def test_a_history_moves_memory() -> None:
     """Reads are in blocks: a layer of a full history moves more than one of first_last, and less than with a read per entry."""
     moved = {
-        name: traffic.layer_traffic(
+        name: memory_traffic.layer_traffic(
             load_config(None, [*SIZE, f"model.lime.history={{policy: {name}}}"]).model, 15, 128, 4
         )
         for name in ("first_last", "full")
     }
-    llama = traffic.layer_traffic(load_config(None, [*SIZE, "model.architecture=llama"]).model, 15, 128, 4)
+    llama = memory_traffic.layer_traffic(load_config(None, [*SIZE, "model.architecture=llama"]).model, 15, 128, 4)
     entry, mixed_keys = 2 * 64 * 128 * 4, 64 * 128 * 4  # mixed keys are kept, and move twice
     extra = {name: (forward - llama[0] - 2 * mixed_keys) / entry for name, (forward, _) in moved.items()}
     assert extra["first_last"] == 2 + 4 + 2, (

@@ -12,6 +12,7 @@ from torch import Tensor
 from lime_dist.analysis.representations import Representations
 from lime_dist.config.schema import ModelConfig
 from lime_dist.export.exported import ExportedModel, model_config
+from lime_dist.model.architecture import architecture_of
 from lime_dist.model.policies import Entry, make_policy
 from lime_dist.monitor.routers import entropy, router_map, self_retrieval, shares
 
@@ -127,7 +128,7 @@ def frequent_types(samples: Sequence[Tensor]) -> list[int]:
 def routes_of(exported: ExportedModel, dynamic: DynamicWeights) -> Routes | None:
     """What the layers of a model read; None if it has no routers."""
     config = model_config(exported)
-    if config.architecture != "lime":
+    if not architecture_of(config).router_parameters:
         return None
     map_LL = router_map(config, _weights(config, exported.model.state_dict(), dynamic.means()))
     parts = shares(map_LL)

@@ -26,9 +26,11 @@ from lime_dist.data.blend import open_training, open_validation
 from lime_dist.data.files import write_atomic
 from lime_dist.errors import LimeError, run_command
 from lime_dist.export.comparison import mean_loss, validation_batches
-from lime_dist.model.init import CHUNKS
+from lime_dist.model.architecture import architecture_of
+from lime_dist.model.architectures.lime.kv.architecture import KeyValueLime
+from lime_dist.model.architectures.lime.lime import CHUNKS
 from lime_dist.model.layout import Chunk, summarised_chunks
-from lime_dist.model.policies import make_policy
+from lime_dist.model.policies import FullHistory, make_policy
 
 EXAMPLE = """example:
   python -m lime_dist.checkpoint.compress --checkpoint runs/full --policy chunked --chunk-size 8 --rank 2 --first 2 \\
@@ -58,7 +60,8 @@ def chunked_config(config: Config, chunk_size: int, num_rows: int, first: int, o
         LimeError: the model has no full key/value history, or the numbers do not fit the model.
     """
     model = config.model
-    if model.architecture != "lime" or model.lime.routes != "kv" or model.lime.history.policy != "full":
+    architecture = architecture_of(model)
+    if not isinstance(architecture, KeyValueLime) or not isinstance(architecture.policy, FullHistory):
         raise LimeError(
             f"model.architecture={model.architecture}, model.lime.routes={model.lime.routes}, "
             f"model.lime.history.policy={model.lime.history.policy}: only lime, kv, full can be compressed"

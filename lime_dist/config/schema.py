@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS, SCHEDULES, choice_of
+from lime_dist.config.registry import ARCHITECTURES, LEARNING_RATES, OPTIMIZERS, SCHEDULES, choice_of
 
 if TYPE_CHECKING:
+    ArchitectureName = str
     OptimizerName = str
     LearningRateName = str
     ScheduleName = str
 else:
+    ArchitectureName = choice_of(ARCHITECTURES)
     OptimizerName = choice_of(OPTIMIZERS)
     LearningRateName = choice_of(LEARNING_RATES)
     ScheduleName = choice_of(SCHEDULES)
@@ -95,6 +97,12 @@ class HistoryConfig(Section):
         return self
 
 
+ROUTES_KEYS: dict[str, tuple[str, ...]] = {"kv": ("router_init",), "hidden": ("router", "top_p", "start_layer")}
+"""By ``routes``: the keys that only they have."""
+ROUTER_KEYS: dict[str, tuple[str, ...]] = {"static": ("top_p",), "dynamic": ()}
+"""By ``router``: the keys that only it has."""
+
+
 class LimeConfig(Section):
     """Layer-Integrated Memory (arXiv 2502.09245); used by `architecture: lime`."""
 
@@ -122,18 +130,17 @@ class LimeConfig(Section):
     history: HistoryConfig = HistoryConfig()
 
     @model_validator(mode="after")
-    def _combination(self) -> LimeConfig:
-        if self.routes == "kv":
-            for key, default in (("router", "static"), ("top_p", None), ("start_layer", 1)):
-                if getattr(self, key) != default:
-                    raise ValueError(
-                        f"model.lime.{key}={getattr(self, key)} needs model.lime.routes=hidden; "
-                        "with routes: kv, every layer from layer 1 on has a static, signed router"
-                    )
-        if self.routes == "hidden" and self.router_init != "uniform":
-            raise ValueError(f"model.lime.router_init={self.router_init} needs model.lime.routes=kv")
-        if self.router == "dynamic" and self.top_p is not None:
-            raise ValueError(f"model.lime.top_p={self.top_p} prunes static weights; it needs model.lime.router=static")
+    def _keys_fit(self) -> LimeConfig:
+        for chosen, keys_of in ((self.routes, ROUTES_KEYS), (self.router, ROUTER_KEYS)):
+            name = "routes" if keys_of is ROUTES_KEYS else "router"
+            for choice, keys in keys_of.items():
+                for key in keys:
+                    value = getattr(self, key)
+                    if choice != chosen and value != type(self).model_fields[key].default:
+                        raise ValueError(
+                            f"model.lime.{key}={value} needs model.lime.{name}={choice}; "
+                            f"it has no meaning with model.lime.{name}={chosen}"
+                        )
         return self
 
 
@@ -147,7 +154,7 @@ class HyperConfig(Section):
 class ModelConfig(Section):
     """Architecture and size of the decoder. The keys are those of Hugging Face's `LlamaConfig`."""
 
-    architecture: Literal["llama", "lime", "hyper"] = Field(
+    architecture: ArchitectureName = Field(
         "lime", description="plain LLaMA, LLaMA with Layer-Integrated Memory, or LLaMA with Hyper-Connections"
     )
     vocab_size: int = Field(4096, ge=2, description="rows of the embedding; at least the pieces of the tokenizer")
@@ -187,19 +194,8 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _routes_fit(self) -> ModelConfig:
-        if self.architecture != "lime" or self.lime.routes != "hidden":
-            return self
-        if self.key_value_heads != self.num_attention_heads:
-            raise ValueError(
-                f"model.num_key_value_heads={self.num_key_value_heads} must equal model.num_attention_heads="
-                f"{self.num_attention_heads} with model.lime.routes=hidden, where every head has its own router"
-            )
-        if self.lime.start_layer >= self.num_hidden_layers:
-            raise ValueError(
-                f"model.lime.start_layer={self.lime.start_layer} is past the last layer, "
-                f"{self.num_hidden_layers - 1} (model.num_hidden_layers={self.num_hidden_layers})"
-            )
+    def _architecture_accepts(self) -> ModelConfig:
+        ARCHITECTURES[self.architecture](self).check()
         return self
 
     @property
@@ -468,7 +464,7 @@ class Config(Section):
     """The configuration of one run."""
 
     run: RunConfig = RunConfig()
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lime_dist.config.schema import ModelConfig
 from lime_dist.data.files import read_json, sha256_file
 from lime_dist.errors import LimeError
+from lime_dist.model.architecture import BASELINE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,7 @@ def model_config(exported: ExportedModel) -> ModelConfig:
     """The trainer's own description of an exported model, from its config.json."""
     found = read_json(exported.path / "config.json", "export the checkpoint again")
     known = {name: found[name] for name in ModelConfig.model_fields if name in found}
-    return ModelConfig(**{"architecture": "llama", **known})
+    return ModelConfig(**{"architecture": BASELINE, **known})
 
 
 def check_vocabulary(certificate: dict[str, Any], folder: Path, split: TokenSplit | Blend) -> None:

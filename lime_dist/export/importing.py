@@ -21,14 +21,9 @@ from lime_dist.data.files import read_json
 from lime_dist.errors import LimeError
 from lime_dist.export.comparison import TOLERANCE, compare_logits, first_tokens
 from lime_dist.export.exported import CERTIFICATE, check_vocabulary, load_model, require_transformers, verify
-from lime_dist.export.model_files import model_description
+from lime_dist.export.model_files import LLAMA_TYPE, MODEL_TYPE, SHAPE_KEYS, model_description
+from lime_dist.model.architecture import architecture_of
 from lime_dist.model.init import initialise
-
-SHARED_KEYS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "rms_norm_eps", "rope_theta", "tie_word_embeddings",
-)  # fmt: skip
-"""Keys of the model that must be those of the original."""
 
 
 def import_model(folder: Path, config: Config) -> Path:
@@ -40,8 +35,8 @@ def import_model(folder: Path, config: Config) -> Path:
     """
     require_transformers()
     values = read_json(folder / "config.json", "give a folder with a Hugging Face model")
-    certificate = verify(folder) if (folder / CERTIFICATE).exists() or values.get("model_type") == "lime" else None
-    if values.get("model_type") == "lime":
+    certificate = verify(folder) if (folder / CERTIFICATE).exists() or values.get("model_type") == MODEL_TYPE else None
+    if values.get("model_type") == MODEL_TYPE:
         check_export(folder, values, config)
     else:
         check_start(config.model)
@@ -49,7 +44,7 @@ def import_model(folder: Path, config: Config) -> Path:
     train, order = open_training(config.data, config.model.vocab_size)
     if certificate is not None and train.tokenizer_hash is not None:
         check_vocabulary(certificate, folder, train)
-    weights = read_safetensors(folder, config, fill=values["model_type"] == "llama")
+    weights = read_safetensors(folder, config, fill=values["model_type"] == LLAMA_TYPE)
     tokens = first_tokens(train, config.data.sequence_length)
     if int(tokens.max()) >= config.model.vocab_size:
         raise LimeError(f"{train.path}: has tokens above model.vocab_size={config.model.vocab_size}")
@@ -81,7 +76,7 @@ def import_model(folder: Path, config: Config) -> Path:
 def check_export(folder: Path, values: dict[str, Any], config: Config) -> None:
     """Refuse a configuration whose model is not the one that was exported (LimeError)."""
     given = {"architecture": config.model.architecture, **model_description(config)}
-    if given["model_type"] == "lime":
+    if given["model_type"] == MODEL_TYPE:
         wrong = [f"model.{key}={value}" for key, value in _shape(values).items() if _shape(given).get(key) != value]
     else:
         wrong = [f"model.architecture={values['architecture']}"]
@@ -91,7 +86,7 @@ def check_export(folder: Path, values: dict[str, Any], config: Config) -> None:
 
 def _shape(values: dict[str, Any]) -> dict[str, str]:
     """What decides over a model of this trainer's own, by key, as it is written on the command line."""
-    found: dict[str, Any] = {"architecture": values["architecture"], **{key: values[key] for key in SHARED_KEYS}}
+    found: dict[str, Any] = {"architecture": values["architecture"], **{key: values[key] for key in SHAPE_KEYS}}
     found |= {f"hyper.{key}": value for key, value in values.get("hyper", {}).items()}
     lime = {key: value for key, value in values.get("lime", {}).items() if key != "router_init"}  # a start's, long gone
     for key, value in lime.pop("history", {}).items():
@@ -103,18 +98,15 @@ def _shape(values: dict[str, Any]) -> dict[str, str]:
 
 def check_start(model: ModelConfig) -> None:
     """Refuse a run that would not start as LLaMA (LimeError)."""
-    if model.architecture == "hyper":
-        raise LimeError("model.architecture=hyper cannot start from a LLaMA; use llama or lime")
-    if model.architecture == "lime" and (model.lime.routes != "kv" or model.lime.router_init != "identity"):
-        raise LimeError(
-            f"model.lime.routes={model.lime.routes}, model.lime.router_init={model.lime.router_init} would not start as the "
-            "original does; set model.lime.routes=kv and model.lime.router_init=identity"
-        )
+    try:
+        architecture_of(model).check_llama_start()
+    except ValueError as error:
+        raise LimeError(str(error)) from None
 
 
 def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> None:
     """Refuse what is no plain LLaMA, and a configuration of another shape (LimeError)."""
-    if values.get("model_type") != "llama":
+    if values.get("model_type") != LLAMA_TYPE:
         raise LimeError(
             f"{folder}: is a {values.get('model_type')!r}; only 'llama', and what lime_dist.checkpoint.export wrote, can be imported"
         )
@@ -137,9 +129,9 @@ def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> Non
     for key, (found, known) in unknown.items():
         if found != known:
             raise LimeError(f"{folder / 'config.json'}: {key}={found} is not in this trainer's models ({known} is)")
-    theirs = {key: getattr(original, key, None) for key in SHARED_KEYS} | {"rope_theta": rope["rope_theta"]}
+    theirs = {key: getattr(original, key, None) for key in SHAPE_KEYS} | {"rope_theta": rope["rope_theta"]}
     ours = {**model.model_dump(), "num_key_value_heads": model.key_value_heads}
-    wrong = [key for key in SHARED_KEYS if theirs[key] != ours[key]]
+    wrong = [key for key in SHAPE_KEYS if theirs[key] != ours[key]]
     if wrong:
         settings = " ".join(f"model.{key}={str(theirs[key]).lower()}" for key in wrong)
         raise LimeError(f"the configuration is not of the shape of {folder}; set {settings}")

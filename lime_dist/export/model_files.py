@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lime_dist.config.schema import Config, ModelConfig
+from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
 from lime_dist.export.tokenizer_files import CODE
-from lime_dist.model.layout import Chunk, summarised_chunks
-from lime_dist.model.policies import Entry, make_policy
+from lime_dist.model.architecture import ExportFormat, architecture_of
 
-MODEL_CODE = ("configuration_lime.py", "layers_lime.py", "history_lime.py", "hyper_lime.py", "modeling_lime.py")
+MODEL_TYPE, LLAMA_TYPE = "lime", "llama"
+"""Hugging Face's ``model_type`` of exports with modelling code of their own, and of LLaMAs."""
+
+SHAPE_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+)  # fmt: skip
+"""Keys of ``model`` that every architecture has, under Hugging Face's names."""
 
 CARD = """---
 library_name: transformers
@@ -41,63 +47,48 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 
 
 def write_configuration(folder: Path, config: Config, special_ids: dict[str, int]) -> None:
-    """config.json, generation_config.json and, but for LLaMA, the modelling code."""
+    """Write config.json, generation_config.json and the modelling code, where the architecture brings some."""
     values = {**model_description(config), **special_ids}
     (folder / "config.json").write_bytes(json_bytes(values))
     (folder / "generation_config.json").write_bytes(json_bytes(special_ids))
-    if config.model.architecture != "llama":
-        for name in MODEL_CODE:
-            shutil.copyfile(CODE / name, folder / name)
+    for path in modelling_code(architecture_of(config.model).export_format):
+        shutil.copyfile(path, folder / path.name)
+
+
+def modelling_code(format: ExportFormat) -> list[Path]:
+    """The files of an export's modelling code: the one that the architecture names, and all that it imports relatively."""
+    if format.code is None:
+        return []
+    files, left = [CODE / "configuration_lime.py"], [CODE / format.code]
+    while left:
+        path = left.pop()
+        if path not in files:
+            files.append(path)
+        for name in re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
+            beside = path.with_name(f"{name}.py")
+            imported = beside if beside.exists() else CODE / beside.name
+            if imported not in files:
+                left.append(imported)
+    return files
 
 
 def model_description(config: Config) -> dict[str, Any]:
-    """The content of config.json. The reads of every layer stand there, so that the modelling code knows no policies."""
-    model = config.model
-    shape = model.model_dump(mode="json", exclude={"architecture", "lime", "hyper"})
-    shape |= {
+    """The content of config.json."""
+    model, format = config.model, architecture_of(config.model).export_format
+    shape = {key: getattr(model, key) for key in SHAPE_KEYS} | {
         "num_key_value_heads": model.key_value_heads,
         "max_position_embeddings": config.data.sequence_length,
         "dtype": "float32",
     }
-    if model.architecture == "llama":
-        fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "head_dim": model.head_size}
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shape, **fixed}
-    description = {
-        "architectures": ["LimeForCausalLM"],
-        "model_type": "lime",
-        "auto_map": {
+    description: dict[str, Any] = {"architectures": [format.causal_class], "model_type": MODEL_TYPE}
+    if format.code is not None:
+        module = Path(format.code).stem
+        description["auto_map"] = {
             "AutoConfig": "configuration_lime.LimeConfig",
-            "AutoModel": "modeling_lime.LimeModel",
-            "AutoModelForCausalLM": "modeling_lime.LimeForCausalLM",
-        },
-        "architecture": model.architecture,
-        **shape,
-    }
-    if model.architecture == "hyper":
-        return {**description, "hyper": model.hyper.model_dump(mode="json")}
-    return {**description, "lime": model.lime.model_dump(mode="json"), **_history(model)}
-
-
-def _history(model: ModelConfig) -> dict[str, Any]:
-    policy = make_policy(model.lime)
-    chunks = summarised_chunks(policy, model.num_hidden_layers)
-    return {
-        "reads": [_runs(policy.reads(layer), chunks) for layer in range(model.num_hidden_layers)],
-        "chunks": [[chunk.layers.start, chunk.layers.stop, chunk.num_rows] for chunk in chunks],
-    }
-
-
-def _runs(entries: Sequence[Entry], chunks: Sequence[Chunk]) -> list[list[Any]]:
-    """Entries in their order as runs, [kind, first, end]; rows of summaries are counted over all chunks."""
-    rows = [row for chunk in chunks for row in chunk.rows]
-    runs: list[list[Any]] = []
-    for entry in entries:
-        kind, index = ("summaries", rows.index(entry)) if entry.is_summary else ("slots", entry.layer)
-        if runs and runs[-1][0] == kind and runs[-1][2] == index:
-            runs[-1][2] = index + 1
-        else:
-            runs.append([kind, index, index + 1])
-    return runs
+            "AutoModel": f"{module}.{format.base_class}",
+            "AutoModelForCausalLM": f"{module}.{format.causal_class}",
+        }
+    return {**description, **shape, **format.values}
 
 
 def write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str) -> None:
@@ -123,15 +114,14 @@ def write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str)
 
 def write_card(folder: Path, name: str, config: Config, step: int, consumed_samples: int) -> None:
     """README.md."""
-    model = config.model
-    titles = {"llama": "LLaMA", "lime": "LIMe", "hyper": "Hyper-Connections"}
+    model, architecture = config.model, architecture_of(config.model)
     card = CARD.format(
-        title=titles[model.architecture],
+        title=architecture.title,
         step=step,
         tokens=consumed_samples * config.data.sequence_length,
         layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
         name=name,
-        trust="" if model.architecture == "llama" else ", trust_remote_code=True",
+        trust="" if architecture.export_format.code is None else ", trust_remote_code=True",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

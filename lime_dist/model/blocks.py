@@ -1,36 +1,36 @@
-"""Decoder layers: LLaMA, LIMe over keys and values, LIMe over hidden states, Hyper-Connections.
+"""The parts of a pre-norm decoder layer that architectures share: attention, the two residual steps, compilation.
 
-A layer takes and returns the hidden state, [B, T, D] ([B, T, n, D] with n streams), and may use the layer history. A layer
-with a history has two parts, ``before`` it and ``after`` it; without one it runs ``alone``. These `compile_layers` compiles.
+A decoder layer takes and returns the hidden state, [B, T, D] ([B, T, n, D] with n streams), and may use the layer history. Its
+`compiled_parts` name the methods that `compile_layers` compiles, none of which touches the history.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
+from typing import ClassVar, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError
-from lime_dist.model.hidden_history import HiddenHistory
-from lime_dist.model.key_value_history import KeyValueHistory
-from lime_dist.model.layers import MLP, RMSNorm, Rotary, causal_attention, rms_normalise, rotary_table, rotate
-from lime_dist.model.policies import make_policy
-from lime_dist.model.routing import DynamicRouter, KeyValueRouter, Router, StaticRouter
+from lime_dist.model.layers import MLP, RMSNorm, Rotary, causal_attention, rotary_table, rotate
 
-LAYER_NORM_EPS = 1e-5
-"""ε of the LayerNorm without affine part that Hyper-Connections use."""
+
+class Router(Protocol):
+    """The weights with which a layer mixes entries of the history."""
+
+    def matrix(self) -> Tensor | None:
+        """The weights as far as they are known before the layer runs."""
 
 
 class Attention(nn.Module):
     """Grouped-query causal attention with rotary embedding, and the router of the layer, where it has one."""
 
-    router: Router | None
+    router: nn.Module | None
 
-    def __init__(self, config: ModelConfig, router: Router | None) -> None:
+    def __init__(self, config: ModelConfig, router: nn.Module | None) -> None:
         super().__init__()
         hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_size
         self.head_size, self.rope_theta = size, config.rope_theta
@@ -63,9 +63,11 @@ class Attention(nn.Module):
 
 
 class PreNormLayer(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream; what comes first is the subclasses'."""
+    """Pre-norm attention and SwiGLU, each added to the residual stream. Subclasses say where keys and values come from."""
 
-    def __init__(self, config: ModelConfig, layer: int, router: Router | None) -> None:
+    compiled_parts: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: ModelConfig, layer: int, router: nn.Module | None) -> None:
         super().__init__()
         self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -73,165 +75,29 @@ class PreNormLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def before(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """What needs no history."""
-        raise NotImplementedError
+    def routing(self) -> Tensor | None:
+        """The weights with which the layer mixes entries, as far as they are known before it runs."""
+        router = self.self_attn.router
+        return None if router is None else cast(Router, router).matrix()
 
-    def after(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, rotary: Rotary) -> Tensor:
-        """The layer's output, once keys (before rotation) and values are there."""
+    def project(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, H, T, d]; the layer's own keys and values, [B, T, G·d] each."""
+        normed, attention = self.input_layernorm(x_BTD), self.self_attn
+        return attention.queries(normed, rotary), attention.k_proj(normed), attention.v_proj(normed)
+
+    def finish(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, rotary: Rotary) -> Tensor:
+        """The layer's output from its input, rotated queries, keys before rotation, and values."""
         x_BTD = x_BTD + self.self_attn.attend(q_BHTd, k_BGTd, v_BGTd, rotary)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
-class DecoderLayer(PreNormLayer):
-    """LLaMA, and LIMe over keys and values, where they are mixed with those of earlier layers, before rotation."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        router = None
-        if config.architecture == "lime" and layer > 0:
-            router = KeyValueRouter(config.key_value_heads, make_policy(config.lime).reads(layer))
-        super().__init__(config, layer, router)
-
-    def forward(self, x_BTD: Tensor, history: KeyValueHistory | None) -> Tensor:
-        attention = self.self_attn
-        rotary = attention.rotary(x_BTD)
-        if history is None:
-            return self.alone(x_BTD, rotary)
-        q_BHTd, k_BTC, v_BTC = self.before(x_BTD, rotary)
-        batch, length, _ = x_BTD.shape
-        k_NGd, v_NGd = (t.view(batch * length, -1, attention.head_size) for t in (k_BTC, v_BTC))
-        mixed = history.mix(self.layer, k_NGd, v_NGd)
-        k_BGTd, v_BGTd = (t.view(-1, batch, length, attention.head_size).transpose(0, 1) for t in mixed)
-        return self.after(x_BTD, q_BHTd, k_BGTd, v_BGTd, rotary)
-
-    def alone(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
-        """The layer without a history."""
-        q_BHTd, k_BTC, v_BTC = self.before(x_BTD, rotary)
-        split = self.self_attn.split_heads
-        return self.after(x_BTD, q_BHTd, split(k_BTC), split(v_BTC), rotary)
-
-    def before(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [B, H, T, d]; the layer's own keys and values [B, T, G·d]."""
-        normed, attention = self.input_layernorm(x_BTD), self.self_attn
-        return attention.queries(normed, rotary), attention.k_proj(normed), attention.v_proj(normed)
-
-
-class HiddenDecoderLayer(PreNormLayer):
-    """LIMe over hidden states: the layer's input goes into the history; from ``start_layer`` on, each head's key and value
-    are projected from its own mixture of what the history holds."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        heads, read = config.num_attention_heads, len(make_policy(config.lime).reads(layer))
-        router: Router | None = None
-        if layer >= config.lime.start_layer:
-            if config.lime.router == "dynamic":
-                router = DynamicRouter(heads, read, config.hidden_size)
-            else:
-                router = StaticRouter(heads, read, config.lime.top_p)
-        super().__init__(config, layer, router)
-        if router is not None:
-            self.history_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x_BTD: Tensor, history: HiddenHistory) -> Tensor:
-        attention = self.self_attn
-        rotary = attention.rotary(x_BTD)
-        state_BTD, normed_BTD, q_BHTd = self.before(x_BTD, rotary)
-        history.write(self.layer, state_BTD.flatten(0, 1), x_BTD.flatten(0, 1))
-        if attention.router is None:
-            k_BHTd, v_BHTd = (attention.split_heads(p(normed_BTD)) for p in (attention.k_proj, attention.v_proj))
-        else:
-            k_BHTd, v_BHTd = self.read(state_BTD, history)
-        return self.after(x_BTD, q_BHTd, k_BHTd, v_BHTd, rotary)
-
-    def before(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """The input divided by its root mean square, the normed input (both [B, T, D]), rotated queries [B, H, T, d]."""
-        state_BTD = rms_normalise(x_BTD, self.input_layernorm.eps)
-        normed_BTD = state_BTD * self.input_layernorm.weight
-        return state_BTD, normed_BTD, self.self_attn.queries(normed_BTD, rotary)
-
-    def read(self, state_BTD: Tensor, history: HiddenHistory) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, d] from the history under the layer's history norm."""
-        attention, gamma = self.self_attn, self.history_layernorm.weight
-        batch, length, _ = state_BTD.shape
-        weights = None
-        if isinstance(attention.router, DynamicRouter):
-            weights = attention.router((state_BTD * gamma).flatten(0, 1))
-        projections_HcD = torch.cat(
-            [p.weight.unflatten(0, (-1, attention.head_size)) for p in (attention.k_proj, attention.v_proj)], dim=1
-        )
-        projected_HNc = history.project(self.layer, weights, projections_HcD * gamma)
-        key, value = projected_HNc.view(-1, batch, length, 2, attention.head_size).transpose(0, 1).unbind(3)
-        return key, value
-
-
-class HyperConnection(nn.Module):
-    """How one sub-layer reads from and writes to n residual streams (Hyper-Connections, arXiv 2409.19606)."""
-
-    def __init__(self, rate: int, hidden_size: int, dynamic: bool) -> None:
-        super().__init__()
-        self.static_alpha = nn.Parameter(torch.empty(rate, rate + 1))
-        self.static_beta = nn.Parameter(torch.empty(rate))
-        self.dynamic = dynamic
-        if dynamic:
-            self.dynamic_alpha = nn.Parameter(torch.empty(hidden_size, rate + 1))
-            self.dynamic_beta = nn.Parameter(torch.empty(hidden_size))
-            self.alpha_scale = nn.Parameter(torch.empty(()))
-            self.beta_scale = nn.Parameter(torch.empty(()))
-
-    def forward(self, streams_BTnD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """[m_0 | m_1 … m_n] = αᵀ·streams; the sub-layer's output on LN(m_0), times β, is added to m_1 … m_n."""
-        alpha: Tensor = self.static_alpha
-        beta: Tensor = self.static_beta
-        if self.dynamic:
-            normed = layer_norm(streams_BTnD)
-            dynamic = torch.tanh(normed @ torch.cat((self.dynamic_alpha, self.dynamic_beta.unsqueeze(-1)), -1))
-            alpha = alpha + self.alpha_scale * dynamic[..., :-1]
-            beta = beta + self.beta_scale * dynamic[..., -1]
-        mixed = alpha.transpose(-1, -2) @ streams_BTnD
-        out_BTD = sublayer(layer_norm(mixed[..., 0, :]))
-        return mixed[..., 1:, :] + beta.unsqueeze(-1) * out_BTD.unsqueeze(-2)
-
-
-class HyperDecoderLayer(nn.Module):
-    """Attention and SwiGLU, each behind a Hyper-Connection of its own; [B, T, n, D] -> [B, T, n, D]."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        rate, dynamic = config.hyper.rate, config.hyper.dynamic
-        self.attn_connection = HyperConnection(rate, config.hidden_size, dynamic)
-        self.self_attn = Attention(config, router=None)
-        self.mlp_connection = HyperConnection(rate, config.hidden_size, dynamic)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
-
-    def forward(self, streams_BTnD: Tensor, history: None) -> Tensor:
-        return self.alone(streams_BTnD, self.self_attn.rotary(streams_BTnD))
-
-    def alone(self, streams_BTnD: Tensor, rotary: Rotary) -> Tensor:
-        streams_BTnD = self.attn_connection(streams_BTnD, partial(self.self_attn, rotary=rotary))
-        return self.mlp_connection(streams_BTnD, self.mlp)
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension without weight and bias."""
-    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-
-
-def make_layer(config: ModelConfig, layer: int) -> nn.Module:
-    """Decoder layer ``layer`` of the architecture that a configuration names."""
-    if config.architecture == "hyper":
-        return HyperDecoderLayer(config)
-    if config.architecture == "lime" and config.lime.routes == "hidden":
-        return HiddenDecoderLayer(config, layer)
-    return DecoderLayer(config, layer)
-
-
 def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Compile decoder layers in place, with torch's inductor: a layer beside a history in its two parts, each one graph.
+    """Compile the `compiled_parts` of decoder layers in place, with torch's inductor, each as one graph.
 
-    All layers of a kind share what is compiled, once for every shape of their input.
+    All layers of a kind share the compiled code; every input shape is compiled once.
 
     Raises:
-        LimeError: there is nothing here to compile with.
+        LimeError: torch cannot compile here.
     """
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     try:
@@ -243,6 +109,5 @@ def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
             "Triton (GPU), or leave train.compile out"
         ) from None
     for layer in layers:
-        for part in ("alone", "before", "after"):
-            if hasattr(layer, part):
-                setattr(layer, part, compiled(getattr(layer, part)))
+        for part in cast("tuple[str, ...]", layer.compiled_parts):
+            setattr(layer, part, compiled(getattr(layer, part)))

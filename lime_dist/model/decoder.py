@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.blocks import Attention, make_layer
-from lime_dist.model.hidden_history import HiddenHistory
+from lime_dist.model.architecture import architecture_of, chunk_ends, stage_layout
+from lime_dist.model.blocks import PreNormLayer
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.init import build
-from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layers import Embedding, RMSNorm
-from lime_dist.model.layout import StageLayout, stage_layout, summarised_chunks
-from lime_dist.model.policies import make_policy
-from lime_dist.model.routing import ChunkSummary
-
-EMBEDDING = "model.embed_tokens"
+from lime_dist.model.layout import StageLayout
+from lime_dist.model.summaries import ChunkSummary
+from lime_dist.model.transformer import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -56,17 +53,13 @@ def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
         head = embedding
     else:
         head = LayerSpec("lm_head", partial(nn.Linear, config.hidden_size, config.vocab_size, bias=False))
-    summaries = {}
-    if config.architecture == "lime":
-        heads = config.key_value_heads if config.lime.routes == "kv" else 1
-        for chunk in summarised_chunks(make_policy(config.lime), config.num_hidden_layers):
-            make = partial(ChunkSummary, chunk.num_rows * heads, len(chunk.layers) * heads)
-            summaries[chunk.layers[-1]] = LayerSpec(f"model.history.chunks.{chunk.index}", make)
+    architecture, summarised = architecture_of(config), chunk_ends(config)
     layers: list[LayerSpec] = []
     for layer in range(config.num_hidden_layers):
-        layers.append(LayerSpec(layer_name(layer), partial(make_layer, config, layer)))
-        if layer in summaries:
-            layers.append(summaries[layer])
+        layers.append(LayerSpec(layer_name(layer), partial(architecture.make_layer, layer)))
+        if (chunk := summarised.get(layer)) is not None:
+            make_summary = partial(architecture.make_summary, chunk)
+            layers.append(LayerSpec(f"model.history.chunks.{chunk.index}", make_summary))
     norm = LayerSpec("model.norm", partial(RMSNorm, config.hidden_size, config.rms_norm_eps))
     return [embedding, *layers, norm, head]
 
@@ -84,20 +77,13 @@ def open_history(
     device: torch.device,
     lead: int = 0,
 ) -> LayerHistory | None:
-    """An empty history of one micro-batch; None without a layout. ``lead``: see `KeyValueHistory`."""
-    if layout is None:
-        return None
-    if config.lime.routes == "hidden":
-        return HiddenHistory(layout, num_tokens, config.hidden_size, config.rms_norm_eps, dtype, device)
-    return KeyValueHistory(layout, config.key_value_heads, config.head_size, num_tokens, dtype, device, lead=lead)
+    """An empty history of one micro-batch; None without a layout. ``lead``: see `Architecture.make_history`."""
+    return None if layout is None else architecture_of(config).make_history(layout, num_tokens, dtype, device, lead)
 
 
 def embed(config: ModelConfig, embedding: nn.Module, tokens_BT: Tensor) -> Tensor:
-    """What the first decoder layer takes: [B, T, D]; with Hyper-Connections every stream starts as it, [B, T, n, D]."""
-    hidden_BTD = embedding(tokens_BT)
-    if config.architecture == "hyper":
-        return hidden_BTD.unsqueeze(-2).expand(-1, -1, config.hyper.rate, -1)
-    return hidden_BTD
+    """What the first decoder layer takes, [B, T, *hidden_shape]."""
+    return architecture_of(config).first_input(embedding(tokens_BT))
 
 
 def run_layers(
@@ -112,10 +98,9 @@ def run_layers(
     released: list[Tensor] = []
     try:
         if history is not None:
-            decoders = [layer for layer in layers if not isinstance(layer, ChunkSummary)]
-            routers = [cast(Attention, layer.self_attn).router for layer in decoders]
+            decoder_layers = [layer for layer in layers if not isinstance(layer, ChunkSummary)]
             summaries = [layer.weight for layer in layers if isinstance(layer, ChunkSummary)]
-            history.open([None if router is None else router.matrix() for router in routers], summaries)
+            history.open([cast(PreNormLayer, layer).routing() for layer in decoder_layers], summaries)
             chunks = iter(history.layout.chunks)
         for layer in layers:
             if isinstance(layer, ChunkSummary):
@@ -150,9 +135,7 @@ def _checkpoint_contexts(
 
 def apply_head(config: ModelConfig, norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [B, T, V] from what the last decoder layer gives; the head is an output projection or a tied embedding."""
-    if config.architecture == "hyper":
-        hidden = hidden.sum(-2)
-    normed_BTD = norm(hidden)
+    normed_BTD = norm(architecture_of(config).last_output(hidden))
     return head.logits(normed_BTD) if isinstance(head, Embedding) else head(normed_BTD)
 
 

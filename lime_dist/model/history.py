@@ -2,7 +2,7 @@
 
 Every entry is stored once. Layers write their slots and read entries in place, so L layers take O(L) memory; a concatenation
 per layer would take O(L²). `policies.py` says which entries a layer reads and `layout.py` where they lie. This file has what
-the two kinds of route share; `key_value_history.py` and `hidden_history.py` have the rest. tests/support/reference.py computes
+the two kinds of route share; `architectures/lime/kv/history.py` and `architectures/lime/hidden/history.py` have the rest. tests/support/reference.py computes
 the same mixtures with nested loops (``mix`` for ``routes: kv``, ``hidden_logits`` for ``routes: hidden``): read it first.
 
 An example: three layers on one stage, full history, one head
@@ -56,7 +56,7 @@ Order
 -----
 Autograd does not see the buffer, so the order of writers and readers is made explicit: every operation takes the
 ``dependency`` (a scalar in the autograd graph) of the one before and returns the next one. Backward then runs the operations
-in exactly the reverse order. The operations are autograd Functions (`key_value_functions.py`, `hidden_functions.py`,
+in exactly the reverse order. The operations are autograd Functions (`kv/functions.py`, `hidden/functions.py`,
 `OpenWeights` here). They hold the history and call its public methods; the history never holds the graph after `release`.
 """
 
@@ -123,6 +123,10 @@ class LayerHistory:
         self._visited: set[Entry] = set()
 
     # -- called by the stage ------------------------------------------------------------------------------------------
+    def landing(self, shape_BTC: tuple[int, ...]) -> Tensor:
+        """The memory that a payload is to be received into, [B, T, C]; then pass it to ``unpack``. Only for architectures
+        with ``receives_in_place``."""
+        raise NotImplementedError
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
         """Take the entries of a payload; returns its hidden state [B, T, D]."""

@@ -17,13 +17,10 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lime_dist.config.schema import ModelConfig
-from lime_dist.model.policies import Entry, HistoryPolicy, make_policy
+from lime_dist.model.policies import Entry, HistoryPolicy
 
 BLOCK = 8
-"""Layers of a block of ``routes: kv``. With fewer, the products are too thin; with more, layers read too much alone."""
-BLOCK_ROWS = 32
-"""Most rows (layer, head) of a block of ``routes: hidden``, whose mixtures are kept in memory."""
+"""Most layers of a block: with fewer the products are too thin, with more too much is read layer by layer."""
 
 
 def live_entries(policy: HistoryPolicy, boundary: int, num_layers: int) -> tuple[Entry, ...]:
@@ -235,20 +232,6 @@ class StageLayout:
     def readers_alone(self) -> dict[int, Places]:
         """By layer: the readers of its slot that do not read its block as a whole, itself included."""
         return {layer: self.other_readers(Entry(layer), block.readers) for layer, block in self.blocks.items()}
-
-
-def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | None:
-    """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
-    if config.architecture != "lime":
-        return None
-    return StageLayout(make_policy(config.lime), start, stop, config.num_hidden_layers, block_size(config))
-
-
-def block_size(config: ModelConfig) -> int:
-    """Most layers of a block."""
-    if config.lime.routes == "kv":
-        return BLOCK
-    return max(1, min(BLOCK, BLOCK_ROWS // config.num_attention_heads))
 
 
 def block_ranges(layers: range, ends: Container[int], size: int) -> list[range]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from lime_dist.checkpoint.manifest import read_manifest
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError
+from lime_dist.model.architecture import architecture_of
 
 Record = dict[str, Any]
 
@@ -114,10 +115,9 @@ def read_router_weights(path: Path) -> tuple[int, ModelConfig, dict[str, Any]]:
 
     import torch  # takes seconds
 
-    from lime_dist.monitor.routers import has_map, weight_names
-
     weights: dict[str, Any] = {}
-    wanted = set(weight_names(config)) if has_map(config) else set()
+    architecture = architecture_of(config)
+    wanted = set() if architecture.router_map_obstacle else set(architecture.router_parameters)
     for name, (size, parameters) in files.items():
         if not parameters & wanted:
             continue

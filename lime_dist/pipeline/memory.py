@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from lime_dist.config.precision import ITEM_BYTES
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.model.layout import block_ranges, block_size
-from lime_dist.model.parameters import EMBEDDING, Sizes, chunk_ends
-from lime_dist.model.policies import make_policy
+from lime_dist.model.architecture import Sizes, architecture_of, chunk_ends
+from lime_dist.model.layout import block_ranges
+from lime_dist.model.transformer import EMBEDDING_WEIGHT
 from lime_dist.pipeline.optimizer_memory import optimizer_bytes
 from lime_dist.pipeline.schedules.base import BoundaryBytes, Schedule
 
@@ -65,7 +65,7 @@ class MicroBatchBytes:
             sent=[0, *(each * wire // size for each in payload), 0],
             embedding=cost.embedding_activation_bytes(tokens),
             head=cost.head_activation_bytes(model, tokens, size),
-            lands=model.architecture == "lime" and model.lime.routes == "kv" and wire == size,
+            lands=architecture_of(model).receives_in_place and wire == size,
         )
 
     def activations(self, layers: range) -> int:
@@ -131,7 +131,7 @@ def stage_memory(
     """
     layers = range(bounds[stage], bounds[stage + 1])
     is_tied = config.model.tie_word_embeddings and len(bounds) > 2
-    weights, optimizer = optimizer_bytes(config, sizes, {EMBEDDING} if is_tied else set(), replicas)
+    weights, optimizer = optimizer_bytes(config, sizes, {EMBEDDING_WEIGHT} if is_tied else set(), replicas)
     activations, history = kept.activations(layers), kept.history(layers)
     held, transfers = schedule.memory_in_flight(stage, kept.boundary(layers))
     worst = int((held * (activations + history) + transfers).argmax())
@@ -187,18 +187,10 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
 def _block_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     """What a history keeps in backward during the stage's last block, beside its entries."""
     model, tokens = config.model, config.train.micro_batch_size * config.data.sequence_length
-    size = ITEM_BYTES[config.precision]
-    exact = max(size, 4)
-    if model.architecture != "lime":
+    size, architecture = ITEM_BYTES[config.precision], architecture_of(model)
+    if architecture.policy is None:
         return 0
-    block = block_ranges(layers, chunk_ends(model), block_size(model))[-1]
-    reads = [set(make_policy(model.lime).reads(layer)) for layer in block]
-    has_older = any(entry.layer < block.start for entry in set.intersection(*reads))
-    if model.lime.routes == "kv":  # gradients of its slots; when layers run again, also their mixtures
-        again = size if config.parallel.activation_checkpointing and has_older else 0
-        return len(block) * cost.entry_width(model) * tokens * (exact + again)
-    gradients = kept.history(layers) * exact // size  # of all entries; with routes: kv they take the entries' place
-    heads = model.num_attention_heads
-    if model.lime.router == "dynamic":
-        return gradients + 2 * heads * len(reads[-1]) * tokens * exact
-    return gradients + (2 * len(block) * heads * model.hidden_size * tokens * size if has_older else 0)
+    block = block_ranges(layers, chunk_ends(model), architecture.max_block_layers)[-1]
+    gradients = kept.history(layers) * architecture.history_gradient_itemsize(size) // size
+    checkpointing = config.parallel.activation_checkpointing
+    return gradients + architecture.block_gradient_bytes(block, tokens, size, checkpointing)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.schema import Config, ModelConfig
+from lime_dist.model.architecture import architecture_of, stage_layout
 from lime_dist.model.blocks import compile_layers
-from lime_dist.model.cost import payload_bytes
+from lime_dist.model.cost import payload_shape
 from lime_dist.model.decoder import (
     LayerSpec,
     apply_head,
@@ -30,10 +31,8 @@ from lime_dist.model.decoder import (
     run_layers,
 )
 from lime_dist.model.history import LayerHistory
-from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layers import language_model_loss
-from lime_dist.model.layout import stage_layout
-from lime_dist.model.routing import ChunkSummary
+from lime_dist.model.summaries import ChunkSummary
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack
 from lime_dist.pipeline.placement import process_grid
@@ -104,21 +103,18 @@ class LimePipelineModule(PipelineModule):
 
     def payload_shape(self, boundary: int, batch: int, length: int) -> tuple[int, ...]:
         """[B, T, …] of what crosses the boundary before stage ``boundary``."""
-        model = self.config.model
-        if model.architecture == "hyper":
-            return batch, length, model.hyper.rate, model.hidden_size
-        return batch, length, payload_bytes(model, self.bounds[boundary], num_tokens=1, itemsize=1)
+        return payload_shape(self.config.model, self.bounds[boundary], batch, length)
 
     def landing(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
         """Memory for the next payload to be received into, and the history that it is part of, if it is: pass both on to
         ``forward``."""
         shape = self.payload_shape(self.stage_id, batch, length)
         device = next(self.parameters()).device
-        if self.wire_dtype == self.dtype and self.config.model.lime.routes == "kv":
+        if self.wire_dtype == self.dtype and architecture_of(self.config.model).receives_in_place:
             lead = batch * length * self.config.model.hidden_size
             history = open_history(self.config.model, self.layout, batch * length, self.dtype, device, lead)
-            if isinstance(history, KeyValueHistory):
-                return history.landing(shape), history
+            assert history is not None
+            return history.landing(shape), history
         return torch.empty(shape, dtype=self.wire_dtype, device=device), None
 
     def forward(self, inputs: Tensor, history: LayerHistory | None = None) -> Tensor:

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.model.parameters import EMBEDDING, layer_parameters, summary_parameters
+from lime_dist.model.architecture import architecture_of, chunk_ends
+from lime_dist.model.parameters import layer_parameters
+from lime_dist.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes
 from lime_dist.pipeline.optimizer_memory import parameter_bytes
 from lime_dist.pipeline.schedules.base import make_schedule
@@ -31,7 +33,7 @@ def stage_bounds(config: Config) -> list[int]:
     model, parallel = config.model, config.parallel
     if parallel.stage_layers is not None:
         return [0, *accumulate(parallel.stage_layers)]
-    ends = cost.chunk_ends(model)
+    ends = chunk_ends(model)
     penalties = [int(bool(ends) and boundary - 1 not in ends) for boundary in range(model.num_hidden_layers + 1)]
     if parallel.balance == "memory":
         return balance(memory_costs(config), parallel.pipeline_stages, penalties, 0.0)
@@ -87,18 +89,18 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     history = range_sums(kept.made) + np.array(kept.crossing)[:, None]
     activations = range_sums(kept.layers) + np.array(kept.received)[:, None] + history
     layers = range(model.num_hidden_layers)
-    parameters = [layer_parameters(model, layer) | summary_parameters(model, layer) for layer in layers]
+    parameters = [layer_parameters(model, layer) for layer in layers]
     fixed = range_sums([parameter_bytes(config, sizes) for sizes in parameters])
     landing = history if kept.lands else np.array(kept.sent)[:, None]
-    if model.architecture == "lime" and model.lime.routes == "hidden":
-        fixed += history * max(size, 4) / size  # gradients, of the micro-batch that is walked backwards
+    # Gradients of entries, of the micro-batch that is in backward.
+    fixed += history * architecture_of(model).history_gradient_itemsize(size) / size
 
     schedule = make_schedule(config, max(1, train.global_batch_size // train.micro_batch_size))
-    embedding = parameter_bytes(config, {EMBEDDING: model.vocab_size * model.hidden_size})
+    embedding = parameter_bytes(config, {EMBEDDING_WEIGHT: model.vocab_size * model.hidden_size})
     norm = parameter_bytes(config, {"model.norm.weight": model.hidden_size})
     head = parameter_bytes(
         config,
-        {EMBEDDING if model.tie_word_embeddings else "lm_head.weight": model.vocab_size * model.hidden_size},
+        {EMBEDDING_WEIGHT if model.tie_word_embeddings else HEAD_WEIGHT: model.vocab_size * model.hidden_size},
     )
 
     def of_stage(stage: int) -> Costs:

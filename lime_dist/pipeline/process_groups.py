@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lime_dist.model.decoder import EMBEDDING
+from lime_dist.model.transformer import EMBEDDING_WEIGHT
 from lime_dist.pipeline.module import LimePipelineModule
 
 
@@ -31,7 +31,8 @@ class ProcessGroups:
 
 def tied_communicators(module: LimePipelineModule) -> dict[str, dict[str, Any]]:
     """By exported name: DeepSpeed's group, ranks and module of a weight that two stages share."""
-    return {f"{EMBEDDING}.weight": comm for comm in module.tied_comms.values() if len(set(comm["ranks"])) > 1}
+    shared = (comm for comm in module.tied_comms.values() if len(set(comm["ranks"])) > 1)
+    return dict(zip([EMBEDDING_WEIGHT], shared, strict=False))
 
 
 def stage_process_groups(module: LimePipelineModule) -> ProcessGroups:

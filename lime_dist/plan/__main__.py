@@ -10,7 +10,7 @@ from typing import Any
 from lime_dist.config.load import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
-from lime_dist.plan.forecast import Forecast, Machine, as_llama, forecast
+from lime_dist.plan.forecast import Forecast, Machine, as_baseline, forecast
 from lime_dist.plan.quantities import read_bandwidth, read_bytes, read_flops, read_seconds, read_share
 from lime_dist.plan.sweep import Candidate, Sweep, sweep
 from lime_dist.plan.text import plan_table, sweep_table
@@ -115,8 +115,9 @@ def plan_values(config: Config, machine: Machine, processes: int) -> Values:
         "seconds": vars(planned.parts),
         "limit": planned.limit,
     }
-    if config.model.architecture != "llama":
-        llama = forecast(as_llama(config), machine, processes)
+    baseline = as_baseline(config)
+    if baseline.model.architecture != config.model.architecture:
+        llama = forecast(baseline, machine, processes)
         values["over_llama"] = {
             "flops": planned.flops / llama.flops,
             "memory": planned.peak_memory / llama.peak_memory,

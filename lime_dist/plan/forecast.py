@@ -16,7 +16,8 @@ import numpy as np
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config
-from lime_dist.model import traffic
+from lime_dist.model import memory_traffic
+from lime_dist.model.architecture import BASELINE
 from lime_dist.model.parameters import stage_parameters
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.partition import stage_bounds
@@ -176,7 +177,7 @@ def machine_times(
     """
     model, size = config.model, ITEM_BYTES[config.precision]
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    moved = [traffic.layer_traffic(model, layer, tokens, size) for layer in range(model.num_hidden_layers)]
+    moved = [memory_traffic.layer_traffic(model, layer, tokens, size) for layer in range(model.num_hidden_layers)]
     times = []
     for (start, stop), each in zip(pairwise(bounds), flops, strict=True):
         parts = moved[start:stop]
@@ -184,7 +185,7 @@ def machine_times(
         if config.parallel.activation_checkpointing:
             backward += forward
         if stop == model.num_hidden_layers:
-            head = traffic.head_traffic(model, tokens, size)
+            head = memory_traffic.head_traffic(model, tokens, size)
             forward, backward = forward + head[0], backward + head[1]
         times.append(
             StageTimes(
@@ -260,8 +261,8 @@ def reduction_seconds(config: Config, parameters: Sequence[int], machine: Machin
     return seconds
 
 
-def as_llama(config: Config) -> Config:
+def as_baseline(config: Config) -> Config:
     """The same run without a layer history."""
     values = config.model_dump(mode="json")
-    values["model"]["architecture"] = "llama"
+    values["model"]["architecture"] = BASELINE
     return make_config(values, "the plan")

@@ -9,6 +9,7 @@ from typing import Any
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS, Config
 from lime_dist.errors import LimeError
+from lime_dist.model.architecture import architecture_of
 from lime_dist.plan.forecast import Forecast, Machine, forecast
 
 LARGEST_MICRO_BATCH = 64
@@ -66,7 +67,7 @@ def sweep(config: Config, machine: Machine, processes: int) -> Sweep:
     for candidate in settings(config, processes):
         stages, micro_batch_size = candidate.parallel.pipeline_stages, candidate.train.micro_batch_size
         policy = None
-        if candidate.model.architecture == "lime":
+        if architecture_of(candidate.model).has_configurable_policy:
             policy = candidate.model.lime.history.model_dump(exclude_none=True)
         candidates.append(
             Candidate(stages, micro_batch_size, policy, candidate, forecast(candidate, machine, processes))
@@ -106,7 +107,7 @@ def settings(config: Config, processes: int) -> Iterator[Config]:
 
 def policies(config: Config) -> list[dict[str, Any] | None]:
     """The configured policy, then the others with their defaults; None for a model without a history."""
-    if config.model.architecture != "lime":
+    if not architecture_of(config.model).has_configurable_policy:
         return [None]
     own = config.model.lime.history.model_dump(exclude_none=True)
     others: list[dict[str, Any] | None] = [{"policy": name, **keys} for name, keys in HISTORY_KEYS.items()]

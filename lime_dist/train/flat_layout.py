@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from math import prod
 
-from lime_dist.model.groups import GROUPS, Group
+from lime_dist.model.architecture import GROUPS, Group
 from lime_dist.pipeline.owners import assign_owners
 
 

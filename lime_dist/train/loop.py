@@ -11,8 +11,9 @@ import torch
 
 from lime_dist.config.schema import Config
 from lime_dist.data.state import TrainState
+from lime_dist.model.architecture import architecture_of
 from lime_dist.monitor.peak import measured_flops
-from lime_dist.monitor.routers import has_map, weight_names
+from lime_dist.monitor.routers import has_map
 from lime_dist.train.measurements import Measurements, interval_record, stage_scalars
 from lime_dist.train.run import Metrics, Run
 from lime_dist.train.signals import StopSignals
@@ -117,7 +118,7 @@ def _step(
 def _draw_routers(run: Run, state: TrainState) -> None:
     """Draw what the layers read, from the router weights of all stages of replica 0."""
     model = run.config.model
-    wanted = set(weight_names(model)) if run.replica == 0 else set()
+    wanted = set(architecture_of(model).router_parameters) if run.replica == 0 else set()
     own = {
         name: weight.detach().to("cpu", torch.float32, copy=True)  # a view would be sent with the whole stage's memory
         for name, weight in run.optimizer.parameters.items()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from lime_dist.config.schema import Config, OptimizerConfig
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
-from lime_dist.model.groups import Group, optimizer_group
+from lime_dist.model.architecture import Group, architecture_of
 from lime_dist.model.optimizer_states import WEIGHT
 from lime_dist.pipeline.clock import WAITING, Clock
 from lime_dist.pipeline.engine import LimeEngine
@@ -273,7 +273,7 @@ def make_stage_optimizer(
     settings = config.optimizer
     return StageOptimizer(
         parameters,
-        groups={name: optimizer_group(config.model, name) for name in parameters},
+        groups={name: architecture_of(config.model).parameter_group(name) for name in parameters},
         optimizer=OPTIMIZERS[settings.name](settings),
         learning_rate=LEARNING_RATES[settings.schedule](settings, config.train.steps),
         config=settings,

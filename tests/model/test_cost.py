@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flo
 from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model import cost
+from lime_dist.model.architecture import stage_layout
+from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
 from lime_dist.model.decoder import Decoder, apply_head, embed, open_history, run_layers
-from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.model.layers import language_model_loss, rotary_table
-from lime_dist.model.layout import stage_layout
 from lime_dist.pipeline.payload import pack, unpack
 
 BATCH, LENGTH, LAYERS = 2, 8, 11

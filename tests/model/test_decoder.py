@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lime_dist import build_decoder
 from lime_dist.config.schema import LimeConfig, ModelConfig
+from lime_dist.model.architecture import GROUPS, architecture_of
 from lime_dist.model.decoder import decoder_layers
-from lime_dist.model.init import GROUPS, parameter_group
 from lime_dist.model.layers import language_model_loss
 
 
@@ -148,13 +148,15 @@ def test_initial_values_follow_the_design() -> None:
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
-    groups = {name: parameter_group(name) for name, _ in build_decoder(small()).named_parameters()}
+    groups = {
+        name: architecture_of(small()).parameter_group(name) for name, _ in build_decoder(small()).named_parameters()
+    }
     assert set(groups.values()) == set(GROUPS)
     assert groups["model.layers.1.self_attn.router.weight"] == "routers"
     assert groups["model.embed_tokens.weight"] == groups["model.layers.0.input_layernorm.weight"] == "plain"
     assert groups["model.layers.0.self_attn.k_proj.weight"] == "matrices"
     with pytest.raises(ValueError, match="no optimizer group"):
-        parameter_group("model.layers.0.bias")
+        architecture_of(small()).parameter_group("model.layers.0.bias")
 
 
 def test_the_flat_list_reads_as_the_model() -> None:

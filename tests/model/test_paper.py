@@ -12,11 +12,11 @@ from support.cases import perturb
 from lime_dist import build_decoder, load_config
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError
+from lime_dist.model.architecture import GROUPS, architecture_of
+from lime_dist.model.architectures.lime.hidden.router import prune
 from lime_dist.model.cost import count_parameters
 from lime_dist.model.decoder import decoder_layers
-from lime_dist.model.init import GROUPS, parameter_group
 from lime_dist.model.layers import language_model_loss
-from lime_dist.model.routing import prune
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -67,12 +67,13 @@ def test_groups_cover_every_parameter_of_every_configuration_once(path: Path) ->
     config = load_config(path).model
     with torch.device("meta"):
         names = [name for spec in decoder_layers(config) for name in spec.exported_names(spec.make()).values()]
-    assert all(parameter_group(name) in GROUPS for name in names)
+    group_of = architecture_of(config).parameter_group
+    assert all(group_of(name) in GROUPS for name in names)
     for name in names:
         learns_fast = ".router." in name or "dynamic_" in name
-        assert (parameter_group(name) == "routers") == learns_fast
+        assert (group_of(name) == "routers") == learns_fast
         decays = name.endswith("_proj.weight") or name == "lm_head.weight"
-        assert (parameter_group(name) == "matrices") == decays
+        assert (group_of(name) == "matrices") == decays
 
 
 def test_dynamic_routing_with_equal_logits_is_static_routing_with_uniform_weights() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
+from lime_dist.model.architecture import architecture_of
 from lime_dist.model.layout import summarised_chunks
 from lime_dist.model.policies import Entry, make_policy
-from lime_dist.monitor.routers import entropy, has_map, head_map, router_map, self_retrieval, shares, weight_names
+from lime_dist.monitor.routers import entropy, has_map, head_map, router_map, self_retrieval, shares
 
 LAYERS, HEADS, KEY_VALUE_HEADS = 9, 4, 2
 ROUTES: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ def weights_of(config: ModelConfig) -> dict[str, Tensor]:
     found = {}
     for name, parameter in build_decoder(config).named_parameters():
         perturb(name, parameter)
-        if name in weight_names(config):
+        if name in architecture_of(config).router_parameters:
             found[name] = parameter.detach()
     return found
 

@@ -120,7 +120,7 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
     size, parameter = {"fp32": (4, 16), "bf16": (2, 18)}[config.precision]
     checkpointing = config.parallel.activation_checkpointing
     kept = sum(cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers)
-    parameters = sum(cost.layer_parameters(model, layer) for layer in layers) + cost.summary_parameters(model, layers)
+    parameters = sum(cost.count_layer_parameters(model, layer) for layer in layers)
     has_embedding = stage == 0
     if stage == 0:
         kept += cost.embedding_activation_bytes(tokens)

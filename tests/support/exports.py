@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.export.huggingface.configuration_lime import LimeConfig
 from lime_dist.export.huggingface.modeling_lime import LimeForCausalLM
 from lime_dist.export.model_files import model_description
+from lime_dist.model.architecture import architecture_of
 from lime_dist.model.decoder import Decoder, build_decoder
 
 PROMPT = torch.tensor([[5, 9, 2, 7, 7, 1]])
@@ -56,7 +58,9 @@ def exported_in_memory(model: ModelConfig, decoder: Decoder) -> LimeForCausalLM:
     config = make_config({"model": model.model_dump()}, "a test")
     known = {"auto_map", "architectures", "model_type", "dtype"}
     values = {key: value for key, value in model_description(config).items() if key not in known}
-    exported = LimeForCausalLM(LimeConfig(**values)).to(next(decoder.parameters()).dtype)
+    export_format = architecture_of(model).export_format
+    module = import_module(f"lime_dist.export.huggingface.{str(export_format.code).removesuffix('.py')}")
+    exported = getattr(module, export_format.causal_class)(LimeConfig(**values)).to(next(decoder.parameters()).dtype)
     missing, unexpected = exported.load_state_dict(decoder.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     exported.tie_weights()

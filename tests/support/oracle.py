@@ -10,8 +10,8 @@ from support.cases import SHARES, perturb, random_batch
 from torch import Tensor
 
 from lime_dist.config.schema import Config
+from lime_dist.model.architecture import architecture_of
 from lime_dist.model.decoder import build_decoder
-from lime_dist.model.init import parameter_group
 from lime_dist.model.layers import language_model_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -26,13 +26,13 @@ def train_steps(config: Config, steps: int, evaluation_micro_batch_size: int = 0
         perturb(name, parameter)
     masters = {name: p.detach().to(exact).clone().requires_grad_() for name, p in model.named_parameters()}
     before = {name: master.detach().clone() for name, master in masters.items()}
-    settings = config.optimizer
+    settings, group_of = config.optimizer, architecture_of(config.model).parameter_group
     adam = torch.optim.AdamW(
         [
             {
                 "params": [masters[name]],
-                "lr": settings.router_lr if parameter_group(name) == "routers" else settings.lr,
-                "weight_decay": settings.weight_decay if parameter_group(name) == "matrices" else 0.0,
+                "lr": settings.router_lr if group_of(name) == "routers" else settings.lr,
+                "weight_decay": settings.weight_decay if group_of(name) == "matrices" else 0.0,
             }
             for name in masters
         ],

@@ -10,8 +10,8 @@ from typing import Any
 from support.cases import rank_batches
 
 from lime_dist.config.load import make_config
+from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
 from lime_dist.model.cost import payload_bytes
-from lime_dist.model.key_value_history import KeyValueHistory
 from lime_dist.pipeline import transfer
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from lime_dist.model.groups import Group
 from support.folders import numbers, values
 from support.workers import WorkerGroup
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .configuration_lime import LimeConfig
 from .layers_lime import MLP, Attention, ForwardPass
+from .modeling_lime import LimeForCausalLM, LimeModel
 
 LAYER_NORM_EPS = 1e-5
 
@@ -64,3 +65,27 @@ class HyperLayer(nn.Module):
             return run.attend(self.layer, attention, attention.queries(x_BTD), *attention.keys_and_values(x_BTD))
 
         return self.mlp_connection(self.attn_connection(streams_BTnD, attend), self.mlp)
+
+
+class HyperModel(LimeModel):
+    """Token ids to last hidden states."""
+
+    def make_layers(self, config: LimeConfig) -> list[nn.Module]:
+        return [HyperLayer(config, layer) for layer in range(config.num_hidden_layers)]
+
+    def open_history(self) -> None:
+        return None
+
+    def first_input(self, x_BTD: Tensor) -> Tensor:
+        """Every stream starts as the embedding."""
+        return x_BTD.unsqueeze(-2).expand(-1, -1, self.config.hyper["rate"], -1)
+
+    def last_output(self, x: Tensor) -> Tensor:
+        """The streams are summed."""
+        return x.sum(-2)
+
+
+class HyperForCausalLM(LimeForCausalLM):
+    """Token ids to logits."""
+
+    model_class = HyperModel

@@ -142,3 +142,20 @@ class ForwardPass:
             # Padding reads itself, so that its softmax is over something.
             allowed = (allowed & present.unsqueeze(1)) | (key == query)
         return allowed.unsqueeze(1), False
+
+
+class PreNormLayer(nn.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    def __init__(self, config: LimeConfig, layer: int, router: nn.Module | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, router)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def finish(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, run: ForwardPass) -> Tensor:
+        """The layer's output, once keys and values are there."""
+        x_BTD = x_BTD + run.attend(self.layer, self.self_attn, q_BHTd, k_BGTd, v_BGTd)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

@@ -1,4 +1,7 @@
-"""The decoder for `transformers`: embedding, layers, norm and output projection, with a key/value cache and ``generate``."""
+"""The decoder for `transformers`: embedding, layers, norm and output projection, with a key/value cache and ``generate``.
+
+The classes here are bases. An architecture says in a file of its own what its layers and its layer history are.
+"""
 
 from __future__ import annotations
 
@@ -10,56 +13,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_lime import LimeConfig
-from .history_lime import HiddenHistory, HiddenRouter, KeyValueHistory, KeyValueRouter, Reads, Summaries
-from .hyper_lime import HyperLayer
-from .layers_lime import MLP, Attention, ForwardPass, RMSNorm, rms_normalise
-
-
-class PreNormLayer(nn.Module):
-    """Pre-norm attention and SwiGLU."""
-
-    def __init__(self, config: LimeConfig, layer: int, router: nn.Module | None) -> None:
-        super().__init__()
-        self.layer = layer
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, router)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def finish(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, run: ForwardPass) -> Tensor:
-        """The layer's output, once keys and values are there."""
-        x_BTD = x_BTD + run.attend(self.layer, self.self_attn, q_BHTd, k_BGTd, v_BGTd)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-
-
-class KeyValueLayer(PreNormLayer):
-    """``routes: kv``: keys and values are mixed with those of earlier layers before they are rotated."""
-
-    def __init__(self, config: LimeConfig, layer: int, reads: Reads) -> None:
-        router = KeyValueRouter(config.num_key_value_heads, reads.by_layer[layer]) if layer else None
-        super().__init__(config, layer, router)
-
-    def forward(self, x_BTD: Tensor, history: KeyValueHistory, run: ForwardPass) -> Tensor:
-        attention, normed = self.self_attn, self.input_layernorm(x_BTD)
-        key, value = history.mix(self.layer, attention.router, *attention.keys_and_values(normed))
-        return self.finish(x_BTD, attention.queries(normed), key, value, run)
-
-
-class HiddenLayer(PreNormLayer):
-    """``routes: hidden``: each head's keys and values are projected from its own mixture of earlier layers' inputs."""
-
-    def __init__(self, config: LimeConfig, layer: int, reads: Reads) -> None:
-        is_reader = layer >= config.lime["start_layer"]
-        super().__init__(config, layer, HiddenRouter(config, reads.by_layer[layer]) if is_reader else None)
-        self.history_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if is_reader else None
-
-    def forward(self, x_BTD: Tensor, history: HiddenHistory, run: ForwardPass) -> Tensor:
-        attention, norm = self.self_attn, self.history_layernorm
-        state = rms_normalise(x_BTD, self.input_layernorm.eps)
-        normed = state * self.input_layernorm.weight
-        found = history.read(self.layer, attention, None if norm is None else norm.weight, x_BTD, state)
-        key, value = attention.keys_and_values(normed) if found is None else found
-        return self.finish(x_BTD, attention.queries(normed), key, value, run)
+from .layers_lime import ForwardPass, RMSNorm
 
 
 class LimePreTrainedModel(PreTrainedModel):
@@ -72,23 +26,35 @@ class LimePreTrainedModel(PreTrainedModel):
 
 
 class LimeModel(LimePreTrainedModel):
-    """Token ids to last hidden states."""
+    """Token ids to last hidden states. Subclasses say what the layers are."""
 
     def __init__(self, config: LimeConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.reads = Reads(config)
-        layers: list[nn.Module] = []
-        for layer in range(config.num_hidden_layers):
-            if config.architecture == "hyper":
-                layers.append(HyperLayer(config, layer))
-            else:
-                kind = KeyValueLayer if config.lime["routes"] == "kv" else HiddenLayer
-                layers.append(kind(config, layer, self.reads))
-        self.layers = nn.ModuleList(layers)
-        self.history = Summaries(config)
+        self.layers = nn.ModuleList(self.make_layers(config))
+        self.history = self.make_summaries(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
+
+    def make_layers(self, config: LimeConfig) -> list[nn.Module]:
+        """The decoder layers."""
+        raise NotImplementedError
+
+    def make_summaries(self, config: LimeConfig) -> nn.Module:
+        """The weights of chunk summaries, where the architecture has some."""
+        return nn.Module()
+
+    def open_history(self) -> Any:
+        """The layer history of one forward pass, which every layer is given; None: the architecture has none."""
+        raise NotImplementedError
+
+    def first_input(self, x_BTD: Tensor) -> Tensor:
+        """What the first layer takes."""
+        return x_BTD
+
+    def last_output(self, x: Tensor) -> Tensor:
+        """What the final norm takes, [B, T, D]."""
+        return x
 
     def forward(
         self,
@@ -108,19 +74,13 @@ class LimeModel(LimePreTrainedModel):
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
         run = ForwardPass(self.config, x, attention_mask, position_ids, past_key_values)
-        history: Any = None
-        if self.config.architecture == "hyper":
-            x = x.unsqueeze(-2).expand(-1, -1, self.config.hyper["rate"], -1)
-        elif self.config.lime["routes"] == "kv":
-            history = KeyValueHistory(self.reads, self.history)
-        else:
-            history = HiddenHistory(self.reads, self.history, self.config.rms_norm_eps)
+        x, history = self.first_input(x), self.open_history()
         states: list[Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
-                states.append(self._one_stream(x))
+                states.append(self.last_output(x))
             x = layer(x, history, run)
-        x = self.norm(self._one_stream(x))
+        x = self.norm(self.last_output(x))
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
@@ -128,18 +88,16 @@ class LimeModel(LimePreTrainedModel):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _one_stream(self, x: Tensor) -> Tensor:
-        return x.sum(-2) if x.dim() == 4 else x
-
 
 class LimeForCausalLM(LimePreTrainedModel, GenerationMixin):
-    """Token ids to logits."""
+    """Token ids to logits. Subclasses name their ``model_class``."""
 
+    model_class: type[LimeModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LimeConfig) -> None:
         super().__init__(config)
-        self.model = LimeModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -170,7 +128,7 @@ class LimeForCausalLM(LimePreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """``logits_to_keep``: only of so many last tokens (0: of all), or of these. ``labels`` are shifted in here."""
-        found = self.model(
+        output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -180,11 +138,11 @@ class LimeForCausalLM(LimePreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(found.last_hidden_state[:, kept])
+        logits = self.lm_head(output.last_hidden_state[:, kept])
         loss: torch.Tensor | None = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states
+        causal = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
         )
-        return output.to_tuple() if return_dict is False else output
+        return causal.to_tuple() if return_dict is False else causal

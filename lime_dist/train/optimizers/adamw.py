@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lime_dist.config.registry import OPTIMIZERS
 from lime_dist.config.schema import OptimizerConfig
-from lime_dist.model.groups import Group
+from lime_dist.model.architecture import Group
 from lime_dist.train.optimizers.base import Optimizer, ParameterGroup
 
 

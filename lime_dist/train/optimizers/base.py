@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from lime_dist.config.schema import OptimizerConfig
-from lime_dist.model.groups import Group
+from lime_dist.model.architecture import Group
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 from lime_dist.model.policies import Entry
 
 if TYPE_CHECKING:
-    from lime_dist.model.hidden_history import HiddenHistory
+    from lime_dist.model.architectures.lime.hidden.history import HiddenHistory
 
 
 class Write(torch.autograd.Function):

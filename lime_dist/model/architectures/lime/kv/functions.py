@@ -15,7 +15,7 @@ from torch import Tensor
 from lime_dist.model.layout import Chunk
 
 if TYPE_CHECKING:
-    from lime_dist.model.key_value_history import KeyValueHistory
+    from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
 
 
 class Mix(torch.autograd.Function):

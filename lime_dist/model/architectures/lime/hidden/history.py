@@ -23,13 +23,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lime_dist.model.hidden_functions import Project, Write
+from lime_dist.model.architectures.lime.hidden.functions import Project, Write
+from lime_dist.model.architectures.lime.hidden.token_slices import Parts, mix_slice, spread_slice, token_slices
 from lime_dist.model.history import LayerHistory, OpenWeights
 from lime_dist.model.layers import rms_normalise
 from lime_dist.model.layout import Block, Chunk, Reader, StageLayout
 from lime_dist.model.policies import Entry
 from lime_dist.model.products import add_product
-from lime_dist.model.token_slices import Parts, mix_slice, spread_slice, token_slices
 
 
 class HiddenHistory(LayerHistory):

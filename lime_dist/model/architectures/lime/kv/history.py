@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lime_dist.model.architectures.lime.kv.functions import Mix, Pack, Summarise, Unpack, separate_view
 from lime_dist.model.history import BlockTensor, LayerHistory, OpenWeights
-from lime_dist.model.key_value_functions import Mix, Pack, Summarise, Unpack, separate_view
 from lime_dist.model.layout import Chunk, Places, Reader, StageLayout
 from lime_dist.model.policies import Entry
 

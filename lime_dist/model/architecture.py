@@ -1,0 +1,271 @@
+"""What the program needs to know about a decoder architecture, as one object per architecture.
+
+The objects live in `lime_dist.model.architectures`, one folder each, and register under the name that ``model.architecture``
+takes. Everything else asks the object and never compares the name. An architecture that lacks a member fails when it is
+imported.
+
+The modules of this file and of the objects import neither torch nor DeepSpeed: plans are made without them.
+
+Shapes: B batch, T tokens, N = B·T, L layers, D hidden size, H query heads, G key/value heads, d head size, F intermediate size.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from lime_dist.config.registry import ARCHITECTURES
+from lime_dist.config.schema import ModelConfig
+from lime_dist.model.layout import Chunk, StageLayout, summarised_chunks
+from lime_dist.model.policies import HistoryPolicy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lime_dist.model.history import LayerHistory
+
+Group = Literal["matrices", "plain", "routers"]
+GROUPS: tuple[Group, ...] = ("matrices", "plain", "routers")
+"""Optimizer groups. matrices: weight decay; plain (norms, embeddings): none; routers: none, and their own learning rate."""
+
+Sizes = dict[str, int]
+"""Number of elements by parameter name."""
+
+BASELINE = "llama"
+"""The architecture that plans compare with."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token, of the forward and of the backward pass."""
+
+    forward: float
+    backward: float
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """How an exported model is written as a Hugging Face folder.
+
+    Attributes:
+        causal_class: name of the class that loads the model.
+        values: keys of ``config.json`` beside the shape of the model.
+        code: the file that defines ``causal_class``, and ``base_class``, which gives hidden states; files that it imports
+            relatively go with it. A name alone is a file of `lime_dist.export.huggingface`. None: `transformers` has the class.
+    """
+
+    causal_class: str
+    values: Mapping[str, Any]
+    base_class: str | None = None
+    code: str | Path | None = None
+
+
+class Architecture(Protocol):
+    """One architecture with one model configuration."""
+
+    config: ModelConfig
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """Name of the architecture as its paper writes it."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse a configuration that the architecture cannot have.
+
+        Raises:
+            ValueError: names the keys and a way out.
+        """
+
+    # -- layer history and payload ------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def policy(self) -> HistoryPolicy | None:
+        """Which entries of the layer history a layer reads; None: the architecture has no layer history."""
+
+    @property
+    @abstractmethod
+    def has_configurable_policy(self) -> bool:
+        """Whether ``model.lime.history`` chooses the policy."""
+
+    @property
+    @abstractmethod
+    def max_block_layers(self) -> int:
+        """Most layers of a block, whose reads of older entries are batched."""
+
+    @property
+    @abstractmethod
+    def entry_width(self) -> int:
+        """Elements of one entry of the history, per token."""
+
+    @property
+    @abstractmethod
+    def hidden_shape(self) -> tuple[int, ...]:
+        """Shape of the hidden state of one token between two layers: (D,), or (n, D) with n residual streams."""
+
+    @property
+    @abstractmethod
+    def receives_in_place(self) -> bool:
+        """Whether a payload can be received into the memory of the history that it belongs to."""
+
+    @abstractmethod
+    def entries_read(self, layer: int) -> int:
+        """Number of history entries that a layer mixes with a router's weights; 0: it has no router."""
+
+    @abstractmethod
+    def history_gradient_itemsize(self, itemsize: int) -> int:
+        """Bytes per element of the buffer that keeps the gradients of entries during backward, beside the entries; 0: none.
+
+        Args:
+            itemsize: of the entries.
+        """
+
+    # -- modules ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def make_layer(self, layer: int) -> nn.Module:
+        """Decoder layer ``layer``: called with the hidden state and the history (or None), returns the hidden state."""
+
+    @abstractmethod
+    def make_summary(self, chunk: Chunk) -> nn.Module:
+        """The module with the weights of a chunk's summary."""
+
+    @abstractmethod
+    def make_history(
+        self, layout: StageLayout, num_tokens: int, dtype: torch.dtype, device: torch.device, lead: int = 0
+    ) -> LayerHistory:
+        """An empty history of one micro-batch on one stage.
+
+        Args:
+            lead: elements before the entries in the same memory, where a received hidden state lies.
+        """
+
+    @abstractmethod
+    def first_input(self, embedded_BTD: Tensor) -> Tensor:
+        """What the first decoder layer takes, [B, T, *hidden_shape], from embedded tokens."""
+
+    @abstractmethod
+    def last_output(self, hidden: Tensor) -> Tensor:
+        """What the final norm takes, [B, T, D], from the hidden state after the last decoder layer."""
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def layer_parameters(self, layer: int) -> Sizes:
+        """Parameters of decoder layer ``layer``, by name within the layer."""
+
+    @abstractmethod
+    def summary_parameters(self, chunk: Chunk) -> int:
+        """Number of elements of a chunk summary's weight."""
+
+    @abstractmethod
+    def parameter_group(self, name: str) -> Group:
+        """Optimizer group of an exported parameter name.
+
+        Raises:
+            ValueError: the architecture has no such parameter.
+        """
+
+    @abstractmethod
+    def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Fill ``value`` (float32, on the CPU) with the initial value of an exported parameter."""
+
+    # -- costs --------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def layer_flops(self, sequence_length: int, layers: range) -> list[Flops]:
+        """FLOPs of matrix products per token, by layer of a stage that holds ``layers``.
+
+        Summaries count with the last layer of their chunk, gradients of received entries with the stage's first layer.
+        """
+
+    @abstractmethod
+    def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+        """Bytes that autograd keeps of a decoder layer; see `cost.activation_bytes`."""
+
+    @abstractmethod
+    def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+        """Bytes that a stage keeps of a received payload; see `cost.received_activation_bytes`."""
+
+    @abstractmethod
+    def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+        """Bytes that a history needs in backward while it goes through a block of layers, beside its entries and the
+        gradients of all entries (`history_gradient_itemsize`)."""
+
+    @abstractmethod
+    def entries_moved(self, layer: int) -> float:
+        """Memory traffic of a layer's history in forward, in entries read or written."""
+
+    # -- pictures of routers ------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def router_map_obstacle(self) -> str | None:
+        """Why no map of router weights can be drawn; None: it can."""
+
+    @property
+    @abstractmethod
+    def router_parameters(self) -> Sequence[str]:
+        """Exported names that a map of router weights may need; some layers lack some of them."""
+
+    @abstractmethod
+    def head_map(self, weights: Mapping[str, Tensor], layer: int) -> Tensor:
+        """How much each head of a layer reads of every layer, [heads, L].
+
+        Raises:
+            KeyError: a weight is missing.
+            RuntimeError: a weight has another shape.
+        """
+
+    # -- export -------------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def export_format(self) -> ExportFormat:
+        """How `lime_dist.export` writes the model."""
+
+    @abstractmethod
+    def check_llama_start(self) -> None:
+        """Refuse to start from the weights of a LLaMA if the first loss would not be the LLaMA's.
+
+        Raises:
+            ValueError: says which keys to change.
+        """
+
+
+@lru_cache(maxsize=64)
+def architecture_of(config: ModelConfig) -> Architecture:
+    """The architecture that a configuration names."""
+    architecture: Architecture = ARCHITECTURES[config.architecture](config)
+    return architecture
+
+
+def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | None:
+    """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
+    architecture = architecture_of(config)
+    if architecture.policy is None:
+        return None
+    return StageLayout(architecture.policy, start, stop, config.num_hidden_layers, architecture.max_block_layers)
+
+
+@lru_cache(maxsize=64)
+def chunk_ends(config: ModelConfig) -> Mapping[int, Chunk]:
+    """The chunks that are summarised, by their last layer."""
+    policy = architecture_of(config).policy
+    if policy is None:
+        return {}
+    return {chunk.layers[-1]: chunk for chunk in summarised_chunks(policy, config.num_hidden_layers)}

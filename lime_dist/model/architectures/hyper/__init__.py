@@ -1,0 +1,8 @@
+"""Hyper-Connections (arXiv 2409.19606): n residual streams, which every sub-layer reads and writes with weights of its own."""
+
+from __future__ import annotations
+
+from lime_dist.config.registry import ARCHITECTURES
+from lime_dist.model.architectures.hyper.architecture import Hyper
+
+ARCHITECTURES.register("hyper")(Hyper)

@@ -1,0 +1,232 @@
+"""The object that describes LIMe over hidden states.
+
+A slot is a layer's input. A layer ℓ ≥ ``start_layer`` mixes the normed states that it reads, per head, with softmax weights:
+w_ℓ [H, entries] (``router: static``) or logits W_ℓ·x per token (``router: dynamic``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lime_dist.model.architecture import ExportFormat, Flops, Sizes
+from lime_dist.model.architectures.lime.lime import CHUNKS, Lime, router_name
+from lime_dist.model.layout import BLOCK, StageLayout, live_entries
+from lime_dist.model.policies import Entry
+from lime_dist.model.transformer import (
+    Activations,
+    accumulation_itemsize,
+    initialise_shared,
+    norm_activations,
+    norm_parameters,
+    projection_parameters,
+    received_hidden_bytes,
+    transformer_activations,
+    transformer_flops,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lime_dist.model.history import LayerHistory
+
+BLOCK_ROWS = 32
+"""Most rows (layer, head) of a block: their mixtures are in memory."""
+
+
+class HiddenLime(Lime):
+    """``routes: hidden``; multi-head attention only (G = H), since every head is routed by itself."""
+
+    receives_in_place = False
+    summary_heads = 1
+    router_parts = ("weight",)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether router weights depend on the token."""
+        return self.config.lime.router == "dynamic"
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the smallest router weights are dropped."""
+        return self.config.lime.top_p is not None and self.config.lime.top_p != 1
+
+    def check(self) -> None:
+        config = self.config
+        if config.key_value_heads != config.num_attention_heads:
+            raise ValueError(
+                f"model.num_key_value_heads={config.num_key_value_heads} must equal model.num_attention_heads="
+                f"{config.num_attention_heads} with model.lime.routes=hidden, which routes every head by itself"
+            )
+        if config.lime.start_layer >= config.num_hidden_layers:
+            raise ValueError(
+                f"model.lime.start_layer={config.lime.start_layer} is past the last layer, "
+                f"{config.num_hidden_layers - 1} (model.num_hidden_layers={config.num_hidden_layers})"
+            )
+
+    def reads(self, layer: int) -> tuple[Entry, ...]:
+        return tuple(self.policy.reads(layer)) if layer >= self.config.lime.start_layer else ()
+
+    @property
+    def max_block_layers(self) -> int:
+        return max(1, min(BLOCK, BLOCK_ROWS // self.config.num_attention_heads))
+
+    @property
+    def entry_width(self) -> int:
+        return self.config.hidden_size
+
+    def history_gradient_itemsize(self, itemsize: int) -> int:
+        return accumulation_itemsize(itemsize)
+
+    # -- modules ------------------------------------------------------------------------------------------------------
+
+    def make_layer(self, layer: int) -> nn.Module:
+        from lime_dist.model.architectures.lime.hidden.layer import HiddenLayer
+        from lime_dist.model.architectures.lime.hidden.router import DynamicRouter, StaticRouter
+
+        config, router = self.config, None
+        if read := self.entries_read(layer):
+            router = (
+                DynamicRouter(config.num_attention_heads, read, config.hidden_size)
+                if self.is_dynamic
+                else StaticRouter(config.num_attention_heads, read, config.lime.top_p)
+            )
+        return HiddenLayer(config, layer, router)
+
+    def make_history(
+        self, layout: StageLayout, num_tokens: int, dtype: torch.dtype, device: torch.device, lead: int = 0
+    ) -> LayerHistory:
+        from lime_dist.model.architectures.lime.hidden.history import HiddenHistory
+
+        return HiddenHistory(layout, num_tokens, self.config.hidden_size, self.config.rms_norm_eps, dtype, device)
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def layer_parameters(self, layer: int) -> Sizes:
+        sizes = projection_parameters(self.config) | norm_parameters(self.config)
+        if read := self.entries_read(layer):
+            per_weight = self.config.hidden_size if self.is_dynamic else 1
+            sizes["history_layernorm.weight"] = self.config.hidden_size
+            sizes["self_attn.router.weight"] = self.config.num_attention_heads * read * per_weight
+        return sizes
+
+    def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """w_ℓ ~ N(0, 0.1²), W_ℓ ~ N(0, 0.02²), logits of summaries N(0, 0.1²). The rest: `initialise_shared`."""
+        if name.startswith(CHUNKS):
+            value.normal_(0.0, 0.1, generator=generator)
+        elif ".router." in name:
+            value.normal_(0.0, 0.02 if self.is_dynamic else 0.1, generator=generator)
+        else:
+            initialise_shared(self.config, name, value, generator)
+
+    # -- costs --------------------------------------------------------------------------------------------------------
+
+    def layer_flops(self, sequence_length: int, layers: range) -> list[Flops]:
+        """Beside the transformer: mixing states per head; in backward the gradients of weights and of entries, and the
+        mixtures again. Dynamic weights come from logits, which are products as well."""
+        unit = 2 * self.config.num_attention_heads * self.config.hidden_size
+        forward, backward = (2, 2 + 3) if self.is_dynamic else (1, 3)
+        fixed = transformer_flops(self.config, sequence_length)
+        counts = [self.entries_read(layer) for layer in layers]
+        return [fixed + Flops(forward * unit * read, backward * unit * read) for read in counts]
+
+    def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+        kept = Activations(per_token=self.config.hidden_size)  # the layer's input
+        if not checkpointing:
+            kept = transformer_activations(self.config) + norm_activations(self.config) + self._read_activations(layer)
+        kept += self._router_activations(layer) + self._summary_activations(layer)
+        copies = 0
+        if layer in self.chunks and not checkpointing and accumulation_itemsize(itemsize) != itemsize:
+            # The chunk's states, of which layers keep float32 copies.
+            copies = itemsize * num_tokens * self.config.hidden_size * len(self.chunks[layer].layers)
+        return kept.nbytes(num_tokens, itemsize) + copies
+
+    def _read_activations(self, layer: int) -> Activations:
+        """What a layer with a router keeps of its read."""
+        read, hidden = self.entries_read(layer), self.config.hidden_size
+        if not read:
+            return Activations()
+        kept = Activations(
+            per_token=hidden,  # mixed keys, in one piece of memory with the values
+            fixed=2 * 2 * hidden * hidden,  # projections of keys and values, without and with the norm's weight
+        )
+        if self.is_dynamic:  # input under the history norm, weights
+            kept += Activations(per_token=hidden + self.config.num_attention_heads * read)
+        return kept
+
+    def _router_activations(self, layer: int) -> Activations:
+        """Static weights are made outside of the layer; pruned ones with their mask, result and sums."""
+        read = self.entries_read(layer)
+        if not read or self.is_dynamic:
+            return Activations()
+        return Activations(fixed=self.config.num_attention_heads * (3 * read + 1 if self.prunes else read))
+
+    def _summary_activations(self, layer: int) -> Activations:
+        """A summary before its norm, its root mean square, its weights."""
+        if layer not in self.chunks:
+            return Activations()
+        chunk = self.chunks[layer]
+        return Activations(
+            accumulated_per_token=chunk.num_rows * (self.config.hidden_size + 1),
+            accumulated_fixed=chunk.num_rows * len(chunk.layers),
+        )
+
+    def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+        """Received entries are copied into the history, whose memory is apart."""
+        hidden, accumulated = self.config.hidden_size, accumulation_itemsize(itemsize)
+        live = live_entries(self.policy, boundary, self.config.num_hidden_layers)
+        slots = sum(not entry.is_summary for entry in live)
+        kept = itemsize * len(live) * hidden + accumulated * slots  # entries; roots of the states' mean squares
+        kept += 0 if accumulated == itemsize else accumulated * slots * hidden  # float32 copies of the states
+        return num_tokens * kept + received_hidden_bytes(self.config, num_tokens, itemsize, checkpointing)
+
+    def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+        """Dynamic: weights and their gradients of one layer. Static: mixtures of a block and their gradients."""
+        reads = [set(self.policy.reads(layer)) for layer in block]
+        heads, accumulated = self.config.num_attention_heads, accumulation_itemsize(itemsize)
+        if self.is_dynamic:
+            return 2 * heads * len(reads[-1]) * num_tokens * accumulated
+        has_older = any(entry.layer < block.start for entry in set.intersection(*reads))
+        return 2 * len(block) * heads * self.config.hidden_size * num_tokens * itemsize if has_older else 0
+
+    def entries_moved(self, layer: int) -> float:
+        """Its slot is written; its mixture, a state for every head, is written and read. With static weights it reads its
+        block's share of older entries."""
+        read, block = float(self.entries_read(layer)), self.max_block_layers
+        if not self.is_dynamic:
+            read = min(read, block / 2 + read / block)
+        return 2 + read + 2 * self.config.num_attention_heads
+
+    # -- pictures of routers ------------------------------------------------------------------------------------------
+
+    @property
+    def router_map_obstacle(self) -> str | None:
+        return "its weights depend on the token" if self.is_dynamic else None
+
+    def router_matrix(self, weights: Mapping[str, Tensor], layer: int) -> Tensor:
+        """Summaries are normed before they are read; a map leaves that aside."""
+        import torch
+
+        from lime_dist.model.architectures.lime.hidden.router import prune
+
+        if layer < self.config.lime.start_layer:
+            return torch.ones(self.config.num_attention_heads, 1)
+        matrix = weights[f"{router_name(layer)}.weight"].float().softmax(-1)
+        return prune(matrix, self.config.lime.top_p) if self.prunes and self.config.lime.top_p is not None else matrix
+
+    def summary_row(self, weight: Tensor, summary: Tensor, entry: Entry) -> Tensor:
+        return weight.unsqueeze(1) * summary[entry.row].softmax(-1).view(1, -1, 1)
+
+    # -- export -------------------------------------------------------------------------------------------------------
+
+    @property
+    def export_format(self) -> ExportFormat:
+        return ExportFormat("LimeHiddenForCausalLM", self.export_values, "LimeHiddenModel", "hidden_lime.py")
+
+    def check_llama_start(self) -> None:
+        lime = self.config.lime
+        raise ValueError(
+            f"model.lime.routes={lime.routes}, model.lime.router_init={lime.router_init} would not start as the "
+            "original does; set model.lime.routes=kv and model.lime.router_init=identity"
+        )

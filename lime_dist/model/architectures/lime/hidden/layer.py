@@ -1,0 +1,57 @@
+"""The decoder layer of LIMe over hidden states."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lime_dist.config.schema import ModelConfig
+from lime_dist.model.architectures.lime.hidden.history import HiddenHistory
+from lime_dist.model.architectures.lime.hidden.router import DynamicRouter
+from lime_dist.model.blocks import PreNormLayer
+from lime_dist.model.layers import RMSNorm, Rotary, rms_normalise
+
+
+class HiddenLayer(PreNormLayer):
+    """The layer's input goes into the history. A layer with a router projects each head's key and value from the head's own
+    mixture of what the history holds."""
+
+    compiled_parts: ClassVar[tuple[str, ...]] = ("prepare", "finish")
+
+    def __init__(self, config: ModelConfig, layer: int, router: nn.Module | None) -> None:
+        super().__init__(config, layer, router)
+        if router is not None:
+            self.history_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, history: HiddenHistory) -> Tensor:
+        attention = self.self_attn
+        rotary = attention.rotary(x_BTD)
+        state_BTD, normed_BTD, q_BHTd = self.prepare(x_BTD, rotary)
+        history.write(self.layer, state_BTD.flatten(0, 1), x_BTD.flatten(0, 1))
+        if attention.router is None:
+            k_BHTd, v_BHTd = (attention.split_heads(p(normed_BTD)) for p in (attention.k_proj, attention.v_proj))
+        else:
+            k_BHTd, v_BHTd = self.read(state_BTD, history)
+        return self.finish(x_BTD, q_BHTd, k_BHTd, v_BHTd, rotary)
+
+    def prepare(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """The input divided by its root mean square, the normed input (both [B, T, D]), rotated queries [B, H, T, d]."""
+        state_BTD = rms_normalise(x_BTD, self.input_layernorm.eps)
+        normed_BTD = state_BTD * self.input_layernorm.weight
+        return state_BTD, normed_BTD, self.self_attn.queries(normed_BTD, rotary)
+
+    def read(self, state_BTD: Tensor, history: HiddenHistory) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, d] from the history under the layer's history norm."""
+        attention, gamma = self.self_attn, self.history_layernorm.weight
+        batch, length, _ = state_BTD.shape
+        weights = None
+        if isinstance(attention.router, DynamicRouter):
+            weights = attention.router((state_BTD * gamma).flatten(0, 1))
+        projections_HcD = torch.cat(
+            [p.weight.unflatten(0, (-1, attention.head_size)) for p in (attention.k_proj, attention.v_proj)], dim=1
+        )
+        projected_HNc = history.project(self.layer, weights, projections_HcD * gamma)
+        key, value = projected_HNc.view(-1, batch, length, 2, attention.head_size).transpose(0, 1).unbind(3)
+        return key, value

@@ -1,0 +1,196 @@
+"""The object that describes LIMe over keys and values.
+
+A slot is the keys and values of a layer before rotation. Layer ℓ ≥ 1 mixes the entries that it reads with R_ℓ, signed weights
+over (head of the reader) × (entry, head of the entry), the same for keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lime_dist.model.architecture import ExportFormat, Flops, Sizes
+from lime_dist.model.architectures.lime.lime import CHUNKS, Lime, router_name
+from lime_dist.model.layout import BLOCK, StageLayout
+from lime_dist.model.policies import Entry
+from lime_dist.model.transformer import (
+    Activations,
+    accumulation_itemsize,
+    initialise_shared,
+    norm_activations,
+    norm_parameters,
+    projection_parameters,
+    received_hidden_bytes,
+    transformer_activations,
+    transformer_flops,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lime_dist.model.history import LayerHistory
+
+
+class KeyValueLime(Lime):
+    """``routes: kv``."""
+
+    max_block_layers = BLOCK
+    receives_in_place = True
+    router_parts = ("first_weight", "summary_weight", "weight")
+    router_map_obstacle = None
+
+    def check(self) -> None:
+        """The configuration's own types are enough."""
+
+    def reads(self, layer: int) -> tuple[Entry, ...]:
+        return tuple(self.policy.reads(layer)) if layer > 0 else ()
+
+    @property
+    def summary_heads(self) -> int:
+        return self.config.key_value_heads
+
+    @property
+    def entry_width(self) -> int:
+        return 2 * self.config.key_value_heads * self.config.head_size
+
+    def history_gradient_itemsize(self, itemsize: int) -> int:
+        """Gradients take the place of the entries."""
+        return 0
+
+    # -- modules ------------------------------------------------------------------------------------------------------
+
+    def make_layer(self, layer: int) -> nn.Module:
+        from lime_dist.model.architectures.lime.kv.layer import KeyValueLayer
+
+        return KeyValueLayer(self.config, layer, self.reads(layer))
+
+    def make_history(
+        self, layout: StageLayout, num_tokens: int, dtype: torch.dtype, device: torch.device, lead: int = 0
+    ) -> LayerHistory:
+        from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
+
+        config = self.config
+        return KeyValueHistory(layout, config.key_value_heads, config.head_size, num_tokens, dtype, device, lead=lead)
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def layer_parameters(self, layer: int) -> Sizes:
+        read, square = self.reads(layer), self.config.key_value_heads**2
+        summaries = [index for index, entry in enumerate(read) if entry.is_summary]
+        begin, end = (summaries[0], summaries[-1] + 1) if summaries else (0, 0)
+        entries = {"first_weight": begin, "summary_weight": end - begin, "weight": len(read) - end}
+        router = {f"self_attn.router.{part}": square * count for part, count in entries.items() if count}
+        return projection_parameters(self.config) | norm_parameters(self.config) | router
+
+    def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """R_ℓ is the identity on the layer's own slot; elsewhere U(−b, b) with b = √(3 / (entries read · G)), or 0
+        (``router_init: identity``). A_m: orthonormal rows over the chunk's layers ⊗ I_G. The rest: `initialise_shared`."""
+        if name.startswith(CHUNKS):
+            self._initialise_summary(value, generator)
+        elif ".router." in name:
+            self._initialise_router(name, value, generator)
+        else:
+            initialise_shared(self.config, name, value, generator)
+
+    def _initialise_summary(self, value: Tensor, generator: torch.Generator) -> None:
+        import torch
+
+        heads = self.config.key_value_heads
+        num_rows, size = value.shape[0] // heads, value.shape[1] // heads
+        basis, _ = torch.linalg.qr(torch.randn(size, num_rows, generator=generator, dtype=torch.float64))
+        value.copy_(torch.kron(basis.t(), torch.eye(heads, dtype=torch.float64)))
+
+    def _initialise_router(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        import torch
+
+        heads, columns = value.shape
+        scale = {"uniform": 1.0, "identity": 0.0}[self.config.lime.router_init]
+        bound = scale * math.sqrt(3 / (len(self.policy.reads(int(name.split(".")[2]))) * heads))
+        if bound:
+            value.uniform_(-bound, bound, generator=generator)
+        else:
+            value.zero_()
+        if name.endswith("router.weight"):
+            value[:, columns - heads :] = torch.eye(heads)
+
+    # -- costs --------------------------------------------------------------------------------------------------------
+
+    def layer_flops(self, sequence_length: int, layers: range) -> list[Flops]:
+        """Beside the transformer: mixing, each entry once per reader; in backward the gradients of weights and of entries."""
+        heads = self.config.key_value_heads
+        unit = 2 * heads * heads * 2 * self.config.head_size
+        reads = [tuple(self.policy.reads(layer)) for layer in layers]
+        chunks = {end: chunk for end, chunk in self.chunks.items() if end in layers}
+        readers: Counter[Entry] = Counter(entry for entries in reads for entry in entries)
+        for chunk in chunks.values():
+            for entry in chunk.sources:
+                readers[entry] += chunk.num_rows
+        received = sum(count for entry, count in readers.items() if entry.layer < layers.start)
+        flops = []
+        for layer, entries in zip(layers, reads, strict=True):
+            forward = len(entries)
+            backward = forward + readers[Entry(layer)] + (received if layer == layers.start else 0)
+            if layer in chunks:
+                weights = chunks[layer].num_rows * len(chunks[layer].layers)
+                forward += weights
+                backward += weights + sum(readers[row] for row in chunks[layer].rows)
+            flops.append(transformer_flops(self.config, sequence_length) + Flops(unit * forward, unit * backward))
+        return flops
+
+    def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+        hidden = self.config.hidden_size
+        if checkpointing:
+            return Activations(per_token=hidden).nbytes(num_tokens, itemsize)
+        kept = transformer_activations(self.config) + norm_activations(self.config)
+        if self.config.num_attention_heads == self.config.key_value_heads:
+            kept += Activations(per_token=hidden)  # mixed keys, in one piece of memory with the values
+        return kept.nbytes(num_tokens, itemsize)
+
+    def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+        """The payload lands in the history's own memory."""
+        return received_hidden_bytes(self.config, num_tokens, itemsize, checkpointing)
+
+    def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+        """Gradients of the block's slots; with checkpointing also their mixtures, which are computed again."""
+        shared = set.intersection(*(set(self.policy.reads(layer)) for layer in block))
+        has_older = any(entry.layer < block.start for entry in shared)
+        again = itemsize if checkpointing and has_older else 0
+        return len(block) * self.entry_width * num_tokens * (accumulation_itemsize(itemsize) + again)
+
+    def entries_moved(self, layer: int) -> float:
+        """Its slot is written, and its mixture written and read. Of older entries it reads its block's share."""
+        read, block = float(self.entries_read(layer)), self.max_block_layers
+        return 2 + min(read, block / 2 + read / block) + 2
+
+    # -- pictures of routers ------------------------------------------------------------------------------------------
+
+    def router_matrix(self, weights: Mapping[str, Tensor], layer: int) -> Tensor:
+        import torch
+
+        names = [f"{router_name(layer)}.{part}" for part in self.router_parts]
+        parts = [weights[name] for name in names if name in weights]
+        if not parts and layer > 0:
+            raise KeyError(names[-1])
+        return torch.cat(parts, 1).float() if parts else torch.eye(self.config.key_value_heads)
+
+    def summary_row(self, weight: Tensor, summary: Tensor, entry: Entry) -> Tensor:
+        heads = self.config.key_value_heads
+        rows = summary[entry.row * heads : (entry.row + 1) * heads]
+        return (weight @ rows).view(heads, len(entry.layers), heads)
+
+    # -- export -------------------------------------------------------------------------------------------------------
+
+    @property
+    def export_format(self) -> ExportFormat:
+        return ExportFormat("LimeKeyValueForCausalLM", self.export_values, "LimeKeyValueModel", "key_value_lime.py")
+
+    def check_llama_start(self) -> None:
+        lime = self.config.lime
+        if lime.router_init != "identity":
+            raise ValueError(
+                f"model.lime.routes={lime.routes}, model.lime.router_init={lime.router_init} would not start as the "
+                "original does; set model.lime.routes=kv and model.lime.router_init=identity"
+            )
