@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """The implementations of a key by name, in the order of their registration.
+    """The implementations of a key by name, in alphabetical order.
 
     The modules of ``package`` are imported at the first lookup, and register themselves. So a new implementation is one new
     file in that package. The configuration depends on no implementation: it knows the package by its name alone.
@@ -62,7 +62,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._load()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._load())
+        return iter(sorted(self._load()))
 
     def __len__(self) -> int:
         return len(self._load())

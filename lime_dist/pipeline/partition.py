@@ -93,7 +93,8 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     fixed = range_sums([parameter_bytes(config, sizes) for sizes in parameters])
     landing = history if kept.lands else np.array(kept.sent)[:, None]
     # Gradients of entries, of the micro-batch that is in backward.
-    fixed += history * architecture_of(model).history_gradient_itemsize(size) / size
+    if gradient_size := architecture_of(model).history_gradient_itemsize(size):
+        fixed += history * gradient_size / size
 
     schedule = make_schedule(config, max(1, train.global_batch_size // train.micro_batch_size))
     embedding = parameter_bytes(config, {EMBEDDING_WEIGHT: model.vocab_size * model.hidden_size})

@@ -162,7 +162,7 @@ def test_128_layers_have_finite_gradients(changes: dict[str, object], precision:
     ("overrides", "line"),
     [
         (["model.lime.routes=hidden", "model.num_key_value_heads=2"], "model.num_key_value_heads=2 must equal"),
-        (["model.lime.routes=hidden", "model.lime.router=dynamic", "model.lime.top_p=0.9"], "model.lime.top_p=0.9 prunes"),
+        (["model.lime.routes=hidden", "model.lime.router=dynamic", "model.lime.top_p=0.9"], "model.lime.top_p=0.9 needs model.lime.router=static"),
         (["model.lime.routes=hidden", "model.lime.start_layer=16"], "model.lime.start_layer=16 is past the last layer, 15"),
         (["model.lime.router=dynamic"], "model.lime.router=dynamic needs model.lime.routes=hidden"),
         (["model.lime.top_p=0.9"], "model.lime.top_p=0.9 needs model.lime.routes=hidden"),

@@ -13,7 +13,7 @@ from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.export.huggingface.configuration_lime import LimeConfig
-from lime_dist.export.huggingface.modeling_lime import LimeForCausalLM
+from lime_dist.export.huggingface.modeling_lime import BaseForCausalLM
 from lime_dist.export.model_files import model_description
 from lime_dist.model.architecture import architecture_of
 from lime_dist.model.decoder import Decoder, build_decoder
@@ -53,7 +53,7 @@ def perturbed(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder
     return decoder.eval()
 
 
-def exported_in_memory(model: ModelConfig, decoder: Decoder) -> LimeForCausalLM:
+def exported_in_memory(model: ModelConfig, decoder: Decoder) -> BaseForCausalLM:
     """The model that an export of this decoder loads, without files."""
     config = make_config({"model": model.model_dump()}, "a test")
     known = {"auto_map", "architectures", "model_type", "dtype"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .configuration_lime import LimeConfig
 from .history_lime import Entry, Reads, Summaries
 from .layers_lime import Attention, ForwardPass, PreNormLayer, RMSNorm, rms_normalise
-from .modeling_lime import LimeForCausalLM, LimeModel
+from .modeling_lime import BaseForCausalLM, BaseModel
 
 MIXTURE_ELEMENTS = 1 << 24
 """Elements of per-head mixtures of hidden states that are made at a time."""
@@ -108,7 +108,7 @@ class HiddenLayer(PreNormLayer):
         return self.finish(x_BTD, attention.queries(normed), key, value, run)
 
 
-class LimeHiddenModel(LimeModel):
+class LimeModel(BaseModel):
     """Token ids to last hidden states."""
 
     def make_layers(self, config: LimeConfig) -> list[nn.Module]:
@@ -122,7 +122,7 @@ class LimeHiddenModel(LimeModel):
         return HiddenHistory(self.reads, cast(Summaries, self.history), self.config.rms_norm_eps)
 
 
-class LimeHiddenForCausalLM(LimeForCausalLM):
+class LimeForCausalLM(BaseForCausalLM):
     """Token ids to logits."""
 
-    model_class = LimeHiddenModel
+    model_class = LimeModel

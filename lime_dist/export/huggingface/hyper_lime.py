@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .configuration_lime import LimeConfig
 from .layers_lime import MLP, Attention, ForwardPass
-from .modeling_lime import LimeForCausalLM, LimeModel
+from .modeling_lime import BaseForCausalLM, BaseModel
 
 LAYER_NORM_EPS = 1e-5
 
@@ -67,7 +67,7 @@ class HyperLayer(nn.Module):
         return self.mlp_connection(self.attn_connection(streams_BTnD, attend), self.mlp)
 
 
-class HyperModel(LimeModel):
+class LimeModel(BaseModel):
     """Token ids to last hidden states."""
 
     def make_layers(self, config: LimeConfig) -> list[nn.Module]:
@@ -85,7 +85,7 @@ class HyperModel(LimeModel):
         return x.sum(-2)
 
 
-class HyperForCausalLM(LimeForCausalLM):
+class LimeForCausalLM(BaseForCausalLM):
     """Token ids to logits."""
 
-    model_class = HyperModel
+    model_class = LimeModel

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .configuration_lime import LimeConfig
 from .history_lime import Entry, Reads, Summaries
 from .layers_lime import ForwardPass, PreNormLayer
-from .modeling_lime import LimeForCausalLM, LimeModel
+from .modeling_lime import BaseForCausalLM, BaseModel
 
 
 class KeyValueRouter(nn.Module):
@@ -73,7 +73,7 @@ class KeyValueLayer(PreNormLayer):
         return self.finish(x_BTD, attention.queries(normed), key, value, run)
 
 
-class LimeKeyValueModel(LimeModel):
+class LimeModel(BaseModel):
     """Token ids to last hidden states."""
 
     def make_layers(self, config: LimeConfig) -> list[nn.Module]:
@@ -87,7 +87,7 @@ class LimeKeyValueModel(LimeModel):
         return KeyValueHistory(self.reads, cast(Summaries, self.history))
 
 
-class LimeKeyValueForCausalLM(LimeForCausalLM):
+class LimeForCausalLM(BaseForCausalLM):
     """Token ids to logits."""
 
-    model_class = LimeKeyValueModel
+    model_class = LimeModel

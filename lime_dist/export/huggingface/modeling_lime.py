@@ -25,7 +25,7 @@ class LimePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
 
-class LimeModel(LimePreTrainedModel):
+class BaseModel(LimePreTrainedModel):
     """Token ids to last hidden states. Subclasses say what the layers are."""
 
     def __init__(self, config: LimeConfig) -> None:
@@ -89,10 +89,10 @@ class LimeModel(LimePreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
 
-class LimeForCausalLM(LimePreTrainedModel, GenerationMixin):
+class BaseForCausalLM(LimePreTrainedModel, GenerationMixin):
     """Token ids to logits. Subclasses name their ``model_class``."""
 
-    model_class: type[LimeModel]
+    model_class: type[BaseModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LimeConfig) -> None:

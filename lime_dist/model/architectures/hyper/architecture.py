@@ -123,7 +123,7 @@ class Hyper(WithoutHistory, Architecture):
     @property
     def export_format(self) -> ExportFormat:
         values = {"architecture": "hyper", "hyper": self.config.hyper.model_dump(mode="json")}
-        return ExportFormat("HyperForCausalLM", values, "HyperModel", "hyper_lime.py")
+        return ExportFormat("LimeForCausalLM", values, "LimeModel", "hyper_lime.py")
 
     def check_llama_start(self) -> None:
         raise ValueError("model.architecture=hyper cannot start from a LLaMA; use llama or lime")

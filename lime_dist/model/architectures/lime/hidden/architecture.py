@@ -222,7 +222,7 @@ class HiddenLime(Lime):
 
     @property
     def export_format(self) -> ExportFormat:
-        return ExportFormat("LimeHiddenForCausalLM", self.export_values, "LimeHiddenModel", "hidden_lime.py")
+        return ExportFormat("LimeForCausalLM", self.export_values, "LimeModel", "hidden_lime.py")
 
     def check_llama_start(self) -> None:
         lime = self.config.lime

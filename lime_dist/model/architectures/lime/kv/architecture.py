@@ -185,7 +185,7 @@ class KeyValueLime(Lime):
 
     @property
     def export_format(self) -> ExportFormat:
-        return ExportFormat("LimeKeyValueForCausalLM", self.export_values, "LimeKeyValueModel", "key_value_lime.py")
+        return ExportFormat("LimeForCausalLM", self.export_values, "LimeModel", "key_value_lime.py")
 
     def check_llama_start(self) -> None:
         lime = self.config.lime
