@@ -21,6 +21,7 @@ import numpy as np
 from runs import Study, add_options
 
 from lime_dist.errors import LimeError, run_command
+from lime_dist.model.architecture import BASELINE
 from lime_dist.model.cost import boundary_entries
 
 SIZE = [
@@ -115,7 +116,7 @@ def make_table(study: Study, seeds: Sequence[int]) -> str:
             own_gains = [a - b for a, b in zip(llama, losses, strict=True)]
             verdict = "better" if high < 0 else "worse" if low > 0 else "unresolved"
             cells += [f"{statistics.fmean(difference):+.4f} [{low:+.4f}, {high:+.4f}]"]
-            cells += ["0" if name == "llama" else share(own_gains, gains), verdict]
+            cells += ["0" if name == BASELINE else share(own_gains, gains), verdict]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -174,7 +175,7 @@ def draw(study: Study, seeds: Sequence[int]) -> None:
     llama = study.losses("llama", seeds)
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
     axes.axhline(0, color="grey", linewidth=1, label="llama")
-    for index, name in enumerate(name for name in study.variants if name != "llama"):
+    for index, name in enumerate(name for name in study.variants if name != BASELINE):
         x = entries(study, name) * (1 + 0.012 * (index % 5 - 2))
         values = [a - b for a, b in zip(study.losses(name, seeds), llama, strict=True)]
         low, high = mean_interval(values)

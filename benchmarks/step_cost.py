@@ -32,6 +32,7 @@ from training_step import Subject, step_peak_bytes, step_seconds
 from lime_dist import build_decoder, load_config
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError, run_command
+from lime_dist.model.architecture import BASELINE
 from lime_dist.model.cost import head_flops, layer_flops
 from lime_dist.model.decoder import Decoder
 
@@ -77,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=float, metavar="GB",
                         help="what copying may need (default: nine tenths of what is free)")  # fmt: skip
     arguments = parser.parse_args()
-    arguments.variants = [name for name in VARIANTS if name in {"llama", *arguments.variants}]
+    arguments.variants = [name for name in VARIANTS if name in {BASELINE, *arguments.variants}]
     return arguments
 
 
@@ -117,7 +118,7 @@ def group_name(layers: int, heads: int) -> str:
 
 def model_config(arguments: argparse.Namespace, layers: int, heads: int, name: str) -> ModelConfig | None:
     """Return the configuration, or None if the variant cannot have this number of K/V heads."""
-    if name.startswith("hidden") and heads != arguments.heads:
+    if "model.lime.routes=hidden" in VARIANTS[name] and heads != arguments.heads:
         return None
     shape = {
         "vocab_size": arguments.vocabulary, "hidden_size": arguments.hidden, "intermediate_size": 4 * arguments.hidden,
@@ -213,7 +214,7 @@ def make_table(variants: Sequence[str], groups: dict[str, dict[str, Result]]) ->
     """Return the ratios of time, memory and FLOPs by variant and group; LLaMA's row has seconds and GB (1e9 bytes)."""
     lines = [f"| | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
     for name in variants:
-        cells = [cell(results[name], results["llama"], name == "llama") for results in groups.values()]
+        cells = [cell(results[name], results["llama"], name == BASELINE) for results in groups.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "Cells: time / peak memory / FLOPs of matrix products (by formula), each over LLaMA's."]
     formula = [

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS, SCHEDULES
+from lime_dist.config.registry import ARCHITECTURES, LEARNING_RATES, OPTIMIZERS, SCHEDULES
+from lime_dist.config.schema import ROUTER_KEYS, ROUTES_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -66,6 +67,14 @@ def files_that_compare(names: set[str], *homes: str) -> list[str]:
         if not any(path == home or home in path.parents for home in inside)
         and (compared := compared_strings(path) & names)
     ]
+
+
+def test_architectures_are_compared_in_their_folders_only() -> None:
+    """What `lime` has beneath it, routes and routers, counts as well. Modelling code is carried by exports of its architecture."""
+    modelling_code = [f"lime_dist/export/huggingface/{name}_lime.py" for name in ("key_value", "hidden", "hyper")]
+    names = {*ARCHITECTURES, *ROUTES_KEYS, *ROUTER_KEYS}
+    assert names == {"llama", "lime", "hyper", "kv", "hidden", "static", "dynamic"}
+    assert files_that_compare(names, "lime_dist/model/architectures", *modelling_code) == []
 
 
 def test_schedules_are_compared_in_their_package_only() -> None:
