@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from lime_dist.model.groups import Group
 from support.folders import numbers, values
 from support.workers import WorkerGroup
 
@@ -23,10 +22,11 @@ from lime_dist.config.load import load_config, make_config
 from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS
 from lime_dist.config.schema import OptimizerConfig
 from lime_dist.errors import LimeError
+from lime_dist.model.architecture import Group
 from lime_dist.pipeline.optimizer_memory import parameter_bytes
 from lime_dist.plan.forecast import Machine, forecast
 from lime_dist.train.learning_rates.base import LearningRate
-from lime_dist.train.optimizers.base import Group, Optimizer, ParameterGroup
+from lime_dist.train.optimizers.base import Optimizer, ParameterGroup
 
 Workers = Callable[[int], WorkerGroup]
 
