@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             "--max-rejected must be in [0, 1]"
         )
     if options.shuffle is not None and options.shuffle < 0:
-        raise LimeError("--shuffle takes a seed, a whole number from 0 on")
+        raise LimeError("--shuffle takes a seed, an integer of at least 0")
     with disk_errors("finished shards are kept, fix this and run the same command again"):
         pretokenize(options)
 

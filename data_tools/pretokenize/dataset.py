@@ -19,7 +19,7 @@ from pathlib import Path
 from data_tools import TOOL_VERSION
 from data_tools.pretokenize.duplicates import HashUnit, find_duplicates, hashed
 from data_tools.pretokenize.encoding import EncodeUnit, Layout
-from data_tools.pretokenize.manifest import Manifest, Result, finish, whole
+from data_tools.pretokenize.manifest import Manifest, Result, finish, is_complete
 from data_tools.pretokenize.pool import UnitPool
 from data_tools.pretokenize.units import Selection, Unit, plan_units
 from data_tools.sources.documents import documents
@@ -39,7 +39,7 @@ def check_round_trip(given: str, selection: Selection, tokenizer: Tokenizer) -> 
     """Check, before anything is written, that the input has text and that its first documents survive encoding and decoding.
 
     Raises:
-        LimeError: there is no text, or a text changes although the tokenizer is said to be exact.
+        LimeError: there is no text, or a text changes although its facts say that it is exact.
     """
     tally = Tally()
     rows = documents(given, selection.text_column, tally, selection.filters)
@@ -87,7 +87,7 @@ def pretokenize(options: argparse.Namespace) -> None:
         for scratch in output.glob(f"{SCRATCH}-*"):
             shutil.rmtree(scratch)
         manifest, duplicates = Manifest(output, header, fresh=options.fresh), output / DUPLICATES
-        complete = whole(output)
+        complete = is_complete(output)
         if options.fresh or complete:  # complete: a kill may have left the folder behind
             shutil.rmtree(duplicates, ignore_errors=True)
         if complete:
@@ -129,4 +129,4 @@ def mark_duplicates(folder: Path, units: list[Unit], selection: Selection, worke
     todo = [unit for unit in units if not hashed(folder, unit)]
     if todo:
         UnitPool(HashUnit(folder, selection), workers, "hashing").run(units, todo, lambda unit: None)
-    print(f"duplicates found: {find_duplicates(folder, len(units)):,}")
+    print(f"duplicates: {find_duplicates(folder, len(units)):,}")

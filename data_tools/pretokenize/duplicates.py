@@ -24,7 +24,7 @@ from lime_dist.data.files import sync_folder
 from lime_dist.errors import LimeError
 
 BUCKET_DOCUMENTS = 1 << 21  # about 60 bytes each during sorting
-ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u4")])
+HASH_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u4")])
 
 
 class HashUnit:
@@ -43,10 +43,10 @@ class HashUnit:
             hashes += hashlib.blake2b(raw, digest_size=16).digest()
             progress.add(len(raw), 0)
         halves = np.frombuffer(hashes, dtype="<u8").reshape(-1, 2)
-        entries = np.empty(len(halves), dtype=ENTRY)
-        entries["high"], entries["low"] = halves[:, 0], halves[:, 1]
-        entries["document"] = np.arange(len(halves))
-        _save(_hashes_path(self._folder, unit.index), entries[np.lexsort((halves[:, 1], halves[:, 0]))])
+        records = np.empty(len(halves), dtype=HASH_RECORD)
+        records["high"], records["low"] = halves[:, 0], halves[:, 1]
+        records["document"] = np.arange(len(halves))
+        _save(_hashes_path(self._folder, unit.index), records[np.lexsort((halves[:, 1], halves[:, 0]))])
         return unit.index
 
 
@@ -122,12 +122,12 @@ def _hashes_path(folder: Path, unit: int) -> Path:
 
 
 def _read(path: Path, first: int, end: int) -> np.ndarray:
-    """Read the entries [first, end) of a file without mapping it: mapped pages would count as this process's memory."""
+    """Read the records [first, end) of a file without mapping it: mapped pages would count as this process's memory."""
     with open(path, "rb") as file:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
-        file.seek(int(first) * ENTRY.itemsize, os.SEEK_CUR)
-        return np.fromfile(file, dtype=ENTRY, count=int(end - first))
+        file.seek(int(first) * HASH_RECORD.itemsize, os.SEEK_CUR)
+        return np.fromfile(file, dtype=HASH_RECORD, count=int(end - first))
 
 
 def _save(path: Path, array: np.ndarray) -> None:

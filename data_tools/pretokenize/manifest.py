@@ -103,13 +103,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     changes = [f"{key}={then.get(key)} (now {now[key]})" for key in now if then.get(key) != now[key]]
     if changes:
         return ", ".join(changes)
-    before = {entry["name"]: entry for entry in old.get("inputs") or []}
-    after = {entry["name"]: entry for entry in new["inputs"]}
+    before = {file["name"]: file for file in old.get("inputs") or []}
+    after = {file["name"]: file for file in new["inputs"]}
     names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return f"other input files ({', '.join(names[:3])}{', …' if len(names) > 3 else ''} differ)"
 
 
-def whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether the dataset is finished and every shard has its size; if not, print the reason and remove dataset.json."""
     if not (folder / DATASET_FILE).exists():
         return False
@@ -132,7 +132,7 @@ def finish(
     Raises:
         LimeError: the share is above ``max_rejected``, or ``stop`` is set and there is a bad row; nothing is written.
     """
-    rejected = [Rejection(**entry) for result in results for entry in result["rejected"]]
+    rejected = [Rejection(**rejection) for result in results for rejection in result["rejected"]]
     if stop and rejected:
         raise rejection_error(rejected[0])
     counts = {key: sum(result[key] for result in results) for key in COUNTED}

@@ -31,14 +31,18 @@ from lime_dist.data.files import json_bytes, lock_folder, read_json, sha256_file
 from lime_dist.errors import LimeError
 
 FORMAT = "lime_dist embedded corpus 1"
+ABOUT = (  # part of the files: another text changes their bytes
+    "Python's help topics and the docstrings of all installed packages. language, language_score, score and int_score are "
+    "constants, not measurements."
+)
 MANIFEST = "corpus.json"
 TOPICS = "pydoc_data/topics.py"
 OWN_PACKAGES = ("lime_dist", "data_tools")
 MIN_DOCUMENT = 200  # characters
 MIN_CORPUS = 5e6  # bytes
-MIN_DENSITY = (
-    0.1  # share of a source file inside triple quotes; sparser files give 7 % of the text for 45 % of the parsing time
-)
+MIN_DENSITY = 0.1
+"""Share of a source file inside triple quotes. Sparser files give 7 % of the text for 45 % of the parsing time."""
+
 MAX_SOURCE = 2_000_000  # bytes
 FILE_TEXT_BYTES, ROW_GROUP_ROWS, FILES_AT_ONCE = 8_000_000, 512, 16
 QUOTED = re.compile(rb"\"\"\".*?\"\"\"|'''.*?'''", re.DOTALL)
@@ -56,7 +60,7 @@ SCHEMA = pa.schema(
         "score": pa.float64(),
         "int_score": pa.int64(),
     },
-    metadata={"about": __doc__, "token_count": "words separated by white space"},
+    metadata={"about": ABOUT, "token_count": "words separated by white space"},
 )
 Documents = list[tuple[str, list[str]]]  # (url, docstrings) of one source file
 

@@ -61,7 +61,9 @@ class Filter:
         if value is None:
             return False
         if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(self.value, float) else str):
-            raise TypeError(f"column {self.column!r} holds {type(value).__name__}, which {self} cannot compare")
+            raise TypeError(
+                f"column {self.column!r} holds {type(value).__name__}, which {self} cannot be compared with"
+            )
         return COMPARISONS[self.comparison](value, self.value)
 
     def __str__(self) -> str:

@@ -120,7 +120,7 @@ def _hub_files(given: str) -> list[InputFile]:
 
 
 def fingerprint(file: InputFile) -> dict[str, Any]:
-    """Name, size in bytes and SHA-256 of a file; above 64 MiB, the SHA-256 covers 64 evenly spread blocks of 1 MiB.
+    """Name, size in bytes and SHA-256 of a file; above 64 MiB, the SHA-256 covers 64 evenly spread pieces of 1 MiB.
 
     Remote files get no SHA-256: their name holds the commit, and hashing would mean downloading them twice.
     """

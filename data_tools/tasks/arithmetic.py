@@ -1,4 +1,4 @@
-"""Arithmetic questions: nested expressions over small whole numbers, solved by reducing one level at a time.
+"""Arithmetic questions: nested expressions over small integers, solved by reducing one level at a time.
 
 An expression is built backwards from its value: one of its numbers is replaced by an operation that gives this number,
 until there are enough operands. So no division leaves a remainder, and no intermediate result is negative or too large.

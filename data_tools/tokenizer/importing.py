@@ -29,7 +29,7 @@ USUAL_NAMES = {
     "pad": ("<pad>", "[PAD]"),
 }
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-SHOWN_CHARACTERS, SHOWN_LOSSES = 24, 20
+SHOWN_CHARACTERS, SHOWN_CHANGES = 24, 20
 # Any 40 consecutive characters contain a place to cut; every kind of text that tokenizers treat differently occurs on
 # both sides of such a place.
 CUT_LIMITS = (40, 47, 61)
@@ -173,7 +173,7 @@ def special_out_of_text(tokenizer: Tokenizer, source: Source) -> str | None:
     return next((token for token, number in special.items() if number in produced), None)
 
 
-def show_loss(text: str, decoded: str) -> str:
+def describe_change(text: str, decoded: str) -> str:
     """Show a text and its decoded form around their first difference."""
     length = min(len(text), len(decoded))
     place = next((i for i in range(length) if text[i] != decoded[i]), length)
@@ -181,7 +181,7 @@ def show_loss(text: str, decoded: str) -> str:
     return f"{text[shown]!a} is decoded as {decoded[shown]!a}"  # escaped, as some differences are invisible
 
 
-def take_over(source: Source, output: Path, allow_loss: bool, fresh: bool) -> None:
+def import_model(source: Source, output: Path, allow_loss: bool, fresh: bool) -> None:
     """Write the tokenizer into a scratch folder, check it there, and move it into ``output``, which otherwise stays as it is.
 
     Raises:
@@ -201,10 +201,10 @@ def take_over(source: Source, output: Path, allow_loss: bool, fresh: bool) -> No
                 f"{path}: the text {token!r} in a document would become the special token; name another token or model"
             )
         texts = [*HARD_TEXTS, *(f"a{token}b {token} c" for token in encoder.whole_tokens())]
-        lost = [show_loss(text, decoded) for text, decoded in failures(tokenizer, texts)]
-        if lost and not allow_loss:
-            raise LimeError(f"{path}: changes texts: {lost[0]}; accept that with --allow-loss")
-        facts |= {"exact": not lost, "cuttable": cuts_are_exact(tokenizer, encoder)}
+        changes = [describe_change(text, decoded) for text, decoded in failures(tokenizer, texts)]
+        if changes and not allow_loss:
+            raise LimeError(f"{path}: changes texts: {changes[0]}; accept that with --allow-loss")
+        facts |= {"exact": not changes, "cuttable": cuts_are_exact(tokenizer, encoder)}
         write_atomic(scratch / FACTS_FILE, json_bytes(facts))
         reused = existing is not None and not fresh
         if existing and reused and any(existing.get(key) != facts[key] for key in facts if key != "imported"):
@@ -225,9 +225,9 @@ def take_over(source: Source, output: Path, allow_loss: bool, fresh: bool) -> No
         print(f"{encoder.holes} ids below {encoder.vocab_size} have no token; each still takes a row of the embedding")
     if not facts["cuttable"]:
         print("long texts are not cut for encoding, because tokens of this vocabulary would cross the cuts")
-    for loss in lost[:SHOWN_LOSSES]:
-        print(f"lost: {loss}")
-    print(f"{len(texts) - len(lost)} of {len(texts)} test texts are decoded exactly")
+    for change in changes[:SHOWN_CHANGES]:
+        print(f"changes: {change}")
+    print(f"{len(texts) - len(changes)} of {len(texts)} test texts are decoded exactly")
 
 
 def add_arguments(commands: Any) -> None:
@@ -259,4 +259,4 @@ def run(options: argparse.Namespace) -> None:
     with disk_errors("fix this and run the same command again"):
         source, output = read_source(options), Path(options.output)
         with lock_folder(output):
-            take_over(source, output, options.allow_loss, options.fresh)
+            import_model(source, output, options.allow_loss, options.fresh)

@@ -51,12 +51,12 @@ def _encode_integer(value: int) -> bytes:
 
 
 class Field(NamedTuple):
-    """One field of a message: its value is ``integer`` or ``content``, by its wire type; ``whole`` is its encoded form."""
+    """One field of a message: its value is ``integer`` or ``content``, by its wire type; ``encoded`` is all of it."""
 
     number: int
     integer: int
     content: bytes
-    whole: bytes
+    encoded: bytes
 
 
 def read_fields(message: bytes) -> Iterator[Field]:
@@ -87,7 +87,7 @@ def _content_of(message: bytes, number: int) -> bytes:
 
 def _with_integer(message: bytes, number: int, value: int) -> bytes:
     """Return the message with an integer field set."""
-    kept = b"".join(field.whole for field in read_fields(message) if field.number != number)
+    kept = b"".join(field.encoded for field in read_fields(message) if field.number != number)
     return kept + _encode_integer(number << 3 | INTEGER) + _encode_integer(value)
 
 
@@ -119,7 +119,7 @@ def without_dummy_prefix(model: bytes) -> bytes:
     return b"".join(
         _string_field(NORMALIZER, _with_integer(field.content, DUMMY_PREFIX, 0))
         if field.number == NORMALIZER
-        else field.whole
+        else field.encoded
         for field in read_fields(model)
     )
 
@@ -128,10 +128,10 @@ def with_control_symbols(model: bytes, ids: set[int]) -> bytes:
     """Return the model with these pieces made control symbols, which no text becomes; unchanged if they are already."""
     fields, piece_id = [], 0
     for field in read_fields(model):
-        whole = field.whole
+        encoded = field.encoded
         if field.number == PIECE:
             if piece_id in ids and _integer_of(field.content, PIECE_TYPE, NORMAL) not in (CONTROL, UNKNOWN):
-                whole = _string_field(PIECE, _with_integer(field.content, PIECE_TYPE, CONTROL))
+                encoded = _string_field(PIECE, _with_integer(field.content, PIECE_TYPE, CONTROL))
             piece_id += 1
-        fields.append(whole)
+        fields.append(encoded)
     return b"".join(fields)

@@ -99,7 +99,7 @@ def test_a_condition_that_cannot_be_checked_is_reported(tmp_path: Path) -> None:
     tally = Tally()
     assert len(list(documents(str(tmp_path), "text", tally, (Filter.parse("language=en"),)))) == 2
     (bad,) = tally.rejected
-    assert str(bad) == "b.jsonl row 2: column 'language' holds int, which language=en cannot compare"
+    assert str(bad) == "b.jsonl row 2: column 'language' holds int, which language=en cannot be compared with"
 
 
 def test_of_equal_texts_the_first_is_kept(corpus: Path, tmp_path: Path, run: Run) -> None:

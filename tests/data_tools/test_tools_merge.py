@@ -45,8 +45,10 @@ def test_a_merged_folder_holds_everything_in_order(
     shard = parts[0]["splits"]["train"]["shards"][0]["name"]
     linked = tmp_path / "both" / f"train-m00-{shard.removeprefix('train-')}.bin"
     assert os.path.samefile(linked, folders[0] / f"{shard}.bin")
-    said = capsys.readouterr().out
-    assert f"train: {TokenSplit(tmp_path / 'both', 'train').num_tokens:,} tokens" in said and str(folders[1]) in said
+    output = capsys.readouterr().out
+    assert (
+        f"train: {TokenSplit(tmp_path / 'both', 'train').num_tokens:,} tokens" in output and str(folders[1]) in output
+    )
     inspect.main([str(tmp_path / "both"), "--verify"])
     assert "files have the size and SHA-256" in capsys.readouterr().out
     merge.main(given)

@@ -256,8 +256,8 @@ def test_a_tokenizer_that_loses_text(kind: str, shown: str, tmp_path: Path, caps
     capsys.readouterr()
     one = import_model(file, tmp_path / "t", "--allow-loss")
     assert one.exact is False and one.facts["exact"] is False
-    said = capsys.readouterr().out
-    assert shown in said and "test texts are decoded exactly" in said
+    output = capsys.readouterr().out
+    assert shown in output and "test texts are decoded exactly" in output
     with pytest.raises(LimeError, match="changes texts"):  # even if the folder holds one imported with --allow-loss
         import_model(file, tmp_path / "t")
 
@@ -289,7 +289,7 @@ def without(value: dict[str, Any], *path: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "name,change,said",
+    "name,change,message",
     [
         (
             "tokenizer.json",
@@ -329,7 +329,7 @@ def without(value: dict[str, Any], *path: str) -> dict[str, Any]:
 def test_an_invalid_model_is_a_one_line_error(
     name: str,
     change: Callable[[dict[str, Any]], Any],
-    said: str,
+    message: str,
     byte_level: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -339,7 +339,7 @@ def test_an_invalid_model_is_a_one_line_error(
         run_command(lambda: main(["import", "--model", str(tmp_path / "in"), "--output", str(tmp_path / "t")]))
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
-    assert re.search(said, errors), errors
+    assert re.search(message, errors), errors
     assert not (tmp_path / "t").exists()
 
 
@@ -384,7 +384,7 @@ def test_without_the_package(byte_level: dict[str, Any], tmp_path: Path, monkeyp
 def test_a_damaged_folder_is_refused_when_opened(byte_level: dict[str, Any], tmp_path: Path) -> None:
     import_model(write(tmp_path / "tokenizer.json", byte_level), tmp_path / "t")
     facts = read_json(tmp_path / "t" / FACTS_FILE, "")
-    for change, said in (
+    for change, message in (
         ({"kind": "novel"}, "damaged, kind is invalid"),
         ({"eos_id": None}, "damaged, eos_id is invalid"),
         ({"eos_id": 5}, "its pieces do not match the hash in tokenizer_facts.json"),
@@ -393,7 +393,7 @@ def test_a_damaged_folder_is_refused_when_opened(byte_level: dict[str, Any], tmp
     ):
         shutil.copytree(tmp_path / "t", tmp_path / "d", dirs_exist_ok=True)
         write(tmp_path / "d" / FACTS_FILE, facts | change)
-        with pytest.raises(LimeError, match=said):
+        with pytest.raises(LimeError, match=message):
             Tokenizer(tmp_path / "d")
 
 

@@ -1,4 +1,4 @@
-"""A task's shards, made by the real commands, and a run that learns it."""
+"""The shards of a synthetic task, made by the real commands, and the configuration of a run that learns it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_shards(folder: Path, documents: int = 300) -> Path:
 
 
 def task_values(shards: Path, directory: Path, **model: Any) -> dict[str, Any]:
-    """A small model that learns the answers alone."""
+    """A small model whose loss covers only the answers."""
     values = run_values(shards, directory, **{"vocab_size": 280, **model})
     mark = Tokenizer(shards / "tokenizer").facts["symbols"][MARK]
     return {**values, "data": {"path": str(shards), "sequence_length": 32, "answer_token": mark}}

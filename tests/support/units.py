@@ -1,4 +1,4 @@
-"""What worker processes of a pool do in tests; it is imported by them."""
+"""Tasks for the worker processes of a pool, which import this module."""
 
 from __future__ import annotations
 
