@@ -226,7 +226,7 @@ def import_model(source: Source, output: Path, allow_loss: bool, fresh: bool) ->
     if not facts["cuttable"]:
         print("long texts are not cut for encoding, because tokens of this vocabulary would cross the cuts")
     for change in changes[:SHOWN_CHANGES]:
-        print(f"changes: {change}")
+        print(f"changed: {change}")
     print(f"{len(texts) - len(changes)} of {len(texts)} test texts are decoded exactly")
 
 
