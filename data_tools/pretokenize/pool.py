@@ -148,8 +148,15 @@ class UnitPool(Generic[Result]):
 
 
 def _describe_death(children: set[BaseProcess], under_way: list[Unit], holders: np.ndarray) -> str:
-    """Say which worker died, how, and at which unit. The executor ends the others with SIGTERM."""
+    """Say which worker died, how, and at which unit. The executor ends the others with SIGTERM.
+
+    Args:
+        children: the workers that were seen alive; one that dies at once, on a busy machine, may never be.
+    """
     dead = [child for child in children if child.exitcode not in (None, 0, -signal.SIGTERM)] or list(children)
+    if not dead:
+        where = ", ".join(map(str, under_way)) or "no unit"
+        return f"a worker process died at {where}; finished shards are kept, run the same command again"
     child = min(dead, key=lambda child: child.pid or 0)
     status = child.exitcode or 0
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"

@@ -40,3 +40,14 @@ def test_a_dead_workers_signal_is_named_though_two_threads_wait_for_it(
     )
     with pytest.raises(LimeError, match=message):
         UnitPool(Killed(), 1, "test").run([unit], [unit], lambda _: None)
+
+
+def test_a_worker_that_was_never_seen_alive_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a busy machine a worker can die before the pool first looks at its children."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "words"}\n')
+    (file,) = list_inputs(str(path))
+    unit = Unit(0, ((file, None),), 5)
+    monkeypatch.setattr("multiprocessing.active_children", list)
+    with pytest.raises(LimeError, match=r"a worker process died at unit 0 \(a\.jsonl\); finished shards are kept"):
+        UnitPool(Killed(), 1, "test").run([unit], [unit], lambda _: None)
