@@ -1,0 +1,64 @@
+"""Where samples come from: ``data``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from lime_dist.config.sections.base import Section
+
+
+class BlendEntry(Section):
+    """One dataset of a blend."""
+
+    path: str = Field(description="a folder or a prefix, as in `data.path`")
+    weight: float = Field(gt=0, description="share of the samples, relative to the sum of all weights")
+
+
+class DataConfig(Section):
+    """Where samples come from: one dataset (`path`) or several (`blend`)."""
+
+    path: str | None = Field(
+        "data/quickstart/shards",
+        description="a folder written by `data_tools.pretokenize`, or the prefix of a Megatron `.bin`/`.idx` pair; "
+        "`null` if `blend` is set",
+    )
+    blend: list[BlendEntry] | None = Field(
+        None, min_length=1, description="several datasets with weights, instead of `path`"
+    )
+    validation_fraction: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="share of a `.bin`/`.idx` pair's documents, the last ones, that is held out for validation; folders "
+        "have their own validation split",
+    )
+    sequence_length: int = Field(256, ge=1, description="tokens per sample")
+    seed: int = Field(0, description="seed of the order of samples")
+    answer_token: int | None = Field(
+        None,
+        ge=0,
+        description="id of the token that separates question and answer: the loss counts only what follows it in the "
+        "document; `null` counts all tokens; needs `path`",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blend_replaces_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("blend") is not None:
+            return {"path": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.path is None) == (self.blend is None):
+            raise ValueError("set either data.path or data.blend; data.path=null goes with data.blend")
+        if self.blend is not None and self.answer_token is not None:
+            raise ValueError(f"data.answer_token={self.answer_token} needs data.path; it does not go with data.blend")
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of all datasets."""
+        return [entry.path for entry in self.blend or []] if self.path is None else [self.path]

@@ -1,0 +1,92 @@
+"""How a run is spread over processes: ``parallel`` and ``pipeline``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lime_dist.config.registry import SCHEDULES, choice_of
+from lime_dist.config.sections.base import Section
+
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    ScheduleName = choice_of(SCHEDULES)
+
+
+class ParallelConfig(Section):
+    """How the model and its optimizer are divided among processes.
+
+    The number of processes divided by `pipeline_stages` is the number of data-parallel replicas.
+    """
+
+    pipeline_stages: int = Field(1, ge=1, description="number of pipeline stages, at most one per decoder layer")
+    topology: Literal["stages_together", "replicas_together"] = Field(
+        "stages_together",
+        description="which processes share a host: neighbouring stages of a replica, or the replicas of a stage",
+    )
+    zero_stage: Literal[0, 1] = Field(
+        0, description="1 divides optimizer states and master weights among the replicas of a stage (ZeRO-1)"
+    )
+    stage_layers: list[int] | None = Field(
+        None,
+        description="number of decoder layers of each stage, such as `[5, 6, 5]`; `null` divides them by `balance`",
+    )
+    balance: Literal["compute", "memory"] = Field(
+        "compute", description="what the stages share evenly, unless `stage_layers` is set"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="store only the input of each layer, and compute its activations again in the backward pass"
+    )
+
+
+class PipelineConfig(Section):
+    """How payloads travel between stages."""
+
+    schedule: ScheduleName = Field(
+        "1f1b",
+        description="order of forward and backward passes: `1f1b` alternates them, with transfers that overlap the "
+        "computation; `stock` is DeepSpeed's own, with blocking transfers",
+    )
+    engine: Literal["overlap", "stock"] = Field(
+        "overlap",
+        description="`overlap` transfers payloads while stages compute; `stock` is DeepSpeed's, with its schedule. If either "
+        "`engine` or `schedule` is given, the other follows",
+    )
+    extra_in_flight: int = Field(
+        1,
+        ge=0,
+        description="micro-batches in flight beyond those that 1F1B needs, for each boundary downstream; they hide transfers "
+        "and cost memory (`1f1b`)",
+    )
+    wire_dtype: Literal["bf16"] | None = Field(
+        None, description="type of payloads and their gradients between stages; `null` uses that of `precision`"
+    )
+    timeout: float = Field(
+        600.0, gt=0, le=1e6, description="seconds without progress after which a stage ends the job (hang detection)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Fill in the engine that runs the given schedule, or the first schedule that the given engine runs."""
+        if not isinstance(values, dict) or ("schedule" in values) == ("engine" in values):
+            return values
+        if "schedule" in values:
+            schedule = values["schedule"]
+            known = isinstance(schedule, str) and schedule in SCHEDULES
+            return {**values, "engine": SCHEDULES[schedule].engine} if known else values
+        names = [cls.model_fields["schedule"].default, *SCHEDULES]
+        fitting = [name for name in names if SCHEDULES[name].engine == values["engine"]]
+        return {**values, "schedule": fitting[0]} if fitting else values
+
+    @model_validator(mode="after")
+    def _engine_runs_schedule(self) -> PipelineConfig:
+        engine = SCHEDULES[self.schedule].engine
+        if engine != self.engine:
+            raise ValueError(
+                f"pipeline.engine={self.engine} does not run pipeline.schedule={self.schedule}; set pipeline.engine={engine}, "
+                "or leave one of the two out"
+            )
+        return self
