@@ -24,7 +24,7 @@ A YAML file describes a run. A key that the file leaves out has its default. The
 `section.key=value`; values are YAML. An unknown key or an impossible value ends the command with one line that names the key.
 The run writes all keys, as it uses them, to `config.yaml` in its folder.
 
-This page is made from `lime_dist/config/schema.py`:
+This page is made from the descriptions in `lime_dist/config/sections/`:
 
 ```bash
 python -m lime_dist.config.page > docs/configuration.md

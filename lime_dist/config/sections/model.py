@@ -132,7 +132,8 @@ class ModelConfig(Section):
     """Architecture and size of the decoder. The keys are those of Hugging Face's `LlamaConfig`."""
 
     architecture: ArchitectureName = Field(
-        "lime", description="plain LLaMA, LLaMA with Layer-Integrated Memory, or LLaMA with Hyper-Connections"
+        "lime",
+        description="`llama` is plain LLaMA, `lime` adds Layer-Integrated Memory to it, and `hyper` adds Hyper-Connections",
     )
     vocab_size: int = Field(4096, ge=2, description="rows of the embedding; at least the pieces of the tokenizer")
     hidden_size: int = Field(128, ge=1, description="width of the residual stream; a multiple of `num_attention_heads`")
