@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # at run time these imports wait until `start_processes` has 
     from lime_dist.monitor.records import Records
     from lime_dist.pipeline.engine import LimeEngine
     from lime_dist.train.loop import Outcome
-    from lime_dist.train.optim import StageOptimizer
     from lime_dist.train.run import Run
+    from lime_dist.train.stage_optimizer import StageOptimizer
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 pretrain.py --config configs/quickstart.yaml
@@ -82,7 +82,7 @@ def train(config: Config, verbose: bool) -> None:
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.run_files import open_run_files
     from lime_dist.train import loop
-    from lime_dist.train.optim import build_engine
+    from lime_dist.train.build import build_engine
 
     console = Console(is_main_process())
     directory = Path(config.run.directory)

@@ -26,7 +26,7 @@ from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
 from lime_dist.pipeline.process_groups import stage_process_groups
-from lime_dist.train.optim import make_stage_optimizer
+from lime_dist.train.build import make_stage_optimizer
 
 Payload = tuple[Tensor, Tensor]
 

@@ -16,7 +16,7 @@ from planning import SETTINGS, make_config
 from lime_dist.config.schema import Config
 from lime_dist.distributed import quiet, start_processes
 from lime_dist.pipeline.engine import LimeEngine
-from lime_dist.train.optim import build_engine
+from lime_dist.train.build import build_engine
 
 
 def seconds_of_step(engine: LimeEngine, config: Config) -> float:

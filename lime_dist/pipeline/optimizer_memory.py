@@ -1,6 +1,6 @@
 """Bytes that the parameters of a stage take together with their gradients, master weights and optimizer states.
 
-`lime_dist.train.optim` allocates them; which states there are is declared by the optimizer.
+`lime_dist.train.stage_optimizer` allocates them; which states there are is declared by the optimizer.
 """
 
 from __future__ import annotations

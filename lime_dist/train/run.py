@@ -17,7 +17,7 @@ from lime_dist.data.ramp import BatchSizes
 from lime_dist.data.state import TrainState
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.train.control import Control
-from lime_dist.train.optim import StageOptimizer
+from lime_dist.train.stage_optimizer import StageOptimizer
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary

@@ -53,7 +53,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
     """
     from lime_dist.data.answers import CountedShares
     from lime_dist.distributed import quiet
-    from lime_dist.train.optim import build_engine
+    from lime_dist.train.build import build_engine
 
     config = make_config(values, "a test")
     if config.train.compile:

@@ -28,7 +28,7 @@ def settings(stages: int = 2, **sections: Any) -> dict[str, Any]:
 def _build(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any]:
     from lime_dist.checkpoint.saver import Saver
     from lime_dist.distributed import quiet
-    from lime_dist.train.optim import build_engine
+    from lime_dist.train.build import build_engine
 
     config = make_config(values, "a test")
     with quiet():

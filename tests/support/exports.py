@@ -80,7 +80,7 @@ def train_without_updates(values: dict[str, Any]) -> str:
     """Train as pretrain.py does, but leave the weights alone: what is saved then is the same for every stage count."""
     from support.runs import run
 
-    from lime_dist.train.optim import StageOptimizer
+    from lime_dist.train.stage_optimizer import StageOptimizer
 
     update = StageOptimizer.step
 

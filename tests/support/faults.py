@@ -14,7 +14,7 @@ from lime_dist.config.load import make_config
 def poisoned_step(zero_stage: int) -> dict[str, Any]:
     """Three steps, the second with an infinity in one gradient of the last stage of one replica only."""
     from lime_dist.distributed import quiet
-    from lime_dist.train.optim import build_engine
+    from lime_dist.train.build import build_engine
 
     config = make_config(
         {
@@ -65,7 +65,7 @@ def whom_gradients_need(tie_word_embeddings: bool) -> str:
 
     from lime_dist.distributed import quiet
     from lime_dist.pipeline.placement import Placement
-    from lime_dist.train.optim import build_engine
+    from lime_dist.train.build import build_engine
 
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     model = {**sizes, "num_hidden_layers": 3, "tie_word_embeddings": tie_word_embeddings}
@@ -80,7 +80,7 @@ def one_tensor_over_four_replicas(zero_stage: int) -> list[float]:
     import torch.distributed as dist
 
     from lime_dist.pipeline.process_groups import ProcessGroups
-    from lime_dist.train.optim import make_stage_optimizer
+    from lime_dist.train.build import make_stage_optimizer
 
     replicas = dist.new_group(range(4))
     alone = [dist.new_group([rank]) for rank in range(4)][dist.get_rank()]

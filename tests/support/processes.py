@@ -14,7 +14,7 @@ from typing import Any
 
 SUPPORT = Path(__file__).resolve().parent
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-PRELOADED = ["lime_dist.train.loop", "lime_dist.train.optim", "torch._dynamo", "torch.utils.tensorboard"]
+PRELOADED = ["lime_dist.train.loop", "lime_dist.train.build", "torch._dynamo", "torch.utils.tensorboard"]
 """torch's optimizers import torch._dynamo, which takes longer than all the rest."""
 
 

@@ -17,7 +17,7 @@ from lime_dist.pipeline import transfer
 
 def build(values: dict[str, Any]) -> tuple[Any, Any, Any]:
     from lime_dist.distributed import quiet
-    from lime_dist.train.optim import build_engine
+    from lime_dist.train.build import build_engine
 
     config = make_config(values, "a test")
     with quiet():
