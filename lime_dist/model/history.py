@@ -2,8 +2,9 @@
 
 Every entry is stored once. Layers write their slots and read entries in place, so L layers take O(L) memory; a concatenation
 per layer would take O(L²). `policies.py` says which entries a layer reads and `layout.py` where they lie. This file has what
-the two kinds of route share; `architectures/lime/kv/history.py` and `architectures/lime/hidden/history.py` have the rest. tests/support/reference.py computes
-the same mixtures with nested loops (``mix`` for ``routes: kv``, ``hidden_logits`` for ``routes: hidden``): read it first.
+the two kinds of route share; `architectures/lime/kv/history.py` and `architectures/lime/hidden/history.py` have the rest.
+tests/support/reference.py computes the same mixtures with nested loops (``mix`` for ``routes: kv``, ``hidden_logits`` for
+``routes: hidden``): read it first.
 
 An example: three layers on one stage, full history, one head
 -------------------------------------------------------------
@@ -15,7 +16,7 @@ router with ``routes: kv``, so w_00 = 1. g_ℓ and ∂ are gradients of the loss
     M_2 = w_20·S_0 + w_21·S_1 + w_22·S_2        ∂S_2 =                       w_22·g_2        ∂w_ℓe = ⟨g_ℓ, S_e⟩
 
 ``routes: kv`` has one buffer for entries and gradients. Backward visits layers from last to first. Once layer ℓ has been
-visited, nobody needs S_ℓ any more, and its place takes g_ℓ:
+visited, S_ℓ is no longer needed, and g_ℓ overwrites it:
 
                             place 0   place 1   place 2
     before forward             ·         ·         ·
@@ -30,7 +31,7 @@ visited, nobody needs S_ℓ any more, and its place takes g_ℓ:
 Follow ∂S_0. Layer 2 contributes w_20·g_2, but visit(2) only leaves g_2 in place 2. visit(1) leaves g_1 in place 1. visit(0)
 finds all that it needs in the buffer: it leaves g_0 in place 0, computes the sum w_00·g_0 + w_10·g_1 + w_20·g_2 in at least
 float32, rounds it once, and returns it as the gradient of layer 0's keys and values. Nothing is accumulated in between, so
-nothing stagnates in low precision, however many layers read the slot.
+small contributions are not lost to rounding in low precision, however many layers read the slot.
 
 ``routes: hidden`` keeps its entries through backward and has a second buffer, in at least float32, for their gradients. The
 backward of ``project(ℓ)`` adds w_ℓe·g_ℓ to the gradient of every entry e that layer ℓ reads; the backward of ``write(ℓ)``,
@@ -39,8 +40,8 @@ layer 1, and complete when the backward of ``write(0)`` returns it.
 
 Blocked reads
 -------------
-One product per layer and entry would be too thin to be fast. The layers of a block (at most `layout.BLOCK`) therefore read
-together what all of them read from entries older than the block. Rows are layers, columns are entries, blocks have 3 layers:
+One matrix product per layer and entry would be too small to be efficient. The layers of a block (at most
+`Architecture.max_block_layers`) therefore read together what all of them read from entries older than the block. Rows are layers, columns are entries, blocks have 3 layers:
 
              0  1  2 | 3  4  5 | 6
     layer 3  ■  ■  ■ | □       |          ■  read by the block: one product for the whole rectangle
@@ -55,7 +56,7 @@ gradients of the slots 3, 4 and 5 are one product of the weights ▲ in their co
 Order
 -----
 Autograd does not see the buffer, so the order of writers and readers is made explicit: every operation takes the
-``dependency`` (a scalar in the autograd graph) of the one before and returns the next one. Backward then runs the operations
+``dependency`` (a scalar in the autograd graph) that the previous operation returned, and returns a new one. Backward then runs the operations
 in exactly the reverse order. The operations are autograd Functions (`kv/functions.py`, `hidden/functions.py`,
 `OpenWeights` here). They hold the history and call its public methods; the history never holds the graph after `release`.
 """
@@ -82,8 +83,8 @@ class LayerHistory:
     order and ``summarise`` each chunk after its last layer; ``release``; ``pack`` a payload (all stages but the last).
 
     Args:
-        slot_shape: of one entry.
-        entry_heads: heads of an entry that a reader weighs separately.
+        slot_shape: shape of one entry.
+        entry_heads: number of heads per entry; a reader has a separate weight for each.
         weight_gradient_dtype: type in which gradients of the readers' weights are kept until they are handed out.
         keep: allow backward to run several times over one graph, at the cost of memory (gradient checkers need it).
             Otherwise it can run once.
@@ -123,6 +124,7 @@ class LayerHistory:
         self._visited: set[Entry] = set()
 
     # -- called by the stage ------------------------------------------------------------------------------------------
+
     def landing(self, shape_BTC: tuple[int, ...]) -> Tensor:
         """The memory that a payload is to be received into, [B, T, C]; then pass it to ``unpack``. Only for architectures
         with ``receives_in_place``."""
@@ -254,7 +256,7 @@ class LayerHistory:
         before = entry.layer if entry.is_summary else entry.layer - 1
         if entry in self._written or (before >= self.layout.start and Entry(before) not in self._written):
             raise RuntimeError(
-                f"layer {entry.layer} wrote an entry out of turn: the history holds {len(self._written)} entries"
+                f"layer {entry.layer} wrote its entry out of order (entries written so far: {len(self._written)})"
             )
         self._written.add(entry)
         return self.entries[self.layout.position[entry]]
@@ -266,7 +268,9 @@ class LayerHistory:
             RuntimeError: it had been there before, and the history was not made with ``keep``.
         """
         if entry in self._visited and not self._keep:
-            raise RuntimeError("backward can run once over a layer history: it overwrites or frees what it has used")
+            raise RuntimeError(
+                "backward can run only once over a layer history, because it overwrites or frees what it reads"
+            )
         self._visited.add(entry)
 
 

@@ -1,7 +1,7 @@
 """The engine whose transfers overlap the computation (``pipeline.engine: overlap``).
 
 A payload is received into the memory of the history that it belongs to, and a sent payload is freed once its send has
-completed: of a micro-batch in flight a stage keeps the autograd graph only. Shapes follow from the configuration, so stages do
+completed: for each micro-batch in flight, a stage keeps only the autograd graph. Shapes follow from the configuration, so stages do
 not negotiate them, and an evaluation may have another micro-batch size than training.
 """
 
@@ -54,7 +54,7 @@ class MicroBatch:
 
 
 class OverlapEngine(LimeEngine):
-    """Runs any `OverlappedSchedule`. The buffer of an instruction is its micro-batch."""
+    """Runs any `OverlappedSchedule`. The ``buffer_id`` of an instruction is the index of its micro-batch."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class OverlapEngine(LimeEngine):
                 self._to_next, self._from_next = Sender(ends[1], there), Receiver(ends[1], back, ahead)
             if self.global_rank == ends[1]:
                 self._from_previous, self._to_previous = Receiver(ends[0], there, ahead), Sender(ends[0], back)
-            # Libraries connect at the first transfer and need both ends there. A receive posted ahead must not be the first.
+            # gloo and NCCL connect at the first transfer, in which both ends must take part: not an early receive.
             greeting = torch.zeros(1, device=self.device)
             for group, sender, receiver in ((there, *ends), (back, *reversed(ends))):
                 if self.global_rank == sender:
@@ -96,7 +96,7 @@ class OverlapEngine(LimeEngine):
                     dist.recv(greeting, sender, group=group)
 
     def transfer_stats(self) -> dict[str, TransferStats]:
-        """What this stage has sent and received since the engine was made, by direction. Ends of the pipeline have two of four."""
+        """What this stage has sent and received since the engine was made, by direction. The first and the last stage have two of the four."""
         ends = {
             "sent to next": self._to_next,
             "received from previous": self._from_previous,
@@ -114,7 +114,7 @@ class OverlapEngine(LimeEngine):
         return EvaluationStage(micro_batches, self.num_stages, self.stage_id)
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
-        """Raises RuntimeError if an exception ended an earlier step: its pending transfers would be taken for this step's."""
+        """Raises RuntimeError if an exception ended an earlier step: its pending transfers would be mistaken for this step's."""
         if self._failed:
             raise RuntimeError(
                 "an earlier step ended with an exception and left transfers half done; make a new engine"

@@ -35,7 +35,7 @@ class Machine:
         flops: FLOPs per second that it reaches in matrix products.
         memory_bandwidth: bytes per second to and from its memory.
         bandwidth: bytes per second to any other process, in each direction.
-        latency: seconds from when a transfer's last byte leaves to its arrival.
+        latency: seconds between sending a transfer's last byte and its arrival.
         memory: bytes, or None for no limit.
     """
 
@@ -69,14 +69,14 @@ class StageForecast:
 class Parts:
     """The seconds of a step by cause; their sum is the step.
 
-    Passes set the pace if the step without transfers takes longer than the step without passes. Otherwise links do.
+    The step is bound by computation if it takes longer without transfers than without passes; otherwise it is bound by links.
 
     Attributes:
-        computation: of a stage, on average. If links set the pace: what passes add to the step.
-        imbalance: of the busiest stage, beyond the average. 0 if links set the pace.
-        link: what transfers add to the step. If links set the pace: the step without passes.
-        bubble: filling and draining the pipeline. 0 if links set the pace.
-        latency: what the latency of transfers adds.
+        computation: mean computation of a stage. If links bind: the time that passes add to the step.
+        imbalance: computation of the busiest stage beyond the mean. 0 if links bind.
+        link: the time that transfers add to the step. If links bind: the step without passes.
+        bubble: filling and draining the pipeline. 0 if links bind.
+        latency: the time that the latency of transfers adds.
         reduction: of gradients over the replicas and of tied weights, and with ZeRO-1 the exchange of updated weights.
     """
 
@@ -131,7 +131,7 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
     """Forecast one training step.
 
     Raises:
-        LimeError: the number of processes is no multiple of the stages, or the batch does not divide into micro-batches.
+        LimeError: the number of processes is not a multiple of the stages, or the batch does not divide into micro-batches.
     """
     replicas, micro_batches = batch_split(config, processes)
     bounds = stage_bounds(config)
@@ -204,7 +204,7 @@ def step_parts(
     micro_batches: int,
     reduction: float,
 ) -> Parts:
-    """Attribute the seconds of a step, by evaluating it as it is, without latency, without transfers, and without passes."""
+    """Attribute the seconds of a step, from how long it takes as it is, without latency, without transfers, and without passes."""
     transfers = [size / machine.bandwidth for size in sizes]
     as_it_is, without_latency, without_transfers, without_passes = _scenarios(
         config, times, transfers, machine.latency, micro_batches
@@ -223,7 +223,7 @@ def step_parts(
 def _scenarios(
     config: Config, times: Sequence[StageTimes], transfers: Sequence[float], latency: float, micro_batches: int
 ) -> list[float]:
-    """Seconds of the step: as it is, without latency, without transfers, and without latency and passes.
+    """Seconds of the step: as it is; without latency; without latency and transfers; without latency and passes.
 
     A schedule without diagonals is simulated, which gives the same seconds and takes longer.
     """

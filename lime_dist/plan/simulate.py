@@ -43,7 +43,7 @@ class Link:
 
     Args:
         bandwidth: bytes per second, above 0; ``math.inf`` for transfers that take no time.
-        latency: seconds from when a transfer's last byte leaves to its arrival.
+        latency: seconds between sending a transfer's last byte and its arrival.
     """
 
     bandwidth: float

@@ -110,7 +110,7 @@ def test_mixtures_equal_nested_loops(layers: int) -> None:
 def test_backward_runs_once_over_a_history() -> None:
     out = run_history("full", 3, *random_values("full", 3), keep=False).sum()
     out.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can run once over a layer history"):
+    with pytest.raises(RuntimeError, match="can run only once over a layer history"):
         out.backward()
 
 
@@ -119,10 +119,10 @@ def test_layers_write_in_turn() -> None:
     history = KeyValueHistory(layout, HEADS, SIZE, TOKENS, torch.float32, torch.device("cpu"))
     history.open([None, torch.randn(HEADS, 2 * HEADS), torch.randn(HEADS, 3 * HEADS)], [])
     slot = torch.randn(TOKENS, HEADS, SIZE)
-    with pytest.raises(RuntimeError, match="out of turn"):
+    with pytest.raises(RuntimeError, match="out of order"):
         history.mix(1, slot, slot)
     history.mix(0, slot, slot)
-    with pytest.raises(RuntimeError, match="out of turn"):
+    with pytest.raises(RuntimeError, match="out of order"):
         history.mix(0, slot, slot)
 
 

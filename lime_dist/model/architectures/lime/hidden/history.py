@@ -7,7 +7,7 @@ it from later stages, is left to autograd. A summary is U = Σ a_i·X_i over the
 
 A layer that reads E entries takes H·E·N·D multiply-adds to mix and 2·N·D² to project. (Projecting before mixing would take
 2·E·N·D².) Static weights are known before the layers run, so what a block reads from older entries is one product per run of
-positions, and so are the gradients of those entries and of the weights. A block has at most `layout.BLOCK_ROWS` rows (layer,
+positions, and so are the gradients of those entries and of the weights. A block has at most `architecture.BLOCK_ROWS` rows (layer,
 head), because its mixtures [rows, N, D] are in memory, twice in backward. Dynamic weights exist only once the layer's own
 state does, so such a layer reads all of its entries alone. Backward computes mixtures again instead of keeping them.
 
