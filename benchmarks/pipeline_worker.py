@@ -36,14 +36,14 @@ class TupleModule(LimePipelineModule):
 
     def forward(self, inputs: Any, history: Any = None) -> Any:
         functions, config = self.forward_funcs, self.config.model
-        if self.is_first_stage:
+        if self.embeds_tokens:
             hidden = embed(config, functions[0], inputs)
             history = hidden.new_empty(0, 2, inputs.numel(), config.head_size)
         else:
             hidden, history = inputs
         for layer in self._layers():
             hidden, history = copying_layer(layer, hidden, history)
-        if self.is_last_stage:
+        if self.computes_logits:
             norm, head = functions[-2:]
             return apply_head(config, norm, head, hidden)
         return hidden, history
