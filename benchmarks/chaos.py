@@ -3,8 +3,8 @@
     python benchmarks/chaos.py --data data/quickstart/shards --output runs/chaos --runs 40
     python benchmarks/chaos.py --data … --output … --runs 3 --steps 30 model.hidden_size=32
 
-A run has two stages under `deepspeed` on this machine. `kill -9` hits a rank in half of the runs, and a launcher in the other half: in turn
-the `deepspeed` that a user starts and the `deepspeed.launcher.launch` under it. Every third run is killed while it writes a checkpoint
+A run has two stages under `deepspeed` on this machine. `kill -9` hits a rank in half of the runs, and a launcher in the other half: alternately
+the `deepspeed` that a user starts and its child, `deepspeed.launcher.launch`. Every third run is killed while it writes a checkpoint
 (whose hidden folder exists), the others at a random moment of a random step. Half of them save in the background.
 
 The same command starts again at once. A run passes if
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--interval", type=int, default=6, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=0, help="seed of moments and victims")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of moments and victims")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     if arguments.runs < 1 or not 1 <= arguments.interval < arguments.steps:
@@ -156,16 +156,16 @@ def main() -> None:
         "seed": arguments.seed,
     }
     output = arguments.output.resolve()
-    found = read_results(output, settings)
+    finished = read_results(output, settings)
     wanted = undisturbed(output, overrides)
     for index in range(arguments.runs):
-        if str(index) not in found:
+        if str(index) not in finished:
             plan = make_plan(arguments.seed, index, arguments.steps, arguments.interval)
             result = disturb(output / f"run{index:03d}", overrides, plan, wanted)
-            found[str(index)] = asdict(result)
-            write_results(output, settings, found)
+            finished[str(index)] = asdict(result)
+            write_results(output, settings, finished)
             print(f"run {index}: {result}", flush=True)
-    results = [Result(**found[str(index)]) for index in range(arguments.runs)]
+    results = [Result(**finished[str(index)]) for index in range(arguments.runs)]
     table = make_table(results, arguments.interval)
     write(output / "table.md", table)
     print(table)
@@ -206,9 +206,8 @@ def disturb(directory: Path, overrides: list[str], plan: Plan, wanted: list[dict
     seconds_until_gone = time.monotonic() - killed
     if alive:
         raise LimeError(f"{directory.name}: still alive {PATIENCE:.0f} s after the kill: {alive}")
-    reached = last_step(
-        directory
-    )  # before the new processes, which take seconds to start, cut off the records of steps that they repeat
+    # The new processes take seconds to start; after that they cut off the records of the steps that they repeat.
+    reached = last_step(directory)
     again.finish()
     resumed = re.search(r"^resumed from step (\d+) ", again.said(), re.MULTILINE)
     resumed_from = int(resumed[1]) if resumed else 0
@@ -294,7 +293,7 @@ def last_step(directory: Path) -> int:
 
 
 def numbers(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of a run without times. Figures are the shortest texts of floats, so equal ones are equal bit for bit."""
+    """Return the records of a run without times. Floats keep all their digits in JSON, so equal records are equal bit for bit."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [without_clock(json.loads(line)) for line in lines]
 

@@ -18,7 +18,7 @@ from lime_dist.model.layers import language_model_loss
 
 
 def copying_logits(decoder: Decoder, tokens_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] of a decoder with ``routes: kv`` and ``policy: full``."""
+    """Return the logits [B, T, V] of a decoder with ``routes: kv`` and ``policy: full``."""
     config = decoder.config
     embedding, *layers, norm, head = (decoder.get_submodule(spec.name) for spec in decoder.specs)
     hidden = embed(config, embedding, tokens_BT)
@@ -49,8 +49,11 @@ def copying_layer(layer: KeyValueLayer, x_BTD: Tensor, history: Tensor) -> tuple
 
 
 def copied_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype, checkpointing: bool) -> int:
-    """Bytes that the copies hold when backward begins, by formula: layer ℓ keeps ℓ + 1 slots, and one more history for
-    the gradient of the last; with checkpointing layer ℓ keeps its input, ℓ slots, and one layer is computed again."""
+    """Return the bytes that the copies hold when backward begins, by formula.
+
+    Layer ℓ keeps ℓ + 1 slots, and the gradient of the last layer needs one more history. With checkpointing, layer ℓ keeps only
+    its input of ℓ slots, and one layer is computed again.
+    """
     layers = config.num_hidden_layers
     slot = 2 * config.key_value_heads * config.head_size * num_tokens * dtype.itemsize
     kept = sum(range(1, layers)) + layers if checkpointing else sum(range(2, layers + 1))

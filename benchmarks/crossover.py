@@ -1,7 +1,7 @@
 """Simulate at which depth links, not computation, become the limit of a pipeline, by history policy.
 
 Depth grows from 32 to 1024 layers with a fixed number of layers per stage. So the work of a stage stays the same, while
-what crosses the boundaries grows with the history. A step has four micro-batches per stage, so that filling and draining take
+the boundary bytes grow with the history. A step has four micro-batches per stage, so that filling and draining take
 the same share at all depths. Steps are simulated exactly (`lime_dist/plan/wavefront.py`), for pipelines of up to 512 stages.
 
 examples:
@@ -38,7 +38,7 @@ POLICIES: dict[str, list[str]] = {
     "full": [],
 }
 DEPTHS = [32, 64, 128, 256, 512, 1024]
-PER_STAGE, MICRO_BATCHES_A_STAGE = 2, 4
+PER_STAGE, MICRO_BATCHES_PER_STAGE = 2, 4
 BANDWIDTHS = ["100Gbit", "400Gbit", "1600Gbit"]
 COLOURS = {
     "computation": "#4477aa",
@@ -55,9 +55,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--flops", type=read_flops, default="480T", help="FLOP/s that a process reaches (default: %(default)s)"
     )
-    parser.add_argument("--memory-bandwidth", type=read_bandwidth, default="3TB", help="(default: %(default)s)")
-    parser.add_argument("--bandwidth", type=read_bandwidth, default="400Gbit", help="(default: %(default)s)")
-    parser.add_argument("--latency", type=read_seconds, default="5us", help="(default: %(default)s)")
+    parser.add_argument(
+        "--memory-bandwidth", type=read_bandwidth, default="3TB", help="of a process (default: %(default)s)"
+    )
+    parser.add_argument("--bandwidth", type=read_bandwidth, default="400Gbit", help="of a link (default: %(default)s)")
+    parser.add_argument("--latency", type=read_seconds, default="5us", help="of a link (default: %(default)s)")
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, help=f"multiples of {PER_STAGE}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
@@ -73,16 +75,16 @@ def main() -> None:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LimeError(f"--output {arguments.output}: {error.strerror}; give another folder") from None
-    found: dict[str, list[Parts]] = {}
+    steps_by_policy: dict[str, list[Parts]] = {}
     crossings: dict[str, list[str]] = {}
     for name in POLICIES:
         configs = [make_config(name, depth, arguments.overrides) for depth in sorted(arguments.depths)]
-        found[name] = [simulate_step(config, machine) for config in configs]
+        steps_by_policy[name] = [simulate_step(config, machine) for config in configs]
         crossings[name] = [crossing(configs[-1], machine, bandwidth) for bandwidth in BANDWIDTHS]
-    table = make_table(sorted(arguments.depths), found, crossings)
+    table = make_table(sorted(arguments.depths), steps_by_policy, crossings)
     write(arguments.output / "table.md", table)
     print(table)
-    draw(sorted(arguments.depths), found, machine, arguments.output / "crossover.png")
+    draw(sorted(arguments.depths), steps_by_policy, machine, arguments.output / "crossover.png")
 
 
 def make_config(name: str, depth: int, overrides: list[str]) -> Config:
@@ -95,7 +97,7 @@ def make_config(name: str, depth: int, overrides: list[str]) -> Config:
 
 def simulate_step(config: Config, machine: Machine) -> Parts:
     times = pass_times(config, machine)
-    return step_parts(config, times, boundary_bytes(config), machine, MICRO_BATCHES_A_STAGE * len(times), 0.0)
+    return step_parts(config, times, boundary_bytes(config), machine, MICRO_BATCHES_PER_STAGE * len(times), 0.0)
 
 
 def pass_times(config: Config, machine: Machine) -> list[StageTimes]:
@@ -116,13 +118,13 @@ def share(seconds: float, parts: Parts) -> str:
     return f"{100 * seconds / sum(vars(parts).values()):.0f} %"
 
 
-def make_table(depths: list[int], found: dict[str, list[Parts]], crossings: dict[str, list[str]]) -> str:
+def make_table(depths: list[int], steps_by_policy: dict[str, list[Parts]], crossings: dict[str, list[str]]) -> str:
     """Return the step time by policy and depth, with the shares of computation (including imbalance) and links."""
     lines = [
         f"| layers × stages | {' | '.join(f'{depth} × {depth // PER_STAGE}' for depth in depths)} |",
         f"|---|{'---|' * len(depths)}",
     ]
-    for name, steps in found.items():
+    for name, steps in steps_by_policy.items():
         cells = [
             f"{show_seconds(sum(vars(parts).values()))}: {share(parts.computation + parts.imbalance, parts)}, "
             f"{share(parts.link, parts)}"
@@ -137,7 +139,7 @@ def make_table(depths: list[int], found: dict[str, list[Parts]], crossings: dict
     return "\n".join(lines) + "\n"
 
 
-def draw(depths: list[int], found: dict[str, list[Parts]], machine: Machine, path: Path) -> None:
+def draw(depths: list[int], steps_by_policy: dict[str, list[Parts]], machine: Machine, path: Path) -> None:
     """Draw one panel per policy with the shares of the step against depth, and one with times over LLaMA's."""
     try:
         import matplotlib
@@ -148,7 +150,7 @@ def draw(depths: list[int], found: dict[str, list[Parts]], machine: Machine, pat
     from matplotlib import pyplot
 
     figure, all_axes = pyplot.subplots(2, 3, figsize=(13, 7.2))
-    for axes, (name, steps) in zip(all_axes.flat, found.items(), strict=False):
+    for axes, (name, steps) in zip(all_axes.flat, steps_by_policy.items(), strict=False):
         whole = [sum(vars(parts).values()) for parts in steps]
         rows = [[100 * getattr(p, part) / t for p, t in zip(steps, whole, strict=True)] for part in COLOURS]
         axes.stackplot(depths, rows, colors=COLOURS.values(), labels=COLOURS)
@@ -156,8 +158,10 @@ def draw(depths: list[int], found: dict[str, list[Parts]], machine: Machine, pat
         axes.set_ylim(0, 100)
         axes.set_ylabel("% of the step")
     last = all_axes.flat[-1]
-    for name, steps in found.items():
-        ratios = [sum(vars(a).values()) / sum(vars(b).values()) for a, b in zip(steps, found["llama"], strict=True)]
+    for name, steps in steps_by_policy.items():
+        ratios = [
+            sum(vars(a).values()) / sum(vars(b).values()) for a, b in zip(steps, steps_by_policy["llama"], strict=True)
+        ]
         last.plot(depths, ratios, "o-", label=name, markersize=4)
     last.set_title("step time over LLaMA's")
     last.set_yscale("log")
@@ -167,13 +171,13 @@ def draw(depths: list[int], found: dict[str, list[Parts]], machine: Machine, pat
         axes.set_xscale("log", base=2)
         axes.set_xlim(depths[0], depths[-1])
         axes.set_xticks(depths, [str(depth) for depth in depths])
-        axes.set_xlabel(f"layers, {PER_STAGE} a stage")
+        axes.set_xlabel(f"layers, {PER_STAGE} per stage")
     handles, labels = all_axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
     figure.suptitle(
         f"{show(machine.flops, 'FLOP/s')}, memory {show(machine.memory_bandwidth, 'B/s')}, "
         f"links {show(8 * machine.bandwidth, 'bit/s')}; "
-        f"{MICRO_BATCHES_A_STAGE} micro-batches a stage, one extra in flight"
+        f"{MICRO_BATCHES_PER_STAGE} micro-batches per stage, one extra in flight"
     )
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=110)

@@ -41,8 +41,8 @@ echo ready
 exec >/dev/null 2>&1
 while :; do sleep infinity & wait; done
 """
-"""A host's first process: makes room for a host file and an sshd of its own, then adopts orphans. (Names come from files alone:
-a question to a name server that cannot be reached takes a quarter of a minute to fail.)"""
+"""A host's first process: makes room for a host file and an sshd of its own, then adopts orphans. (Names are resolved from files only:
+a query to an unreachable name server takes a quarter of a minute to fail.)"""
 
 
 class NoNamespaces(LimeError):
@@ -74,7 +74,7 @@ class Host:
         """Run a short command on this host and return its output.
 
         Raises:
-            LimeError: it failed; with the end of its output.
+            LimeError: the command fails; the message has the end of its output.
         """
         return _run(self.command(*words))
 

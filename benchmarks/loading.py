@@ -31,12 +31,12 @@ LENGTH = 2048
 
 def rate(work: Callable[[int], None], samples: int, repeats: int) -> float:
     """Return the median number of samples per second."""
-    found = []
+    rates = []
     for _ in range(repeats):
         begin = time.perf_counter()
         work(samples)
-        found.append(samples / (time.perf_counter() - begin))
-    return statistics.median(found)
+        rates.append(samples / (time.perf_counter() - begin))
+    return statistics.median(rates)
 
 
 def main() -> None:
@@ -82,8 +82,8 @@ def main() -> None:
     lines = ["| on one core | samples/s | tokens/s |", "|---|---|---|"]
     cases = [("in order, widened only", least), ("read at random", reading), ("the training stream", streaming)]
     for name, work in cases:
-        found = rate(work, samples, arguments.repeats)
-        lines.append(f"| {name} | {found:,.0f} | {found * LENGTH:,.0f} |")
+        speed = rate(work, samples, arguments.repeats)
+        lines.append(f"| {name} | {speed:,.0f} | {speed * LENGTH:,.0f} |")
     table = "\n".join(lines) + "\n"
     write(arguments.output / "table.md", table)
     print(table)

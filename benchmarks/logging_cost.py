@@ -26,7 +26,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs/quickstart.yaml"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with dataset.json")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the run and the table; not there yet")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the run and the table; must not exist")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
@@ -44,8 +44,8 @@ def main() -> None:
             f"data.path={arguments.data.resolve()}", f"run.directory={output / 'run'}",
         ],
     )  # fmt: skip
-    found = run_pair(LOOPBACK, "logging_cost_worker.py", {"config": dump_config(config)})[0]
-    steps, seconds, calls = found["step_seconds"], found["seconds"], found["calls"]
+    measured = run_pair(LOOPBACK, "logging_cost_worker.py", {"config": dump_config(config)})[0]
+    steps, seconds, calls = measured["step_seconds"], measured["seconds"], measured["calls"]
     lines = ["| | calls | seconds | of step time |", "|---|---|---|---|"]
     for name in seconds:
         lines.append(f"| {name} | {calls[name]:,} | {seconds[name]:.3f} | {100 * seconds[name] / steps:.2f} % |")

@@ -1,7 +1,7 @@
 """One process of `logging_cost.py`: train as pretrain.py does, and sum up the time of monitoring by kind of work.
 
 If one timed function calls another, only the outer one is counted. Gathering includes the wait for the slower rank, which would
-otherwise come a little later.
+otherwise occur a little later.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import pretrain
 from lime_dist.config.load import make_config
 from lime_dist.distributed import start_processes
 
-WATCHING = {
+MONITORING = {
     "reading the clock": [("lime_dist.pipeline.clock", "Clock._mark"), ("lime_dist.pipeline.clock", "Clock.totals")],
     "gathering numbers": [("lime_dist.train.measurements", "Measurements.gather")],
     "working them out": [("lime_dist.train.loop", "interval_record"), ("lime_dist.train.loop", "stage_scalars")],
     "routers": [("lime_dist.train.loop", "_draw_routers")],
     "writing": [("lime_dist.monitor.records", f"Records.{name}") for name in ("write", "draw", "flush")],
 }
-"""What is there for watching alone, by what it does: modules and names in them."""
+"""Functions that only serve monitoring, by kind of work: their modules and their names there."""
 
 
 class Stopwatch:
@@ -42,7 +42,7 @@ class Stopwatch:
         self.calls: Counter[str] = Counter()
         self._inside = False
 
-    def put_on(self, module: str, name: str, label: str) -> None:
+    def attach(self, module: str, name: str, label: str) -> None:
         *path, last = name.split(".")
         owner: Any = importlib.import_module(module)
         for part in path:
@@ -69,17 +69,17 @@ def main() -> None:
     config = make_config(yaml.safe_load(settings["config"]), "the benchmark")
     start_processes()
     stopwatch = Stopwatch()
-    for label, functions in WATCHING.items():
+    for label, functions in MONITORING.items():
         for module, name in functions:
-            stopwatch.put_on(module, name, label)
+            stopwatch.attach(module, name, label)
     pretrain.train(config, verbose=False)
     lines = (Path(config.run.directory) / "metrics.jsonl").read_text().splitlines()
-    found = {
-        "seconds": {label: stopwatch.seconds[label] for label in WATCHING},
-        "calls": {label: stopwatch.calls[label] for label in WATCHING},
+    measurements = {
+        "seconds": {label: stopwatch.seconds[label] for label in MONITORING},
+        "calls": {label: stopwatch.calls[label] for label in MONITORING},
         "step_seconds": sum(json.loads(line).get("step_seconds", 0.0) for line in lines),
     }
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(measurements))
     pretrain.leave(0)
 
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from crossover import DEPTHS, MICRO_BATCHES_A_STAGE, PER_STAGE, POLICIES, make_config, simulate_step
+from crossover import DEPTHS, MICRO_BATCHES_PER_STAGE, PER_STAGE, POLICIES, make_config, simulate_step
 from torch import Tensor
 
 from lime_dist.checkpoint.reading import read_weights
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def step_ratios() -> dict[str, list[float]]:
-    """The step time of each policy over LLaMA's, by depth."""
+    """Return the step time of each policy over LLaMA's, by depth."""
     seconds = {
         name: [sum(vars(simulate_step(make_config(name, depth, []), MACHINE)).values()) for depth in DEPTHS]
         for name in POLICIES
@@ -49,12 +49,12 @@ def step_ratios() -> dict[str, list[float]]:
 
 
 def draw(layers: Tensor, tokens: int, ratios: dict[str, list[float]], path: Path) -> None:
-    """Both panels.
+    """Draw both panels.
 
     Args:
-        layers: [L, L], share of what the layer of a row reads that comes from the layer of a column.
-        tokens: that the run was trained on.
-        ratios: by policy, step time over LLaMA's for each of `DEPTHS`.
+        layers: [L, L]; row: the layer that reads, column: the layer that is read, value: the column's share of what the row reads.
+        tokens: number of tokens that the run was trained on.
+        ratios: step times over LLaMA's, one for each of `DEPTHS`, by policy.
     """
     try:
         import matplotlib
@@ -77,7 +77,7 @@ def draw(layers: Tensor, tokens: int, ratios: dict[str, list[float]], path: Path
     right.set_yticks(ticks, [f"{tick}×" for tick in ticks])
     right.minorticks_off()
     right.set_ylim(0.9, 18)
-    right.set_xlabel(f"layers ({PER_STAGE} per stage, {MICRO_BATCHES_A_STAGE} micro-batches per stage)")
+    right.set_xlabel(f"layers ({PER_STAGE} per stage, {MICRO_BATCHES_PER_STAGE} micro-batches per stage)")
     right.set_title("Step time over LLaMA's, simulated at 400 Gbit/s", fontsize=11)
     right.legend(title="history policy", frameon=False, fontsize=9)
     right.grid(alpha=0.3)

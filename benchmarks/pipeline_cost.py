@@ -2,8 +2,8 @@
 simulator predicts for both, over loopback and over a slow link.
 
 stock-tuple   DeepSpeed's schedule and transfers; hidden state and history as a tuple, copied in every layer: the usual way
-stock         DeepSpeed's schedule and blocking transfers (pipeline.engine: stock) with this program's one payload
-overlap       this program's engine (pipeline.engine: overlap)
+stock         DeepSpeed's schedule and blocking transfers (pipeline.schedule: stock) with this program's one payload
+overlap       this program's engine (pipeline.schedule: 1f1b)
 
 Two processes build every variant once. Each round runs one step of every variant; the first round warms up and
 is dropped. Times are medians. The simulator gets the forward and backward seconds that the stages measured over loopback,
@@ -47,7 +47,7 @@ MODELS: dict[str, list[str]] = {
     "dilated": ["model.lime.history={policy: dilated, stride: 4, first: 1, last: 1}"],
 }
 SCHEDULES = {"overlap": "1f1b", "stock": "stock", "stock-tuple": "stock"}
-"""By engine: its pipeline.schedule."""
+"""The pipeline.schedule of each engine."""
 VARIANTS = {f"{engine} {model}": (engine, model) for engine in ("overlap", "stock") for model in MODELS}
 VARIANTS["stock-tuple full"] = ("stock-tuple", "full")
 LINKS = ("loopback", "slow")
@@ -59,16 +59,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for table.md and results.json")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
-    parser.add_argument("--rate", default="200mbit", help="of the slow link, each way")
-    parser.add_argument("--delay", type=float, default=0.0, help="of the slow link, each way, in seconds")
+    parser.add_argument("--rate", default="200mbit", help="rate of the slow link, each way")
+    parser.add_argument("--delay", type=float, default=0.0, help="delay of the slow link, each way, in seconds")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
     parser.add_argument("--extra", type=int, default=1, help="pipeline.extra_in_flight of overlap")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size; the SwiGLU has four times as much")
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=2, help="samples of a micro-batch")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=2, help="samples per micro-batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--vocabulary", type=int, default=4096)
     return parser.parse_args()
 
@@ -80,23 +80,23 @@ def main() -> None:
             raise LimeError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
     settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "links")}
     for engine, model in VARIANTS.values():
-        make_config(settings, engine, model, 2)  # a mistake shows before anything runs
-    found = read_results(arguments.output, settings)
+        make_config(settings, engine, model, 2)  # report mistakes before anything runs
+    results = read_results(arguments.output, settings)
     for name in arguments.links:
-        if name in found:
-            print(f"{name}: there already", flush=True)
+        if name in results:
+            print(f"{name}: already measured", flush=True)
             continue
         try:
             with ExitStack() as stack:
                 hosts = LOOPBACK
                 if name == "slow":
                     hosts = stack.enter_context(slow_link(arguments.rate, arguments.delay))
-                found[name] = measure(hosts, settings, name)
+                results[name] = measure(hosts, settings, name)
         except NoNamespaces as error:
             print(f"slow link left out: {error}", flush=True)
             continue
-        write_results(arguments.output, settings, found)
-    table = make_tables(settings, found)
+        write_results(arguments.output, settings, results)
+    table = make_tables(settings, results)
     write(arguments.output / "table.md", table)
     print(table)
 
@@ -160,21 +160,21 @@ def simulated(settings: dict[str, Any], variant: str, links: dict[str, dict[str,
 
 def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, Any]]) -> str:
     """Return the table by variant: step time and ratios, bytes predicted and counted, simulated time."""
-    found = links[name]
-    speed = f"{found['bandwidth'] / 1e6:.0f} MB/s, {found['latency'] * 1e3:.2f} ms, measured"
+    result = links[name]
+    speed = f"{result['bandwidth'] / 1e6:.0f} MB/s, {result['latency'] * 1e3:.2f} ms, measured"
     lines = [
         f"{name} ({speed})", "",
         "| variant | s/step | over LLaMA, same engine | over stock LLaMA | bytes predicted | counted | simulated | measured/simulated |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    seconds = {variant: found["variants"][variant]["seconds"] for variant in VARIANTS}
+    seconds = {variant: result["variants"][variant]["seconds"] for variant in VARIANTS}
     for variant, (engine, model) in VARIANTS.items():
         base = seconds[f"{engine.removesuffix('-tuple')} llama"]
         config = make_config(settings, engine, model, 2)
         predicted = boundary_bytes(config)[0] * settings["micro_batches"]
         expected = simulated(settings, variant, links, name)
         median = statistics.median(seconds[variant])
-        counted = found["variants"][variant]["bytes"]
+        counted = result["variants"][variant]["bytes"]
         lines.append(
             f"| {variant} | {median:.2f} | {ratio(seconds[variant], base):.3f} | {ratio(seconds[variant], seconds['stock llama']):.3f} | "
             f"{predicted:,} | {counted:,} | {expected:.2f} | {median / expected:.3f} |"
@@ -200,9 +200,9 @@ def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> s
         config = make_config(settings, engine, model, 4)
         sizes, schedule = boundary_bytes(config), make_schedule(config, settings["micro_batches"])
         cells = []
-        for found in links.values():
+        for result in links.values():
             trace = simulate(
-                [StageTimes(forward, backward)] * 4, sizes, Link(found["bandwidth"], found["latency"]), schedule
+                [StageTimes(forward, backward)] * 4, sizes, Link(result["bandwidth"], result["latency"]), schedule
             )
             cells.append(f"{trace.seconds:.2f}")
         lines.append(f"| {variant} | {', '.join(f'{size:,}' for size in sizes)} | {' | '.join(cells)} |")

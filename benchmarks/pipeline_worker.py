@@ -32,7 +32,7 @@ Payload = tuple[Tensor, Tensor]
 
 
 class TupleModule(LimePipelineModule):
-    """A module that passes on hidden state and history as a tuple of two tensors; every layer copies the history."""
+    """A module that passes hidden state and history to the next stage as a tuple of two tensors; every layer copies the history."""
 
     def forward(self, inputs: Any, history: Any = None) -> Any:
         functions, config = self.forward_funcs, self.config.model
@@ -50,7 +50,7 @@ class TupleModule(LimePipelineModule):
 
 
 class TupleEngine(LimeEngine):
-    """DeepSpeed's way with a tuple: it clones inputs, and backward walks the graph once per tensor of the output."""
+    """DeepSpeed's way with a tuple: inputs are cloned, and backward runs once for each tensor of the output."""
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         inputs = self.pipe_buffers["inputs"][buffer_id]
@@ -105,7 +105,7 @@ def time_instructions(engine: LimeEngine, taken: dict[str, list[float]]) -> None
 
 
 def count_stock_bytes(counts: dict[str, int]) -> None:
-    """Count what the stock engine sends forwards, without the announcements of shapes."""
+    """Count the bytes that the stock engine sends forwards, without the messages that announce shapes."""
     from deepspeed.runtime.pipe import p2p
 
     send = p2p.send
@@ -180,7 +180,7 @@ def main() -> None:
                 taken[variant].clear()
             else:
                 seconds[variant].append(elapsed)
-    found = {
+    measured = {
         variant: {
             "seconds": seconds[variant],
             "bytes": sent[variant],
@@ -188,14 +188,14 @@ def main() -> None:
         }
         for variant in VARIANTS
     }
-    (folder / f"{rank}.json").write_text(json.dumps({"bandwidth": bandwidth, "latency": latency, "variants": found}))
+    (folder / f"{rank}.json").write_text(json.dumps({"bandwidth": bandwidth, "latency": latency, "variants": measured}))
     dist.barrier()
 
 
 def sent_forwards(engine: LimeEngine, counts: dict[str, int]) -> int:
     """Return the bytes that this process has sent so far; the first process sends only payloads."""
     if isinstance(engine, OverlapEngine):
-        return sum(found.bytes for name, found in engine.transfer_stats().items() if name.startswith("sent"))
+        return sum(stats.bytes for name, stats in engine.transfer_stats().items() if name.startswith("sent"))
     return counts.get("sent", 0)
 
 

@@ -81,20 +81,20 @@ def main() -> None:
             raise LimeError(f"--{name} {settings[name]} must be at least 1")
     for name in SETTINGS:
         make_config(settings, name)  # report mistakes before anything runs
-    found = read_results(arguments.output, settings)
+    results = read_results(arguments.output, settings)
     for link in arguments.links:
-        if link in found:
-            print(f"{link}: there already", flush=True)
+        if link in results:
+            print(f"{link}: already measured", flush=True)
             continue
         try:
             with ExitStack() as stack:
-                hosts = stack.enter_context(slow_link(arguments.rate, "0ms")) if link == "slow" else LOOPBACK
-                found[link] = run_pair(hosts, "planning_worker.py", {**settings, "link": link})[0]
+                hosts = stack.enter_context(slow_link(arguments.rate, 0.0)) if link == "slow" else LOOPBACK
+                results[link] = run_pair(hosts, "planning_worker.py", {**settings, "link": link})[0]
         except NoNamespaces as error:
             print(f"slow link left out: {error}", flush=True)
             continue
-        write_results(arguments.output, settings, found)
-    table = make_tables(settings, found)
+        write_results(arguments.output, settings, results)
+    table = make_tables(settings, results)
     write(arguments.output / "table.md", table)
     print(table)
 
@@ -112,10 +112,10 @@ def make_config(settings: dict[str, Any], name: str) -> Config:
     return load_config(None, [*shape, *own])
 
 
-def calibrated(settings: dict[str, Any], found: dict[str, Result]) -> Result:
+def calibrated(settings: dict[str, Any], results: dict[str, Result]) -> Result:
     """Return the machine for the plan: memory bandwidth as measured with loopback, if it was, and the FLOP/s
     with which LLaMA's step over loopback is predicted correctly."""
-    base = found["loopback" if "loopback" in found else next(iter(found))]
+    base = results["loopback" if "loopback" in results else next(iter(results))]
     process = {"memory_bandwidth": base["memory_bandwidth"], "flops": 1e10}
     for _ in range(20):
         process["flops"] *= predict(settings, base, "llama", process).seconds / min(base["seconds"]["llama"])
@@ -130,38 +130,38 @@ def predict(settings: dict[str, Any], link: Result, name: str, process: Result) 
 # -- tables ---------------------------------------------------------------------------------------------------------------
 
 
-def make_tables(settings: dict[str, Any], found: dict[str, Result]) -> str:
-    process = calibrated(settings, found)
-    tables = [link_table(settings, link, found[link], process) for link in LINKS if link in found]
+def make_tables(settings: dict[str, Any], results: dict[str, Result]) -> str:
+    process = calibrated(settings, results)
+    tables = [link_table(settings, link, results[link], process) for link in LINKS if link in results]
     speeds = f"memory {process['memory_bandwidth'] / 1e9:.1f} GB/s, measured; {process['flops'] / 1e9:.1f} GFLOP/s, from LLaMA's step"
     return "\n".join([f"a process: {speeds}\n", *tables])
 
 
-def link_table(settings: dict[str, Any], link: str, found: Result, process: Result) -> str:
+def link_table(settings: dict[str, Any], link: str, result: Result, process: Result) -> str:
     """Return the table by setting in predicted order, with predicted and measured seconds, and then the pairs that are ranked wrongly."""
-    forecasts = {name: predict(settings, found, name, process) for name in found["seconds"]}
+    forecasts = {name: predict(settings, result, name, process) for name in result["seconds"]}
     names = sorted(forecasts, key=lambda name: forecasts[name].seconds)
-    fastest = {name: min(found["seconds"][name]) for name in names}
+    fastest = {name: min(result["seconds"][name]) for name in names}
     places = {name: place for place, name in enumerate(sorted(names, key=lambda name: fastest[name]), 1)}
-    speed = f"{found['bandwidth'] / 1e6:.0f} MB/s, {found['latency'] * 1e3:.2f} ms, measured"
+    speed = f"{result['bandwidth'] / 1e6:.0f} MB/s, {result['latency'] * 1e3:.2f} ms, measured"
     lines = [
         f"{link} ({speed})", "",
         "| setting | predicted, s | limit | measured, s | slowest round | measured / predicted | place, predicted | measured |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for place, name in enumerate(names, 1):
-        seconds, expected = found["seconds"][name], forecasts[name]
+        seconds, expected = result["seconds"][name], forecasts[name]
         lines.append(
             f"| {name} | {expected.seconds:.2f} | {expected.limit} | {fastest[name]:.2f} | {max(seconds):.2f} | "
             f"{fastest[name] / expected.seconds:.2f} | {place} | {places[name]} |"
         )
-    lines += ["", compare(names, found["seconds"])]
+    lines += ["", compare(names, result["seconds"])]
     return "\n".join(lines) + "\n"
 
 
 def compare(names: list[str], seconds: dict[str, list[float]]) -> str:
     """Compare the given order of names, the fastest first, with the order of their fastest rounds."""
-    fastest = {name: min(found) for name, found in seconds.items()}
+    fastest = {name: min(rounds) for name, rounds in seconds.items()}
     pairs = list(combinations(names, 2))
     wrong = [pair for pair in pairs if fastest[pair[0]] > fastest[pair[1]]]
     apart = [

@@ -68,8 +68,8 @@ def main() -> None:
             if turn > 0:
                 seconds[name].append(taken)
     speeds = {"bandwidth": bandwidth, "latency": latency, "memory_bandwidth": memory_bandwidth}
-    found = {**speeds, "seconds": seconds}
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    result = {**speeds, "seconds": seconds}
+    (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
 
 

@@ -95,9 +95,9 @@ def make_input(folder: Path, megabytes: int) -> None:
             yield text
 
     folder.mkdir(parents=True)
-    found = list(texts())
-    for number, begin in enumerate(range(0, len(found), 8 * ROW_GROUP)):
-        rows = found[begin : begin + 8 * ROW_GROUP]
+    all_texts = list(texts())
+    for number, begin in enumerate(range(0, len(all_texts), 8 * ROW_GROUP)):
+        rows = all_texts[begin : begin + 8 * ROW_GROUP]
         columns = {"text": rows, **{key: [value] * len(rows) for key, value in CONSTANTS.items()}}
         pq.write_table(pa.table(columns), folder / f"{number:05d}.parquet", row_group_size=ROW_GROUP)
     (folder / "done").touch()
@@ -132,7 +132,7 @@ def family(pid: int) -> list[int]:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    return [pid, *(found for child in children for found in family(int(child)))]
+    return [pid, *(descendant for child in children for descendant in family(int(child)))]
 
 
 def resident(pid: int) -> int:
@@ -205,12 +205,10 @@ def measure_speed(
     for repeat in range(arguments.repeats):
         for kind, workers in cases:
             for side, command in (("bare", bare), ("ours", ours)):
-                found = results.setdefault(f"{kind} {workers} {side}", [])
-                if len(found) <= repeat:
-                    found.append(list(measure(command(work, given, kind, workers))))
-                    print(
-                        f"{kind}, {workers} worker(s), {side}: {found[-1][0]:.2f} s, {found[-1][1]:.0f} MB", flush=True
-                    )
+                runs = results.setdefault(f"{kind} {workers} {side}", [])
+                if len(runs) <= repeat:
+                    runs.append(list(measure(command(work, given, kind, workers))))
+                    print(f"{kind}, {workers} worker(s), {side}: {runs[-1][0]:.2f} s, {runs[-1][1]:.0f} MB", flush=True)
                     write_results(arguments.output, settings, results)
     lines = [
         "| model | workers | bare, MB/s | ours, MB/s | ratio | bare, peak MB | ours, peak MB |",

@@ -56,15 +56,15 @@ def make_table(study: Study, seeds: list[int]) -> str:
     lines = ["| model | validation loss | difference to the first | parameters | s/step |", "|---|---|---|---|---|"]
     base: list[float] | None = None
     for name in study.variants:
-        found = study.losses(name, seeds)
-        base = base or found
-        paired = [loss - other for loss, other in zip(found, base, strict=True)]
+        losses = study.losses(name, seeds)
+        base = base or losses
+        paired = [loss - other for loss, other in zip(losses, base, strict=True)]
         seconds = statistics.median(
             record["step_seconds"] for seed in seeds for record in study.records(name, seed) if "step_seconds" in record
         )
         count = count_parameters(study.model(name).model)
         lines.append(
-            f"| {name} | {mean_and_spread(found)} | {mean_and_spread(paired, sign='+')} | {count:,} | {seconds:.2f} |"
+            f"| {name} | {mean_and_spread(losses)} | {mean_and_spread(paired, sign='+')} | {count:,} | {seconds:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

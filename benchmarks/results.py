@@ -1,4 +1,4 @@
-"""Keep measurements across stops, in results.json of a benchmark's output folder, which is whole or absent."""
+"""Keep the measurements of a stopped benchmark, in results.json of its output folder. The file is whole or absent."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lime_dist.errors import LimeError
 
 
 def read_results(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of earlier calls with the same settings by name; {} without any.
+    """Return the results of earlier calls with the same settings, by name; {} if there are none.
 
     Raises:
-        LimeError: the folder cannot be used, or its results are of other settings.
+        LimeError: the folder cannot be used, or its results were measured with other settings.
     """
     path = output / "results.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        found = json.loads(path.read_text()) if path.exists() else {"settings": settings, "results": {}}
+        content = json.loads(path.read_text()) if path.exists() else {"settings": settings, "results": {}}
     except (OSError, ValueError) as error:
         raise LimeError(f"--output {output}: {error}; give another folder") from None
-    if found["settings"] != settings:
-        differ = sorted(key for key in settings if found["settings"].get(key) != settings[key])
+    if content["settings"] != settings:
+        differ = sorted(key for key in settings if content["settings"].get(key) != settings[key])
         raise LimeError(f"{path} was measured with other settings ({', '.join(differ)}); give another --output")
-    results: dict[str, Any] = found["results"]
+    results: dict[str, Any] = content["results"]
     return results
 
 

@@ -1,4 +1,4 @@
-"""Run many trainings that differ in a few settings, each in its own folder, resumable, several at a time.
+"""Run many trainings that differ in a few settings, each in its own folder, resumable, several at the same time.
 
 A run is `pretrain.py` in one process with one thread. A run that has its final validation is not repeated, and a stopped
 one resumes from its checkpoint, so the same command finishes the rest.
@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
     """Add the options of a study on given data."""
     parser.add_argument("--data", required=True, type=Path, help="folder with dataset.json")
-    parser.add_argument("--config", default=ROOT / "configs/quickstart.yaml", type=Path, help="what all runs share")
+    parser.add_argument(
+        "--config", default=ROOT / "configs/quickstart.yaml", type=Path, help="configuration that all runs share"
+    )
     add_run_options(parser, steps)
 
 
@@ -36,7 +38,7 @@ def add_run_options(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for the runs, the table and the picture")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time, one thread each")
     parser.add_argument("--minutes", type=float, help="start no run after this many minutes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
@@ -89,14 +91,14 @@ class Study:
         overrides = [
             *self.shared, *self.variants[name], f"train.seed={seed}", f"data.seed={seed}", f"run.directory={directory}",
         ]  # fmt: skip
-        there = directory / "config.yaml"
-        if there.exists() and load_config(there) != load_config(self.config, overrides):
+        written = directory / "config.yaml"
+        if written.exists() and load_config(written) != load_config(self.config, overrides):
             raise LimeError(f"{directory} holds a run with other settings; give another --output, or delete it")
         if self.validation(name, seed) is not None:
-            print(f"{directory.name}: there already", flush=True)
+            print(f"{directory.name}: already finished", flush=True)
             return
         if time.monotonic() > deadline:
-            print(f"{directory.name}: left for another time", flush=True)
+            print(f"{directory.name}: not started, no time left", flush=True)
             return
         begin = time.perf_counter()
         environment = {
@@ -129,5 +131,5 @@ class Study:
 
     def losses(self, name: str, seeds: Sequence[int]) -> list[float]:
         """Return the validation losses of a variant's runs, all of which must have finished."""
-        found = [self.validation(name, seed) for seed in seeds]
-        return [loss for loss in found if loss is not None]
+        losses = [self.validation(name, seed) for seed in seeds]
+        return [loss for loss in losses if loss is not None]

@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=256, help="hidden size; the SwiGLU has four times as much")
     parser.add_argument("--heads", type=int, default=8, help="query heads")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-limit", type=float, metavar="GB",
-                        help="what copying may need (default: nine tenths of what is free)")  # fmt: skip
+                        help="memory that copying may use (default: nine tenths of what is free)")  # fmt: skip
     arguments = parser.parse_args()
     arguments.variants = [name for name in VARIANTS if name in {BASELINE, *arguments.variants}]
     return arguments
@@ -96,18 +96,18 @@ def main() -> None:
             model_config(arguments, layers, heads, name)  # report mistakes before anything is measured
     left_out = ("output", "layers", "kv_heads", "memory_limit")
     settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
-    found = read_results(arguments.output, settings)
+    results = read_results(arguments.output, settings)
     print(check_equality(), flush=True)
     for layers, heads in groups:
-        if group_name(layers, heads) in found:
-            say(f"{group_name(layers, heads)}: there already")
+        if group_name(layers, heads) in results:
+            say(f"{group_name(layers, heads)}: already measured")
             continue
-        found[group_name(layers, heads)] = measure(arguments, layers, heads)
-        for name, result in found[group_name(layers, heads)].items():
+        results[group_name(layers, heads)] = measure(arguments, layers, heads)
+        for name, result in results[group_name(layers, heads)].items():
             config = model_config(arguments, layers, heads, name)
             result["flops"] = None if config is None else step_flops(config, arguments.length)
-        write_results(arguments.output, settings, found)
-    table = make_table(arguments.variants, found)
+        write_results(arguments.output, settings, results)
+    table = make_table(arguments.variants, results)
     write(arguments.output / "table.md", table)
     print(table)
 
@@ -129,7 +129,7 @@ def model_config(arguments: argparse.Namespace, layers: int, heads: int, name: s
 
 def step_flops(config: ModelConfig, length: int) -> float:
     """Return the FLOPs of a step's matrix products per token, by formula."""
-    return sum(found.both for found in layer_flops(config, length)) + head_flops(config).both
+    return sum(flops.both for flops in layer_flops(config, length)) + head_flops(config).both
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -223,7 +223,7 @@ def make_table(variants: Sequence[str], groups: dict[str, dict[str, Result]]) ->
         if "peak_bytes" in results.get("copying", {})
     ]
     if "copying" in variants:
-        measured = "; ".join(formula) or "it was measured nowhere"
+        measured = "; ".join(formula) or "it was not measured"
         lines.append(
             "Where copying does not fit, its need is computed: LLaMA's measured peak plus the copies. Where it was measured, "
             f"the formula gives, in GB: {measured}."

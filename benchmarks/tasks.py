@@ -81,16 +81,16 @@ def make_data(output: Path, task: str, documents: int | None) -> tuple[Path, Tok
 
 
 def measure(run: Path, shards: Path, questions: int) -> dict[str, Any]:
-    """Export a run and let it answer, unless this was done. The result lies in the run's folder, and is deleted with it."""
+    """Export a run and let it answer, unless this was done before. The result lies in the run's folder, and is deleted with it."""
     exported, path = run / "exported", run / "exact_match.json"
-    there = json.loads(path.read_text()) if path.exists() else {}
-    if there.get("asked") == questions:
-        return there
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if earlier.get("asked") == questions:
+        return earlier
     if not exported.exists():
         export(run, exported, None, "5GB")
-    found = exact_match(exported, shards, "validation", questions, None, 256)
-    print(f"{run.name}: {found.exact} of {found.questions} solutions, {found.final} final answers", flush=True)
-    summary = {"asked": questions, **found.summary()}
+    score = exact_match(exported, shards, "validation", questions, None, 256)
+    print(f"{run.name}: {score.exact} of {score.questions} solutions, {score.final} final answers", flush=True)
+    summary = {"asked": questions, **score.summary()}
     write(path, json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -104,8 +104,8 @@ def make_table(study: Study, seeds: list[int], results: dict[str, Any]) -> str:
     ]
     base: list[float] | None = None
     for name in study.variants:
-        found = [results[study.folder(name, seed).name] for seed in seeds]
-        exact, final = ([100 * one[key]["share"] for one in found] for key in ("exact", "final"))
+        scores = [results[study.folder(name, seed).name] for seed in seeds]
+        exact, final = ([100 * one[key]["share"] for one in scores] for key in ("exact", "final"))
         more = "" if base is None else difference([a - b for a, b in zip(exact, base, strict=True)])
         base = base or exact
         seconds = statistics.median(

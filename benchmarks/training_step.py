@@ -1,8 +1,8 @@
 """Measure one training step of a model: its seconds, and its peak of live tensor bytes.
 
-A step is forward, loss and backward. The peak includes parameters, inputs, gradients, activations and all else that torch
+A step is forward, loss and backward. The peak includes parameters, inputs, gradients, activations and whatever else torch
 allocates. On the CPU, the storage that an operation returns counts until it is freed; what an operation
-allocates and frees itself is not seen, nor what the allocator holds back.
+allocates and frees internally is not counted, nor what the allocator caches.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def step_seconds(subject: Subject, batch: tuple[Tensor, Tensor]) -> float:
 
 
 def step_peak_bytes(subject: Subject, batch: tuple[Tensor, Tensor]) -> int:
-    """Return the peak of live bytes during one step. On CUDA, an earlier step makes libraries allocate what they keep; it is left out."""
+    """Return the peak of live bytes during one step. On CUDA, an earlier step lets libraries
+    allocate what they keep; that memory is not counted."""
     gc.collect()
     device = batch[0].device
     before = [*subject.decoder.parameters(), *batch]
@@ -107,7 +108,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for found in tree_iter(result):
-            if isinstance(found, Tensor):
-                self.add(found)
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
         return result

@@ -46,7 +46,7 @@ def test_a_benchmark_makes_its_table(script: str, arguments: str, rows: int, tmp
 
 @pytest.mark.slow
 def test_the_cost_of_logging_is_measured_once(dataset: Path, tmp_path: Path) -> None:
-    """A row for every kind of work, each of which was done; a second call harms nothing."""
+    """The table has a row for every kind of work, each with calls; a second call is refused and changes nothing."""
     size = "model.hidden_size=32 model.intermediate_size=48 model.num_hidden_layers=4 data.sequence_length=32"
     often = "train.log_interval=2 monitor.router_interval=2 train.evaluation_samples=8"
     script = str(BENCHMARKS / "logging_cost.py")
@@ -73,8 +73,8 @@ def test_the_cost_of_logging_is_measured_once(dataset: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_task_is_made_learnt_and_measured(tmp_path: Path) -> None:
-    """Two models, one seed; a second call measures nothing again; what is told of a run goes with its folder."""
+def test_a_task_is_made_learned_and_measured(tmp_path: Path) -> None:
+    """Two models, one seed. A second call repeats no measurement; a run's result is deleted with its folder."""
     size = "data.sequence_length=32 train.evaluation_samples=32 optimizer.warmup_steps=1"
     command = [
         sys.executable,
@@ -97,7 +97,7 @@ def test_a_task_is_made_learnt_and_measured(tmp_path: Path) -> None:
     table = (tmp_path / "table.md").read_text()
     assert table in first.stdout and table in second.stdout and "| lime-kv | 0.0 ± 0.0 | +0.0 |" in table
     assert first.stdout.count("of 20 solutions") == 2 and "of 20 solutions" not in second.stdout
-    assert second.stdout.count("there already") == 2
+    assert second.stdout.count("already finished") == 2
     shutil.rmtree(tmp_path / "llama-seed0")
     third = call()
     assert third.returncode == 0 and re.findall(r"(\S+): \d+ of 20 solutions", third.stdout) == ["llama-seed0"]

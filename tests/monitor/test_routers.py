@@ -37,13 +37,13 @@ def make_config(**lime: Any) -> ModelConfig:
 
 
 def weights_of(config: ModelConfig) -> dict[str, Tensor]:
-    """Weights away from their initial values, without those that no map needs."""
-    found = {}
+    """Perturbed weights, only those that a map needs."""
+    routers = {}
     for name, parameter in build_decoder(config).named_parameters():
         perturb(name, parameter)
         if name in architecture_of(config).router_parameters:
-            found[name] = parameter.detach()
-    return found
+            routers[name] = parameter.detach()
+    return routers
 
 
 def taken(config: ModelConfig, decoder: Any, layer: int, source: int, read_head: int) -> Tensor:
@@ -74,8 +74,8 @@ def test_a_map_is_what_layers_take(routes: str, policy: str) -> None:
     decoder = build_decoder(config)
     decoder.load_state_dict(weights, strict=False)
     read_heads = KEY_VALUE_HEADS if routes == "kv" else 1
-    found = router_map(config, weights)
-    assert found.shape == (LAYERS, LAYERS)
+    weights_LL = router_map(config, weights)
+    assert weights_LL.shape == (LAYERS, LAYERS)
     with torch.no_grad():
         for layer in range(LAYERS):
             by_source = [
@@ -84,7 +84,7 @@ def test_a_map_is_what_layers_take(routes: str, policy: str) -> None:
             ]
             expected = torch.stack(by_source, 1)
             torch.testing.assert_close(head_map(config, weights, layer), expected)
-            torch.testing.assert_close(found[layer], expected.mean(0))
+            torch.testing.assert_close(weights_LL[layer], expected.mean(0))
 
 
 def test_models_without_a_map() -> None:

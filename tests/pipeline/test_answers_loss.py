@@ -70,9 +70,9 @@ def test_a_pipeline_equals_one_process_on_the_whole_batch(
     for result in results:
         assert result["losses"] == pytest.approx(expected["losses"], rel=tolerance)
         assert result["evaluations"] == pytest.approx(expected["evaluations"], rel=tolerance)
-        for name, found in result["gradients"].items():
+        for name, gradient in result["gradients"].items():
             wanted = expected["gradients"][name].double()
             assert torch.linalg.vector_norm(wanted) > 0
-            error = (found.double() - wanted).abs().max() / wanted.abs().max()
+            error = (gradient.double() - wanted).abs().max() / wanted.abs().max()
             assert error <= tolerance, f"{name} on stage {result['stage']}: {error:.1e}"
     assert {name for result in results for name in result["gradients"]} == set(expected["gradients"])

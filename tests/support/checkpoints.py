@@ -65,23 +65,23 @@ def find(directory: str) -> tuple[int | None, list[str]]:
     """The step that would be gone on from, and what was said."""
     from lime_dist.checkpoint import store
 
-    found, lines = store.find_newest(Path(directory))
-    return (None if found is None else found.state.step), lines
+    newest, lines = store.find_newest(Path(directory))
+    return (None if newest is None else newest.state.step), lines
 
 
 def load(values: dict[str, Any], directory: str) -> int:
-    """Load what is found into a new model, and check that every value is of that step; the step, 0 if there is none."""
+    """Load the newest checkpoint into a new model, check that every value is of its step, and return the step; 0 if there is none."""
     from lime_dist.checkpoint import store
 
     config, optimizer, _ = _build(values, directory)
-    found, _ = store.find_newest(Path(directory))
-    if found is None:
+    newest, _ = store.find_newest(Path(directory))
+    if newest is None:
         return 0
-    store.load(found, config, NUM_SAMPLES, optimizer)
+    store.load(newest, config, NUM_SAMPLES, optimizer)
     got = {name: {k: t.clone() for k, t in optimizer.state(name).items()} for name in optimizer.local_names()}
-    _fill(optimizer, found.state.step)
+    _fill(optimizer, newest.state.step)
     for name, state in got.items():
         for key, tensor in optimizer.state(name).items():
             assert torch.equal(state[key], tensor), (name, key)
-    assert optimizer.step_count == found.state.step and found.state.consumed_samples == 4 * found.state.step
-    return found.state.step
+    assert optimizer.step_count == newest.state.step and newest.state.consumed_samples == 4 * newest.state.step
+    return newest.state.step

@@ -38,8 +38,8 @@ def numbers(directory: Path) -> list[dict[str, float]]:
 
 
 def weights(directory: Path, step: int) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted((directory / f"checkpoints/global_step{step}").glob("*.pt")):
         for name, entry in torch.load(path, weights_only=True).items():
-            found.update({f"{name}/{key}": tensor for key, tensor in entry.items()})
-    return found
+            tensors.update({f"{name}/{key}": tensor for key, tensor in entry.items()})
+    return tensors

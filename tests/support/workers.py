@@ -60,19 +60,19 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
 class _Pickler(pickle.Pickler):
     """Tensors as their bytes. Multiprocessing's own pickler makes a shared file of each, which took longer than a case."""
 
-    def reducer_override(self, found: Any) -> Any:
-        if not isinstance(found, Tensor):
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
             return NotImplemented
-        return _tensor, (found.detach().reshape(-1).view(torch.uint8).numpy(), found.dtype, found.shape)
+        return _tensor, (value.detach().reshape(-1).view(torch.uint8).numpy(), value.dtype, value.shape)
 
 
 def _tensor(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     return torch.from_numpy(content).view(dtype).reshape(shape)
 
 
-def _pickled(found: Any) -> bytes:
+def _pickled(value: Any) -> bytes:
     file = io.BytesIO()
-    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(found)
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
     return file.getvalue()
 
 
