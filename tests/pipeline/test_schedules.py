@@ -88,7 +88,7 @@ def measure_stage(values: dict[str, Any]) -> Any:
 def test_a_new_schedule_is_a_choice(gpipe: None) -> None:
     config = load_config(None, ["pipeline.schedule=gpipe"])
     assert config.pipeline.engine == "overlap" and isinstance(make_schedule(config, 4), GPipe)
-    with pytest.raises(LimeError, match="pipeline.schedule='other' must be '1f1b', 'stock' or 'gpipe'"):
+    with pytest.raises(LimeError, match="pipeline.schedule='other' must be '1f1b', 'gpipe' or 'stock'"):
         load_config(None, ["pipeline.schedule=other"])
 
 
