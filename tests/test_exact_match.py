@@ -146,7 +146,7 @@ def test_mistakes_are_one_line(exported: Path, shards: Path, dataset: Path, tmp_
     assert line("--samples", "-1") == "--samples -1: must be at least 0"
     assert line("--batch-size", "0") == "--batch-size 0: must be at least 1"
     assert "no split 'test'; it has train, validation" in line("--split", "test")
-    assert "its tokens are of another vocabulary than" in line(data=dataset)
+    assert "was tokenized with another tokenizer" in line(data=dataset)
     assert "no document of split 'validation' contains the token 250" in line("--answer-token", "250")
     plain = task_values(shards, tmp_path / "run")
     plain["data"]["answer_token"] = None

@@ -1,4 +1,4 @@
-"""Protects what is done with an exported model: verification, generation, and a loss that is the trainer's."""
+"""Protects the use of an exported model: verification, generation, and a loss equal to the trainer's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers", reason="the extra `hf` is not
 def trained(
     workers: Callable[[int], WorkerGroup], dataset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, float]:
-    """An export of a model that took three steps, in several files, and the trainer's validation loss."""
+    """An export, in several files, of a model trained for three steps, and the trainer's validation loss."""
     folder = tmp_path_factory.mktemp("exported")
     values = run_values(dataset, folder / "run", lime={"history": {"policy": "first_last"}})
     assert workers(1).run("support.runs.run", values=values) == [""]
@@ -44,7 +44,7 @@ def trained(
 def test_the_loss_is_the_trainers(
     trained: tuple[Path, float], dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By default on the samples that the run validated on."""
+    """By default, `evaluate` uses the samples that the run validated on."""
     out, loss = trained
     evaluate.main(["--model", str(out), "--data", str(dataset)])
     first, second = capsys.readouterr().out.splitlines()
@@ -64,7 +64,7 @@ def test_other_samples(trained: tuple[Path, float], dataset: Path, capsys: pytes
 
 
 def test_generate_continues_the_prompt(trained: tuple[Path, float], capsys: pytest.CaptureFixture[str]) -> None:
-    """Greedy text is what the model says by hand; sampling depends on its seed."""
+    """Greedy text equals a loop over argmax; sampled text depends on the seed."""
     out, _ = trained
     exported = open_export(out)
     ids = torch.tensor([exported.tokenizer.encode("alpha beta")])
@@ -101,7 +101,7 @@ def test_options_of_generate(options: list[str], line: str) -> None:
 
 
 def test_a_tampered_export_is_one_line(trained: tuple[Path, float], dataset: Path, tmp_path: Path) -> None:
-    """By both commands, before anything of it is run."""
+    """Both commands refuse it before they run any of its code."""
     out = tmp_path / "out"
 
     def line() -> str:
@@ -113,9 +113,9 @@ def test_a_tampered_export_is_one_line(trained: tuple[Path, float], dataset: Pat
             with pytest.raises(LimeError) as caught:
                 command()
             lines.add(str(caught.value))
-        (found,) = lines
-        assert "\n" not in found
-        return found
+        (message,) = lines
+        assert "\n" not in message
+        return message
 
     assert "no such folder; give the --output of lime_dist.checkpoint.export" in line()
     shutil.copytree(trained[0], out)
@@ -130,12 +130,12 @@ def test_a_tampered_export_is_one_line(trained: tuple[Path, float], dataset: Pat
     code.write_text(code.read_text() + "\n")
     assert f"{code}: changed since the export" in line()
     (out / "certificate.json").write_text('{"format": "another"}')
-    assert "is not one that this version wrote" in line()
+    assert "was not written by this version" in line()
     (out / "certificate.json").unlink()
     assert "certificate.json: no such file; only the --output of lime_dist.checkpoint.export has one" in line()
 
 
-def test_data_that_do_not_fit_are_one_line(trained: tuple[Path, float], dataset: Path, tmp_path: Path) -> None:
+def test_data_that_does_not_fit_is_one_line(trained: tuple[Path, float], dataset: Path, tmp_path: Path) -> None:
     def line(*options: str, data: Path = dataset) -> str:
         with pytest.raises(LimeError) as caught:
             evaluate.main(["--model", str(trained[0]), "--data", str(data), *options])
@@ -145,7 +145,7 @@ def test_data_that_do_not_fit_are_one_line(trained: tuple[Path, float], dataset:
     shutil.copytree(dataset, other)
     description = json.loads((other / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps({**description, "tokenizer_hash": "0" * 64}))
-    assert "its tokens are of another vocabulary than" in line(data=other)
+    assert "was tokenized with another tokenizer" in line(data=other)
     assert "no such folder" in line(data=tmp_path / "none")
     assert "no split 'tests'" in line("--split", "tests")
     assert "--samples 1000000: " in line("--samples", "1000000")
@@ -158,12 +158,12 @@ def test_data_that_do_not_fit_are_one_line(trained: tuple[Path, float], dataset:
 
 def test_without_transformers_the_extra_is_named(trained: tuple[Path, float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(LimeError, match="transformers is not installed; pip install .*hf"):
+    with pytest.raises(LimeError, match="transformers is not installed; run pip install .*hf"):
         generate.main(["--model", str(trained[0]), "--prompt", "x"])
 
 
 def test_the_commands_have_help_and_exit_with_2(tmp_path: Path) -> None:
-    """Of each one, in one process: an example in --help, and one line on a mistake."""
+    """Every command, in one process, shows an example in --help and prints one line on a mistake."""
     script = (
         "import sys, importlib\n"
         "from lime_dist.errors import run_command\n"
@@ -189,7 +189,7 @@ def test_the_commands_have_help_and_exit_with_2(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_certificate_says_where_it_is_from(trained: tuple[Path, float], dataset: Path) -> None:
+def test_the_certificate_names_the_source(trained: tuple[Path, float], dataset: Path) -> None:
     certificate = verify(trained[0])
     assert certificate["source"]["step"] == 3 and certificate["source"]["consumed_samples"] == 12
     assert certificate["tokenizer"]["hash"] == Tokenizer(dataset / "tokenizer").hash
@@ -197,8 +197,8 @@ def test_the_certificate_says_where_it_is_from(trained: tuple[Path, float], data
     assert set(certificate["versions"]) == {"lime_dist", "torch", "transformers"}
 
 
-def test_what_else_transformers_does_with_it(trained: tuple[Path, float], tmp_path: Path) -> None:
-    """Without a head, with a cache of fixed size, with beams, in bfloat16, saved again after changes."""
+def test_other_uses_by_transformers(trained: tuple[Path, float], tmp_path: Path) -> None:
+    """Without the head, with a cache of fixed size, with beam search, in bfloat16, changed and saved again."""
     exported = open_export(trained[0]).model
     prompt = torch.tensor([[5, 9, 2, 7]])
     greedy = {"max_new_tokens": 12, "do_sample": False}

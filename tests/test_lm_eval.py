@@ -1,4 +1,4 @@
-"""Protects the way into the LM Evaluation Harness: it reads an export, and scores are those of the trainer's decoder."""
+"""Protects evaluation with the LM Evaluation Harness: it opens an export, and its scores equal those of the trainer's decoder."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 
 def log_likelihood(decoder: Decoder, tokenizer: Any, context: str, continuation: str) -> float:
-    """Of a continuation's tokens, by the trainer's decoder."""
+    """Log-likelihood of a continuation's tokens by the trainer's decoder."""
     whole, start = tokenizer(context + continuation).input_ids, len(tokenizer(context).input_ids)
     with torch.no_grad():
-        chances = decoder(torch.tensor([whole]))[0].log_softmax(-1)
-    return sum(chances[i - 1, whole[i]].item() for i in range(start, len(whole)))
+        log_probabilities = decoder(torch.tensor([whole]))[0].log_softmax(-1)
+    return sum(log_probabilities[i - 1, whole[i]].item() for i in range(start, len(whole)))
 
 
 @pytest.mark.slow
 def test_the_harness_scores_an_export_as_the_decoder_does(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Items of different lengths in one batch: the harness pads them."""
+    """The items have different lengths, so the harness pads the batch."""
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -61,7 +61,7 @@ def test_the_harness_scores_an_export_as_the_decoder_does(
     (tmp_path / "items.jsonl").write_text("\n".join(lines))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/local.yaml").write_text(TASK % (tmp_path / "items.jsonl", tmp_path / "cache"))
-    found = simple_evaluate(
+    evaluation = simple_evaluate(
         model="hf",
         model_args=f"pretrained={tmp_path / 'out'},trust_remote_code=True,dtype=float32",
         tasks=["local_choice"],
@@ -72,12 +72,12 @@ def test_the_harness_scores_an_export_as_the_decoder_does(
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     right = 0
-    for sample in found["samples"]["local_choice"]:
+    for sample in evaluation["samples"]["local_choice"]:
         question, choices, answer = ITEMS[sample["doc_id"]]
         wanted = [log_likelihood(decoder, tokenizer, question, f" {choice}") for choice in choices]
         assert [float(response[0][0]) for response in sample["resps"]] == pytest.approx(wanted, abs=1e-4)
         right += max(range(len(wanted)), key=wanted.__getitem__) == answer
-    assert found["results"]["local_choice"]["acc,none"] == pytest.approx(right / len(ITEMS))
+    assert evaluation["results"]["local_choice"]["acc,none"] == pytest.approx(right / len(ITEMS))
 
 
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -87,7 +87,7 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_papers_tasks_by_one_script(tmp_path: Path) -> None:
-    """Both versions' lists with their shots; where the harness is installed, it knows every name."""
+    """The task lists of both versions of the paper, with their shots. The harness, if installed, has every task."""
     finished = dry_run(str(tmp_path), "--dry-run", "--limit", "5")
     assert finished.returncode == 0, finished.stderr
     commands = [shlex.split(line) for line in finished.stdout.splitlines()]

@@ -18,22 +18,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lime_dist.checkpoint.export",
         description="Write a checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, modelling code.\n"
-        "Its logits are compared with the trainer's; on a mismatch nothing is written.",
+        "Nothing is written unless its logits equal the trainer's.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="run folder, its checkpoints, or one global_stepN"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a run folder, its checkpoints folder, or one global_stepN folder",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("--output", required=True, type=Path, help="folder to create")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one in the run's data.path)")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default 5GB)")
+    parser.add_argument("--max-shard-size", default="5GB", help="size limit of one weights file (default 5GB)")
     options = parser.parse_args(arguments)
     certificate = export(options.checkpoint, options.output, options.tokenizer, options.max_shard_size)
     logits: dict[str, Any] = certificate["logits"]
     print(
-        f"compared on {logits['tokens']:,} tokens ({logits['text']}): largest difference of logits "
-        f"{logits['largest_difference']:.1e} (with cache {logits['largest_difference_with_cache']:.1e}) of at most "
+        f"compared on {logits['tokens']:,} tokens ({logits['text']}): logits differ by at most "
+        f"{logits['largest_difference']:.1e} (with cache {logits['largest_difference_with_cache']:.1e}); the largest logit is "
         f"{logits['largest_logit']:.2f}"
     )
     print(f"exported {certificate['architecture']}, step {certificate['source']['step']}: {options.output}")

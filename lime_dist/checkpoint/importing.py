@@ -19,18 +19,19 @@ def main(arguments: list[str] | None = None) -> None:
     """``python -m lime_dist.checkpoint.importing``."""
     parser = argparse.ArgumentParser(
         prog="python -m lime_dist.checkpoint.importing",
-        description="Write an exported model, or a Hugging Face LLaMA, as the checkpoint of step 0 of a run, where pretrain.py\n"
-        "finds it.\n"
-        "The configuration must have the original's shape; logits are compared before anything is written.",
+        description="Write an exported model or a Hugging Face LLaMA as the checkpoint of step 0 of a run. pretrain.py resumes\n"
+        "from it. The configuration must have the original's shape. Nothing is written unless the logits agree.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("--config", required=True, help="YAML file of the run; its run.directory gets the checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
+    parser.add_argument(
+        "--config", required=True, help="YAML file of the run; the checkpoint is written into its run.directory"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
     path = import_model(options.model, load_config(options.config, options.overrides))
-    print(f"imported {options.model}: {path}; pretrain.py with the same configuration goes on from it")
+    print(f"imported {options.model}: {path}; run pretrain.py with the same configuration to train from it")
 
 
 if __name__ == "__main__":

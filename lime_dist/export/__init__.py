@@ -1,1 +1,1 @@
-"""Hugging Face models: written from checkpoints, verified, opened, and imported as the start of a run."""
+"""Hugging Face models: export a checkpoint, verify and open an export, start a run from a model."""

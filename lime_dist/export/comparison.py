@@ -1,4 +1,4 @@
-"""Two models on the same real text: how far their logits are apart, and the loss of one."""
+"""Compare the logits of two models on the same text, and compute the loss of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Logits = Callable[[Tensor], Tensor]
 """Tokens [B, T] -> logits [B, T, V]."""
 
 TOLERANCE = 1e-5
-"""Of the largest difference of two models' logits, as a share of the largest logit, in float32."""
+"""Two models are the same if no logit differs by more than this share of the largest logit."""
 
 COMPARED_TOKENS = 2048
 TEXT = """A pipeline cuts a model into stages, and each stage keeps the layers that it was given. While the first one works on
@@ -31,12 +31,18 @@ back is its gradient. A reader who measures 3.14 seconds where 2.72 were planned
 
 "No measurement without the command that made it," they said; «кто проверяет?» 数字は嘘をつかない。 Déjà vu, naïveté, 😀.
 """
-"""What models are compared on where a run's own validation text cannot be reached."""
+"""Text to compare models on when a run's validation split cannot be read."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute difference of logits, largest logit, and how many tokens were read."""
+    """How far the logits of two models are apart.
+
+    Attributes:
+        difference: largest absolute difference of two logits.
+        logit: largest absolute logit of the first model.
+        tokens: number of tokens compared.
+    """
 
     difference: float
     logit: float
@@ -44,6 +50,7 @@ class Comparison:
 
     @property
     def relative(self) -> float:
+        """The largest difference as a share of the largest logit."""
         return self.difference / self.logit
 
     def __or__(self, other: Comparison) -> Comparison:
@@ -54,20 +61,20 @@ class Comparison:
 
 def compare_logits(first: Logits, second: Logits, tokens_NT: Tensor) -> Comparison:
     """Compare two models on rows of tokens, one row at a time."""
-    found = Comparison(0.0, 0.0, 0)
+    comparison = Comparison(0.0, 0.0, 0)
     with torch.no_grad():
         for row in tokens_NT.split(1):
             one, other = first(row), second(row)
             difference = (one - other).abs().max().item()
-            # A maximum passes over what is not a number; a difference of that kind is no agreement.
-            found |= Comparison(
+            # max() ignores NaN in `Comparison.__or__`; infinity makes the models differ.
+            comparison |= Comparison(
                 difference if difference == difference else float("inf"), one.abs().max().item(), row.numel()
             )
-    return found
+    return comparison
 
 
 def first_tokens(split: Samples, sequence_length: int) -> Tensor:
-    """The first samples of a split, about COMPARED_TOKENS tokens, [N, T]."""
+    """The first samples of a split, at most COMPARED_TOKENS tokens but at least one sample, [N, T]."""
     rows = max(1, min(COMPARED_TOKENS // sequence_length, split.num_samples(sequence_length)))
     return torch.cat([tokens for tokens, _ in validation_batches(split, sequence_length, rows)])
 
@@ -75,7 +82,7 @@ def first_tokens(split: Samples, sequence_length: int) -> Tensor:
 def validation_batches(
     split: Samples, sequence_length: int, samples: int, answers: Answers | None = None
 ) -> Iterator[Batch]:
-    """The first samples of a split one by one, (tokens, labels) [1, T] each: what a run validates on."""
+    """The first samples of a split, on which a run validates, one at a time: (tokens, labels), [1, T] each."""
     return iter(ValidationBatches(split, sequence_length, samples, 1, 0, 1, answers))
 
 
@@ -85,10 +92,11 @@ def mean_loss(
     """Mean cross-entropy in nats per token over samples of equal length.
 
     Args:
-        counted_share: of all these labels, those that are counted (not -100); None: all are.
+        limit: use at most this many samples; None: all.
+        counted_share: share of the labels that count (are not -100); None: all labels count.
 
     Raises:
-        LimeError: it is not a number.
+        LimeError: the loss is NaN.
     """
     losses = []
     with torch.no_grad():

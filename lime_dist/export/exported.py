@@ -1,4 +1,4 @@
-"""An exported model on disk: verified against its certificate, then opened with `transformers`."""
+"""Open an exported model: verify its files against the certificate, then load it with `transformers`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMAT = "lime_dist export 1"
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model that lime_dist.checkpoint.export wrote, with its tokenizer and certificate."""
+    """An export of `lime_dist.checkpoint.export`: model, tokenizer and certificate."""
 
     path: Path
     certificate: dict[str, Any]
@@ -31,7 +31,7 @@ class ExportedModel:
     tokenizer: Any
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """[B, T] -> [B, T, V]; may be called with tokens that lie elsewhere than the model."""
+        """Tokens [B, T], on any device -> logits [B, T, V] on the same device."""
         return self.model(tokens_BT.to(self.model.device), use_cache=False).logits.to(tokens_BT.device)
 
 
@@ -39,14 +39,14 @@ def open_export(path: str | Path) -> ExportedModel:
     """Verify an export and load it in float32.
 
     Raises:
-        LimeError: it is none, or not as it was written, or `transformers` is not installed.
+        LimeError: the folder is not an export, its files have changed, or `transformers` is not installed.
     """
     folder = Path(path)
     return open_verified(folder, verify(folder))
 
 
 def open_verified(folder: Path, certificate: dict[str, Any]) -> ExportedModel:
-    """Load an export that `verify` has gone through, onto the GPU where there is one."""
+    """Load an export that `verify` has checked, onto the GPU if there is one."""
     import torch
 
     model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,10 +54,10 @@ def open_verified(folder: Path, certificate: dict[str, Any]) -> ExportedModel:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check every file against the certificate, which is returned.
+    """Check every file of an export against the certificate, and return the certificate.
 
     Raises:
-        LimeError: naming the first file that is missing or differs.
+        LimeError: names the first file that is missing or differs.
     """
     if not folder.is_dir():
         raise LimeError(f"{folder}: no such folder; give the --output of lime_dist.checkpoint.export")
@@ -67,7 +67,7 @@ def verify(folder: Path) -> dict[str, Any]:
     )
     files = certificate.get("files")
     if certificate.get("format") != FORMAT or not isinstance(files, dict):
-        raise LimeError(f"{folder / CERTIFICATE}: is not one that this version wrote; {advice}")
+        raise LimeError(f"{folder / CERTIFICATE}: was not written by this version; {advice}")
     for name, sha256 in files.items():
         if not (folder / name).is_file():
             raise LimeError(f"{folder / name}: missing, though {CERTIFICATE} lists it; {advice}")
@@ -79,24 +79,24 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def model_config(exported: ExportedModel) -> ModelConfig:
-    """The trainer's own description of an exported model, from its config.json."""
-    found = read_json(exported.path / "config.json", "export the checkpoint again")
-    known = {name: found[name] for name in ModelConfig.model_fields if name in found}
+    """The section ``model`` of the run that an export comes from, as far as its config.json has the keys."""
+    values = read_json(exported.path / "config.json", "export the checkpoint again")
+    known = {name: values[name] for name in ModelConfig.model_fields if name in values}
     return ModelConfig(**{"architecture": BASELINE, **known})
 
 
 def check_vocabulary(certificate: dict[str, Any], folder: Path, split: TokenSplit | Blend) -> None:
-    """Refuse tokens that another tokenizer made than that of an export (LimeError)."""
+    """Refuse a split that was tokenized with another tokenizer than the export's (LimeError)."""
     wanted = certificate["tokenizer"]["hash"]
     if split.tokenizer_hash != wanted:
         raise LimeError(
-            f"{split.path}: its tokens are of another vocabulary than {folder} (tokenizer {str(split.tokenizer_hash)[:12]} "
-            f"there, {wanted[:12]} here); pretokenize the text with the run's tokenizer"
+            f"{split.path}: was tokenized with another tokenizer ({str(split.tokenizer_hash)[:12]}) than that of {folder} "
+            f"({wanted[:12]}); pretokenize the text with the run's tokenizer"
         )
 
 
 def require_transformers() -> Any:
-    """The package, told to be quiet.
+    """Import `transformers`, with warnings and progress bars turned off.
 
     Raises:
         LimeError: it is not installed.
@@ -105,7 +105,7 @@ def require_transformers() -> Any:
         import transformers
     except ImportError:
         raise LimeError(
-            "transformers is not installed; pip install -c constraints.txt -e '.[hf]' in lime_dist's folder"
+            "transformers is not installed; run pip install -c constraints.txt -e '.[hf]' in lime_dist's folder"
         ) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -113,7 +113,7 @@ def require_transformers() -> Any:
 
 
 def load_model(folder: Path) -> Any:
-    """The model of a folder, in float32, on the CPU, for inference."""
+    """The model in a folder, in float32 on the CPU, in evaluation mode."""
     import torch
 
     transformers = require_transformers()
@@ -122,5 +122,5 @@ def load_model(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder."""
+    """The tokenizer in a folder."""
     return require_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -1,10 +1,11 @@
-"""Export a checkpoint of any layout as a Hugging Face model, and prove that it is the same model before it gets its name.
+"""Export a checkpoint of any layout as a Hugging Face model, after proving that it is the same model.
 
     OUT/config.json, generation_config.json, model*.safetensors, tokenizer files, README.md
-    OUT/*_lime.py            modelling code; not for LLaMA, which `transformers` knows
+    OUT/*_lime.py            modelling code; none for LLaMA, which is part of `transformers`
     OUT/certificate.json     source, measured differences, SHA-256 of every file
 
-Everything is written beside OUT, and renamed when the loaded export has the logits of the trainer's decoder.
+The files are written into a folder beside OUT, which is renamed to OUT once the export, loaded from it, has the logits of the
+trainer's decoder.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from lime_dist.export.tokenizer_files import check_ids, special_ids, write_token
 
 @dataclass(frozen=True)
 class RunText:
-    """The tokenizer of a run, and text in its tokens.
+    """The tokenizer of a run, and tokenized text to compare models on.
 
     Attributes:
-        bos: documents began with bos.
-        tokens_NT: of the run's validation split, where it can be read.
-        source: where the tokens are from.
+        bos: whether documents began with bos in training.
+        tokens_NT: tokens of the run's validation split, or of a built-in text if the split cannot be read.
+        source: where the tokens come from, in words.
     """
 
     tokenizer: Tokenizer
@@ -48,10 +49,10 @@ class RunText:
 
 
 def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
-    """Open the tokenizer that a run's shards were made with, or the given one, and text to compare models on.
+    """Open the given tokenizer, by default the one that the run's shards were made with, and text to compare models on.
 
     Raises:
-        LimeError: neither can be read, they differ, or the model has too small a vocabulary.
+        LimeError: there is no tokenizer, it is not the one of the shards, or it has more pieces than the model's vocabulary.
     """
     data = Path(next((path for path in config.data.paths if Path(path).is_dir()), config.data.paths[0]))
     description: dict[str, Any] = {}
@@ -61,10 +62,10 @@ def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
             tokenizer_folder = data / description["tokenizer"]
     except LimeError as error:
         if tokenizer_folder is None:
-            raise LimeError(f"the run's shards cannot be read ({error}); or give --tokenizer DIR") from None
+            raise LimeError(f"the run's shards cannot be read ({error}); give --tokenizer DIR") from None
     tokenizer = Tokenizer(tokenizer_folder)
     if description and description["tokenizer_hash"] != tokenizer.hash:
-        raise LimeError(f"{tokenizer_folder}: is not the tokenizer that {data} was made with; leave --tokenizer out")
+        raise LimeError(f"{tokenizer_folder}: is not the tokenizer that {data} was made with; leave out --tokenizer")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise LimeError(
             f"{tokenizer_folder}: has {tokenizer.vocab_size} pieces, but model.vocab_size={config.model.vocab_size}; "
@@ -75,19 +76,21 @@ def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
         tokens = first_tokens(TokenSplit(data, "validation"), length)
         return RunText(tokenizer, bos, tokens, f"validation split of {data}")
     row = torch.tensor(tokenizer.encode(TEXT), dtype=torch.long).unsqueeze(0)
-    return RunText(tokenizer, bos, row[:, :length], "a text that the program carries")
+    return RunText(tokenizer, bos, row[:, :length], "built-in text")
 
 
 def export(checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_shard_size: str) -> dict[str, Any]:
-    """Write ``output``; returns its certificate.
+    """Export a checkpoint to the folder ``output``.
+
+    Returns:
+        The certificate.
 
     Raises:
-        LimeError: something given is wrong, or the result is not the same model; nothing is left of it then.
+        LimeError: an argument is wrong, or the exported model differs from the checkpoint's. No files are left behind.
     """
-    versions = {"lime_dist": lime_dist.__version__, "torch": torch.__version__}
-    versions["transformers"] = require_transformers().__version__
+    require_transformers()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise LimeError(f"{output}: is there already; give another --output, or delete it")
+        raise LimeError(f"{output}: already exists; give another --output, or delete it")
     config, state, weights = read_weights(checkpoint)
     source = source_of(checkpoint)
     text = run_text(config, tokenizer_folder)
@@ -100,40 +103,63 @@ def export(checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_sh
         write_configuration(partial, config, special_ids(text.tokenizer, text.bos))
         write_tokenizer(text.tokenizer, text.bos, config.data.sequence_length, partial)
         write_card(partial, final.name, config, state.step, state.consumed_samples)
-        certificate = {
-            "format": FORMAT,
-            "versions": versions,
-            "source": {"checkpoint": str(source.path), "manifest_sha256": source.manifest_sha256, **state.as_dict()},
-            "architecture": config.model.architecture,
-            "logits": prove_logits(partial, config, weights, text),
-            "tokenizer": prove_tokenizer(partial, text),
-            "training": {
-                "sequence_length": config.data.sequence_length,
-                "evaluation_samples": config.train.evaluation_samples,
-                "answer_token": config.data.answer_token,
-            },
-            "files": {path.name: sha256_file(path) for path in sorted(partial.iterdir()) if path.is_file()},
-        }
+        source_facts = {"checkpoint": str(source.path), "manifest_sha256": source.manifest_sha256, **state.as_dict()}
+        certificate = make_certificate(partial, config, weights, text, source_facts)
         write_atomic(partial / CERTIFICATE, json_bytes(certificate))
         if final.is_dir():
             final.rmdir()
         partial.rename(final)
     except OSError as error:
-        reason = " ".join(str(error.strerror or error).split())  # transformers' own have several lines
+        reason = " ".join(str(error.strerror or error).split())  # one line; those of transformers have several
         raise LimeError(f"{error.filename or output}: {reason}; nothing was exported") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return certificate
 
 
-def prove_logits(folder: Path, config: Config, weights: Weights, text: RunText) -> dict[str, Any]:
-    """Compare the export in a folder with the trainer's decoder on real text, as a whole and in two parts with the cache.
+def make_certificate(
+    folder: Path, config: Config, weights: Weights, text: RunText, source: dict[str, Any]
+) -> dict[str, Any]:
+    """Compare the export in a folder with the checkpoint's model and tokenizer, and return its certificate.
 
-    In float32, and if that does not suffice in float64: a model of 128 layers with large weights can multiply float32's
-    rounding so much that two exact orders of summation are more than TOLERANCE apart (7e-5 seen with random weights).
+    Args:
+        source: which checkpoint the export comes from.
 
     Raises:
-        LimeError: they differ by more than TOLERANCE.
+        LimeError: the logits or the token ids differ.
+    """
+    return {
+        "format": FORMAT,
+        "versions": {
+            "lime_dist": lime_dist.__version__,
+            "torch": torch.__version__,
+            "transformers": require_transformers().__version__,
+        },
+        "source": source,
+        "architecture": config.model.architecture,
+        "logits": prove_logits(folder, config, weights, text),
+        "tokenizer": prove_tokenizer(folder, text),
+        "training": {
+            "sequence_length": config.data.sequence_length,
+            "evaluation_samples": config.train.evaluation_samples,
+            "answer_token": config.data.answer_token,
+        },
+        "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()},
+    }
+
+
+def prove_logits(folder: Path, config: Config, weights: Weights, text: RunText) -> dict[str, Any]:
+    """Compare the export in a folder with the trainer's decoder on ``text``, at once and in two parts with the cache.
+
+    The models are compared in float32 and, if they are more than TOLERANCE apart, in float64. A model of 128 layers with large
+    weights can amplify the rounding of float32 so much that two equally correct orders of summation are farther apart than
+    TOLERANCE (7e-5 was seen with random weights).
+
+    Returns:
+        The certificate's section ``logits``.
+
+    Raises:
+        LimeError: the logits differ by more than TOLERANCE.
     """
     decoder, exported = load_decoder(config.model, weights), load_model(folder)
 
@@ -163,14 +189,22 @@ def prove_logits(folder: Path, config: Config, weights: Weights, text: RunText) 
                 "allowed": TOLERANCE * whole.logit,
             }
     raise LimeError(
-        f"the exported model is not the trainer's: logits differ by {whole.difference:.1e}, with cache by "
-        f"{cached.difference:.1e}, of at most {whole.logit:.1e}; {TOLERANCE} of that is allowed; nothing was exported"
+        f"the exported model is not the trainer's: logits differ by up to {whole.difference:.1e}, with cache by up to "
+        f"{cached.difference:.1e}; the largest logit is {whole.logit:.1e}, and {TOLERANCE} of it is allowed; nothing was "
+        "exported"
     )
 
 
 def prove_tokenizer(folder: Path, text: RunText) -> dict[str, Any]:
-    """Compare the exported tokenizer's ids with those of the trainer's, on hard and on real text."""
-    real = [text.tokenizer.decode(row.tolist()) for row in text.tokens_NT]
-    real += [f"a {symbol}{symbol}1{symbol}" for symbol in text.tokenizer.facts.get("symbols", {})]
-    compared = check_ids(text.tokenizer, load_tokenizer(folder), [*HARD_TEXTS, TEXT, *real])
+    """Compare the exported tokenizer with the trainer's on texts that are hard for tokenizers and on ``text``.
+
+    Returns:
+        The certificate's section ``tokenizer``.
+
+    Raises:
+        LimeError: token ids differ.
+    """
+    texts = [text.tokenizer.decode(row.tolist()) for row in text.tokens_NT]
+    texts += [f"a {symbol}{symbol}1{symbol}" for symbol in text.tokenizer.facts.get("symbols", {})]
+    compared = check_ids(text.tokenizer, load_tokenizer(folder), [*HARD_TEXTS, TEXT, *texts])
     return {"hash": text.tokenizer.hash, "vocab_size": text.tokenizer.vocab_size, **compared}

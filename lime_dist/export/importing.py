@@ -1,8 +1,8 @@
-"""Start a run from a model that exists: its weights become the checkpoint of step 0 that pretrain.py resumes from.
+"""Start a run from an existing model: its weights become the checkpoint of step 0, from which pretrain.py resumes.
 
-The model is what `lime_dist.checkpoint.export` wrote, of any architecture, or a Hugging Face LLaMA. From a LLaMA, a `lime` run
-must start as LLaMA does (routes: kv, router_init: identity), so that its first loss is the original's; what the original does not
-have, routers and summaries, gets its initial values.
+The original is an export of any architecture, written by `lime_dist.checkpoint.export`, or a Hugging Face LLaMA. A run that
+starts from a LLaMA must have the LLaMA's first loss (see `Architecture.check_llama_start`). Routers and chunk summaries, which a
+LLaMA does not have, get their initial values.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.blend import open_training
 from lime_dist.data.files import read_json
 from lime_dist.errors import LimeError
-from lime_dist.export.comparison import TOLERANCE, compare_logits, first_tokens
+from lime_dist.export.comparison import TOLERANCE, Comparison, compare_logits, first_tokens
 from lime_dist.export.exported import CERTIFICATE, check_vocabulary, load_model, require_transformers, verify
 from lime_dist.export.model_files import LLAMA_TYPE, MODEL_TYPE, SHAPE_KEYS, model_description
 from lime_dist.model.architecture import architecture_of
 from lime_dist.model.init import initialise
 
+INITIAL_ONLY = frozenset({"lime.router_init"})
+"""Keys of ``model`` that an import does not compare: they choose initial values, which trained weights have replaced."""
+
 
 def import_model(folder: Path, config: Config) -> Path:
-    """Write ``checkpoints/global_step0`` into the run's folder and return it.
+    """Write ``checkpoints/global_step0`` into the run's folder and return its path.
 
     Raises:
-        LimeError: the original is no export and no LLaMA that the trainer can express, it is not as it was written, the
-            configuration is not of its shape, its tokenizer not that of the data, or the run has checkpoints already.
+        LimeError: the original is neither an export nor a LLaMA that the trainer supports, its files have changed since the
+            export, the configuration describes another model, the data was tokenized with another tokenizer, or the run
+            already has checkpoints.
     """
     require_transformers()
     values = read_json(folder / "config.json", "give a folder with a Hugging Face model")
@@ -47,57 +51,77 @@ def import_model(folder: Path, config: Config) -> Path:
     weights = read_safetensors(folder, config, fill=values["model_type"] == LLAMA_TYPE)
     tokens = first_tokens(train, config.data.sequence_length)
     if int(tokens.max()) >= config.model.vocab_size:
-        raise LimeError(f"{train.path}: has tokens above model.vocab_size={config.model.vocab_size}")
-    decoder, original = load_decoder(config.model, weights), load_model(folder)
-
-    def theirs(tokens_BT: Tensor) -> Tensor:
-        return original(tokens_BT, use_cache=False).logits
-
-    for dtype in (torch.float32, torch.float64):  # as the export does: float64 decides where float32 is too coarse
-        decoder.to(dtype)
-        original.to(dtype)
-        found = compare_logits(decoder, theirs, tokens)
-        if found.relative <= TOLERANCE:
-            break
-    else:
-        raise LimeError(
-            f"{folder}: its logits differ by {found.difference:.1e} of at most {found.logit:.1e} from those of the imported "
-            "model; it does something that is not in its config.json's known keys; nothing was written"
-        )
+        raise LimeError(f"{train.path}: has token ids beyond model.vocab_size={config.model.vocab_size}")
+    comparison = check_logits(folder, config, weights, tokens)
     directory = Path(config.run.directory) / "checkpoints"
     path = write_checkpoint(directory, config, order.num_samples, weights)
     print(
-        f"compared on {found.tokens:,} tokens of {train.path}: largest difference of logits {found.difference:.1e} "
-        f"of at most {found.logit:.2f}"
+        f"compared on {comparison.tokens:,} tokens of {train.path}: logits differ by at most {comparison.difference:.1e}; "
+        f"the largest logit is {comparison.logit:.2f}"
     )
     return path
 
 
+def check_logits(folder: Path, config: Config, weights: Weights, tokens_NT: Tensor) -> Comparison:
+    """Compare the original's logits with those of the trainer's decoder, in float32 and, if these are too far apart, in float64.
+
+    Raises:
+        LimeError: they differ by more than TOLERANCE.
+    """
+    decoder, original = load_decoder(config.model, weights), load_model(folder)
+
+    def original_logits(tokens_BT: Tensor) -> Tensor:
+        return original(tokens_BT, use_cache=False).logits
+
+    for dtype in (torch.float32, torch.float64):
+        decoder.to(dtype)
+        original.to(dtype)
+        comparison = compare_logits(decoder, original_logits, tokens_NT)
+        if comparison.relative <= TOLERANCE:
+            return comparison
+    raise LimeError(
+        f"{folder}: its logits differ from those of the imported model by up to {comparison.difference:.1e}; the largest "
+        f"logit is {comparison.logit:.1e}; the model computes something that its config.json does not mention; nothing was "
+        "written"
+    )
+
+
 def check_export(folder: Path, values: dict[str, Any], config: Config) -> None:
-    """Refuse a configuration whose model is not the one that was exported (LimeError)."""
+    """Refuse a configuration whose model is not the exported one (LimeError)."""
     given = {"architecture": config.model.architecture, **model_description(config)}
     if given["model_type"] == MODEL_TYPE:
         wrong = [f"model.{key}={value}" for key, value in _shape(values).items() if _shape(given).get(key) != value]
     else:
         wrong = [f"model.architecture={values['architecture']}"]
     if wrong:
-        raise LimeError(f"the configuration is not of the model in {folder}; set {' '.join(wrong)}")
+        raise LimeError(f"the configuration does not describe the model in {folder}; set {' '.join(wrong)}")
 
 
 def _shape(values: dict[str, Any]) -> dict[str, str]:
-    """What decides over a model of this trainer's own, by key, as it is written on the command line."""
-    found: dict[str, Any] = {"architecture": values["architecture"], **{key: values[key] for key in SHAPE_KEYS}}
-    found |= {f"hyper.{key}": value for key, value in values.get("hyper", {}).items()}
-    lime = {key: value for key, value in values.get("lime", {}).items() if key != "router_init"}  # a start's, long gone
-    for key, value in lime.pop("history", {}).items():
-        if value is not None:  # keys that the policy does not have
-            found[f"lime.history.{key}"] = value
-    found |= {f"lime.{key}": value for key, value in lime.items()}
-    return {key: "null" if value is None else str(value).lower() for key, value in found.items()}
+    """What an export's config.json says of ``model``: the value of every key, as on the command line."""
+    settings: dict[str, Any] = {"architecture": values["architecture"], **{key: values[key] for key in SHAPE_KEYS}}
+    for key, value in values.items():
+        if key in ModelConfig.model_fields and isinstance(value, dict):
+            settings |= _section_settings(key, value)
+    return {
+        key: "null" if value is None else str(value).lower()
+        for key, value in settings.items()
+        if key not in INITIAL_ONLY
+    }
+
+
+def _section_settings(name: str, section: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a section of ``model`` with their dotted names, those of subsections first."""
+    settings: dict[str, Any] = {}
+    for subsection, values in section.items():
+        if isinstance(values, dict):
+            # A subsection has null for the keys that its own choice, such as the policy, does not use.
+            settings |= {f"{name}.{subsection}.{key}": value for key, value in values.items() if value is not None}
+    return settings | {f"{name}.{key}": value for key, value in section.items() if not isinstance(value, dict)}
 
 
 def check_start(model: ModelConfig) -> None:
-    """Refuse a run that would not start as LLaMA (LimeError)."""
+    """Refuse a model whose first loss would not be that of the LLaMA it starts from (LimeError)."""
     try:
         architecture_of(model).check_llama_start()
     except ValueError as error:
@@ -105,20 +129,21 @@ def check_start(model: ModelConfig) -> None:
 
 
 def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> None:
-    """Refuse what is no plain LLaMA, and a configuration of another shape (LimeError)."""
+    """Refuse a model that is not a plain LLaMA, and a configuration of another shape (LimeError)."""
     if values.get("model_type") != LLAMA_TYPE:
         raise LimeError(
-            f"{folder}: is a {values.get('model_type')!r}; only 'llama', and what lime_dist.checkpoint.export wrote, can be imported"
+            f"{folder}: has model_type {values.get('model_type')!r}; only 'llama' and exports of lime_dist.checkpoint.export can be "
+            "imported"
         )
     from transformers import AutoConfig
 
     try:
         original = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # whatever transformers says of a configuration that makes no sense
+    except Exception as error:  # transformers raises many types
         reason = str(error).strip().splitlines()[0]
         raise LimeError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from None
     rope = getattr(original, "rope_parameters", None) or {"rope_theta": getattr(original, "rope_theta", None)}
-    unknown = {
+    fixed = {
         "rope_type": (rope.get("rope_type", "default"), "default"),
         "rope_scaling": (values.get("rope_scaling"), None),
         "hidden_act": (original.hidden_act, "silu"),
@@ -126,41 +151,45 @@ def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> Non
         "mlp_bias": (original.mlp_bias, False),
         "head_dim": (original.head_dim, original.hidden_size // original.num_attention_heads),
     }
-    for key, (found, known) in unknown.items():
-        if found != known:
-            raise LimeError(f"{folder / 'config.json'}: {key}={found} is not in this trainer's models ({known} is)")
+    for key, (value, supported) in fixed.items():
+        if value != supported:
+            raise LimeError(f"{folder / 'config.json'}: {key}={value} is not supported, only {key}={supported}")
     theirs = {key: getattr(original, key, None) for key in SHAPE_KEYS} | {"rope_theta": rope["rope_theta"]}
     ours = {**model.model_dump(), "num_key_value_heads": model.key_value_heads}
     wrong = [key for key in SHAPE_KEYS if theirs[key] != ours[key]]
     if wrong:
         settings = " ".join(f"model.{key}={str(theirs[key]).lower()}" for key in wrong)
-        raise LimeError(f"the configuration is not of the shape of {folder}; set {settings}")
+        raise LimeError(f"the configuration has another shape than the model in {folder}; set {settings}")
 
 
 def read_safetensors(folder: Path, config: Config, fill: bool) -> Weights:
-    """The original's weights in float32, and with ``fill`` initial values for what a LLaMA lacks.
+    """The original's weights in float32.
+
+    Args:
+        fill: give routers and chunk summaries that the original lacks their initial values.
 
     Raises:
-        LimeError: a file or a weight is missing, or has another shape.
+        LimeError: a file is missing or damaged, or a weight is missing or has another shape.
     """
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     names = sorted(set(read_json(index, "")["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
-            raise LimeError(f"{folder / name}: no such file; weights are read from safetensors")
+            raise LimeError(f"{folder / name}: no such file; weights must be stored as safetensors")
         try:
             with safe_open(folder / name, framework="pt") as file:
-                found.update({key: file.get_tensor(key).float() for key in file.keys()})
+                stored.update({key: file.get_tensor(key).float() for key in file.keys()})
         except SafetensorError as error:
             raise LimeError(f"{folder / name}: is damaged ({error})") from None
+    group_of = architecture_of(config.model).parameter_group
     weights: Weights = {}
     for name, shape in parameter_shapes(config.model).items():
-        if name in found:
-            weights[name] = found[name]
-        elif fill and (".router." in name or name.startswith("model.history.")):
+        if name in stored:
+            weights[name] = stored[name]
+        elif fill and group_of(name) == "routers":
             weights[name] = torch.empty(shape)
             initialise(name, weights[name], config.model, config.train.seed)
         if name not in weights or weights[name].shape != shape:

@@ -16,13 +16,13 @@ from lime_dist.export.tokenizer_files import CODE
 from lime_dist.model.architecture import ExportFormat, architecture_of
 
 MODEL_TYPE, LLAMA_TYPE = "lime", "llama"
-"""Hugging Face's ``model_type`` of exports with modelling code of their own, and of LLaMAs."""
+"""Hugging Face's ``model_type`` of exports that bring modelling code, and of LLaMAs."""
 
 SHAPE_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "rms_norm_eps", "rope_theta", "tie_word_embeddings",
 )  # fmt: skip
-"""Keys of ``model`` that every architecture has, under Hugging Face's names."""
+"""Keys of ``model`` that every architecture has; Hugging Face gives them the same names."""
 
 CARD = """---
 library_name: transformers
@@ -42,12 +42,12 @@ prompt = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 ```
 
-`certificate.json` says how far its logits are from the trainer's, and holds the SHA-256 of every file.
+`certificate.json` records how much its logits differ from the trainer's, and the SHA-256 of every file.
 """
 
 
 def write_configuration(folder: Path, config: Config, special_ids: dict[str, int]) -> None:
-    """Write config.json, generation_config.json and the modelling code, where the architecture brings some."""
+    """Write config.json, generation_config.json and the architecture's modelling code, if it has any."""
     values = {**model_description(config), **special_ids}
     (folder / "config.json").write_bytes(json_bytes(values))
     (folder / "generation_config.json").write_bytes(json_bytes(special_ids))
@@ -56,19 +56,19 @@ def write_configuration(folder: Path, config: Config, special_ids: dict[str, int
 
 
 def modelling_code(format: ExportFormat) -> list[Path]:
-    """The files of an export's modelling code: the one that the architecture names, and all that it imports relatively."""
+    """The files of an export's modelling code: the one that the architecture names, and those that it imports relatively."""
     if format.code is None:
         return []
-    files, left = [CODE / "configuration_lime.py"], [CODE / format.code]
-    while left:
-        path = left.pop()
+    files, pending = [CODE / "configuration_lime.py"], [CODE / format.code]
+    while pending:
+        path = pending.pop()
         if path not in files:
             files.append(path)
         for name in re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
             beside = path.with_name(f"{name}.py")
             imported = beside if beside.exists() else CODE / beside.name
             if imported not in files:
-                left.append(imported)
+                pending.append(imported)
     return files
 
 
@@ -92,10 +92,10 @@ def model_description(config: Config) -> dict[str, Any]:
 
 
 def write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str) -> None:
-    """model.safetensors, or shards with their index if it would be larger than ``max_shard_size``.
+    """Write model.safetensors, or shards and their index if it would be larger than ``max_shard_size``.
 
     Raises:
-        LimeError: the size cannot be read.
+        LimeError: ``max_shard_size`` is not a size.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -103,7 +103,7 @@ def write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str)
     try:
         plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
     except ValueError:
-        raise LimeError(f"--max-shard-size {max_shard_size}: is no size; write for example 5GB or 500MB") from None
+        raise LimeError(f"--max-shard-size {max_shard_size}: is not a size; give for example 5GB or 500MB") from None
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: weights[name].contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -113,7 +113,7 @@ def write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str)
 
 
 def write_card(folder: Path, name: str, config: Config, step: int, consumed_samples: int) -> None:
-    """README.md."""
+    """Write README.md, the model card."""
     model, architecture = config.model, architecture_of(config.model)
     card = CARD.format(
         title=architecture.title,

@@ -1,8 +1,9 @@
-"""The tokenizer of an export: the trainer's tokenizer folder as files that `transformers` opens, and the proof that ids agree.
+"""Write a tokenizer folder of the trainer as files that `transformers` opens, and check that the ids agree.
 
-A Hugging Face tokenizer goes out as it came in. A byte-pair sentencepiece model becomes a ``tokenizer.json`` of the library `tokenizers`, which needs no code of ours. A unigram model keeps
-its sentencepiece file and brings ``tokenization_lime.py``: `tokenizers` adds scores up in another precision and breaks ties
-otherwise, at runs of one character above all (71 of 3,342 documents differed, of a byte-pair model none).
+A Hugging Face tokenizer is written as it was imported. A byte-pair sentencepiece model becomes a ``tokenizer.json`` of the
+library `tokenizers` and needs no code. A unigram model keeps its sentencepiece file and brings ``tokenization_lime.py``, because
+`tokenizers` sums scores in another precision and breaks ties differently, mostly in runs of one character (71 of 3,342 documents
+differed; with a byte-pair model, none).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def write_tokenizer(tokenizer: Tokenizer, bos: bool, sequence_length: int, folde
     """Write a tokenizer's files into ``folder``.
 
     Args:
-        bos: documents began with bos in training; without, they began after an eos, and eos stands for both.
+        bos: whether documents began with bos in training. If not, they began after an eos, and eos serves as bos too.
     """
     settings: dict[str, Any] = {
         "clean_up_tokenization_spaces": False,
@@ -47,10 +48,10 @@ def write_tokenizer(tokenizer: Tokenizer, bos: bool, sequence_length: int, folde
     fast: Fast | None
     if tokenizer.facts.get("kind") == "huggingface":
         fast = imported_tokenizer(tokenizer.folder / HUGGINGFACE_FILE)
-        names = {key.removesuffix("_id"): str(fast.id_to_token(number)) for key, number in ids.items()}
+        names = {key.removesuffix("_id"): str(fast.id_to_token(token_id)) for key, token_id in ids.items()}
     else:
         model = SentencePieceProcessor(model_file=str(tokenizer.folder / MODEL_FILE))
-        names = {key.removesuffix("_id"): model.id_to_piece(number) for key, number in ids.items()}
+        names = {key.removesuffix("_id"): model.id_to_piece(token_id) for key, token_id in ids.items()}
         names["unk_token"] = model.id_to_piece(model.unk_id())
         fast = byte_pair_tokenizer(model) if is_plain_byte_pair(model) else None
     if fast is not None:
@@ -67,36 +68,36 @@ def write_tokenizer(tokenizer: Tokenizer, bos: bool, sequence_length: int, folde
 
 
 def special_ids(tokenizer: Tokenizer, bos: bool) -> dict[str, int]:
-    """The ids of bos, eos and pad in an export: eos stands for what documents did not begin with, or there is none of."""
+    """The ids of bos, eos and pad in an export. eos replaces a missing pad, and bos if documents do not begin with bos."""
     eos = tokenizer.eos_id
     ids = {"bos_token_id": tokenizer.bos_id if bos else -1, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
-    return {key: eos if number < 0 else number for key, number in ids.items()}
+    return {key: eos if token_id < 0 else token_id for key, token_id in ids.items()}
 
 
 def is_plain_byte_pair(model: SentencePieceProcessor) -> bool:
-    """Whether `byte_pair_tokenizer` can stand for a model: byte pairs, over texts that it leaves as they are."""
-    found = read_settings(model.serialized_model_proto())
-    return found.model_type == "bpe" and not (
-        found.character_map
-        or found.add_dummy_prefix
-        or found.remove_extra_whitespaces
-        or not found.escape_whitespaces
-        or found.treat_whitespace_as_suffix
+    """Whether `byte_pair_tokenizer` can replace a model: it is a byte-pair model that does not normalise its text."""
+    settings = read_settings(model.serialized_model_proto())
+    return settings.model_type == "bpe" and not (
+        settings.character_map
+        or settings.add_dummy_prefix
+        or settings.remove_extra_whitespaces
+        or not settings.escape_whitespaces
+        or settings.treat_whitespace_as_suffix
     )
 
 
-def begin_with(fast: Fast, token: str, number: int) -> None:
-    """Let a tokenizer put a token before every text."""
+def begin_with(fast: Fast, token: str, token_id: int) -> None:
+    """Make a tokenizer put a token before every text."""
     from tokenizers import processors
 
-    fast.post_processor = processors.TemplateProcessing(f"{token} $A", f"{token} $A {token} $B", [(token, number)])
+    fast.post_processor = processors.TemplateProcessing(f"{token} $A", f"{token} $A {token} $B", [(token, token_id)])
 
 
 def imported_tokenizer(file: Path) -> Fast:
     """A Hugging Face tokenizer as the trainer uses it.
 
-    Where the pipeline puts a space before a text that begins with none, the trainer gives a text that begins with one a
-    second, so that it comes back; the export does so in its normalizer.
+    Some tokenizers put a space before a text that has no leading space, and remove one when they decode. A text with a leading
+    space would lose it, so the trainer adds a second one. In an export the normalizer does this.
     """
     from tokenizers import Regex, normalizers
     from tokenizers import Tokenizer as Fast
@@ -112,10 +113,10 @@ def imported_tokenizer(file: Path) -> Fast:
 def byte_pair_tokenizer(model: SentencePieceProcessor) -> Fast:
     """A `tokenizers.Tokenizer` that encodes as a byte-pair sentencepiece model does.
 
-    Spaces are spaces in its vocabulary, not sentencepiece's mark, so that a mark in a text is like any other character
-    without a piece: bytes. Merges are all ways to put a piece together from two, the best pieces first; sentencepiece prefers
-    by the score of the piece alone, so two ways to one piece that overlap in a text (in runs with a period) could in principle
-    be taken in another order; the export compares ids.
+    Its vocabulary spells spaces as spaces instead of sentencepiece's mark U+2581, so a mark in a text is encoded as bytes, like
+    any other character without a piece. The merges are all pairs of pieces that form a piece, those with the best result first.
+    sentencepiece ranks merges by the score of the result only. Two pairs with the same result that overlap in a text (in
+    repetitive runs) could therefore be merged in another order; the export compares ids to exclude this.
     """
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Fast
@@ -127,7 +128,7 @@ def byte_pair_tokenizer(model: SentencePieceProcessor) -> Fast:
     plain = [i for i in range(size) if i not in set(symbols) and not model.is_byte(i)]
     for i in plain:
         texts[i] = texts[i].replace(SPACE_MARK, " ")
-    # Pieces of their own, which nothing is merged with.
+    # Pieces that are never merged with others.
     whole = [texts[i] for i in plain if kinds[i] == USER_DEFINED or texts[i] == "\n"]
     mergeable = {texts[i]: model.get_score(i) for i in plain if "\n" not in texts[i] and texts[i] not in whole}
     merges = [
@@ -145,30 +146,34 @@ def byte_pair_tokenizer(model: SentencePieceProcessor) -> Fast:
 
 
 def check_ids(tokenizer: Tokenizer, exported: Any, texts: Iterable[str]) -> dict[str, Any]:
-    """Compare ids, and the text that comes back, for every text; returns what to note of it.
+    """Compare the ids and the decoded text of every text.
 
-    One difference is accepted, and noted: an imported Hugging Face pipeline that writes spaces as U+2581 reads that character
-    in a text as a space, where the trainer spells it in bytes. Nothing in the pipeline's own terms can tell the two apart.
+    One difference is accepted and recorded: an imported Hugging Face tokenizer that writes spaces as U+2581 encodes this
+    character as a space, while the trainer encodes it as bytes. `tokenizers` has no means to tell the two apart.
+
+    Returns:
+        Entries of the certificate's section ``tokenizer``.
 
     Raises:
-        LimeError: they differ.
+        LimeError: a text gets other ids, or decodes to another text.
     """
     marks = [f"a{SPACE_MARK}b"]
-    exact_marks = tokenizer.facts.get("kind") != "huggingface" or _first_difference(tokenizer, exported, marks) is None
-    compared = [text for text in texts if exact_marks or SPACE_MARK not in text]
+    marks_agree = tokenizer.facts.get("kind") != "huggingface" or _first_difference(tokenizer, exported, marks) is None
+    compared = [text for text in texts if marks_agree or SPACE_MARK not in text]
     different = _first_difference(tokenizer, exported, compared)
     if different is not None:
         raise LimeError(
-            f"the exported tokenizer reads {different[:60]!r} otherwise than {tokenizer.folder}; nothing was exported"
+            f"the exported tokenizer encodes {different[:60]!r} differently from {tokenizer.folder}; nothing was exported"
         )
-    return {"compared_tokens": sum(map(len, tokenizer.encode_batch(compared))), "exact_for_space_marks": exact_marks}
+    return {"compared_tokens": sum(map(len, tokenizer.encode_batch(compared))), "exact_for_space_marks": marks_agree}
 
 
 def _first_difference(tokenizer: Tokenizer, exported: Any, texts: Iterable[str]) -> str | None:
+    """The first text with other ids or another decoded text; None: there is none."""
     for text in texts:
         wanted = tokenizer.encode(text)
-        found = np.asarray(exported.encode(text, add_special_tokens=False), dtype=np.int64)
-        back = exported.decode(found.tolist(), clean_up_tokenization_spaces=False)
-        if not np.array_equal(wanted, found) or back != tokenizer.decode(wanted):
+        ids = np.asarray(exported.encode(text, add_special_tokens=False), dtype=np.int64)
+        decoded = exported.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        if not np.array_equal(wanted, ids) or decoded != tokenizer.decode(wanted):
             return text
     return None

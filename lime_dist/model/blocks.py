@@ -1,7 +1,7 @@
-"""The parts of a pre-norm decoder layer that architectures share: attention, the two residual steps, compilation.
+"""The parts of decoder layers that architectures share: attention, the pre-norm layer, compilation.
 
-A decoder layer takes and returns the hidden state, [B, T, D] ([B, T, n, D] with n streams), and may use the layer history. Its
-`compiled_parts` name the methods that `compile_layers` compiles, none of which touches the history.
+A decoder layer takes and returns the hidden state, [B, T, D] ([B, T, n, D] with n residual streams), and may use the layer
+history. Its `compiled_parts` name the methods that `compile_layers` compiles; none of them uses the history.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lime_dist.model.layers import MLP, RMSNorm, Rotary, causal_attention, rotar
 
 
 class Router(Protocol):
-    """The weights with which a layer mixes entries of the history."""
+    """A module with the weights by which a layer mixes entries of the history."""
 
     def matrix(self) -> Tensor | None:
-        """The weights as far as they are known before the layer runs."""
+        """The weights; None if they depend on the layer's input."""
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention with rotary embedding, and the router of the layer, where it has one."""
+    """Grouped-query causal attention with rotary embedding, and the router of the layer, if it has one."""
 
     router: nn.Module | None
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         self.router = router
 
     def rotary(self, x_BTD: Tensor) -> Rotary:
-        """The table for a hidden state, with streams or without."""
+        """The rotary table for a hidden state, with or without residual streams."""
         return rotary_table(x_BTD.shape[1], self.head_size, self.rope_theta, x_BTD.dtype, x_BTD.device)
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         return rotate(self.split_heads(self.q_proj(x_BTD)), rotary)
 
     def attend(self, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, rotary: Rotary) -> Tensor:
-        """Rotated queries attend to keys (before rotation) and values; returns [B, T, D]."""
+        """Attention, from rotated queries, keys before rotation, and values; returns [B, T, D]."""
         return self.o_proj(causal_attention(q_BHTd, rotate(k_BGTd, rotary), v_BGTd))
 
     def forward(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
 
 class PreNormLayer(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream. Subclasses say where keys and values come from."""
+    """Pre-norm attention and SwiGLU, each added to the residual stream. Subclasses define the keys and values."""
 
     compiled_parts: ClassVar[tuple[str, ...]]
 
@@ -76,7 +76,7 @@ class PreNormLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def routing(self) -> Tensor | None:
-        """The weights with which the layer mixes entries, as far as they are known before it runs."""
+        """The weights by which the layer mixes entries; None if they depend on its input, or it has no router."""
         router = self.self_attn.router
         return None if router is None else cast(Router, router).matrix()
 
@@ -92,12 +92,12 @@ class PreNormLayer(nn.Module):
 
 
 def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Compile the `compiled_parts` of decoder layers in place, with torch's inductor, each as one graph.
+    """Compile the `compiled_parts` of decoder layers in place, each as one graph, with torch's inductor.
 
-    All layers of a kind share the compiled code; every input shape is compiled once.
+    Layers of the same class share the compiled code. Every input shape is compiled once.
 
     Raises:
-        LimeError: torch cannot compile here.
+        LimeError: torch cannot compile on this machine.
     """
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     try:
@@ -106,7 +106,7 @@ def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
         reason = str(error).strip().splitlines()[0]
         raise LimeError(
             f"train.compile=true: torch cannot compile for {device} here ({reason}); install a C++ compiler (CPU) or "
-            "Triton (GPU), or leave train.compile out"
+            "Triton (GPU), or leave out train.compile"
         ) from None
     for layer in layers:
         for part in cast("tuple[str, ...]", layer.compiled_parts):

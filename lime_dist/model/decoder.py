@@ -1,6 +1,7 @@
-"""The model as a flat list of layers, and what runs it: whole (`Decoder`, the oracle of all parallel runs) or a stage of it.
+"""The model as a flat list of layers, and the functions that run it: whole (`Decoder`, to which tests compare all parallel runs)
+or one stage of it.
 
-Reading the list top to bottom is reading the model: embedding, decoder layers, last norm, output projection.
+The list reads like the model: embedding, decoder layers, final norm, output projection.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from lime_dist.model.transformer import EMBEDDING
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One entry of the flat list: the prefix of its exported parameter names, and how it is made."""
+    """One element of the flat list: the prefix of its exported parameter names, and a function that makes the module."""
 
     name: str
     make: Callable[[], nn.Module]
 
     def exported_names(self, module: nn.Module) -> dict[str, str]:
-        """Exported name of every parameter of the module, by local name."""
+        """Map the local name of every parameter of the module to its exported name."""
         return {local: f"{self.name}.{local}" for local, _ in module.named_parameters()}
 
     def build(self, config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -46,18 +47,18 @@ class LayerSpec:
 
 
 def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
-    """The flat list: embedding, L decoder layers, each chunk's summary after the chunk's last layer, norm, output
-    projection (the embedding itself when tied)."""
+    """The flat list: embedding, L decoder layers, the summary of each chunk after the chunk's last layer, norm, and output
+    projection (the embedding itself if tied)."""
     embedding = LayerSpec(EMBEDDING, partial(Embedding, config.vocab_size, config.hidden_size))
     if config.tie_word_embeddings:
         head = embedding
     else:
         head = LayerSpec("lm_head", partial(nn.Linear, config.hidden_size, config.vocab_size, bias=False))
-    architecture, summarised = architecture_of(config), chunk_ends(config)
+    architecture, chunks = architecture_of(config), chunk_ends(config)
     layers: list[LayerSpec] = []
     for layer in range(config.num_hidden_layers):
         layers.append(LayerSpec(layer_name(layer), partial(architecture.make_layer, layer)))
-        if (chunk := summarised.get(layer)) is not None:
+        if (chunk := chunks.get(layer)) is not None:
             make_summary = partial(architecture.make_summary, chunk)
             layers.append(LayerSpec(f"model.history.chunks.{chunk.index}", make_summary))
     norm = LayerSpec("model.norm", partial(RMSNorm, config.hidden_size, config.rms_norm_eps))
@@ -77,23 +78,25 @@ def open_history(
     device: torch.device,
     lead: int = 0,
 ) -> LayerHistory | None:
-    """An empty history of one micro-batch; None without a layout. ``lead``: see `Architecture.make_history`."""
+    """An empty history of one micro-batch; None if there is no layout. ``lead``: see `Architecture.make_history`."""
     return None if layout is None else architecture_of(config).make_history(layout, num_tokens, dtype, device, lead)
 
 
 def embed(config: ModelConfig, embedding: nn.Module, tokens_BT: Tensor) -> Tensor:
-    """What the first decoder layer takes, [B, T, *hidden_shape]."""
+    """The input of the first decoder layer, [B, T, *hidden_shape]."""
     return architecture_of(config).first_input(embedding(tokens_BT))
 
 
 def run_layers(
     layers: Sequence[nn.Module], hidden: Tensor, history: LayerHistory | None, activation_checkpointing: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run consecutive decoder layers and the chunk summaries between them; with checkpointing, only each layer's input is
-    kept and the rest is computed again.
+    """Run consecutive decoder layers and the chunk summaries between them.
+
+    Args:
+        activation_checkpointing: keep only the input of each layer, and compute the rest again in backward.
 
     Returns:
-        The hidden state, and what ``history.pack`` needs of the autograd graph.
+        The hidden state, and the tensors of the autograd graph that ``history.pack`` needs.
     """
     released: list[Tensor] = []
     try:
@@ -129,12 +132,12 @@ def run_layers(
 def _checkpoint_contexts(
     history: LayerHistory | None,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds the forward pass of a checkpointed layer, and what surrounds its recomputation."""
+    """Context managers for the forward pass of a checkpointed layer and for its recomputation."""
     return nullcontext(), nullcontext() if history is None else history.recomputing()
 
 
 def apply_head(config: ModelConfig, norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits [B, T, V] from what the last decoder layer gives; the head is an output projection or a tied embedding."""
+    """Logits [B, T, V] from the output of the last decoder layer. The head is an output projection or a tied embedding."""
     normed_BTD = norm(architecture_of(config).last_output(hidden))
     return head.logits(normed_BTD) if isinstance(head, Embedding) else head(normed_BTD)
 
@@ -142,7 +145,7 @@ def apply_head(config: ModelConfig, norm: nn.Module, head: nn.Module, hidden: Te
 class Decoder(nn.Module):
     """The whole decoder in one process: tokens [B, T] -> logits [B, T, V].
 
-    The names of its parameters (``named_parameters``, ``state_dict``) are the exported names.
+    Its parameter names (``named_parameters``, ``state_dict``) are the exported names.
     """
 
     def __init__(
@@ -174,7 +177,7 @@ class Decoder(nn.Module):
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Make ``module`` the submodule of that dotted name; what has numbers for names is a list."""
+    """Make ``module`` the submodule with this dotted name; parents of numbered modules become a ``ModuleList``."""
     *path, last = name.split(".")
     for part, child in zip(path, name.split(".")[1:], strict=True):
         if part not in root._modules:
@@ -190,5 +193,5 @@ def build_decoder(
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
 ) -> Decoder:
-    """The single-process decoder with its initial values, which are a function of ``seed``."""
+    """The whole decoder with initial values, which are determined by ``seed``."""
     return Decoder(config, seed, device, dtype, activation_checkpointing)

@@ -1,7 +1,7 @@
-"""The parts that every decoder layer is made of: RMSNorm, rotary embedding, attention core, SwiGLU.
+"""The parts of decoder layers: RMSNorm, rotary embedding, attention, SwiGLU; token embedding and loss.
 
 Shapes: B batch, T tokens, N = B·T, D hidden size, H query heads, G K/V heads, d head size, F intermediate size.
-Tensor names end in their shape where it helps: x_BTD, q_BHTd.
+Tensor names end in the tensor's shape where this helps: x_BTD, q_BHTd.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def rms_normalise(x: Tensor, eps: float) -> Tensor:
 
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and sin of `rotary_table`."""
+"""cos and sin, as `rotary_table` returns them."""
 
 
 @lru_cache(maxsize=16)
 def rotary_table(length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device) -> Rotary:
-    """cos and sin of position · θ^(−2i/d), each [T, d], the two halves of d alike (LLaMA's layout); never below float32."""
+    """cos and sin of position · θ^(−2i/d), [T, d] each, in at least float32. Both halves of d are equal, as in LLaMA."""
     accumulation_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = theta ** -(torch.arange(0, head_size, 2, dtype=accumulation_dtype, device=device) / head_size)
     angle = torch.outer(torch.arange(length, dtype=accumulation_dtype, device=device), frequency)
@@ -46,16 +46,16 @@ def rotary_table(length: int, head_size: int, theta: float, dtype: torch.dtype, 
 
 
 def rotate(x_BHTd: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of [B, H, T, d] by the table of its length."""
+    """Apply rotary position embedding (arXiv 2104.09864) to [B, H, T, d]; the table has T positions."""
     cos, sin = rotary
     half = x_BHTd.shape[-1] // 2
     x = x_BHTd.to(cos.dtype)
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + turned * sin).to(x_BHTd.dtype)
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + rotated * sin).to(x_BHTd.dtype)
 
 
 def causal_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
-    """Causal softmax attention; K/V head g serves the H/G query heads g·H/G …; returns [B, T, H·d]."""
+    """Causal softmax attention; K/V head g serves the H/G query heads from g·H/G on; returns [B, T, H·d]."""
     group = q_BHTd.shape[1] // k_BGTd.shape[1]
     if group > 1:
         k_BGTd = k_BGTd.repeat_interleave(group, dim=1)
@@ -88,6 +88,7 @@ class Embedding(nn.Module):
         return F.embedding(tokens_BT, self.weight)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] with the embedding's weight as the output projection."""
         return F.linear(x_BTD, self.weight)
 
 
@@ -95,8 +96,9 @@ def language_model_loss(logits_BTV: Tensor, labels_BT: Tensor, counted_share: fl
     """Mean cross-entropy in nats per token, computed in at least float32.
 
     Args:
-        counted_share: of all labels, those that are counted; the others are -100. The divisor is this share of B·T, whatever
-            this batch holds, so that a mean over micro-batches is that over their tokens. None: every label is counted.
+        counted_share: expected share of the labels that count; the others are -100. The sum is divided by this share of B·T,
+            not by the number of labels that count in this batch, so that the mean over micro-batches weights all tokens
+            equally. None: all labels count.
     """
     logits = logits_BTV.flatten(0, 1)
     if logits.dtype not in (torch.float32, torch.float64):

@@ -7,8 +7,11 @@ from torch import nn
 
 
 class ChunkSummary(nn.Module):
-    """A_m: the weights of a chunk's summary. ``routes: kv``: [rows · G, chunk size · G], signed; ``routes: hidden``: [rows,
-    chunk size], logits of a softmax over the chunk's layers."""
+    """A_m, the weights of a chunk's summary.
+
+    ``routes: kv``: signed weights [num_rows · G, chunk size · G]. ``routes: hidden``: logits [num_rows, chunk size] of a softmax
+    over the chunk's layers.
+    """
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Protects the export: the same files from any layout, proven logits and ids, nothing left after a refusal, one line of error."""
+"""Protects the export: the same files from any layout, checked logits and ids, and a refusal in one line that leaves no files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export(checkpoint: Path, output: Path, *options: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By kind of model: a run folder with a checkpoint of random weights."""
+    """A run folder with a checkpoint of random weights, by kind of model."""
     folder = tmp_path_factory.mktemp("runs")
     for kind, model in KINDS.items():
         write_random(run_values(dataset, folder / kind, **model))
@@ -53,10 +53,10 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.mark.slow
-def test_one_training_state_from_1_2_and_3_stages_gives_identical_files(
+def test_a_training_state_saved_by_1_2_and_3_stages_gives_identical_files(
     workers: Workers, dataset: Path, tmp_path: Path
 ) -> None:
-    """Trained on one stage; then each stage count takes a step that changes no weight, and saves."""
+    """The model is trained on one stage. Then every stage count runs a step that changes no weight, and saves."""
     values = run_values(dataset, tmp_path / "trained", **CHUNKED)
     assert workers(1).run("support.runs.run", values=values) == [""]
     contents, files = [], []
@@ -85,7 +85,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-found = {}
+results = {}
 for folder in sys.argv[1:]:
     trust = json.load(open(folder + "/config.json"))["model_type"] != "llama"
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
@@ -94,14 +94,14 @@ for folder in sys.argv[1:]:
     with torch.no_grad():
         logits = model(ids).logits
     more = model.generate(ids, max_new_tokens=8, do_sample=False)
-    found[folder] = (type(model).__name__, ids.tolist(), logits.tolist(), more.tolist())
+    results[folder] = (type(model).__name__, ids.tolist(), logits.tolist(), more.tolist())
 assert not any(name.startswith("lime_dist") for name in sys.modules)
-print(json.dumps(found))
+print(json.dumps(results))
 """
 
 
 def test_exports_work_where_lime_dist_is_not_installed(runs: dict[str, Path], tmp_path: Path) -> None:
-    """One file and several, with and without code of ours; logits against the trainer's decoder."""
+    """With one weights file and several, with and without modelling code; the logits equal those of the trainer's decoder."""
     for kind, run in runs.items():
         certificate = export(run, tmp_path / kind, "--max-shard-size", "20KB" if kind == "lime" else "5GB")
         logits = certificate["logits"]
@@ -114,9 +114,9 @@ def test_exports_work_where_lime_dist_is_not_installed(runs: dict[str, Path], tm
     command = [sys.executable, "-I", "-c", LOAD_ELSEWHERE, *(str(tmp_path / kind) for kind in KINDS)]
     finished = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    found = json.loads(finished.stdout.splitlines()[-1])
+    results = json.loads(finished.stdout.splitlines()[-1])
     for kind in KINDS:
-        name, ids, logits, more = found[str(tmp_path / kind)]
+        name, ids, logits, more = results[str(tmp_path / kind)]
         assert (
             name == ("LlamaForCausalLM" if kind == "llama" else "LimeForCausalLM") and len(more[0]) == len(ids[0]) + 8
         )
@@ -129,7 +129,7 @@ def test_exports_work_where_lime_dist_is_not_installed(runs: dict[str, Path], tm
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Made-up words with what sets tokenizers apart: digits, tabs, runs, rare characters."""
+    """Made-up words, and what tokenizers treat differently: digits, tabs, runs, rare characters."""
     generator = np.random.default_rng(1)
     letters = list("abcdefghijklmnoprstuvw")
     words = ["".join(generator.choice(letters, size)) for size in generator.integers(1, 9, size=300)]
@@ -153,7 +153,7 @@ def ours(request: pytest.FixtureRequest, texts: list[str], tmp_path_factory: pyt
 def test_exported_tokenizers_give_exactly_the_same_ids(
     ours: Tokenizer, bos: bool, texts: list[str], tmp_path: Path
 ) -> None:
-    """On texts that break tokenizers, on runs of a few characters, and on text of the corpus."""
+    """On texts that are hard for tokenizers, on runs of a few characters, and on the training corpus."""
     is_code = ours.facts["model_type"] == "unigram"
     out = tmp_path / "out"
     out.mkdir()
@@ -162,8 +162,8 @@ def test_exported_tokenizers_give_exactly_the_same_ids(
     generator = np.random.default_rng(0)
     kinds = ["ab", "a ", " \n", "=-", "01 ", "-", " ", "\u2581 x", "é漢 ", "</s>", "<0xE4>", "retun x;"]
     runs = ["".join(generator.choice(list(kinds[i % len(kinds)]), 1 + i % 60)) for i in range(600)]
-    found = check_ids(ours, theirs, [*HARD_TEXTS, *runs, *texts])
-    assert found["compared_tokens"] > 10000 and found["exact_for_space_marks"]
+    record = check_ids(ours, theirs, [*HARD_TEXTS, *runs, *texts])
+    assert record["compared_tokens"] > 10000 and record["exact_for_space_marks"]
     assert is_code == bool(list(out.glob("*.py")))
     start = [ours.bos_id] if bos else []
     assert theirs("a\nb").input_ids == [*start, *ours.encode("a\nb").tolist()]
@@ -180,7 +180,7 @@ def test_exported_tokenizers_give_exactly_the_same_ids(
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_symbols_are_one_token_in_an_export_too(kind: str, texts: list[str], tmp_path: Path) -> None:
-    """Also where pieces of the vocabulary would make one up, and where two stand together."""
+    """Even if other pieces could spell the symbol, and if two symbols are adjacent."""
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     symbols = ("<answer>", "thein", "=>")
     command = ["train", "--input", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "tokenizer")]
@@ -194,13 +194,13 @@ def test_symbols_are_one_token_in_an_export_too(kind: str, texts: list[str], tmp
     parts = [*symbols, "the", "in", " ", "\n", "<", "answer", ">", "=", "7", "é", "\u2581"]
     mixed = ["".join(generator.choice(parts, 1 + i % 12)) for i in range(600)]
     assert check_ids(ours, theirs, [*HARD_TEXTS, *mixed, *texts])["exact_for_space_marks"]
-    for symbol, number in ours.facts["symbols"].items():
-        assert theirs(f"{symbol}{symbol}").input_ids == [number, number]
-        assert theirs.decode([number], skip_special_tokens=True) == symbol
+    for symbol, token_id in ours.facts["symbols"].items():
+        assert theirs(f"{symbol}{symbol}").input_ids == [token_id, token_id]
+        assert theirs.decode([token_id], skip_special_tokens=True) == symbol
 
 
 def test_a_tokenizer_folder_of_an_earlier_version(runs: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
-    """Its facts have the name of the file that the export writes."""
+    """Its file of facts has the same name, tokenizer.json, as a file of the export."""
     old = copy_as_old(dataset / "tokenizer", tmp_path / "old")
     expected = export(runs["llama"], tmp_path / "new")
     assert export(runs["llama"], tmp_path / "of-old", "--tokenizer", str(old))["tokenizer"] == expected["tokenizer"]
@@ -215,7 +215,7 @@ def test_ids_that_differ_are_refused(tmp_path: Path, dataset: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma"
-    with pytest.raises(LimeError, match="reads 'alpha beta .* otherwise than"):
+    with pytest.raises(LimeError, match="encodes 'alpha beta .* differently from"):
         check_ids(ours, theirs, [text])
 
 
@@ -223,7 +223,7 @@ def test_ids_that_differ_are_refused(tmp_path: Path, dataset: Path) -> None:
 def test_a_mismatch_is_refused_and_nothing_is_left(
     kind: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One weight is off by a thousandth."""
+    """One weight is off by a hundredth."""
     write = exporting.write_weights
 
     def wrong(folder: Path, weights: dict[str, torch.Tensor], size: str) -> None:
@@ -231,13 +231,13 @@ def test_a_mismatch_is_refused_and_nothing_is_left(
         write(folder, {**weights, name: weights[name] * 1.01}, size)
 
     monkeypatch.setattr(exporting, "write_weights", wrong)
-    with pytest.raises(LimeError, match="is not the trainer's: logits differ by"):
+    with pytest.raises(LimeError, match="is not the trainer's: logits differ by up to"):
         export(runs[kind], tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_where_the_checkpoint_is_looked_for(dataset: Path, tmp_path: Path) -> None:
-    """A run folder, its checkpoints, one of them; the newest, unless `latest` names another."""
+def test_the_ways_to_name_a_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    """A run folder, its checkpoints folder, or one checkpoint. The newest is read, unless `latest` names another."""
     write_random(run_values(dataset, tmp_path))
     folder = tmp_path / "checkpoints"
     newest = folder / "global_step10"
@@ -267,7 +267,7 @@ def damage(folder: Path, what: str) -> None:
     elif what == "another shape":
         values["config"]["model"]["intermediate_size"] = 32
         manifest.write_text(json.dumps(values | {"checksum": manifest_checksum(values)}))
-    elif what == "a value that nobody wrote":
+    elif what == "a value changed by hand":
         values["config"]["model"]["intermediate_size"] = 32
         manifest.write_text(json.dumps(values))
 
@@ -278,7 +278,7 @@ def damage(folder: Path, what: str) -> None:
         ("a missing file", "stage000-replica000.pt is missing, though manifest.json lists it"),
         ("a flipped bit", "stage000-replica000.pt is damaged: its size or SHA-256 differs"),
         ("no manifest", r"manifest.json cannot be read \(No such file or directory\); give another checkpoint"),
-        ("a value that nobody wrote", "global_step0: manifest.json is damaged; give another checkpoint"),
+        ("a value changed by hand", "global_step0: manifest.json is damaged; give another checkpoint"),
         ("settings of another version", "was written with settings that this version does not know"),
         ("another shape", r"has no model.layers.0.mlp.gate_proj.weight of shape \[32, 16\]"),
     ],
@@ -301,9 +301,9 @@ def test_mistakes_are_one_line(runs: dict[str, Path], dataset: Path, tmp_path: P
     assert "no checkpoint there; give a run folder" in line(checkpoint=tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")
-    assert "is there already; give another --output" in line(output=tmp_path / "full")
+    assert "already exists; give another --output" in line(output=tmp_path / "full")
     assert "Not a directory; nothing was exported" in line(output=tmp_path / "full/file/below")
-    assert "--max-shard-size many: is no size" in line("--max-shard-size", "many")
+    assert "--max-shard-size many: is not a size" in line("--max-shard-size", "many")
     assert "tokenizer_facts.json: no such file" in line("--tokenizer", str(dataset))
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"some words {i} and more of them"}) + "\n" for i in range(200)))
@@ -315,25 +315,25 @@ def test_mistakes_are_one_line(runs: dict[str, Path], dataset: Path, tmp_path: P
     assert "has 320 pieces, but model.vocab_size=310" in line(checkpoint=tmp_path / "small")
 
 
-def test_shards_that_are_gone_need_the_tokenizer_alone(dataset: Path, tmp_path: Path) -> None:
-    """The text to compare on is then one that the program carries."""
+def test_without_the_shards_only_the_tokenizer_is_needed(dataset: Path, tmp_path: Path) -> None:
+    """The models are then compared on a built-in text."""
     write_random(run_values(tmp_path / "gone", tmp_path / "run", **KINDS["llama"]))
-    with pytest.raises(LimeError, match="the run's shards cannot be read .* or give --tokenizer DIR"):
+    with pytest.raises(LimeError, match="the run's shards cannot be read .* give --tokenizer DIR"):
         export(tmp_path / "run", tmp_path / "out")
     certificate = export(tmp_path / "run", tmp_path / "out", "--tokenizer", str(dataset / "tokenizer"))
-    assert certificate["logits"]["text"] == "a text that the program carries" and certificate["logits"]["tokens"] == 16
+    assert certificate["logits"]["text"] == "built-in text" and certificate["logits"]["tokens"] == 16
 
 
-def test_float64_decides_where_float32_is_too_coarse(runs: dict[str, Path], tmp_path: Path) -> None:
-    """A deep model may multiply float32's rounding beyond the tolerance; that is no reason to refuse it."""
+def test_float64_decides_if_float32_is_too_coarse(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A deep model may amplify the rounding of float32 beyond the tolerance. It is exported nevertheless."""
     compare, tried = exporting.compare_logits, []
 
     def coarse(first: Any, second: Any, tokens: torch.Tensor) -> Any:
-        found = compare(first, second, tokens)
+        comparison = compare(first, second, tokens)
         tried.append(next(first.parameters()).dtype)
         if tried[-1] == torch.float32:
-            return type(found)(1.0, found.logit, found.tokens)
-        return found
+            return type(comparison)(1.0, comparison.logit, comparison.tokens)
+        return comparison
 
     exporting.compare_logits = coarse
     try:

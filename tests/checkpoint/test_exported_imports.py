@@ -1,4 +1,4 @@
-"""Protects exports of runs on imported tokenizers: the ids of their shards, from files that others open."""
+"""Protects exports of runs with imported tokenizers: transformers gives the ids that the shards have."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ END = {"gpt_2": "<|endoftext|>", "llama_3": "<|end_of_text|>"}
 @pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
 @pytest.mark.parametrize("kind", ["gpt_2", "llama_3", "llama_2 normalizer", "llama_2 metaspace", "sentencepiece"])
 def test_imported_tokenizers_give_exactly_the_same_ids(kind: str, bos: bool, tmp_path: Path) -> None:
-    """Byte-level ones, LLaMA-2's in three forms: they put a space before a text, and get one back for a text with one."""
+    """Byte-level tokenizers, and LLaMA-2's in three forms, which put a space before a text; a leading space is kept."""
     source = tmp_path / ("source.model" if kind == "sentencepiece" else "tokenizer.json")
     name, _, components = kind.partition(" ")
     if name == "sentencepiece":
@@ -38,8 +38,8 @@ def test_imported_tokenizers_give_exactly_the_same_ids(kind: str, bos: bool, tmp
     write_tokenizer(ours, bos, 128, out)
     assert bool(list(out.glob("*.py"))) == (kind == "sentencepiece")
     theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=kind == "sentencepiece")
-    found = check_ids(ours, theirs, [*HARD_TEXTS, *vocabularies.TEXTS])
-    assert found["compared_tokens"] > 3000 and found["exact_for_space_marks"] == (name != "llama_2")
+    record = check_ids(ours, theirs, [*HARD_TEXTS, *vocabularies.TEXTS])
+    assert record["compared_tokens"] > 3000 and record["exact_for_space_marks"] == (name != "llama_2")
     start = [ours.bos_id] if bos else []
     assert theirs(" x\n y").input_ids == [*start, *ours.encode(" x\n y").tolist()]
     assert theirs.eos_token_id == ours.eos_id and theirs.pad_token_id >= 0

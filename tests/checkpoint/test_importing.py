@@ -1,4 +1,4 @@
-"""Protects the import of a LLaMA: the run starts with its loss, and nothing changes on the way in and out."""
+"""Protects the import of a LLaMA: the run starts with its loss, and import and export leave the weights unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDENTITY = {"lime": {"routes": "kv", "router_init": "identity", "history": {"pol
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA of transformers' own, in several files."""
+    """A LLaMA with random weights, written by transformers into several files."""
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("original")
     model = transformers.LlamaForCausalLM(
@@ -56,7 +56,7 @@ def import_it(original: Path, settings: dict[str, Any], folder: Path, *overrides
 def test_a_run_starts_with_the_loss_of_the_original(
     model: dict[str, Any], workers: Workers, original: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """On two stages: the loss before any step, and in the first step."""
+    """On two stages: the loss before the first step equals the original's, and training starts."""
     settings = values(dataset, tmp_path / "run", model, 0)
     import_it(original, settings, tmp_path)
     settings["parallel"] = {"pipeline_stages": 2}
@@ -75,15 +75,15 @@ def test_a_run_starts_with_the_loss_of_the_original(
     assert first["step"] == 1 and first["grad_norm"] > 0
 
 
-def test_imported_and_exported_it_has_the_same_weights(original: Path, dataset: Path, tmp_path: Path) -> None:
+def test_import_and_export_keep_the_weights(original: Path, dataset: Path, tmp_path: Path) -> None:
     settings = values(dataset, tmp_path / "run", {"architecture": "llama"}, 0)
     import_it(original, settings, tmp_path)
     export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
     wanted: dict[str, torch.Tensor] = {}
     for file in original.glob("*.safetensors"):
         wanted.update(load_file(file))
-    found = load_file(tmp_path / "out/model.safetensors")
-    assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    exported = load_file(tmp_path / "out/model.safetensors")
+    assert set(exported) == set(wanted) and all(torch.equal(exported[name], wanted[name]) for name in wanted)
 
 
 def test_mistakes_are_one_line(original: Path, dataset: Path, tmp_path: Path) -> None:
@@ -108,12 +108,14 @@ def test_mistakes_are_one_line(original: Path, dataset: Path, tmp_path: Path) ->
         llama, "model.intermediate_size=32", "model.tie_word_embeddings=false"
     )
     assert "config.json: no such file" in line(llama, folder=tmp_path)
-    assert "is a 'mistral'; only 'llama', and what lime_dist.checkpoint.export wrote, can be imported" in line(
+    assert "has model_type 'mistral'; only 'llama' and exports of lime_dist.checkpoint.export can be imported" in line(
         llama, folder=changed(model_type="mistral")
     )
-    assert "attention_bias=True is not in this trainer's models" in line(llama, folder=changed(attention_bias=True))
+    assert "attention_bias=True is not supported, only attention_bias=False" in line(
+        llama, folder=changed(attention_bias=True)
+    )
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    assert "is not in this trainer's models" in line(llama, folder=changed(rope_parameters=scaling))
+    assert "is not supported" in line(llama, folder=changed(rope_parameters=scaling))
     assert "transformers cannot read it" in line(llama, folder=changed(hidden_size="many"))
     folder = changed()
     next(folder.glob("model-00002*")).unlink()
@@ -139,7 +141,7 @@ def test_checkpoints_are_never_overwritten(original: Path, dataset: Path, tmp_pa
     assert (tmp_path / "run/checkpoints/global_step0/manifest.json").read_bytes() == before
 
 
-def test_a_model_that_is_more_than_its_configuration_says_is_refused(
+def test_a_model_that_computes_more_than_its_configuration_says_is_refused(
     original: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = import_work.load_model
@@ -151,6 +153,6 @@ def test_a_model_that_is_more_than_its_configuration_says_is_refused(
         return model
 
     monkeypatch.setattr(import_work, "load_model", other)
-    with pytest.raises(LimeError, match="its logits differ by"):
+    with pytest.raises(LimeError, match="its logits differ from those of the imported model by"):
         import_it(original, values(dataset, tmp_path / "run", {"architecture": "llama"}, 0), tmp_path)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Protects fine-tuning: a run starts from an exported model of any architecture, with its very weights, or is refused in one line."""
+"""Protects fine-tuning: a run starts with exactly the weights of an export of any architecture, or is refused in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def exports(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By kind of model: an export of random weights."""
+    """An export with random weights of every kind of model, by kind."""
     folder = tmp_path_factory.mktemp("exports")
     for kind, model in MODELS.items():
         write_random(run_values(dataset, folder / "runs" / kind, **model))
@@ -57,39 +57,41 @@ def import_it(exported: Path, values: dict[str, Any], folder: Path, *overrides: 
 def test_the_run_has_the_weights_of_the_export(
     kind: str, exports: dict[str, Path], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Bit by bit, at step 0; the logits were compared."""
+    """The same bits, at step 0; the logits are compared."""
     import_it(exports[kind], run_values(dataset, tmp_path / "run", **MODELS[kind]), tmp_path)
-    assert "largest difference of logits" in capsys.readouterr().out
+    assert "logits differ by at most" in capsys.readouterr().out
     _, _, wanted = read_weights(exports[kind].parent / "runs" / kind)
-    _, state, found = read_weights(tmp_path / "run")
-    assert (state.step, state.consumed_samples) == (0, 0) and set(found) == set(wanted)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    _, state, imported = read_weights(tmp_path / "run")
+    assert (state.step, state.consumed_samples) == (0, 0) and set(imported) == set(wanted)
+    assert all(torch.equal(imported[name], wanted[name]) for name in wanted)
 
 
-def test_a_start_with_other_routers_is_the_same_model(exports: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
-    """How routers were initialised says nothing about trained ones."""
+def test_another_initialisation_of_routers_is_the_same_model(
+    exports: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    """Trained weights have replaced the initial values of the routers."""
     model = {**MODELS["kv"], "lime": {"routes": "kv", "router_init": "identity"}}
     import_it(exports["kv"], run_values(dataset, tmp_path / "run", **model), tmp_path)
     assert (tmp_path / "run/checkpoints/global_step0").is_dir()
 
 
-def test_float64_decides_where_float32_is_too_coarse(
+def test_float64_decides_if_float32_is_too_coarse(
     exports: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in the export that it comes from; the weights that are written are those of the file all the same."""
+    """The weights written to the checkpoint are still those of the file."""
     compare, tried = import_work.compare_logits, []
 
     def coarse(first: Any, second: Any, tokens: torch.Tensor) -> Any:
         tried.append((next(first.parameters()).dtype, second(tokens[:1]).dtype))
-        found = compare(first, second, tokens)
-        return type(found)(1.0, found.logit, found.tokens) if len(tried) == 1 else found
+        comparison = compare(first, second, tokens)
+        return type(comparison)(1.0, comparison.logit, comparison.tokens) if len(tried) == 1 else comparison
 
     monkeypatch.setattr(import_work, "compare_logits", coarse)
     import_it(exports["hidden"], run_values(dataset, tmp_path / "run", **MODELS["hidden"]), tmp_path)
     assert tried == [(torch.float32, torch.float32), (torch.float64, torch.float64)]
     _, _, wanted = read_weights(exports["hidden"].parent / "runs/hidden")
-    _, _, found = read_weights(tmp_path / "run")
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    _, _, imported = read_weights(tmp_path / "run")
+    assert all(torch.equal(imported[name], wanted[name]) for name in wanted)
 
 
 def test_mistakes_are_one_line(exports: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
@@ -119,11 +121,11 @@ def test_mistakes_are_one_line(exports: dict[str, Path], dataset: Path, tmp_path
     assert "certificate.json: no such file" in line(changed, "kv")
     (tmp_path / "task").mkdir()
     shards = make_shards(tmp_path / "task", 100)
-    assert "its tokens are of another vocabulary than" in line(exports["llama"], "llama", data=shards)
+    assert "was tokenized with another tokenizer" in line(exports["llama"], "llama", data=shards)
 
 
 def test_fine_tuning_starts_at_the_loss_of_the_export(workers: Callable[[int], WorkerGroup], tmp_path: Path) -> None:
-    """Text first, then the task's answers alone, on two stages; what is exported then has the trainer's validation loss."""
+    """A model of text is fine-tuned on a task's answers on two stages. Its export has the trainer's validation loss."""
     shards = make_shards(tmp_path)
     text = task_values(shards, tmp_path / "text")
     text["data"]["answer_token"] = None
@@ -145,7 +147,7 @@ def test_fine_tuning_starts_at_the_loss_of_the_export(workers: Callable[[int], W
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[0] == pytest.approx(wanted_loss, rel=1e-5)
     whole = evaluate(tmp_path / "out", shards, "validation", None, None)
-    assert abs(whole - first) > 1e-3, "a loss over all tokens is another"
+    assert abs(whole - first) > 1e-3, "the loss over all tokens differs"
     again = evaluate(tmp_path / "before", shards, "validation", None, None, all_tokens=True)
     assert again == pytest.approx(whole, rel=1e-6)
 
@@ -153,11 +155,11 @@ def test_fine_tuning_starts_at_the_loss_of_the_export(workers: Callable[[int], W
     assert before == pytest.approx(last, rel=1e-6)
     task["data"]["answer_token"] = None
     (line, _) = workers(2).run("support.runs.run", values=task)
-    assert "is of another run (data.answer_token: 5 there, None here)" in line, "its losses are of other tokens"
+    assert "is of another run (data.answer_token: 5 there, None here)" in line, "its losses count other tokens"
 
 
 def first_training_loss(values: dict[str, Any], directory: Path) -> float:
-    """Of the first step from the run's checkpoint, over answers alone, in one process."""
+    """The loss of the first step from the run's checkpoint, over answers only, in one process."""
     config, _, weights = read_weights(directory)
     split, order = open_training(config.data, config.model.vocab_size)
     answers = find_answers(split, values["data"]["answer_token"])

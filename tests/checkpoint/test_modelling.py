@@ -1,4 +1,4 @@
-"""Protects the modelling code that exports carry: the trainer's mathematics, a cache of LLaMA's size, no import of ours."""
+"""Protects the modelling code of exports: the trainer's equations, a cache as large as LLaMA's, no import of lime_dist."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ FEW = {
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", OURS)
 def test_logits_and_gradients_are_the_decoders(name: str, tied: bool) -> None:
-    """In float64, as a whole, in two parts with the cache, and every gradient: an export can be trained on elsewhere."""
+    """In float64: logits at once, in two parts with the cache, and every gradient. An export can be trained elsewhere."""
     config = small(**MODELS[name], tie_word_embeddings=tied)
     decoder = perturbed(config, torch.float64)
     exported = exported_in_memory(config, decoder)
     tokens = torch.randint(0, 31, (3, 9), generator=torch.Generator().manual_seed(5))
     wanted = decoder(tokens)
-    found = exported(tokens, use_cache=False).logits
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+    logits = exported(tokens, use_cache=False).logits
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-11)
     first = exported(tokens[:, :5])
     second = exported(tokens[:, 5:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat((first.logits, second.logits), 1), wanted, rtol=0, atol=1e-11)
     language_model_loss(wanted, tokens).backward()
-    language_model_loss(found, tokens).backward()
+    language_model_loss(logits, tokens).backward()
     gradients = {n: p.grad for n, p in exported.named_parameters()}
     for parameter_name, parameter in decoder.named_parameters():
         error = (gradients[parameter_name] - parameter.grad).abs().max() / parameter.grad.abs().max()
@@ -51,9 +51,9 @@ def test_logits_and_gradients_are_the_decoders(name: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("name", FEW)
 def test_greedy_generation_with_and_without_cache_is_the_same(name: str) -> None:
-    """Over 200 tokens; a batch padded on the left equals its prompts one by one.
+    """Over 200 tokens. A batch padded on the left gives the same as its prompts one by one.
 
-    In float64, so that no near tie decides; with weights so large that the sequence is no short loop.
+    Computed in float64, so that rounding decides no near tie. The weights are large, so that the text is not a short loop.
     """
     config = small(**FEW[name], num_hidden_layers=5, tie_word_embeddings=False)
     decoder = perturbed(config, torch.float64)
@@ -78,9 +78,9 @@ def test_logits_of_a_padded_batch_are_those_of_single_prompts(name: str) -> None
     exported = exported_in_memory(config, perturbed(config))
     batch, mask = torch.cat((PROMPT, PROMPT)), torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
     with torch.no_grad():
-        found, alone = exported(batch, attention_mask=mask).logits, exported(PROMPT[:, 2:]).logits
-    torch.testing.assert_close(found[1, 2:], alone[0], rtol=0, atol=1e-5)
-    assert torch.isfinite(found).all(), "padding has logits too, and none that spoil a loss"
+        logits, alone = exported(batch, attention_mask=mask).logits, exported(PROMPT[:, 2:]).logits
+    torch.testing.assert_close(logits[1, 2:], alone[0], rtol=0, atol=1e-5)
+    assert torch.isfinite(logits).all(), "the logits of padding do not turn a loss into NaN"
 
 
 def cache_bytes(model: torch.nn.Module) -> int:
@@ -98,14 +98,14 @@ def test_the_cache_has_the_size_of_llamas(name: str) -> None:
     assert cache_bytes(exported_in_memory(config, perturbed(config))) == cache_bytes(llama)
 
 
-def test_entries_that_nobody_reads_any_more_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bounded history keeps memory bounded here too, at any depth."""
+def test_entries_are_dropped_after_their_last_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bounded history needs bounded memory at any depth, in modelling code too."""
     held, mix = [], KeyValueHistory.mix
 
     def counted(self: KeyValueHistory, *arguments: object) -> object:
-        found = mix(self, *arguments)
+        mixed = mix(self, *arguments)
         held.append(len(self.entries))
-        return found
+        return mixed
 
     monkeypatch.setattr(KeyValueHistory, "mix", counted)
     config = small(**MODELS["lime kv, first_last"], num_hidden_layers=20)
@@ -113,27 +113,28 @@ def test_entries_that_nobody_reads_any_more_are_dropped(monkeypatch: pytest.Monk
     assert len(held) == 20 and max(held) == 3 and held[-1] == 0
 
 
-def test_other_ways_to_call_it() -> None:
+def test_other_arguments_of_forward() -> None:
     config = small()
     exported = exported_in_memory(config, perturbed(config))
     with torch.no_grad():
-        found = exported(PROMPT, labels=PROMPT, output_hidden_states=True)
+        output = exported(PROMPT, labels=PROMPT, output_hidden_states=True)
         embedded = exported(inputs_embeds=exported.get_input_embeddings()(PROMPT), return_dict=False)
         last = exported(PROMPT, logits_to_keep=2).logits
         causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
         masked = exported(PROMPT, attention_mask=causal).logits
-    assert found.loss.item() == pytest.approx(language_model_loss(found.logits[:, :-1], PROMPT[:, 1:]).item(), rel=1e-5)
-    assert len(found.hidden_states) == config.num_hidden_layers + 1
-    torch.testing.assert_close(exported.lm_head(found.hidden_states[-1]), found.logits)
-    torch.testing.assert_close(embedded[0], found.logits)
-    torch.testing.assert_close(last, found.logits[:, -2:])
-    torch.testing.assert_close(masked, found.logits, rtol=0, atol=1e-5)
+    wanted_loss = language_model_loss(output.logits[:, :-1], PROMPT[:, 1:]).item()
+    assert output.loss.item() == pytest.approx(wanted_loss, rel=1e-5)
+    assert len(output.hidden_states) == config.num_hidden_layers + 1
+    torch.testing.assert_close(exported.lm_head(output.hidden_states[-1]), output.logits)
+    torch.testing.assert_close(embedded[0], output.logits)
+    torch.testing.assert_close(last, output.logits[:, -2:])
+    torch.testing.assert_close(masked, output.logits, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         exported(PROMPT, inputs_embeds=torch.zeros(1, 1, 24))
 
 
-def test_a_new_model_starts_as_the_trainers_does_without_mixing() -> None:
-    """Weights that a user initialises himself: identity routers, connections of a pre-norm decoder."""
+def test_a_model_without_loaded_weights_has_finite_logits() -> None:
+    """Its routers start as the identity, and its hyper-connections as a pre-norm decoder."""
     for name in ("lime kv, chunked", "hyper dynamic", "lime static, chunked"):
         config = small(**MODELS[name])
         exported = exported_in_memory(config, perturbed(config))
@@ -143,7 +144,7 @@ def test_a_new_model_starts_as_the_trainers_does_without_mixing() -> None:
 
 
 def test_it_imports_torch_and_transformers_only() -> None:
-    """A file that imported lime_dist would work here and nowhere else."""
+    """A file that imports lime_dist would work here but not where only transformers is installed."""
     allowed = {*sys.stdlib_module_names, "torch", "transformers", "sentencepiece"}
     files = sorted(Path(huggingface.__file__).parent.glob("*_lime.py"))
     assert len(files) == 8

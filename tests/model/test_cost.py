@@ -1,4 +1,4 @@
-"""Protects the formulas: parameters, FLOPs, entries, bytes of history and of activations are those that are counted."""
+"""Protects the formulas: predicted parameters, FLOPs, entries, and bytes of history and activations equal the counted ones."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ def test_parameters(model: str, tied: bool) -> None:
 
 def stage_modules(decoder: Decoder, start: int, stop: int) -> list[nn.Module]:
     """The decoder layers of one stage, and the chunk summaries between them."""
-    found = [decoder.get_submodule(spec.name) for spec in decoder.specs]
+    modules = [decoder.get_submodule(spec.name) for spec in decoder.specs]
     begin = next(i for i, spec in enumerate(decoder.specs) if spec.name == f"model.layers.{start}")
     end = begin
-    while end < len(found) - 2 and decoder.specs[end].name != f"model.layers.{stop}":
+    while end < len(modules) - 2 and decoder.specs[end].name != f"model.layers.{stop}":
         end += 1
-    return found[begin:end]
+    return modules[begin:end]
 
 
 def random_payload(config: ModelConfig, boundary: int, batch: int, length: int, dtype: torch.dtype) -> Tensor:
-    """What crosses the boundary before a decoder layer."""
+    """A payload as received at the stage boundary before decoder layer ``boundary``."""
     if config.architecture == "hyper":
         return torch.randn(batch, length, config.hyper.rate, config.hidden_size, dtype=dtype)
     return torch.randn(batch, length, cost.payload_bytes(config, boundary, 1, 1), dtype=dtype)
 
 
 def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, float]:
-    """Forward and backward FLOPs of one stage's decoder layers, counted by torch; its payload's gradient is random."""
+    """Forward and backward FLOPs of one stage's decoder layers, counted by torch; the gradient of its output is random."""
     layers = stage_modules(build_decoder(config), start, stop)
     layout = stage_layout(config, start, stop)
     history = open_history(config, layout, BATCH * LENGTH, torch.float32, torch.device("cpu"))
@@ -84,19 +84,19 @@ def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, floa
         streams = (config.hyper.rate,) if config.architecture == "hyper" else ()
         hidden = torch.randn(BATCH, LENGTH, *streams, config.hidden_size, requires_grad=True)
 
-    # Neither the CPU's causal attention, counted without the pairs that are masked, nor sums in place are in torch's table.
+    # torch has no formula for the CPU's causal attention (masked pairs do not count) and for in-place matrix sums.
     pairs = (LENGTH + 1) / 2 / LENGTH
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    known = {
+    formulas = {
         attention: lambda q, k, v, *_, out_shape=None, **__: pairs * sdpa_flop_count(q, k, v),
         torch.ops.aten.addmm_: lambda _, a, b, **__: mm_flop(a, b),
         backward: lambda g, q, k, v, *_, out_shape=None, **__: pairs * sdpa_backward_flop_count(g, q, k, v),
     }
-    with FlopCounterMode(display=False, custom_mapping=known) as forward_count:
+    with FlopCounterMode(display=False, custom_mapping=formulas) as forward_count:
         hidden, released = run_layers(layers, hidden, history, False)
         out = pack(hidden, released, history) if stop < config.num_hidden_layers else hidden
-    with FlopCounterMode(display=False, custom_mapping=known) as backward_count:
+    with FlopCounterMode(display=False, custom_mapping=formulas) as backward_count:
         out.backward(torch.randn_like(out))
     return forward_count.get_total_flops(), backward_count.get_total_flops()
 
@@ -104,7 +104,7 @@ def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, floa
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_flops_of_a_stage(model: str, cut: tuple[int, int]) -> None:
-    """A stage in the middle, so that received entries, their gradients and unfinished chunks count."""
+    """Some stages begin or end in the middle, so that received entries, their gradients and unfinished chunks count."""
     config = make_config(model)
     layers = cost.layer_flops(config, LENGTH, range(*cut))
     forward, backward = count_flops(config, *cut)
@@ -150,14 +150,14 @@ SHAPES: list[tuple[int, int, dict[str, int], list[tuple[int, int]]]] = [
     (2, 8, {}, CUTS),
     (3, 20, {"hidden_size": 24, "intermediate_size": 44, "vocab_size": 37}, CUTS[::3]),
 ]
-"""Samples and tokens of a micro-batch, sizes of the model, stages."""
+"""Samples of a micro-batch, tokens per sample, sizes of the model, stages."""
 
 
 class KeptMemory:
-    """The memory that autograd keeps of what runs inside ``counting``; every storage once.
+    """The memory that autograd saves while ``counting``; every storage counts once.
 
     Args:
-        ignored: what does not count.
+        ignored: tensors whose memory does not count.
     """
 
     def __init__(self, ignored: Iterable[Tensor]) -> None:
@@ -181,8 +181,8 @@ class KeptMemory:
 def count_activations(
     decoder: Decoder, start: int, stop: int, batch: int, length: int, dtype: torch.dtype, checkpointing: bool
 ) -> int:
-    """Bytes that a stage keeps after a forward pass, without the history's entries: payload, embedding, layers, head with
-    the loss, those of them that the stage has."""
+    """Bytes that a stage keeps after a forward pass, without the history's entries: for the payload, embedding, layers, and
+    the head with the loss, as far as the stage has them."""
     config, device = decoder.config, torch.device("cpu")
     lead = batch * length * config.hidden_size if start else 0
     history = open_history(config, stage_layout(config, start, stop), batch * length, dtype, device, lead)
@@ -196,7 +196,7 @@ def count_activations(
             payload = random_payload(config, start, batch, length, dtype)
             if isinstance(history, KeyValueHistory):
                 payload = history.landing(tuple(payload.shape)).copy_(payload)
-            hidden = unpack(kept.add(payload.requires_grad_()), config.hidden_size, history)  # a leaf is kept as well
+            hidden = unpack(kept.add(payload.requires_grad_()), config.hidden_size, history)  # a leaf is kept too
         else:
             hidden = embed(config, decoder.model.embed_tokens, tokens)
         hidden, _ = run_layers(stage_modules(decoder, start, stop), hidden, history, checkpointing)
@@ -207,7 +207,7 @@ def count_activations(
 
 
 def begins_within_chunk(config: ModelConfig, start: int) -> bool:
-    """Whether a stage of CUTS with hidden routes summarises a chunk of which an earlier stage has layers."""
+    """Whether a stage with ``routes: hidden`` summarises a chunk whose first layers are on an earlier stage."""
     chunks = cost.chunk_ends(config).values() if config.lime.routes == "hidden" else []
     return any(chunk.layers[0] < start <= chunk.layers[-1] for chunk in chunks)
 
@@ -216,7 +216,7 @@ def begins_within_chunk(config: ModelConfig, start: int) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_of_activations(model: str, dtype: torch.dtype, checkpointing: bool) -> None:
-    """By stage, so that a layer's share cannot hide an error in another's."""
+    """Compared stage by stage, so that errors of different layers cannot cancel."""
     for batch, length, sizes, cuts in SHAPES:
         config = make_config(model, **sizes)
         decoder = build_decoder(config, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Protects the equations: the decoder against plain loops, and LLaMA against transformers."""
+"""Protects the equations: the decoder equals plain loops, and LLaMA equals that of transformers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lime_dist.model.decoder import decoder_layers
 from lime_dist.model.layers import language_model_loss
 
 
-def perturbed_and_tried(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """Move the parameters off their initial values; tokens [3, 7] and the weights [3, 7, V] of a sum of logits."""
+def perturb_and_draw(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """Move the parameters off their initial values; return tokens [3, 7] and weights [3, 7, V] for a sum of logits."""
     for name, parameter in model.named_parameters():
         perturb(name, parameter)
     generator = torch.Generator().manual_seed(5)
@@ -29,10 +29,10 @@ def perturbed_and_tried(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
 
 @cache
 def by_plain_loops(model: str, tied: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and the gradient of every parameter."""
+    """Logits and the gradient of every parameter, from the plain reference."""
     config = small(**MODELS[model], tie_word_embeddings=tied)
     decoder = build_decoder(config, dtype=torch.float64)
-    tokens, weight = perturbed_and_tried(decoder)
+    tokens, weight = perturb_and_draw(decoder)
     copies = {name: p.detach().clone().requires_grad_() for name, p in decoder.named_parameters()}
     logits = reference.logits(config, copies, tokens)
     (logits * weight).sum().backward()
@@ -43,14 +43,14 @@ def by_plain_loops(model: str, tied: bool) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("model", MODELS)
 def test_forward_and_all_gradients_equal_plain_loops(model: str, tied: bool, checkpointing: bool) -> None:
-    """11 layers: more than one block of reads, the last one cut short; 7 tokens."""
+    """11 layers: more than one block, the last of which is incomplete; 7 tokens."""
     config = small(**MODELS[model], tie_word_embeddings=tied)
     decoder = build_decoder(config, dtype=torch.float64, activation_checkpointing=checkpointing)
-    tokens, weight = perturbed_and_tried(decoder)
-    found = decoder(tokens)
-    (found * weight).sum().backward()
+    tokens, weight = perturb_and_draw(decoder)
+    logits = decoder(tokens)
+    (logits * weight).sum().backward()
     wanted, gradients = by_plain_loops(model, tied)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-11)
     assert {name for name, _ in decoder.named_parameters()} == set(gradients)
     for name, parameter in decoder.named_parameters():
         error = (parameter.grad - gradients[name]).abs().max() / gradients[name].abs().max()
@@ -59,7 +59,7 @@ def test_forward_and_all_gradients_equal_plain_loops(model: str, tied: bool, che
 
 @pytest.mark.parametrize("groups", [3, 1])
 def test_chunked_with_a_summary_row_for_every_layer_is_full(groups: int) -> None:
-    """rank = chunk size, A = identity, first 0: a change of names."""
+    """With rank = chunk size, A = identity and first = 0, summaries are copies of the slots."""
     full = build_decoder(small(num_key_value_heads=groups), dtype=torch.float64)
     history = {"policy": "chunked", "chunk_size": 4, "rank": 4, "first": 0}
     chunked = build_decoder(small(num_key_value_heads=groups, lime={"history": history}), dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_chunked_with_a_summary_row_for_every_layer_is_full(groups: int) -> None
     theirs = dict(full.named_parameters())
 
     def counterpart(name: str, of: dict[str, Tensor]) -> Tensor:
-        """A chunked model's parameter (or its gradient) in the full model: R's columns are split into Q's and R's."""
+        """The full model's counterpart of a chunked model's parameter (or gradient): R's columns are split into Q and R."""
         if ".router." not in name:
             return of[name]
         layer = int(name.split(".")[2])
@@ -122,8 +122,8 @@ def test_lime_starts_as_llama_with_identity_routers() -> None:
     torch.testing.assert_close(lime(tokens), llama(tokens), rtol=0, atol=1e-12)
 
 
-def test_initial_values_depend_on_seed_and_name_alone() -> None:
-    """A deeper model with another vocabulary has the same values wherever names, shapes and depth-free scales agree."""
+def test_initial_values_depend_on_seed_and_name_only() -> None:
+    """A model with another vocabulary has the same values in parameters of the same shape."""
     first, second = build_decoder(small(), seed=7), build_decoder(small(vocab_size=40), seed=7)
     other = build_decoder(small(), seed=8)
     name = "model.layers.4.self_attn.q_proj.weight"

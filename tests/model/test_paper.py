@@ -1,4 +1,4 @@
-"""Protects what a reader of the paper looks for: its sizes, its settings, its special cases."""
+"""Protects what the paper states: model sizes, training settings, special cases."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def small(**changes: object) -> ModelConfig:
     ],
 )
 def test_parameter_counts_of_the_paper(name: str, billions: float) -> None:
-    """The first three are the paper's; the others follow from the equations (their routers hold 4,320 and 138,240)."""
+    """The paper states the first three; the others follow from the equations (their routers have 4,320 and 138,240 parameters)."""
     digits = len(str(billions).partition(".")[2])
     assert round(count_parameters(load_config(CONFIGS / f"paper/{name}.yaml").model) / 1e9, digits) == billions
 
 
 @pytest.mark.parametrize("model", ["llama", "lime_static", "lime_dynamic", "lime_kv", "hyper_dynamic"])
-def test_the_paper_s_optimizer_settings(model: str) -> None:
+def test_optimizer_settings_of_the_paper(model: str) -> None:
     config = load_config(CONFIGS / f"paper/{model}.yaml")
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.router_lr, optimizer.min_lr, optimizer.warmup_steps) == (1e-3, 1e-2, 1e-6, 200)
@@ -63,7 +63,7 @@ def test_the_paper_s_optimizer_settings(model: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
-def test_groups_cover_every_parameter_of_every_configuration_once(path: Path) -> None:
+def test_every_parameter_of_every_configuration_has_a_group(path: Path) -> None:
     config = load_config(path).model
     with torch.device("meta"):
         names = [name for spec in decoder_layers(config) for name in spec.exported_names(spec.make()).values()]
@@ -90,8 +90,8 @@ def test_dynamic_routing_with_equal_logits_is_static_routing_with_uniform_weight
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("rate", [1, 2, 4])
 def test_hyper_starts_as_a_pre_norm_residual_decoder(rate: int, dynamic: bool) -> None:
-    """At the initial values all n streams stay equal to one residual stream x ← x + f(LN(x)), LN without affine part, and the
-    last RMSNorm sees n·x: the same as RMSNorm of x with ε/n²."""
+    """At the initial values, all n streams equal one residual stream x ← x + f(LN(x)), where LN has no affine part. The last
+    RMSNorm gets n·x, which equals RMSNorm of x with ε/n²."""
     config = small(architecture="hyper", hyper={"rate": rate, "dynamic": dynamic})
     model = build_decoder(config, dtype=torch.float64)
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -111,7 +111,7 @@ def test_top_p_of_one_is_no_pruning() -> None:
     assert torch.equal(pruned(tokens), whole(tokens))
 
 
-def test_top_p_keeps_the_weight_that_crosses() -> None:
+def test_top_p_keeps_the_weight_that_crosses_the_threshold() -> None:
     weights = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.05, 0.1, 0.8], [0.25, 0.25, 0.25, 0.25]])
     for limit, kept in ((0.4, [1, 1, 2]), (0.5, [2, 1, 3]), (0.79, [2, 1, 4]), (0.91, [3, 3, 4]), (0.99, [4, 4, 4])):
         pruned = prune(weights.double(), limit)
@@ -172,7 +172,7 @@ def test_128_layers_have_finite_gradients(changes: dict[str, object], precision:
         (["model.hyper.rate=0"], "model.hyper.rate=0"),
     ],
 )  # fmt: skip
-def test_combinations_that_make_no_sense(overrides: list[str], line: str) -> None:
+def test_impossible_combinations_are_one_line(overrides: list[str], line: str) -> None:
     with pytest.raises(LimeError) as caught:
         load_config(None, overrides)
     assert line in str(caught.value) and "\n" not in str(caught.value)

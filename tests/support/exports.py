@@ -1,4 +1,4 @@
-"""Checkpoints and exported models for tests, and a worker case that saves the same state from several stages."""
+"""Checkpoints and exported models for tests, and a worker case that saves the same state from any number of stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT = torch.tensor([[5, 9, 2, 7, 7, 1]])
 
 
 def run_values(dataset: Path, directory: Path, **model: Any) -> dict[str, Any]:
-    """A run of a small model."""
+    """The configuration of a run of a small model."""
     return {
         "run": {"directory": str(directory)},
         "model": {
@@ -38,7 +38,7 @@ def run_values(dataset: Path, directory: Path, **model: Any) -> dict[str, Any]:
 
 
 def write_random(values: dict[str, Any]) -> tuple[Config, Decoder]:
-    """A checkpoint of step 0 with random weights, none of which has the value that it starts with."""
+    """Write a checkpoint of step 0 with random weights that all differ from their initial values."""
     config = make_config(values, "a test")
     decoder = perturbed(config.model)
     weights = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
@@ -47,6 +47,7 @@ def write_random(values: dict[str, Any]) -> tuple[Config, Decoder]:
 
 
 def perturbed(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A decoder whose weights all differ from their initial values."""
     decoder = build_decoder(model, dtype=dtype)
     for name, parameter in decoder.named_parameters():
         perturb(name, parameter)
@@ -54,10 +55,10 @@ def perturbed(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder
 
 
 def exported_in_memory(model: ModelConfig, decoder: Decoder) -> BaseForCausalLM:
-    """The model that an export of this decoder loads, without files."""
+    """The model that loading an export of the decoder gives, made without files."""
     config = make_config({"model": model.model_dump()}, "a test")
-    known = {"auto_map", "architectures", "model_type", "dtype"}
-    values = {key: value for key, value in model_description(config).items() if key not in known}
+    class_keys = {"auto_map", "architectures", "model_type", "dtype"}
+    values = {key: value for key, value in model_description(config).items() if key not in class_keys}
     export_format = architecture_of(model).export_format
     module = import_module(f"lime_dist.export.huggingface.{str(export_format.code).removesuffix('.py')}")
     exported = getattr(module, export_format.causal_class)(LimeConfig(**values)).to(next(decoder.parameters()).dtype)
@@ -68,27 +69,27 @@ def exported_in_memory(model: ModelConfig, decoder: Decoder) -> BaseForCausalLM:
 
 
 def generate(model: Any, prompt: torch.Tensor, tokens: int, **options: Any) -> torch.Tensor:
-    """Greedy continuation without an end, [B, tokens]."""
+    """Greedy continuation of exactly ``tokens`` tokens, [B, tokens]."""
     options = {"attention_mask": torch.ones_like(prompt), **options}
-    found = model.generate(
+    ids = model.generate(
         prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, **options
     )
-    return found[:, prompt.shape[1] :]
+    return ids[:, prompt.shape[1] :]
 
 
 def train_without_updates(values: dict[str, Any]) -> str:
-    """Train as pretrain.py does, but leave the weights alone: what is saved then is the same for every stage count."""
+    """Train as pretrain.py does, but without changing the weights, so that every stage count saves the same state."""
     from support.runs import run
 
     from lime_dist.train.stage_optimizer import StageOptimizer
 
     update = StageOptimizer.step
 
-    def nothing(self: StageOptimizer) -> bool:
+    def keep_weights(self: StageOptimizer) -> bool:
         self.flat_gradients.zero_()
         return True
 
-    StageOptimizer.step = nothing
+    StageOptimizer.step = keep_weights
     try:
         return run(values)
     finally:

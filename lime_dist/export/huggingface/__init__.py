@@ -1,1 +1,1 @@
-"""Modelling code for `transformers` that an export carries with it: it imports torch and transformers, never lime_dist."""
+"""Modelling code for `transformers` that is copied into exports. It imports torch and transformers, never lime_dist."""

@@ -8,16 +8,16 @@ from transformers import PretrainedConfig
 
 
 class LimeConfig(PretrainedConfig):
-    """Shape of the decoder, under LLaMA's names, and what its layers read.
+    """Shape of the decoder, with LLaMA's names, and which entries of the layer history its layers read.
 
     Args:
         architecture: "lime" or "hyper".
-        max_position_embeddings: the sequence length that it was trained with; nothing breaks beyond it.
-        lime: the trainer's section: routes ("kv" or "hidden"), router, top_p, start_layer, history.
-        hyper: the trainer's section: rate (residual streams), dynamic.
-        reads: by layer, what it mixes, as runs in the order of its router's columns: ["slots", 0, 3] are the slots of the
-            layers 0, 1, 2; ["summaries", 0, 2] are the first two rows of summaries, counted over all chunks.
-        chunks: (first layer, end, rows) of each chunk of layers that is summed up for later ones.
+        max_position_embeddings: the sequence length of training. It is not a limit: longer sequences work.
+        lime: section ``model.lime`` of the run: routes ("kv" or "hidden"), router, top_p, start_layer, history.
+        hyper: section ``model.hyper`` of the run: rate (number of residual streams), dynamic.
+        reads: for every layer, the entries that it reads, as runs in the order of its router's columns. ["slots", 0, 3] are the
+            slots of layers 0, 1, 2; ["summaries", 0, 2] are the first two summary rows, counted over all chunks.
+        chunks: for every chunk of layers that is summarised: first layer, end (exclusive), number of rows.
     """
 
     model_type = "lime"

@@ -1,4 +1,4 @@
-"""LIMe over hidden states: each head's keys and values are projected from its own mixture of earlier layers' inputs."""
+"""LIMe over hidden states: each head projects its keys and values from its own mixture of earlier layers' inputs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .layers_lime import Attention, ForwardPass, PreNormLayer, RMSNorm, rms_norm
 from .modeling_lime import BaseForCausalLM, BaseModel
 
 MIXTURE_ELEMENTS = 1 << 24
-"""Elements of per-head mixtures of hidden states that are made at a time."""
+"""Largest number of elements of per-head mixtures of hidden states computed at a time."""
 
 
 class HiddenRouter(nn.Module):
-    """A softmax over the entries read, the same for all tokens (w [H, E]) or per token (W [H·E, D], rows by head)."""
+    """Softmax weights over the entries read: the same for all tokens (w [H, E]), or per token (W [H·E, D], rows by head)."""
 
     def __init__(self, config: LimeConfig, reads: list[Entry]) -> None:
         super().__init__()
@@ -45,22 +45,30 @@ class HiddenHistory:
     def __init__(self, reads: Reads, summaries: Summaries, eps: float) -> None:
         self.reads, self.summaries, self.eps = reads, summaries, eps
         self.entries: dict[Entry, Tensor] = {}
-        self.states: dict[Entry, Tensor] = {}  # as they are, until their chunk is summed up
+        self.states: dict[Entry, Tensor] = {}  # layer inputs before the division, until their chunk is summarised
 
     def read(
         self, layer: int, attention: Attention, gamma: Tensor | None, x_BTD: Tensor, state_BTD: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """Leave a layer's input (``x``, and ``state``: divided by its root mean square); keys and values from what the layer
-        reads under its history norm ``gamma``, [B, H, T, d] each, or None without a router."""
+        """Write a layer's input to the history and read the layer's entries.
+
+        Args:
+            gamma: weight of the layer's history norm; None: the layer has no router.
+            x_BTD: the layer's input.
+            state_BTD: the same divided by its root mean square.
+
+        Returns:
+            Keys and values, [B, H, T, d] each; None without a router.
+        """
         self.entries["slots", layer] = state_BTD.flatten(0, 1)
-        if ("slots", layer) in self.reads.summed_up:
+        if ("slots", layer) in self.reads.summarised:
             self.states["slots", layer] = x_BTD.flatten(0, 1)
-        found = None
+        keys_and_values = None
         if gamma is not None:
-            found = self._project(layer, attention, gamma, state_BTD)
+            keys_and_values = self._project(layer, attention, gamma, state_BTD)
         if layer in self.reads.chunks:
-            number, sources, rows = self.reads.chunks[layer]
-            weights = self.summaries.weight(number)
+            chunk, sources, rows = self.reads.chunks[layer]
+            weights = self.summaries.weight(chunk)
             shares = weights.to(torch.promote_types(weights.dtype, torch.float32)).softmax(-1)
             summary_rND = torch.zeros((), dtype=shares.dtype, device=shares.device)
             for i, entry in enumerate(sources):
@@ -68,15 +76,16 @@ class HiddenHistory:
             self.entries.update(zip(rows, rms_normalise(summary_rND, self.eps).to(x_BTD.dtype), strict=True))
         for entry in self.reads.dropped[layer]:
             self.entries.pop(entry, None)
-        return found
+        return keys_and_values
 
     def _project(self, layer: int, attention: Attention, gamma: Tensor, state_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values from each head's mixture of the layer's entries, a slice of tokens at a time."""
         batch, length, size = state_BTD.shape
         read = [self.entries[entry] for entry in self.reads.by_layer[layer]]
         weights = attention.router((state_BTD * gamma).flatten(0, 1))
         projections = [p.weight.unflatten(0, (-1, attention.head_dim)) for p in (attention.k_proj, attention.v_proj)]
         projections_HcD = torch.cat(projections, 1) * gamma
-        pieces = []
+        token_slices = []
         step = max(1, MIXTURE_ELEMENTS // (len(projections_HcD) * size))
         for begin in range(0, batch * length, step):
             tokens = slice(begin, begin + step)
@@ -85,14 +94,14 @@ class HiddenHistory:
                 mixture_HnD = (weights @ stacked_EnD.flatten(1)).view(-1, *stacked_EnD.shape[1:])
             else:
                 mixture_HnD = torch.bmm(weights[tokens], stacked_EnD.transpose(0, 1)).transpose(0, 1)
-            pieces.append(torch.bmm(mixture_HnD, projections_HcD.transpose(1, 2)))
-        projected_HNc = torch.cat(pieces, 1)
+            token_slices.append(torch.bmm(mixture_HnD, projections_HcD.transpose(1, 2)))
+        projected_HNc = torch.cat(token_slices, 1)
         key, value = projected_HNc.view(-1, batch, length, 2, attention.head_dim).transpose(0, 1).unbind(3)
         return key, value
 
 
 class HiddenLayer(PreNormLayer):
-    """``routes: hidden``: each head's keys and values are projected from its own mixture of earlier layers' inputs."""
+    """``routes: hidden``: each head projects its keys and values from its own mixture of earlier layers' inputs."""
 
     def __init__(self, config: LimeConfig, layer: int, reads: Reads) -> None:
         is_reader = layer >= config.lime["start_layer"]
@@ -103,8 +112,8 @@ class HiddenLayer(PreNormLayer):
         attention, norm = self.self_attn, self.history_layernorm
         state = rms_normalise(x_BTD, self.input_layernorm.eps)
         normed = state * self.input_layernorm.weight
-        found = history.read(self.layer, attention, None if norm is None else norm.weight, x_BTD, state)
-        key, value = attention.keys_and_values(normed) if found is None else found
+        mixed = history.read(self.layer, attention, None if norm is None else norm.weight, x_BTD, state)
+        key, value = attention.keys_and_values(normed) if mixed is None else mixed
         return self.finish(x_BTD, attention.queries(normed), key, value, run)
 
 

@@ -1,7 +1,7 @@
-"""What layers read of the layer history, from the configuration, and the weights of chunk summaries.
+"""Which entries of the layer history a layer reads, and the weights of chunk summaries.
 
-Only new tokens have a history. What a layer read for past tokens is already mixed in the key/value cache. An entry is dropped as
-soon as no later layer reads it.
+The history covers new tokens only: for past tokens, the key/value cache holds the mixtures. An entry is dropped after the last
+layer that reads it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Entry = tuple[str, int]
 
 
 class Reads:
-    """What the layers read, from a configuration.
+    """The entries that the layers read, from a configuration.
 
     Attributes:
-        by_layer: entries in the order of the router's columns.
-        chunks: by last layer: the chunk's number, its slots, its summary rows.
-        summed_up: the slots of all chunks.
-        dropped: by layer: entries that nobody reads after it.
+        by_layer: for every layer, its entries in the order of the router's columns.
+        chunks: by a chunk's last layer: index of the chunk, its slots, the rows of its summary.
+        summarised: the slots of all chunks.
+        dropped: for every layer, the entries that no later layer reads.
     """
 
     def __init__(self, config: LimeConfig) -> None:
@@ -30,26 +30,25 @@ class Reads:
             [(kind, index) for kind, begin, end in runs for index in range(begin, end)] for runs in config.reads
         ]
         self.chunks: dict[int, tuple[int, list[Entry], list[Entry]]] = {}
-        rows = 0
-        for number, (begin, end, rank) in enumerate(config.chunks):
+        first_row = 0
+        for chunk, (begin, end, num_rows) in enumerate(config.chunks):
             sources: list[Entry] = [("slots", layer) for layer in range(begin, end)]
-            summary: list[Entry] = [("summaries", row) for row in range(rows, rows + rank)]
-            self.chunks[end - 1] = (number, sources, summary)
-            rows += rank
-        self.summed_up = {entry for _, sources, _ in self.chunks.values() for entry in sources}
-        last: dict[Entry, int] = {}
+            rows: list[Entry] = [("summaries", row) for row in range(first_row, first_row + num_rows)]
+            self.chunks[end - 1] = (chunk, sources, rows)
+            first_row += num_rows
+        self.summarised = {entry for _, sources, _ in self.chunks.values() for entry in sources}
+        last_reader: dict[Entry, int] = {}
         for layer, entries in enumerate(self.by_layer):
             own: list[Entry] = [("slots", layer)]
-            last.update(
-                dict.fromkeys([*own, *entries, *(self.chunks[layer][1] if layer in self.chunks else [])], layer)
-            )
+            sources = self.chunks[layer][1] if layer in self.chunks else []
+            last_reader.update(dict.fromkeys([*own, *entries, *sources], layer))
         self.dropped: list[list[Entry]] = [[] for _ in self.by_layer]
-        for entry, layer in last.items():
+        for entry, layer in last_reader.items():
             self.dropped[layer].append(entry)
 
 
 class ChunkSummary(nn.Module):
-    """How the slots of a chunk of layers are summed up: signed weights (kv), or the logits of a softmax (hidden)."""
+    """Weights of the summary of a chunk of layers: signed (``routes: kv``), or logits of a softmax (``routes: hidden``)."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -60,7 +59,7 @@ class Summaries(nn.Module):
     """The weights of all chunk summaries.
 
     Args:
-        heads: heads of a slot, to which a summary applies weights of their own.
+        heads: heads per slot; a summary has separate weights for every head.
     """
 
     def __init__(self, config: LimeConfig, heads: int) -> None:

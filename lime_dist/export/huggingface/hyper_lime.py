@@ -21,7 +21,7 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 class HyperConnection(nn.Module):
-    """How one sub-layer reads from and writes to the streams. Starts as a pre-norm decoder."""
+    """How a sub-layer reads from and writes to the streams. The initial values are those of a pre-norm decoder."""
 
     def __init__(self, config: LimeConfig, layer: int) -> None:
         super().__init__()
@@ -35,21 +35,21 @@ class HyperConnection(nn.Module):
             self.beta_scale = nn.Parameter(torch.tensor(0.01))
 
     def forward(self, streams_BTnD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """[m_0 | m_1 … m_n] = αᵀ·streams; the sub-layer's output on LN(m_0), times β, is added to m_1 … m_n."""
+        """[m_0 | m_1 … m_n] = αᵀ·streams; returns m_i + β_i · sublayer(LN(m_0)) for i = 1 … n."""
         alpha: Tensor = self.static_alpha
         beta: Tensor = self.static_beta
         if self.dynamic:
             weights = torch.cat((self.dynamic_alpha, self.dynamic_beta.unsqueeze(-1)), -1)
-            moved = torch.tanh(layer_norm(streams_BTnD) @ weights)
-            alpha = alpha + self.alpha_scale * moved[..., :-1]
-            beta = beta + self.beta_scale * moved[..., -1]
+            dynamic = torch.tanh(layer_norm(streams_BTnD) @ weights)
+            alpha = alpha + self.alpha_scale * dynamic[..., :-1]
+            beta = beta + self.beta_scale * dynamic[..., -1]
         mixed = alpha.transpose(-1, -2) @ streams_BTnD
         out_BTD = sublayer(layer_norm(mixed[..., 0, :]))
         return mixed[..., 1:, :] + beta.unsqueeze(-1) * out_BTD.unsqueeze(-2)
 
 
 class HyperLayer(nn.Module):
-    """Attention and SwiGLU, each behind a connection of its own."""
+    """Attention and SwiGLU, each with its own hyper-connection."""
 
     def __init__(self, config: LimeConfig, layer: int) -> None:
         super().__init__()
@@ -77,11 +77,11 @@ class LimeModel(BaseModel):
         return None
 
     def first_input(self, x_BTD: Tensor) -> Tensor:
-        """Every stream starts as the embedding."""
+        """Every stream starts as the embedded tokens."""
         return x_BTD.unsqueeze(-2).expand(-1, -1, self.config.hyper["rate"], -1)
 
     def last_output(self, x: Tensor) -> Tensor:
-        """The streams are summed."""
+        """The sum of the streams."""
         return x.sum(-2)
 
 

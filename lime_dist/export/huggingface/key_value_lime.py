@@ -1,4 +1,4 @@
-"""LIMe over keys and values: a layer's keys and values are mixed with those of earlier layers before they are rotated."""
+"""LIMe over keys and values: a layer's keys and values are mixed with those of earlier layers before rotation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .modeling_lime import BaseForCausalLM, BaseModel
 
 
 class KeyValueRouter(nn.Module):
-    """Signed weights over the heads of every entry read: [P | Q | R], see the parts' names. Starts as no mixture at all."""
+    """Signed weights over the heads of every entry read: [P | Q | R] for the first slots, summaries, and the other slots.
+
+    The initial values select the layer's own keys and values.
+    """
 
     def __init__(self, heads: int, reads: list[Entry]) -> None:
         super().__init__()
@@ -41,27 +44,27 @@ class KeyValueHistory:
         self.entries: dict[Entry, Tensor] = {}
 
     def mix(self, layer: int, router: KeyValueRouter | None, k_BGTd: Tensor, v_BGTd: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave a layer's keys and values, and return what its attention reads, [B, G, T, d] each."""
+        """Write a layer's keys and values to the history and return the mixtures that attention reads, [B, G, T, d] each."""
         batch, heads, length, size = k_BGTd.shape
         self.entries["slots", layer] = torch.cat((k_BGTd, v_BGTd), -1).transpose(0, 1).reshape(heads, -1)
         if router is not None:
             mixed = router.matrix() @ self._gather(self.reads.by_layer[layer])
             k_BGTd, v_BGTd = mixed.view(heads, batch, length, 2 * size).transpose(0, 1).split(size, -1)
         if layer in self.reads.chunks:
-            number, sources, rows = self.reads.chunks[layer]
-            summary = self.summaries.weight(number) @ self._gather(sources)
+            chunk, sources, rows = self.reads.chunks[layer]
+            summary = self.summaries.weight(chunk) @ self._gather(sources)
             self.entries.update(zip(rows, summary.view(len(rows), heads, -1), strict=True))
         for entry in self.reads.dropped[layer]:
             self.entries.pop(entry, None)
         return k_BGTd, v_BGTd
 
     def _gather(self, entries: list[Entry]) -> Tensor:
-        """[entries · G, B·T·2d]."""
+        """The entries, stacked, [entries · G, B·T·2d]."""
         return torch.cat([self.entries[entry] for entry in entries])
 
 
 class KeyValueLayer(PreNormLayer):
-    """``routes: kv``: keys and values are mixed with those of earlier layers before they are rotated."""
+    """``routes: kv``: keys and values are mixed with those of earlier layers before rotation."""
 
     def __init__(self, config: LimeConfig, layer: int, reads: Reads) -> None:
         router = KeyValueRouter(config.num_key_value_heads, reads.by_layer[layer]) if layer else None

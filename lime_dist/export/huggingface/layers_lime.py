@@ -1,6 +1,6 @@
-"""What every decoder layer is made of, and what all layers share in one forward pass: positions, mask, key/value cache.
+"""The parts of decoder layers, and what all layers share in one forward pass: positions, mask, key/value cache.
 
-Shapes: B batch, T new tokens, S tokens with those in the cache, D hidden size, H query heads, G key/value heads, d head size.
+Shapes: B batch, T new tokens, S new and cached tokens, D hidden size, H query heads, G key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from .configuration_lime import LimeConfig
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + ε) over the last dimension, computed in at least float32."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(exact), x.shape[-1:], None, eps).to(x.dtype)
+    accumulation_dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(accumulation_dtype), x.shape[-1:], None, eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + ε) · weight over the last dimension."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -31,7 +33,7 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, config: LimeConfig) -> None:
         super().__init__()
@@ -44,7 +46,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections of an attention, and its layer's router, where it has one."""
+    """The projections of attention, and the router of the layer, if it has one."""
 
     router: Any
 
@@ -71,13 +73,13 @@ class Attention(nn.Module):
 class ForwardPass:
     """What the layers of one forward pass share.
 
-    The cache holds, for each layer and token, what its attention reads: rotated keys and values, after the mixture over
-    layers. A mixture belongs to one token, so that past tokens need nothing else: the cache has the size of LLaMA's.
+    For every layer and token, the cache holds what attention reads: rotated keys and values after the mixture over layers. A
+    mixture involves a single token, so past tokens need nothing else, and the cache is as large as LLaMA's.
 
     Args:
-        hidden_BTD: gives shapes, type and device.
-        attention_mask: None, [B, S] (0: padding), or ready for attention, [B, 1, T, S].
-        position_ids: [B, T]; None: counted from the first token that is no padding.
+        hidden_BTD: the embedded tokens; only their shape, dtype and device are used.
+        attention_mask: None; [B, S], 0 for padding; or a complete mask [B, 1, T, S].
+        position_ids: [B, T]; None: counted from the first token that is not padding.
         cache: a `transformers` cache, or None.
     """
 
@@ -91,7 +93,7 @@ class ForwardPass:
     ) -> None:
         self.length, self.device, self.cache = hidden_BTD.shape[1], hidden_BTD.device, cache
         self.past = int(cache.get_seq_length()) if cache is not None else 0
-        self.ready = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        self.complete_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
         self.padding: Tensor | None = None
         if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all()):
             self.padding = attention_mask.bool()
@@ -99,15 +101,15 @@ class ForwardPass:
             position_ids = (self.padding.long().cumsum(-1) - 1).clamp(min=0)[:, -self.length :]
         elif position_ids is None:
             position_ids = torch.arange(self.past, self.past + self.length, device=self.device).unsqueeze(0)
-        exact = torch.promote_types(hidden_BTD.dtype, torch.float32)
-        even = torch.arange(0, config.head_dim, 2, dtype=exact, device=self.device)
-        angle = position_ids.to(exact).unsqueeze(-1) * config.rope_theta ** -(even / config.head_dim)
+        accumulation_dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
+        even = torch.arange(0, config.head_dim, 2, dtype=accumulation_dtype, device=self.device)
+        angle = position_ids.to(accumulation_dtype).unsqueeze(-1) * config.rope_theta ** -(even / config.head_dim)
         angle = torch.cat((angle, angle), dim=-1).unsqueeze(1)
         self.cos, self.sin = angle.cos(), angle.sin()
         self._mask: tuple[int, Tensor | None, bool] | None = None
 
     def attend(self, layer: int, attention: Attention, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
-        """Attention with keys before rotation; returns [B, T, D]."""
+        """Attention, from queries and keys before rotation; returns [B, T, D]."""
         q_BHTd, k_BGTd = self._rotate(q_BHTd), self._rotate(k_BGTd)
         if self.cache is not None:
             k_BGTd, v_BGTd = self.cache.update(k_BGTd, v_BGTd, layer)
@@ -120,18 +122,18 @@ class ForwardPass:
     def _rotate(self, x_BHTd: Tensor) -> Tensor:
         half = x_BHTd.shape[-1] // 2
         x = x_BHTd.to(self.cos.dtype)
-        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return (x * self.cos + turned * self.sin).to(x_BHTd.dtype)
+        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return (x * self.cos + rotated * self.sin).to(x_BHTd.dtype)
 
     def _mask_for(self, keys: int) -> tuple[Tensor | None, bool]:
-        """The mask over so many keys, the same for all layers, or None and whether attention is causal by itself."""
+        """The mask over ``keys`` keys, or None; and whether attention applies a causal mask itself. Same for all layers."""
         if self._mask is None or self._mask[0] != keys:
             self._mask = (keys, *self._make_mask(keys))
         return self._mask[1:]
 
     def _make_mask(self, keys: int) -> tuple[Tensor | None, bool]:
-        if self.ready is not None:
-            return self.ready[..., :keys], False
+        if self.complete_mask is not None:
+            return self.complete_mask[..., :keys], False
         if self.padding is None and keys == self.past + self.length and (self.past == 0 or self.length == 1):
             return None, self.length > 1
         key = torch.arange(keys, device=self.device)
@@ -139,7 +141,7 @@ class ForwardPass:
         allowed = (key <= query).unsqueeze(0)
         if self.padding is not None:
             present = F.pad(self.padding, (0, keys - self.padding.shape[1]), value=False)
-            # Padding reads itself, so that its softmax is over something.
+            # Padding attends to itself, because a softmax over no keys is NaN.
             allowed = (allowed & present.unsqueeze(1)) | (key == query)
         return allowed.unsqueeze(1), False
 
@@ -156,6 +158,6 @@ class PreNormLayer(nn.Module):
         self.mlp = MLP(config)
 
     def finish(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, run: ForwardPass) -> Tensor:
-        """The layer's output, once keys and values are there."""
+        """The layer's output from its input, queries and keys before rotation, and values."""
         x_BTD = x_BTD + run.attend(self.layer, self.self_attn, q_BHTd, k_BGTd, v_BGTd)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

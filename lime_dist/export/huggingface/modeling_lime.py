@@ -1,6 +1,6 @@
 """The decoder for `transformers`: embedding, layers, norm and output projection, with a key/value cache and ``generate``.
 
-The classes here are bases. An architecture says in a file of its own what its layers and its layer history are.
+These are base classes. Every architecture has a file with subclasses that define its layers and its layer history.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class LimePreTrainedModel(PreTrainedModel):
     config: LimeConfig
     config_class = LimeConfig
     base_model_prefix = "model"
-    _no_split_modules = ["LimeModel"]  # layers read what other layers left: they stay on one device
+    _no_split_modules = ["LimeModel"]  # layers read what other layers wrote: keep them on one device
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
 
 class BaseModel(LimePreTrainedModel):
-    """Token ids to last hidden states. Subclasses say what the layers are."""
+    """Token ids to last hidden states. Subclasses define the layers."""
 
     def __init__(self, config: LimeConfig) -> None:
         super().__init__(config)
@@ -41,19 +41,19 @@ class BaseModel(LimePreTrainedModel):
         raise NotImplementedError
 
     def make_summaries(self, config: LimeConfig) -> nn.Module:
-        """The weights of chunk summaries, where the architecture has some."""
+        """The weights of chunk summaries, if the architecture has any."""
         return nn.Module()
 
     def open_history(self) -> Any:
-        """The layer history of one forward pass, which every layer is given; None: the architecture has none."""
+        """The layer history of one forward pass, which every layer gets; None if the architecture has no history."""
         raise NotImplementedError
 
     def first_input(self, x_BTD: Tensor) -> Tensor:
-        """What the first layer takes."""
+        """The input of the first layer, from embedded tokens."""
         return x_BTD
 
     def last_output(self, x: Tensor) -> Tensor:
-        """What the final norm takes, [B, T, D]."""
+        """The input of the final norm, [B, T, D], from the output of the last layer."""
         return x
 
     def forward(
@@ -90,7 +90,7 @@ class BaseModel(LimePreTrainedModel):
 
 
 class BaseForCausalLM(LimePreTrainedModel, GenerationMixin):
-    """Token ids to logits. Subclasses name their ``model_class``."""
+    """Token ids to logits. Subclasses set ``model_class``."""
 
     model_class: type[BaseModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -127,7 +127,12 @@ class BaseForCausalLM(LimePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """``logits_to_keep``: only of so many last tokens (0: of all), or of these. ``labels`` are shifted in here."""
+        """Logits, and with ``labels`` the loss.
+
+        Args:
+            labels: token ids as in ``input_ids``; they are shifted here.
+            logits_to_keep: number of last tokens whose logits to return (0: all), or the indices of these tokens.
+        """
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,5 +1,7 @@
-"""A sentencepiece model as a `transformers` tokenizer, with exactly the model's ids: nothing is stripped, added or read as a
-symbol that the text spells out."""
+"""A sentencepiece model as a `transformers` tokenizer that gives exactly the model's ids.
+
+No text is stripped or added, and text that spells a special token is encoded as ordinary text.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ import sentencepiece
 from transformers import PreTrainedTokenizer
 
 SPACE_MARK = "\u2581"
-"""sentencepiece's stand-in for a space; in a text of its own it is spelt in bytes, so that it comes back."""
+"""How sentencepiece writes a space. If a text contains this character, it is encoded as bytes, so that decoding restores it."""
 
 
 class LimeTokenizer(PreTrainedTokenizer):
-    """Reads ``tokenizer.model``; needs the package sentencepiece."""
+    """A tokenizer from ``tokenizer.model``. Needs the package sentencepiece."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]
@@ -43,10 +45,10 @@ class LimeTokenizer(PreTrainedTokenizer):
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
         tokens: list[str] = []
-        spelt = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
-        if SPACE_MARK in text and all(piece in self.get_vocab() for piece in spelt):
+        mark_pieces = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+        if SPACE_MARK in text and all(piece in self.get_vocab() for piece in mark_pieces):
             for i, part in enumerate(text.split(SPACE_MARK)):
-                tokens += spelt if i else []
+                tokens += mark_pieces if i else []
                 if part:
                     tokens += (self.middle if tokens else self.pieces).encode(part, out_type=str)
             return tokens
@@ -54,10 +56,10 @@ class LimeTokenizer(PreTrainedTokenizer):
 
     @cached_property
     def middle(self) -> sentencepiece.SentencePieceProcessor:
-        """The model without what it puts before a text: for what follows a mark."""
+        """The model without the space that it puts before a text; it encodes the parts after a mark."""
         from sentencepiece import sentencepiece_model_pb2
 
-        model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
+        model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # generated on import
         model.ParseFromString(self.pieces.serialized_model_proto())
         model.normalizer_spec.add_dummy_prefix = False
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())

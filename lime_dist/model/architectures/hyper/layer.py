@@ -15,11 +15,11 @@ from lime_dist.model.blocks import Attention
 from lime_dist.model.layers import MLP, Rotary
 
 LAYER_NORM_EPS = 1e-5
-"""ε of the LayerNorm without affine part that Hyper-Connections use."""
+"""ε of the LayerNorm of Hyper-Connections, which has no affine part."""
 
 
 class HyperConnection(nn.Module):
-    """How one sub-layer reads from and writes to n residual streams (Hyper-Connections, arXiv 2409.19606)."""
+    """How a sub-layer reads from and writes to n residual streams (Hyper-Connections, arXiv 2409.19606)."""
 
     def __init__(self, rate: int, hidden_size: int, dynamic: bool) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class HyperConnection(nn.Module):
             self.beta_scale = nn.Parameter(torch.empty(()))
 
     def forward(self, streams_BTnD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """[m_0 | m_1 … m_n] = αᵀ·streams; the sub-layer's output on LN(m_0), times β, is added to m_1 … m_n."""
+        """[m_0 | m_1 … m_n] = αᵀ·streams; returns m_i + β_i · sublayer(LN(m_0)) for i = 1 … n."""
         alpha: Tensor = self.static_alpha
         beta: Tensor = self.static_beta
         if self.dynamic:
@@ -47,9 +47,9 @@ class HyperConnection(nn.Module):
 
 
 class HyperDecoderLayer(nn.Module):
-    """Attention and SwiGLU, each behind a Hyper-Connection of its own; [B, T, n, D] -> [B, T, n, D]."""
+    """Attention and SwiGLU, each with its own hyper-connection; [B, T, n, D] -> [B, T, n, D]."""
 
-    compiled_parts: ClassVar[tuple[str, ...]] = ("alone",)
+    compiled_parts: ClassVar[tuple[str, ...]] = ("compute",)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -60,9 +60,9 @@ class HyperDecoderLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, streams_BTnD: Tensor, history: None) -> Tensor:
-        return self.alone(streams_BTnD, self.self_attn.rotary(streams_BTnD))
+        return self.compute(streams_BTnD, self.self_attn.rotary(streams_BTnD))
 
-    def alone(self, streams_BTnD: Tensor, rotary: Rotary) -> Tensor:
+    def compute(self, streams_BTnD: Tensor, rotary: Rotary) -> Tensor:
         """The whole layer as one graph."""
         streams_BTnD = self.attn_connection(streams_BTnD, partial(self.self_attn, rotary=rotary))
         return self.mlp_connection(streams_BTnD, self.mlp)

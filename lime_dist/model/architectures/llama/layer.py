@@ -14,15 +14,15 @@ from lime_dist.model.layers import Rotary
 class LlamaLayer(PreNormLayer):
     """Pre-norm attention and SwiGLU, [B, T, D] -> [B, T, D]."""
 
-    compiled_parts: ClassVar[tuple[str, ...]] = ("alone",)
+    compiled_parts: ClassVar[tuple[str, ...]] = ("compute",)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer, router=None)
 
     def forward(self, x_BTD: Tensor, history: None) -> Tensor:
-        return self.alone(x_BTD, self.self_attn.rotary(x_BTD))
+        return self.compute(x_BTD, self.self_attn.rotary(x_BTD))
 
-    def alone(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
+    def compute(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
         """The whole layer as one graph."""
         q_BHTd, k_BTC, v_BTC = self.project(x_BTD, rotary)
         split = self.self_attn.split_heads

@@ -15,8 +15,8 @@ from lime_dist.model.layers import RMSNorm, Rotary, rms_normalise
 
 
 class HiddenLayer(PreNormLayer):
-    """The layer's input goes into the history. A layer with a router projects each head's key and value from the head's own
-    mixture of what the history holds."""
+    """The layer writes its input to the history. If it has a router, each head projects its keys and values from its own
+    mixture of entries."""
 
     compiled_parts: ClassVar[tuple[str, ...]] = ("prepare", "finish")
 
@@ -37,13 +37,13 @@ class HiddenLayer(PreNormLayer):
         return self.finish(x_BTD, q_BHTd, k_BHTd, v_BHTd, rotary)
 
     def prepare(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """The input divided by its root mean square, the normed input (both [B, T, D]), rotated queries [B, H, T, d]."""
+        """The input divided by its root mean square, the normed input (both [B, T, D]), and rotated queries [B, H, T, d]."""
         state_BTD = rms_normalise(x_BTD, self.input_layernorm.eps)
         normed_BTD = state_BTD * self.input_layernorm.weight
         return state_BTD, normed_BTD, self.self_attn.queries(normed_BTD, rotary)
 
     def read(self, state_BTD: Tensor, history: HiddenHistory) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, d] from the history under the layer's history norm."""
+        """Keys and values [B, H, T, d], projected from mixtures of entries after the layer's history norm."""
         attention, gamma = self.self_attn, self.history_layernorm.weight
         batch, length, _ = state_BTD.shape
         weights = None

@@ -14,7 +14,7 @@ from lime_dist.model.policies import Entry
 
 
 class KeyValueLayer(PreNormLayer):
-    """The layer's keys and values are mixed with those of earlier layers, before rotation. Layer 0 has no router."""
+    """The layer mixes its keys and values with those of earlier layers before rotation. Layer 0 has no router."""
 
     compiled_parts: ClassVar[tuple[str, ...]] = ("project", "finish")
 

@@ -13,8 +13,8 @@ from lime_dist.model.policies import Entry
 class KeyValueRouter(nn.Module):
     """Signed weights over the K/V heads of every entry read; columns by entry, then head.
 
-    ``weight`` is R_ℓ [G, slots · G]. A router that reads summaries has a parameter of its own for them,
-    ``summary_weight`` (Q), and one for the slots before them, ``first_weight`` (P); the matrix is [P | Q | R].
+    ``weight`` is R_ℓ [G, slots · G]. A router that reads summaries has separate parameters for them, ``summary_weight`` (Q), and
+    for the slots before them, ``first_weight`` (P). The matrix is [P | Q | R].
     """
 
     def __init__(self, num_heads: int, reads: Sequence[Entry]) -> None:
