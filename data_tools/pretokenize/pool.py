@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -90,6 +90,19 @@ def _run(unit: Unit) -> Any:
             time.sleep(2.0**attempt)
 
 
+class RememberingContext(SpawnContext):
+    """Starts processes as ``spawn`` does, and keeps them: `multiprocessing` forgets a process as soon as it has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[BaseProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # the base has a class here
+        process = SpawnProcess(*args, **kwargs)
+        self.started.append(process)
+        return process
+
+
 class UnitPool(Generic[Result]):
     """Runs a task on units in ``workers`` processes.
 
@@ -108,24 +121,21 @@ class UnitPool(Generic[Result]):
         Raises:
             LimeError: a worker died; published results stay.
         """
-        context = multiprocessing.get_context("spawn")
+        context = RememberingContext()
         shared = context.RawArray("q", 1 + COUNTERS * len(units))
         counts = np.frombuffer(shared, dtype=np.int64)[1:].reshape(-1, COUNTERS)
         sizes = np.asarray([unit.text_bytes for unit in units])
         waiting, running, begin = iter(todo), dict[Future[Result], Unit](), time.perf_counter()
         done_bytes = int(sizes.sum()) - sum(unit.text_bytes for unit in todo)
         workers = min(self._workers, len(todo))
-        others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(workers, context, _start, (os.getpid(), self._task, shared))
         bar = progress_bar(int(sizes.sum()), self._description, initial=done_bytes)
-        children: set[BaseProcess] = set()
         try:
             while True:
                 for unit in islice(waiting, 2 * workers - len(running)):
                     running[pool.submit(_run, unit)] = unit
                 if not running:
                     break
-                children |= set(multiprocessing.active_children()) - others
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     publish(future.result())
@@ -139,7 +149,7 @@ class UnitPool(Generic[Result]):
         except BrokenProcessPool:
             pool.shutdown()  # all exit statuses are known only after this: two threads may wait for the same child
             begun = [unit for unit in running.values() if counts[unit.index, 2]]
-            raise LimeError(_describe_death(children, begun, counts[:, 2])) from None
+            raise LimeError(_describe_death(context.started, begun, counts[:, 2])) from None
         finally:
             shared[0] = 1
             pool.shutdown(cancel_futures=True)
@@ -147,16 +157,9 @@ class UnitPool(Generic[Result]):
         return int(counts[:, 0].sum()), time.perf_counter() - begin
 
 
-def _describe_death(children: set[BaseProcess], under_way: list[Unit], holders: np.ndarray) -> str:
-    """Say which worker died, how, and at which unit. The executor ends the others with SIGTERM.
-
-    Args:
-        children: the workers that were seen alive; one that dies at once, on a busy machine, may never be.
-    """
-    dead = [child for child in children if child.exitcode not in (None, 0, -signal.SIGTERM)] or list(children)
-    if not dead:
-        where = ", ".join(map(str, under_way)) or "no unit"
-        return f"a worker process died at {where}; finished shards are kept, run the same command again"
+def _describe_death(children: list[BaseProcess], under_way: list[Unit], holders: np.ndarray) -> str:
+    """Say which worker died, how, and at which unit. The executor ends the others with SIGTERM."""
+    dead = [child for child in children if child.exitcode not in (None, 0, -signal.SIGTERM)] or children
     child = min(dead, key=lambda child: child.pid or 0)
     status = child.exitcode or 0
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +45,22 @@ def test_a_dead_workers_signal_is_named_though_two_threads_wait_for_it(
         UnitPool(Killed(), 1, "test").run([unit], [unit], lambda _: None)
 
 
-def test_a_worker_that_was_never_seen_alive_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a busy machine a worker can die before the pool first looks at its children."""
+def test_a_worker_that_dies_before_the_pool_looks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a busy machine a worker can be dead, and forgotten by `multiprocessing`, when the pool first asks about it."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "words"}\n')
     (file,) = list_inputs(str(path))
     unit = Unit(0, ((file, None),), 5)
-    monkeypatch.setattr("multiprocessing.active_children", list)
-    with pytest.raises(LimeError, match=r"a worker process died at unit 0 \(a\.jsonl\); finished shards are kept"):
+
+    submit = ProcessPoolExecutor.submit
+
+    def submit_and_wait_for_death(*arguments: Any) -> Any:
+        future = submit(*arguments)
+        concurrent.futures.wait([future])
+        while multiprocessing.active_children():
+            time.sleep(0.1)
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit_and_wait_for_death)
+    with pytest.raises(LimeError, match=r"worker process \d+ died at unit 0 \(a\.jsonl\): it was killed by SIGKILL"):
         UnitPool(Killed(), 1, "test").run([unit], [unit], lambda _: None)
