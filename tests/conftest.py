@@ -15,12 +15,12 @@ from support.workers import WorkerGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 _modules = 0
-"""How many were imported when the collector was last told to leave everything alone."""
+"""The number of imported modules when the collector last froze everything."""
 
 
 @pytest.fixture(autouse=True)
 def young_garbage_alone() -> None:
-    """Collections in a test need not go through all that was imported before it, which takes half a second."""
+    """Keep collections in a test from going through everything imported before it, which takes half a second."""
     global _modules
     if len(sys.modules) > _modules + 50:
         gc.collect()
@@ -30,7 +30,7 @@ def young_garbage_alone() -> None:
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Callable[[int], WorkerGroup]]:
-    """``workers(n)``: the session's group of n processes, started when first asked for, again if a case killed it."""
+    """``workers(n)``: the session's group of n processes, started on first use and again if a case killed it."""
     groups: dict[int, WorkerGroup] = {}
 
     def get(size: int) -> WorkerGroup:
@@ -45,7 +45,7 @@ def workers() -> Iterator[Callable[[int], WorkerGroup]]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of a small corpus, made by the real commands."""
+    """Return shards of a small corpus, made by the real commands."""
     folder = tmp_path_factory.mktemp("dataset")
     words = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma".split()
     generator = random.Random(0)

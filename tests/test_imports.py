@@ -1,8 +1,8 @@
 """Protects the direction of imports: a package knows what lies below it and nothing above.
 
 All imports count, also those inside functions and under ``TYPE_CHECKING``. Registries (`lime_dist.config.registry`) find their
-packages by name and are no imports. A command module, which ends in ``run_command(main)``, may import anything; nobody imports
-it but tests.
+packages by name, which does not count as an import. A command module, which ends in ``run_command(main)``, may import anything;
+only tests import it.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ files are always allowed, and so is `lime_dist` itself, for the version."""
 KNOWS_ALL = {
     "lime_dist/train/loop.py": "checkpoint monitor",
 }
-"""Files that may import more than their package: the training loop puts checkpoints and monitor to use."""
+"""Files that may import more than their package: the training loop uses checkpoints and the monitor."""
 
 
 def is_command(path: Path) -> bool:
-    """Whether a file calls ``run_command(main)``, as commands do when they are run."""
+    """Return whether a file calls ``run_command(main)``, as commands do when they are run."""
     calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     return any(isinstance(call.func, ast.Name) and call.func.id == "run_command" for call in calls)
 
 
 def module_of(path: Path) -> str:
-    """Dotted name of a file's module."""
+    """Return the dotted name of a file's module."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -57,19 +57,19 @@ COMMANDS = {module for module, path in MODULES.items() if is_command(path)}
 
 
 def package_of(module: str) -> str:
-    """The key of `ALLOWED` that a module belongs to."""
+    """Return the key of `ALLOWED` that a module belongs to."""
     return max((key for key in ALLOWED if f"{module}.".startswith(f"{key}.")), key=len)
 
 
 def imported_modules(path: Path) -> Iterator[str]:
-    """The modules of ours that a file imports, wherever in the file."""
+    """Yield the modules of this project that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (
                 alias.name for alias in node.names if alias.name.partition(".")[0] in ("lime_dist", "data_tools")
             )
         elif isinstance(node, ast.ImportFrom):
-            if node.level:  # code that goes along with exported models imports its neighbours so
+            if node.level:  # modelling code, which exports carry, imports its neighbours like this
                 assert node.level == 1, f"{path}: an import from outside its folder must be absolute"
                 continue
             if str(node.module).partition(".")[0] in ("lime_dist", "data_tools"):
@@ -79,7 +79,7 @@ def imported_modules(path: Path) -> Iterator[str]:
 
 
 def violations() -> set[tuple[str, str]]:
-    """(file, imported module) of every import that the rules forbid."""
+    """Return (file, imported module) for every import that the rules forbid."""
     wrong = set()
     for path in SOURCES:
         file, package = str(path.relative_to(ROOT)), package_of(module_of(path))
@@ -108,7 +108,7 @@ def test_every_package_has_a_rule() -> None:
 
 
 def test_the_table_has_no_circle() -> None:
-    """Taking away packages whose imports are all gone leaves nothing."""
+    """Removing, again and again, the packages that import none of the rest leaves nothing."""
     left = {key: {f"lime_dist.{name}" for name in names.split()} & ALLOWED.keys() for key, names in ALLOWED.items()}
     while left:
         lowest = {key for key, names in left.items() if not names & left.keys()}

@@ -1,6 +1,6 @@
-"""Protects that registered names are compared in the package of their implementations only: everything else asks the object.
+"""Protects that only the package of the implementations compares registered names: everything else asks the object.
 
-A new implementation that is one file must not need a change where a name is compared.
+A new implementation is one file; it must not need a change elsewhere because a name is compared there.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SOURCES = [
 
 
 def compared_strings(path: Path) -> set[str]:
-    """String constants that a file compares a value with, or by which it picks from a dictionary that it spells out.
+    """Return string constants with which a file compares a value, or by which it looks one up in a literal dictionary.
 
     Comparisons are ``==``, ``!=``, ``in``, ``not in`` (also with the strings of a tuple, list, set or dictionary), ``match``
-    and ``startswith``; picking is ``{…}[value]`` and ``{…}.get(value)``.
+    and ``startswith``; look-ups are ``{…}[value]`` and ``{…}.get(value)``.
     """
     return {string for node in ast.walk(ast.parse(path.read_text())) for string in _compared(node)}
 
@@ -47,7 +47,7 @@ def _compared(node: ast.AST) -> Iterator[str]:
 
 
 def _strings(node: ast.expr) -> Iterator[str]:
-    """A string constant, or those of a tuple, list, set or of a dictionary's keys."""
+    """Return a string constant, or those of a tuple, list, set or of a dictionary's keys."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     elif isinstance(node, ast.Tuple | ast.List | ast.Set):
@@ -59,7 +59,7 @@ def _strings(node: ast.expr) -> Iterator[str]:
 
 
 def files_that_compare(names: set[str], *homes: str) -> list[str]:
-    """Files outside the ``homes`` (folders or files, relative to the repository) that compare a value with one of the names."""
+    """Return files outside the ``homes`` (folders or files, relative to the repository) that compare a value with one of the names."""
     inside = tuple(ROOT / home for home in homes)
     return [
         f"{path.relative_to(ROOT)}: {', '.join(sorted(compared))}"
@@ -70,7 +70,7 @@ def files_that_compare(names: set[str], *homes: str) -> list[str]:
 
 
 def test_architectures_are_compared_in_their_folders_only() -> None:
-    """What `lime` has beneath it, routes and routers, counts as well. Modelling code is carried by exports of its architecture."""
+    """Also `lime`'s routes and routers. Modelling code is exempt: an export carries the code of its architecture."""
     modelling_code = [f"lime_dist/export/huggingface/{name}_lime.py" for name in ("key_value", "hidden", "hyper")]
     names = {*ARCHITECTURES, *ROUTES_KEYS, *ROUTER_KEYS}
     assert names == {"llama", "lime", "hyper", "kv", "hidden", "static", "dynamic"}

@@ -134,7 +134,7 @@ def test_a_slow_link_between_two_stages_changes_no_bit_and_no_byte(
     assert f"stage 0 to 1: {there / 1e6:,.1f} MB there, {back / 1e6:,.1f} MB back" in said
     (link,) = json.loads(slow_cluster.hosts[0].run("ip", "-json", "-statistics", "link", "show", "eth0"))
     for counted, predicted in ((link["stats64"]["tx"], there), (link["stats64"]["rx"], back)):
-        assert predicted < counted["bytes"] < 1.2 * predicted  # headers, and traffic of the launcher and ssh
+        assert predicted < counted["bytes"] < 1.2 * predicted  # headers, and bytes of the launcher and ssh
     seconds = [json.loads(line).get("step_seconds", 9) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert min(seconds) > 16 * payload * 8 / 200e6, "a step takes at least as long as its payloads need on the link"
 

@@ -80,7 +80,7 @@ def random_values(policy: str, layers: int) -> list[Tensor]:
 @pytest.mark.parametrize("layers", [1, 3, BLOCK + 2])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradcheck(policy: str, layers: int) -> None:
-    """Against finite differences; with ``keep``, because gradcheck runs backward over one graph many times."""
+    """Compares with finite differences; with ``keep``, because gradcheck runs backward over one graph many times."""
     values = random_values(policy, layers)
     torch.autograd.gradcheck(partial(run_history, policy, layers), values, fast_mode=layers > 3)
 
@@ -130,8 +130,8 @@ def test_layers_write_in_turn() -> None:
 @pytest.mark.parametrize("routes", ["kv", "static", "dynamic"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_graph_memory_grows_linearly_with_depth(policy: str, routes: str, checkpointing: bool) -> None:
-    """Bytes that autograd saves for backward, and the history's own, counted: doubling the depth doubles them. Dynamic
-    weights, one a token, head and entry read, are O(L²) by their nature; what is saved of them is left out."""
+    """The bytes that autograd saves for backward plus the history's own double with the depth. Dynamic weights, one per
+    token, head and entry read, are O(L²) by nature and are not counted."""
 
     def saved_bytes(layers: int) -> int:
         config = ModelConfig.model_validate(
@@ -181,7 +181,7 @@ def remembering(remember: Callable[[LayerHistory], object]) -> Callable[..., Non
 @pytest.mark.parametrize("routes", ["kv", "static"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_peak_memory_of_a_step_grows_linearly_with_depth(policy: str, routes: str) -> None:
-    """All live bytes of forward and backward, counted; backward's buffers too."""
+    """Counts all live bytes of forward and backward, including backward's buffers."""
 
     def peak(layers: int) -> int:
         config = ModelConfig.model_validate(

@@ -1,4 +1,4 @@
-"""An architecture that only this file knows: what it takes to add one, and that everything follows.
+"""Protects that an architecture is one object: a toy in this file goes through training, plan, cost and export.
 
 Value residual (ResFormer, arXiv 2410.17897): a layer's values are v ← ½v + ½v₀, where v₀ are the values of layer 0. So v₀ crosses
 every stage boundary beside the hidden state.
@@ -142,7 +142,7 @@ class ValueResidual(Llama):
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """The architecture is known by its name in this process."""
+    """Within, the architecture is registered in this process."""
     ARCHITECTURES.register(NAME)(ValueResidual)
     try:
         yield
@@ -173,7 +173,7 @@ def model_config(**changes: Any) -> ModelConfig:
 
 
 def test_one_process_computes_the_equation() -> None:
-    """Against a loop over the layers of a LLaMA with the same weights."""
+    """Compares with a loop over the layers of a LLaMA with the same weights."""
     model = model_config(num_key_value_heads=2)
     decoder = build_decoder(model, dtype=torch.float64)
     tokens = torch.arange(12).view(2, 6)
@@ -231,7 +231,7 @@ def test_plans_follow(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 def test_exports_follow(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its modelling code goes with the export, whose logits and cached continuation equal the trainer's."""
+    """The export carries the modelling code; its logits and cached continuation equal the trainer's."""
     pytest.importorskip("transformers", reason="the extra `hf` is not installed")
     ValueResidual.code = tmp_path / "value_residual_lime.py"
     ValueResidual.code.write_text(MODELLING_CODE)

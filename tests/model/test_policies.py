@@ -20,7 +20,7 @@ def make(history: dict[str, Any], **lime: Any) -> Any:
 
 
 def names(policy: Any, layer: int) -> str:
-    """reads(ℓ) as one word an entry: the layer of a slot, the layers and row of a summary."""
+    """Return reads(ℓ) with one word per entry: the layer of a slot, the layers and row of a summary."""
     return " ".join(
         f"U{entry.layers.start}-{entry.layer}.{entry.row}" if entry.is_summary else str(entry.layer)
         for entry in policy.reads(layer)
@@ -54,8 +54,8 @@ def test_layers_before_the_first_reader_read_their_own_slot() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_every_policy_keeps_to(policy: str) -> None:
-    """Ascending, unique, own slot last, nothing from the future, summaries of finished chunks alone."""
+def test_what_every_policy_guarantees(policy: str) -> None:
+    """Reads are ascending and unique, end with the own slot, and include no later layer and no unfinished chunk."""
     for layer in range(LAYERS):
         reads = make(POLICIES[policy]).reads(layer)
         assert list(reads) == sorted(set(reads)) and reads[-1] == Entry(layer)

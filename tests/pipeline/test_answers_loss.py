@@ -1,4 +1,4 @@
-"""Protects the loss of answers alone in a pipeline: one process on the whole batch, however it is cut."""
+"""Protects the loss of answers in a pipeline: it equals that of one process on the whole batch, for any stages and micro-batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 2
 
 
 def settings(micro_batch_size: int, precision: str, engine: str, **parallel: Any) -> dict[str, Any]:
-    """Nine tokens, so that a third of the labels is counted: in some rows none, in others nearly all."""
+    """A vocabulary of nine tokens, so that a third of the labels count: none in some rows, nearly all in others."""
     return {
         "model": {
             "vocab_size": 9, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -36,12 +36,12 @@ def settings(micro_batch_size: int, precision: str, engine: str, **parallel: Any
 
 @cache
 def at_once(precision: str) -> dict[str, Any]:
-    """The whole batch as one micro-batch."""
+    """Train one process, with the whole batch as one micro-batch."""
     return oracle.train_steps(make_config(settings(8, precision, "overlap"), "a test"), STEPS, 8)
 
 
 def test_micro_batches_hold_different_shares_of_answers() -> None:
-    """Else a mean over counted tokens would be right too."""
+    """Otherwise a mean over counted tokens would be right too."""
     _, labels = random_batch(make_config(settings(1, "fp64", "overlap"), "a test"), 0)
     counts = (labels >= 0).sum(1).tolist()
     assert min(counts) == 0 and max(counts) >= 4
@@ -61,7 +61,7 @@ def test_a_pipeline_equals_one_process_on_the_whole_batch(
     engine: str,
     micro_batch_size: int,
 ) -> None:
-    """Loss, validation in parts of other sizes, and every gradient."""
+    """Loss, validation in micro-batches of another size, and every gradient are equal."""
     values = settings(micro_batch_size, precision, engine, pipeline_stages=stages)
     results = workers(processes).run(
         "support.cases.train_steps", values=values, steps=STEPS, evaluation_micro_batch_size=2

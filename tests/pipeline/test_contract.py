@@ -28,7 +28,7 @@ PYTHON = {"os._exit"}
 
 
 def resolve(path: str) -> Any:
-    """The module, class or function with this dotted path."""
+    """Return the module, class or function with this dotted path."""
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         try:
@@ -47,12 +47,12 @@ def tree_of(owner: type) -> ast.Module:
 
 
 def loaded(owner: type) -> set[str]:
-    """Names that the methods of a class read from ``self``."""
+    """Return the names that the methods of a class read from ``self``."""
     return {node.attr for node in of_self(owner) if isinstance(node.ctx, ast.Load)}
 
 
 def stored(owner: type) -> set[str]:
-    """Names that the methods of a class assign to ``self``, its annotations and its ``self.__dict__[...] = ...`` included."""
+    """Return the names that the methods of a class assign to ``self``, including annotations and ``self.__dict__[...] = ...``."""
     subscripts = (node for node in ast.walk(tree_of(owner)) if isinstance(node, ast.Subscript))
     entries = {
         node.slice.value
@@ -73,12 +73,12 @@ def of_self(owner: type) -> Iterator[ast.Attribute]:
 
 
 def bases(owner: type, *packages: str) -> list[type]:
-    """The class and its bases that one of these packages defines."""
+    """Return those of a class and its bases that these packages define."""
     return [base for base in owner.__mro__ if base.__module__.split(".")[0] in packages]
 
 
 def names_of(owner: type, *packages: str) -> set[str]:
-    """What these packages define for a class and its instances."""
+    """Return the names that these packages define for a class and its instances."""
     classes = bases(owner, *packages)
     return {name for base in classes for name in {*vars(base), *stored(base)}}
 
@@ -91,7 +91,7 @@ def parameters(function: Any) -> list[str]:
 
 
 def problem_of(owner: Any, name: str, expected: str) -> str:
-    """How a name differs from the contract; empty if it does not."""
+    """Describe how a name differs from the contract; empty if it does not."""
     if expected == INSTANCE:
         missing = not any(name in stored(base) for base in bases(owner, "deepspeed", "torch"))
         return "no method assigns it" if missing else ""
@@ -119,7 +119,7 @@ def problem_of(owner: Any, name: str, expected: str) -> str:
 
 
 def broken(names: Mapping[str, Entries]) -> list[str]:
-    """Lines for all names of a contract that the installed libraries do not keep."""
+    """Return a line for every name of a contract that the installed libraries do not keep."""
     return [
         f"{path}.{name}: {problem}"
         for path, entries in names.items()
@@ -130,7 +130,7 @@ def broken(names: Mapping[str, Entries]) -> list[str]:
 
 @cache
 def derived_classes() -> list[type]:
-    """Our classes that derive from one of DeepSpeed's, from all modules of lime_dist.pipeline."""
+    """Return the classes of lime_dist.pipeline that derive from one of DeepSpeed's."""
     modules = [import_module(one.name) for one in walk_packages(pipeline.__path__, "lime_dist.pipeline.")]
     return [
         value
@@ -141,7 +141,7 @@ def derived_classes() -> list[type]:
 
 
 def agreed(owner: type) -> set[str]:
-    """Names that the contract lists for a class or its bases."""
+    """Return the names that the contract lists for a class or its bases."""
     return {name for path, entries in NAMES.items() if resolve(path) in owner.__mro__ for name in entries}
 
 
@@ -168,7 +168,7 @@ def test_a_name_that_has_changed_is_found(path: str, name: str, expected: str, p
 
 
 def test_every_override_is_in_the_contract() -> None:
-    """Both ways round: a name of ours that an upgrade gives a meaning to would be called by DeepSpeed."""
+    """In both directions: if an upgrade used a name of ours, DeepSpeed would call it."""
     for owner in derived_classes():
         ours = names_of(owner, "lime_dist") - {
             "__module__",
@@ -182,7 +182,7 @@ def test_every_override_is_in_the_contract() -> None:
 
 
 def test_every_hook_is_still_called() -> None:
-    """A private method that we override is of use only if a method of DeepSpeed calls it, or its instruction."""
+    """Overriding a private method has an effect only if DeepSpeed calls it, directly or by its instruction."""
     called = {method.__name__ for method in PipelineEngine._INSTRUCTION_MAP.values()}
     for owner in derived_classes():
         called |= {name for base in bases(owner, "deepspeed") for name in loaded(base)}
@@ -192,7 +192,7 @@ def test_every_hook_is_still_called() -> None:
 
 
 def test_the_instructions_are_those_that_the_engines_know() -> None:
-    """Each engine maps every stock instruction; what we replace is what the stock map holds under the same instruction."""
+    """Each engine maps every stock instruction; a method that we replace is the stock map's for the same instruction."""
     stock = PipelineEngine._INSTRUCTION_MAP
     engines = [owner for owner in derived_classes() if issubclass(owner, LimeEngine)]
     assert len(engines) >= 2
@@ -210,7 +210,7 @@ def test_what_the_engines_read_is_in_the_contract() -> None:
 
 
 def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Underscored names that code reads from an object or imports, with their lines; Python's own __names__ left out."""
+    """Return the underscored names that code reads from an object or imports, with their lines, except __names__."""
     python = {*dir(type), *dir(tree_of), "__path__", "__file__", "__version__"}
     for node in ast.walk(tree):
         names: list[str] = []
@@ -230,7 +230,7 @@ def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def defined_names(tree: ast.AST) -> Iterator[str]:
-    """What code defines or assigns: its own underscored names."""
+    """Return the underscored names that code defines or assigns itself."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
@@ -273,7 +273,7 @@ def test_losing_a_peer_is_a_runtime_error() -> None:
 
 
 def test_the_state_of_adamw() -> None:
-    """Checkpoints hold it, and the optimizer lays it out before the first step."""
+    """Checkpoints hold it, and the optimizer allocates it before the first step."""
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     adam = torch.optim.AdamW([weight], fused=True)
@@ -308,7 +308,7 @@ def test_the_versions_are_those_of_pyproject() -> None:
     ],
 )
 def test_versions(package: str, version: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the doctor says of them, and what stops a run at its start."""
+    """What the doctor says about versions, and which ones stop a run at its start."""
     from lime_dist.distributed import check_versions
 
     line = unsupported(package, version)

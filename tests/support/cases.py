@@ -19,11 +19,11 @@ from lime_dist.model.history import LayerHistory
 Batch = tuple[Tensor, Tensor]
 EOS = 2
 SHARES = {"training": 0.2, "validation": 0.25}
-"""What losses of answers alone are divided by, beside the number of tokens: any constants will do."""
+"""Assumed shares of counted tokens, which divide the loss of runs that count answers only. Any constants will do."""
 
 
 def random_batch(config: Config, step: int) -> Batch:
-    """The global batch of a step: (tokens, labels) [global batch, T]."""
+    """Return the global batch of a step: (tokens, labels) [global batch, T]."""
     generator = torch.Generator().manual_seed(1000 + step)
     size = (config.train.global_batch_size, config.data.sequence_length + 1)
     tokens = torch.randint(0, config.model.vocab_size, size, generator=generator)
@@ -34,22 +34,22 @@ def random_batch(config: Config, step: int) -> Batch:
 
 
 def rank_batches(config: Config, step: int, replica: int, width: int, micro_batch_size: int) -> Iterator[Batch]:
-    """One replica's micro-batches of a step."""
+    """Yield one replica's micro-batches of a step."""
     tokens, labels = random_batch(config, step)
     for rows in rank_positions(0, config.train.global_batch_size, micro_batch_size, replica, width):
         yield tokens[rows], labels[rows]
 
 
 def perturb(name: str, parameter: Tensor) -> None:
-    """Move a parameter off its initial value, by its name alone, so that norms are not 1 and no symmetry hides an error."""
+    """Add noise that depends only on the parameter's name, so that norms are not 1 and no symmetry hides an error."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size: int = 0) -> dict[str, Any]:
-    """Run steps on this rank; returns losses, norms, this rank's gradients of the first step and parameters after the last.
+    """Run steps on this rank; return losses, norms, this rank's gradients of the first step and parameters after the last.
 
-    With ``evaluation_micro_batch_size`` each step is followed by an evaluation of one global batch, cut into such parts.
+    With ``evaluation_micro_batch_size``, each step is followed by an evaluation of one global batch in micro-batches of that size.
     """
     from lime_dist.data.answers import CountedShares
     from lime_dist.distributed import quiet
@@ -57,7 +57,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
 
     config = make_config(values, "a test")
     if config.train.compile:
-        torch._dynamo.reset()  # a process compiles a function for a limited number of settings
+        torch._dynamo.reset()  # a process compiles a function only for a limited number of settings
     with quiet():
         shares = CountedShares(**SHARES) if config.data.answer_token is not None else CountedShares()
         engine, optimizer = build_engine(config, counted_shares=shares)
@@ -104,7 +104,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
 
 
 def compiled_operation() -> object:
-    """What DeepSpeed's backend compiled when the processes started."""
+    """Return the operation that DeepSpeed's backend compiled when the processes started, if any."""
     from deepspeed.comm import comm
 
     return comm.cdb.shm_comm_op

@@ -1,4 +1,4 @@
-"""Worker cases about checkpoints alone: a small model that is saved, looked for and loaded, without training."""
+"""Worker cases for checkpoints: save, find and load a small model, without training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _build(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any]:
 
 
 def _fill(optimizer: Any, step: int) -> None:
-    """Weights and moments that are a function of name and step."""
+    """Set weights and moments to a function of name and step."""
     with torch.no_grad():
         for name in optimizer.local_names():
             for index, tensor in enumerate(optimizer.state(name).values()):
@@ -47,7 +47,7 @@ def _fill(optimizer: Any, step: int) -> None:
 
 
 def save(values: dict[str, Any], directory: str, steps: list[int]) -> list[str]:
-    """Save these steps one after the other; an error line each, empty for one that was saved."""
+    """Save these steps in turn; return an error line for each, empty if it was saved."""
     from lime_dist.data.state import TrainState
 
     _, optimizer, saver = _build(values, directory)
@@ -62,7 +62,7 @@ def save(values: dict[str, Any], directory: str, steps: list[int]) -> list[str]:
 
 
 def find(directory: str) -> tuple[int | None, list[str]]:
-    """The step that would be gone on from, and what was said."""
+    """Return the step of the checkpoint from which a run would resume, and the lines about those passed over."""
     from lime_dist.checkpoint import store
 
     newest, lines = store.find_newest(Path(directory))

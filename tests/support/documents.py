@@ -1,4 +1,4 @@
-"""The pages of the documentation, taken apart: shell commands, YAML blocks, links, and names in code marks."""
+"""Parse the pages of the documentation: shell commands, YAML blocks, links, and names in code marks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 EXTERNAL_FLAGS = {"deepspeed": {"--num_gpus", "--hostfile"}, "torchrun": {"--nproc_per_node"}, "sbatch": {"--nodes"}}
-"""Flags of launchers that are not ours, which stand before the name of our script."""
+"""Flags of other projects' launchers, which stand before the name of our script."""
 OTHER_PROGRAMS = {"pip", "source", "printf", "tensorboard", "ruff", "mypy", "python3", "cd"}
 WITH_SUBCOMMANDS = {"data_tools.tokenizer", "data_tools.sources", "data_tools.tasks"}
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.+")
@@ -24,7 +24,7 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.+")
 
 @dataclass(frozen=True)
 class Command:
-    """One command line of a page, continuation lines joined, without its comment."""
+    """One command line of a page, with continuation lines joined and without its comment."""
 
     page: Path
     text: str
@@ -40,7 +40,7 @@ class Call:
     Attributes:
         target: module after ``python -m``, or path of a script.
         subcommand: such as ``train``; empty if the target has none.
-        arguments: what follows.
+        arguments: the words after these.
         launcher: ``deepspeed``, ``torchrun`` or ``sbatch``, with its own arguments; empty without one.
     """
 
@@ -63,12 +63,12 @@ class Call:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The contents of the page's fenced blocks of a language."""
+    """Return the contents of the page's fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def commands(page: Path) -> list[Command]:
-    """All commands of the page; the words of a loop around them are left out."""
+    """Return all commands of the page, without the words of a loop around them."""
     lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     lines = [line.strip() for line in lines if not line.startswith(("for ", "done", "#"))]
     texts = [" ".join(re.sub(r"\s+# .*", "", line).split()) for line in lines]
@@ -76,7 +76,11 @@ def commands(page: Path) -> list[Command]:
 
 
 def call(command: Command) -> Call | None:
-    """What the command calls of ours; None for another program. ValueError for an unknown program."""
+    """Return the call of our module or script; None for another program.
+
+    Raises:
+        ValueError: the program is unknown.
+    """
     words = shlex.split(command.text.partition(" > ")[0])
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
@@ -91,29 +95,29 @@ def call(command: Command) -> Call | None:
     if program in EXTERNAL_FLAGS:
         at = next(index for index, word in enumerate(rest) if word.endswith((".py", ".sbatch")))
         return Call(rest[at], "", tuple(rest[at + 1 :]), (program, *rest[:at]))
-    raise ValueError(f"{command}: nothing is known of {program}; see {__name__}")
+    raise ValueError(f"{command}: unknown program {program}; see {__name__}")
 
 
 def yaml_files(page: Path) -> Iterator[tuple[str, str]]:
-    """The path in a YAML block's first comment (empty without one) and the block."""
+    """Yield the path in a YAML block's first comment (empty without one) and the block."""
     for block in blocks(page, "yaml"):
         named = re.match(r"# (\S+\.yaml)\n", block)
         yield named[1] if named else "", block
 
 
 def code_marks(page: Path) -> list[str]:
-    """The texts in single code marks outside of fenced blocks."""
+    """Return the texts in single backticks outside of fenced blocks."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return re.findall(r"`([^`\n]+)`", text)
 
 
 def links(page: Path) -> list[str]:
-    """The targets of the page's links and pictures within the repository."""
+    """Return the targets of the page's links and pictures within the repository."""
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     return [target for target in targets if "://" not in target]
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of the page's headings, as GitHub makes them."""
+    """Return the anchors of the page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -12,7 +12,7 @@ from lime_dist.config.load import make_config
 
 
 def poisoned_step(zero_stage: int) -> dict[str, Any]:
-    """Three steps, the second with an infinity in one gradient of the last stage of one replica only."""
+    """Run three steps; in the second, one gradient of the last stage of one replica is infinite."""
     from lime_dist.distributed import quiet
     from lime_dist.train.build import build_engine
 
@@ -60,7 +60,7 @@ def poisoned_step(zero_stage: int) -> dict[str, Any]:
 
 
 def whom_gradients_need(tie_word_embeddings: bool) -> str:
-    """What the line of a process names that waits in ReduceGrads, were each stage on a host of its own."""
+    """Return the hosts that a process names when it waits in ReduceGrads, if each stage has a host of its own."""
     from deepspeed.runtime.pipe.schedule import ReduceGrads
 
     from lime_dist.distributed import quiet
@@ -76,7 +76,7 @@ def whom_gradients_need(tie_word_embeddings: bool) -> str:
 
 
 def one_tensor_over_four_replicas(zero_stage: int) -> list[float]:
-    """One step of the optimizer alone, on a model of one tensor."""
+    """Run one step of the optimizer, without an engine, on a model of one tensor."""
     import torch.distributed as dist
 
     from lime_dist.pipeline.process_groups import ProcessGroups

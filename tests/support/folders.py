@@ -1,4 +1,4 @@
-"""A small run, and what is in its folder afterwards."""
+"""The configuration of a small run, and readers of its folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def records(directory: Path) -> list[dict[str, float]]:
 
 
 def numbers(directory: Path) -> list[dict[str, float]]:
-    """Records without what the clock decides."""
+    """Return the records without the fields that depend on the clock."""
     return [without_clock(record) for record in records(directory)]
 
 

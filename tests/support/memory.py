@@ -1,4 +1,4 @@
-"""Functions for worker processes: what a stage holds and sends while it trains, which plans predict."""
+"""Worker cases that measure what plans predict: what a stage holds and sends while it trains."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.training_step import LiveBytes
 
 
 def measure_stage(values: dict[str, Any]) -> dict[str, Any]:
-    """Of this rank: number of parameters, bytes of parameters and optimizer, peak of live tensor bytes in a step (the second, since
-    the first makes what is made once), and bytes sent over each boundary in that step."""
+    """Return this rank's number of parameters, bytes of parameters and optimizer, peak of live tensor bytes in a step, and the
+    bytes sent over each boundary in that step. It is the second step, since the first allocates what is allocated once."""
     config, engine, optimizer = build(values)
     losses_of(config, engine, range(1))
     kept = [optimizer.flat_weights, optimizer.flat_gradients, optimizer.masters]

@@ -18,13 +18,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def train_steps(config: Config, steps: int, evaluation_micro_batch_size: int = 0) -> dict[str, Any]:
-    """Losses, norms, gradients of the first step and parameters after the last, from one process without DeepSpeed."""
+    """Return losses, norms, gradients of the first step and parameters after the last, from one process without DeepSpeed."""
     dtype = DTYPES[config.precision]
-    exact = torch.promote_types(dtype, torch.float32)
+    accumulation_dtype = torch.promote_types(dtype, torch.float32)
     model = build_decoder(config.model, seed=config.train.seed, dtype=dtype)
     for name, parameter in model.named_parameters():
         perturb(name, parameter)
-    masters = {name: p.detach().to(exact).clone().requires_grad_() for name, p in model.named_parameters()}
+    masters = {name: p.detach().to(accumulation_dtype).clone().requires_grad_() for name, p in model.named_parameters()}
     before = {name: master.detach().clone() for name, master in masters.items()}
     settings, group_of = config.optimizer, architecture_of(config.model).parameter_group
     adam = torch.optim.AdamW(
@@ -70,19 +70,19 @@ def train_steps(config: Config, steps: int, evaluation_micro_batch_size: int = 0
 
 
 def _mean_loss(config: Config, logits: Tensor, labels: Tensor, use: str) -> Tensor:
-    """Of answers alone: each label's loss by itself, those that are counted added up and divided by their expected number."""
+    """Mean loss. If only answers count: each label's loss by itself, summed over counted labels, over their expected number."""
     if config.data.answer_token is None:
         return language_model_loss(logits, labels)
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = labels.clamp(min=0).unsqueeze(-1)
-    each = exact.logsumexp(-1) - exact.gather(-1, chosen).squeeze(-1)
+    each = logits.logsumexp(-1) - logits.gather(-1, chosen).squeeze(-1)
     return torch.where(labels >= 0, each, torch.zeros_like(each)).sum() / (SHARES[use] * labels.numel())
 
 
 def _accumulate(
     config: Config, model: torch.nn.Module, masters: dict[str, Tensor], batch: tuple[Tensor, Tensor], micro: int
 ) -> float:
-    """Gradients of the mean loss over micro-batches, added up in the masters' precision."""
+    """Add up the gradients of the mean loss over micro-batches in the masters' precision; return the loss."""
     tokens, labels = batch
     parts = len(tokens) // micro
     for master in masters.values():

@@ -15,11 +15,11 @@ from typing import Any
 SUPPORT = Path(__file__).resolve().parent
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 PRELOADED = ["lime_dist.train.loop", "lime_dist.train.build", "torch._dynamo", "torch.utils.tensorboard"]
-"""torch's optimizers import torch._dynamo, which takes longer than all the rest."""
+"""torch's optimizers import torch._dynamo, which takes longer than everything else."""
 
 
 def start(size: int, target: Callable[..., None], arguments_of: Callable[[int], tuple[Any, ...]]) -> list[BaseProcess]:
-    """``target(rank, size, port, *arguments_of(rank))`` in ``size`` processes that are about to form a gloo group."""
+    """Start ``size`` processes that run ``target(rank, size, port, *arguments_of(rank))``, to form a gloo group."""
     _start_server()
     context = multiprocessing.get_context("forkserver")
     port = _free_port()
@@ -33,7 +33,7 @@ def start(size: int, target: Callable[..., None], arguments_of: Callable[[int], 
 
 
 def prepare(rank: int, size: int, port: int) -> None:
-    """In a new process: what a launcher would have set, and one thread."""
+    """Set up a new process: the environment that a launcher would set, and one thread."""
     sys.path[:0] = [str(SUPPORT.parent), str(SUPPORT.parents[1])]
     os.environ.update(
         ENVIRONMENT, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
@@ -45,7 +45,7 @@ def prepare(rank: int, size: int, port: int) -> None:
 
 
 def _start_server() -> None:
-    """With the processes' own environment: DeepSpeed looks for an accelerator when it is imported."""
+    """Start the server with the processes' environment, since DeepSpeed looks for an accelerator when it is imported."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
     try:

@@ -17,7 +17,7 @@ Weights = Mapping[str, Tensor]
 
 
 def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] of the decoder with these weights, by exported name."""
+    """Return the logits [B, T, V] of the decoder with these weights, by exported name."""
     x = weights["model.embed_tokens.weight"][tokens_BT]
     slots: dict[Entry, tuple[Tensor, Tensor]] = {}
     if config.architecture == "hyper":
@@ -77,7 +77,7 @@ def hidden_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
 
 
 def top_p(shares: Tensor, limit: float | None) -> Tensor:
-    """The largest shares until their sum exceeds the limit, the others 0, made to add up to 1 again."""
+    """Keep the largest shares until their sum exceeds the limit, set the others to 0, and renormalise."""
     if limit is None:
         return shares
     kept, total = torch.zeros_like(shares), 0.0
@@ -156,7 +156,7 @@ def attention(
 
 
 def summaries_after(config: ModelConfig, layer: int) -> list[tuple[int, Entry]]:
-    """(m, row of U_m) of the chunk whose last layer is ``layer``, if a later layer reads them."""
+    """Return (m, row of U_m) for the chunk whose last layer is ``layer``, if a later layer reads them."""
     if config.architecture != "lime":
         return []
     policy = make_policy(config.lime)

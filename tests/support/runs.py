@@ -22,7 +22,7 @@ Event = dict[str, Any]
 
 
 def run(values: dict[str, Any]) -> str:
-    """Train; returns the error line of a user's mistake, empty on success."""
+    """Train; return the error line of a user's mistake, empty on success."""
     try:
         pretrain.train(make_config(values, "a test"), verbose=False)
     except LimeError as error:
@@ -33,7 +33,7 @@ def run(values: dict[str, Any]) -> str:
 def observe(
     values: dict[str, Any], events: list[Event] | None = None, per_rank: dict[int, dict[str, Any]] | None = None
 ) -> tuple[str, str]:
-    """Train with faults; returns the error line and the output.
+    """Train with faults; return the error line and the output.
 
     Args:
         events: each has ``do`` (see `_ACTIONS` and `_AROUND_WRITES`), the ``step`` in which it happens, the ``rank`` on which
@@ -87,7 +87,7 @@ def _signal(engine: Any, event: Event) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loss(engine: Any, event: Event) -> Iterator[None]:
-    """Change the loss of one micro-batch (``micro_batch``; None: of all): ``add`` to it, or with ``poison`` make it and its
+    """Change the loss of one micro-batch (``micro_batch``; None: all): ``add`` to it, or with ``poison`` make the loss and its
     gradient nan."""
     original = engine.module.loss_fn
 

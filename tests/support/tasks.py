@@ -15,7 +15,7 @@ from data_tools.tokenizer.__main__ import main as tokenizer
 
 
 def make_shards(folder: Path, documents: int = 300) -> Path:
-    """Arithmetic questions, a fifth of them for validation."""
+    """Make shards of arithmetic questions, a fifth of them for validation."""
     text, vocabulary, shards = str(folder / "text"), str(folder / "tokenizer"), folder / "shards"
     tasks(["arithmetic", "--output", text, "--documents", str(documents)])
     tokenizer(["train", "--input", text, "--output", vocabulary, "--vocab-size", "280", "--symbol", MARK])
@@ -25,7 +25,7 @@ def make_shards(folder: Path, documents: int = 300) -> Path:
 
 
 def task_values(shards: Path, directory: Path, **model: Any) -> dict[str, Any]:
-    """A small model whose loss covers only the answers."""
+    """Return the configuration of a small model whose loss covers only the answers."""
     values = run_values(shards, directory, **{"vocab_size": 280, **model})
     mark = Tokenizer(shards / "tokenizer").facts["symbols"][MARK]
     return {**values, "data": {"path": str(shards), "sequence_length": 32, "answer_token": mark}}

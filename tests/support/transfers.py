@@ -1,4 +1,4 @@
-"""Functions for worker processes: what crosses stage boundaries, and when."""
+"""Worker cases for transfers: what crosses stage boundaries, and when."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def losses_of(config: Any, engine: Any, steps: range) -> list[float]:
 
 
 def count_transferred_bytes(values: dict[str, Any], steps: int) -> dict[str, tuple[int, int]]:
-    """Counted and predicted bytes, by direction that this stage has."""
+    """Return counted and predicted bytes, for each direction that this stage has."""
     config, engine, _ = build(values)
     losses_of(config, engine, range(steps))
     stage, itemsize = engine.stage_id, engine.module.wire_dtype.itemsize
@@ -48,7 +48,7 @@ def count_transferred_bytes(values: dict[str, Any], steps: int) -> dict[str, tup
 
 
 def most_under_way(values: dict[str, Any]) -> tuple[int, int]:
-    """The most payloads and the most gradients under way at a time in a step. None may be left after it."""
+    """Return the largest numbers of payloads and of gradients in transfer at once in a step. None may be left after it."""
     config, engine, _ = build(values)
     most = {id(engine._to_next): 0, id(engine._to_previous): 0}
     post = transfer.Sender.post
@@ -67,7 +67,7 @@ def most_under_way(values: dict[str, Any]) -> tuple[int, int]:
 
 
 def step_after_a_failed_step(values: dict[str, Any]) -> str:
-    """The error of a second step after the first one's data ended too early, on all ranks."""
+    """Return the error of a second step after the data of the first ended too early, on all ranks."""
     config, engine, _ = build(values)
     for _ in range(2):
         try:
@@ -78,7 +78,7 @@ def step_after_a_failed_step(values: dict[str, Any]) -> str:
 
 
 def copies_of_payloads(values: dict[str, Any]) -> int:
-    """How often received entries were copied into a history in one step."""
+    """Return how often received entries were copied into a history in one step."""
     config, engine, _ = build(values)
     copies = 0
     unpack = KeyValueHistory.unpack
@@ -97,7 +97,7 @@ def copies_of_payloads(values: dict[str, Any]) -> int:
 
 
 def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> list[float]:
-    """Losses of steps in which either end of every transfer is up to ``longest`` seconds late, at random."""
+    """Return the losses of steps in which each end of each transfer is up to ``longest`` seconds late, at random."""
     import torch.distributed as dist
 
     config, engine, _ = build(values)
@@ -121,7 +121,7 @@ def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> lis
 
 
 def train_with_interruptions(values: dict[str, Any], folder: str) -> list[float]:
-    """Losses of four steps. With a folder, evaluations with two batch sizes and a checkpoint come between them."""
+    """Return the losses of four steps. With a folder, evaluations with two batch sizes and a checkpoint come between them."""
     from lime_dist.checkpoint.saver import Saver
     from lime_dist.data.state import TrainState
 

@@ -1,4 +1,4 @@
-"""Pipelines of processes of their own, one of which ends or stops in the middle of a step."""
+"""Pipelines in separate processes, one of which is killed or stopped in the middle of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.processes import prepare, start
 
 @dataclass(frozen=True)
 class Survivor:
-    """How a process that nobody harmed ended: its exit status, when (seconds after the harm), and what it said."""
+    """How another process than the victim ended: its exit status, the seconds since the harm, and what it printed."""
 
     status: int | None
     seconds: float
@@ -23,11 +23,11 @@ class Survivor:
 
 
 class Case:
-    """Trains until stage ``victim`` sends itself the signal ``harm`` at the second ``instruction`` of the second step; then the
-    others are waited for, and what is left is ended.
+    """Train until stage ``victim`` sends itself the signal ``harm`` at the second ``instruction`` of the second step; then wait
+    for the others, and end those that are left.
 
     Attributes:
-        survivors: by rank, those that have ended or were not waited for any longer.
+        survivors: by rank, the processes that have ended or that are waited for no longer.
     """
 
     def __init__(self, values: dict[str, Any], victim: int, instruction: str, harm: int, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Case:
         self._begin = time.monotonic()
 
     def goes_on(self) -> bool:
-        """Look at what has happened since the last call, at most some hundredths of a second ago."""
+        """Update the survivors; return whether any are missing. To be called every few hundredths of a second."""
         now = time.monotonic()
         if not self._harmed:
             if not (self.folder / "harm").exists():
@@ -60,7 +60,7 @@ class Case:
             process.join()
 
     def check_harmed(self) -> None:
-        """Fail, with what the processes said, if the victim never came to its instruction."""
+        """Fail, with what the processes printed, if the victim never reached its instruction."""
         assert self._harmed, "\n".join(self._said(rank) for rank in range(len(self._processes)))
 
     def _late(self, now: float) -> bool:
@@ -72,7 +72,7 @@ class Case:
 
 
 def run(cases: list[Case], at_a_time: int = 3) -> None:
-    """Some at a time: a case spends most of its time on waiting for a time-out."""
+    """Run the cases, several at a time, since a case spends most of its time waiting for a time-out."""
     waiting, running = list(cases), list[Case]()
     try:
         while waiting or running:
@@ -115,7 +115,7 @@ def _work(
 
 
 def _arm(engine: Any, instruction: str, harm: int, mark: Path) -> None:
-    """Make the engine harm its process at the second instruction of that kind of the second step, or at the only one."""
+    """Make the engine signal its own process at the second instruction of that kind in the second step, or at the only one."""
     describe = engine._describe
 
     def armed(command: Any, count: int) -> str:

@@ -23,7 +23,7 @@ TEXTS = [
     "It's 12 o'clock, don't wait; \u4e16\u754c \u6f22\u5b57, na\u00efve caf\u00e9 \U0001f600\n" * 5,
 ]
 
-# What tokenizers treat apart, and what they stumble over.
+# Text that tokenizers treat specially, or that some of them get wrong.
 BLANKS = [" ", "  ", "   ", "\n", "\n\n", "\r\n", " \n", "\t", "\0", "\u0085", "\u00a0", "\u2028", "\u3000", "\x1c"]
 LETTERS = ["a", "b1", " the", "The", "é", "e\u0301", "漢", "ß", "İ", "12", "345", "_", "😀", "\u200d", MARK, MARK * 2]
 SIGNS = [
@@ -48,7 +48,7 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 
 def train_sentencepiece(**options: Any) -> bytes:
-    """A sentencepiece model as LLaMA-2's was made (unless ``options`` say otherwise)."""
+    """Train a sentencepiece model with LLaMA-2's settings, except for ``options``."""
     model = io.BytesIO()
     usual: dict[str, Any] = {
         "model_type": "bpe",
@@ -66,7 +66,7 @@ def train_sentencepiece(**options: Any) -> bytes:
 
 
 def llama_2(model: bytes, components: str = "normalizer") -> tokenizers.Tokenizer:
-    """The Hugging Face form of a sentencepiece BPE model, with its prefix in the "normalizer" or in a "metaspace"."""
+    """Return the Hugging Face form of a sentencepiece BPE model, with its prefix in the "normalizer" or in a "metaspace"."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
     merges: list[tuple[str, str]] = []

@@ -16,11 +16,11 @@ from support import processes
 from torch import Tensor
 
 TIMEOUT = 240.0
-"""Seconds that a case may take before its group is ended; a hang of the pipeline shows as this."""
+"""Seconds that a case may take before its group is ended. A pipeline that hangs reaches it."""
 
 
 def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
-    """Run cases by name until the pipe closes. Every group that a case makes is destroyed after it."""
+    """Run cases by name until the pipe closes. The process groups that a case makes are destroyed after it."""
     processes.prepare(rank, size, port)
     from lime_dist.distributed import start_processes
 
@@ -35,7 +35,7 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
         return group
 
     dist.new_group = remembered
-    gc.freeze()  # a collection in a case, or a count of what is left after it, has not to go through the libraries
+    gc.freeze()  # so that collections, and counts of what a case leaves behind, do not go through the libraries' objects
     while True:
         try:
             module, function, arguments = pipe.recv()
@@ -49,7 +49,7 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
         if not result[0]:
             return
         result = None
-        gc.collect()  # engines lie in cycles, and hold the threads of their groups
+        gc.collect()  # engines are part of reference cycles, and hold the threads of their groups
         dist.barrier()
         while made:
             group = made.pop()
@@ -58,7 +58,7 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as their bytes. Multiprocessing's own pickler makes a shared file of each, which took longer than a case."""
+    """Pickle tensors as bytes. The pickler of multiprocessing makes a shared file for each, which took longer than a case."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

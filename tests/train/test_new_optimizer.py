@@ -1,7 +1,7 @@
-"""An optimizer and a learning-rate schedule that only this file knows: what it takes to add one, and that everything follows.
+"""Protects that an optimizer and a learning-rate schedule are one object each: two toys go through training, checkpoints and plan.
 
-The update rule is one for whole matrices, so that no part of the trainer can take a stage for one flat tensor: matrices have a
-momentum that is scaled by its norm, all other parameters plain gradient descent without any state.
+The toy optimizer works on whole matrices, so that no part of the trainer can treat a stage as one flat tensor. Matrices have a
+momentum that is scaled by its norm; all other parameters use plain gradient descent without state.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Workers = Callable[[int], WorkerGroup]
 
 
 class ScaledMomentum(Optimizer):
-    """Matrices: W ← W − lr·M/‖M‖ with M ← β·M + G; all else: W ← W − lr·G."""
+    """Matrices: W ← W − lr·M/‖M‖ with M ← β·M + G; other parameters: W ← W − lr·G."""
 
     def __init__(self, config: OptimizerConfig) -> None:
         self._beta = config.betas[0]
@@ -61,7 +61,7 @@ class Straight(LearningRate):
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """The two are known by their names in this process."""
+    """Within, the two are registered in this process."""
     OPTIMIZERS.register("scaled_momentum")(ScaledMomentum)
     LEARNING_RATES.register("straight")(Straight)
     try:
@@ -86,7 +86,7 @@ NEW = {"name": "scaled_momentum", "schedule": "straight", "lr": 0.01, "router_lr
 
 
 def settings(**parallel: Any) -> dict[str, Any]:
-    """A tied model of five layers, 4 micro-batches, a clip that every step hits."""
+    """A tied model of five layers, 4 micro-batches, and clipping in every step."""
     return {
         "model": {
             "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5,
@@ -101,7 +101,7 @@ def settings(**parallel: Any) -> dict[str, Any]:
 
 
 def test_two_stages_of_two_replicas_equal_one_process(workers: Workers) -> None:
-    """With ZeRO 1, where each replica updates whole matrices of its own."""
+    """With ZeRO 1, each replica updates whole matrices of its own."""
     (expected,) = run(workers(1), "support.cases.train_steps", values=settings(), steps=5)
     parallel = settings(pipeline_stages=2, zero_stage=1)
     names = set()
@@ -154,7 +154,7 @@ def test_a_checkpoint_holds_its_states_and_loads_on_other_layouts(
 
 
 def test_a_plan_counts_its_states(workers: Workers) -> None:
-    """Exactly, where a replica owns matrices and others alike; by hand: 4 bytes for each of weight, gradient and momentum."""
+    """Exactly, for a replica that owns matrices and other parameters; by hand: 4 bytes for each of weight, gradient and momentum."""
     sizes = {"model.layers.0.mlp.up_proj.weight": 7, "model.norm.weight": 5}
     run_values = {**settings(pipeline_stages=2, zero_stage=1), "precision": "fp32"}
     with registered():

@@ -42,7 +42,7 @@ def test_a_replica_that_owns_nothing_trains_along(workers: Callable[[int], Worke
 
 
 def test_more_replicas_than_tensors() -> None:
-    """With ZeRO 1 a replica may own nothing: its range is empty and all others are as they would be without it."""
+    """With ZeRO 1 a replica may own nothing: its range is empty and does not affect the others."""
     name = "model.norm.weight"
     places = place_parameters({name: (3,)}, {name: "plain"}, {name: ("exp_avg",)}, 4, frozenset())
     assert owner_ranges(places, 4) == [(0, 3), (3, 3), (3, 3), (3, 3)]
