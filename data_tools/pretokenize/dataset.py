@@ -86,6 +86,9 @@ def pretokenize(options: argparse.Namespace) -> None:
     with lock_folder(output):
         for scratch in output.glob(f"{SCRATCH}-*"):
             shutil.rmtree(scratch)
+        for folder in (output, output / TOKENIZER_FOLDER):
+            for temporary in folder.glob(".*.tmp"):  # a killed run was writing these files
+                temporary.unlink()
         manifest, duplicates = Manifest(output, header, fresh=options.fresh), output / DUPLICATES
         complete = is_complete(output)
         if options.fresh or complete:  # complete: a kill may have left the folder behind

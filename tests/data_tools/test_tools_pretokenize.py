@@ -165,6 +165,16 @@ def test_a_kill_during_the_final_clean_up_leaves_nothing_behind(
     assert content(copy) == before and not (copy / ".duplicates").exists()
 
 
+def test_a_kill_while_a_small_file_is_written_leaves_nothing_behind(
+    corpus: Path, tokenizer_folder: Path, copy: Path
+) -> None:
+    before = content(copy)
+    for name in (".units.ndjson.1234.tmp", "tokenizer/.tokenizer.model.1234.tmp"):
+        (copy / name).write_bytes(b"half a file")
+    pretokenize(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
+    assert content(copy) == before
+
+
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     """Kills of a worker, the parent, or all at once, in any phase including de-duplication, with 1, 2 or 3 workers."""
