@@ -52,7 +52,7 @@ def test_parameters_with_the_same_states_lie_together() -> None:
     """Within an owner: by group, then by states, then in the given order."""
     groups = {"a": "matrices", "b": "plain", "c": "matrices", "d": "matrices"}
     states = {"a": ("momentum",), "b": ("moment",), "c": ("moment",), "d": ("momentum",)}
-    places = place_parameters(dict.fromkeys(groups, (2, 3)), groups, states, 1, frozenset())  # type: ignore[arg-type]
+    places = place_parameters(dict.fromkeys(groups, (2, 3)), groups, states, 1, frozenset())  # type: ignore[arg-type]  # groups of the test
     assert [(name, place.begin, place.end) for name, place in places.items()] == [
         ("c", 0, 6), ("a", 6, 12), ("d", 12, 18), ("b", 18, 24),
     ]  # fmt: skip
