@@ -92,8 +92,9 @@ def test_equal_stages_without_transfers_fill_and_drain_once(stages: int, micro_b
 
 
 # Two stages, f = b = 1, a transfer takes 2. In all cases stage 1 gets payload 0 at 3, its gradient is back at 3+2+2 = 7.
-#  extra 0, two in flight. Payloads at 3 and 5, gradients at 7 and 9; stage 0: B0 7–8, F2 8–9, B1 9–10, F3 10–11; payloads 2, 3 at
-#    11 and 13: the same again 8 later. M = 6: B1 ends at 10, B5 at 10 + 2·8 = 26.
+#  extra 0, two in flight. Payloads at 3 and 5, gradient 0 at 7; stage 0: B0 7–8, F2 8–9, and only now the receive of gradient 1: it
+#    is there at 11, B1 11–12, F3 12–13. Payload 2 is there at 11, stage 1 has done it at 13, gradient 2 is there at 15: the same
+#    again every 4. M = 6: B1 ends at 12, B5 at 12 + 4·4 = 28.
 #  extra 1, three in flight: payloads at 3, 5, 7, gradients at 7, 9, 11; F3 is 8–9, payload 3 at 11: the same again 8 later.
 #    M = 6: B2 ends at 12, B5 at 20.
 #  extra 2, four in flight: F4 is 8–9, payload 4 at 11, just when stage 1 has done 3; payload m at 3+2m, gradient m at 7+2m, no
@@ -102,7 +103,7 @@ def test_equal_stages_without_transfers_fill_and_drain_once(stages: int, micro_b
 #    beside F1; then B1 10–11, gradient 11–13: 6 a micro-batch. M = 1: B0 is 7–8. The last one's gradient comes without a
 #    payload after it, so 8 + 6·(M − 1): 38.
 @pytest.mark.parametrize(
-    ("schedule", "extra", "seconds"), [("1f1b", 0, 26), ("1f1b", 1, 20), ("1f1b", 2, 18), ("stock", 0, 38)]
+    ("schedule", "extra", "seconds"), [("1f1b", 0, 28), ("1f1b", 1, 20), ("1f1b", 2, 18), ("stock", 0, 38)]
 )
 def test_transfers_as_long_as_both_passes(schedule: str, extra: int, seconds: float) -> None:
     trace = simulate([StageTimes(1, 1)] * 2, [20], Link(10), 6, extra=extra, schedule=schedule)

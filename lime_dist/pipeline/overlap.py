@@ -17,14 +17,13 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.model.history import LayerHistory
 from lime_dist.pipeline.clock import TRANSFER, Clock
 from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
-from lime_dist.pipeline.schedules.base import make_schedule
+from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, RECV_GRAD, make_schedule
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 from lime_dist.pipeline.stage_schedule import EvaluationStage, TrainingStage
 from lime_dist.pipeline.transfer import Receiver, Sender, TransferStats
@@ -66,7 +65,6 @@ class OverlapEngine(LimeEngine):
     ) -> None:
         super().__init__(module, config, optimizer, clock, counted_shares)
         self._in_flight: dict[int, MicroBatch] = {}
-        self._receives_ahead: int = SCHEDULES[config.pipeline.schedule].receives_ahead
         self._failed = False
         self._from_previous: Receiver[LayerHistory | None] | None = None
         self._from_next: Receiver[None] | None = None
@@ -79,14 +77,13 @@ class OverlapEngine(LimeEngine):
         """Connect both directions of the boundary behind ``stage``, for all replicas. All ranks must call this together."""
         # The groups' own time-out is longer than the watchdog's, whose message says more.
         patience = timedelta(seconds=2 * self.lime_config.pipeline.timeout + 60)
-        ahead = self._receives_ahead
         for ranks in self.grid.pipe_groups:
             ends = [ranks[stage], ranks[stage + 1]]
             there, back = (dist.new_group(ends, timeout=patience) for _ in range(2))
             if self.global_rank == ends[0]:
-                self._to_next, self._from_next = Sender(ends[1], there), Receiver(ends[1], back, ahead)
+                self._to_next, self._from_next = Sender(ends[1], there), Receiver(ends[1], back)
             if self.global_rank == ends[1]:
-                self._from_previous, self._to_previous = Receiver(ends[0], there, ahead), Sender(ends[0], back)
+                self._from_previous, self._to_previous = Receiver(ends[0], there), Sender(ends[0], back)
             # gloo and NCCL connect at the first transfer, in which both ends must take part: not an early receive.
             greeting = torch.zeros(1, device=self.device)
             for group, sender, receiver in ((there, *ends), (back, *reversed(ends))):
@@ -105,13 +102,16 @@ class OverlapEngine(LimeEngine):
         }
         return {name: end.stats for name, end in ends.items() if end is not None}
 
-    def _train_schedule(self) -> schedule.PipeSchedule:
-        configured = make_schedule(self.lime_config, self.micro_batches)
+    def _schedule(self, micro_batches: int) -> OverlappedSchedule:
+        configured = make_schedule(self.lime_config, micro_batches)
         assert isinstance(configured, OverlappedSchedule)
-        return TrainingStage(configured, self.stage_id)
+        return configured
+
+    def _train_schedule(self) -> schedule.PipeSchedule:
+        return TrainingStage(self._schedule(self.micro_batches), self.stage_id)
 
     def _inference_schedule(self, micro_batches: int) -> schedule.PipeSchedule:
-        return EvaluationStage(micro_batches, self.num_stages, self.stage_id)
+        return EvaluationStage(self._schedule(micro_batches), self.stage_id)
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """Raises RuntimeError if an exception ended an earlier step: its pending transfers would be mistaken for this step's."""
@@ -121,8 +121,7 @@ class OverlapEngine(LimeEngine):
             )
         self._failed = True
         step = self.global_steps + 1
-        with self.watching(f"the first receives of step {step}"):
-            self._begin(pipe_schedule)
+        self._begin(pipe_schedule)
         super()._exec_schedule(pipe_schedule)
         for sender, direction in ((self._to_next, 1), (self._to_previous, -1)):
             if sender is not None:
@@ -139,19 +138,20 @@ class OverlapEngine(LimeEngine):
         return super()._describe(instruction, instruction.kwargs.get("buffer_id", count))
 
     def _begin(self, pipe_schedule: schedule.PipeSchedule) -> None:
-        """Post the first receives and set the windows of the senders."""
-        assert self._shape is not None
-        shape, count = self._shape, pipe_schedule.micro_batches
-        payload_window = pipe_schedule.num_pipe_buffers() + self._receives_ahead
+        """Announce the receives of a step and set the windows of the senders."""
+        assert self._shape is not None and isinstance(pipe_schedule, TrainingStage | EvaluationStage)
+        shape, configured, count = self._shape, pipe_schedule.schedule, pipe_schedule.micro_batches
+        payloads_ahead, gradients_ahead = map(configured.receives_ahead, (RECV_ACTIVATION, RECV_GRAD))
+        payload_window = pipe_schedule.num_pipe_buffers() + payloads_ahead
         if self._from_previous is not None:
-            self._from_previous.begin(count, lambda: self.module.landing(*shape))
+            self._from_previous.begin(count, payloads_ahead, lambda: self.module.landing(*shape))
         if isinstance(pipe_schedule, TrainingStage):
-            payload_window = pipe_schedule.schedule.payload_window(self.stage_id)
+            payload_window = configured.payload_window(self.stage_id)
             if self._from_next is not None:
                 returning = self.module.payload_shape(self.stage_id + 1, *shape)
-                self._from_next.begin(count, lambda: (self._empty(returning), None))
+                self._from_next.begin(count, gradients_ahead, lambda: (self._empty(returning), None))
             if self._to_previous is not None:
-                self._to_previous.window = pipe_schedule.schedule.gradient_window(self.stage_id)
+                self._to_previous.window = configured.gradient_window(self.stage_id)
         if self._to_next is not None:
             self._to_next.window = payload_window
 

@@ -19,7 +19,7 @@ from lime_dist.model.parameters import layer_parameters
 from lime_dist.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes
 from lime_dist.pipeline.optimizer_memory import parameter_bytes
-from lime_dist.pipeline.schedules.base import make_schedule
+from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, make_schedule
 
 TOLERANCE = 0.05
 """For cuts at chunk ends the costliest stage may exceed that of the best cut by compute by this fraction."""
@@ -115,8 +115,8 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
             if stage > 0 or not model.tie_word_embeddings:
                 once += head
         costs: Costs = (activations + own) * schedule.micro_batches_in_flight(stage) + fixed + once
-        if stage > 0 and schedule.receives_ahead:
-            costs = costs + schedule.receives_ahead * landing
+        if stage > 0 and (ahead := schedule.receives_ahead(RECV_ACTIVATION)):
+            costs = costs + ahead * landing
         return costs
 
     return of_stage

@@ -41,7 +41,11 @@ class TrainingStage(deepspeed_schedule.PipeSchedule):
 
 
 class EvaluationStage(deepspeed_schedule.PipeSchedule):
-    """An evaluation on one stage: forward passes only."""
+    """An evaluation on one stage: the forward passes of a schedule's micro-batches."""
+
+    def __init__(self, schedule: OverlappedSchedule, stage: int) -> None:
+        super().__init__(schedule.micro_batches, schedule.stages, stage)
+        self.schedule = schedule
 
     def steps(self) -> Iterator[list[deepspeed_schedule.PipeInstruction]]:
         for micro_batch in range(self.micro_batches):

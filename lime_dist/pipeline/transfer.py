@@ -1,5 +1,9 @@
 """Transfers of payloads and gradients over a stage boundary: sends that do not block, and receives posted ahead.
 
+With NCCL a posted receive is a kernel that occupies the device until the peer sends. Whatever waits for the whole device
+meanwhile, such as the first launch of a kernel or an allocator that frees its cache, waits for the peer. So a stage may post a
+receive only if nothing that it still has to do leads to the peer's send (`Schedule.receives_ahead`; tests/cuda).
+
 Each direction of each boundary has a process group of its own with its two ranks. With NCCL the operations of a group run in
 the order in which they were issued: in a shared group, a receive that is posted early would block later sends, also those
 over other boundaries, and the pipeline would deadlock.
@@ -76,34 +80,29 @@ class Receiver(Generic[T]):
 
     Args:
         peer: global rank of the sending end.
-        ahead: receives that are posted beyond the one that is waited for.
     """
 
     peer: int
     group: dist.ProcessGroup
-    ahead: int
     stats: TransferStats = field(default_factory=TransferStats)
     _posted: deque[tuple[Any, Tensor, T]] = field(default_factory=deque)
     _left: int = 0
 
-    def begin(self, count: int, allocate: Callable[[], tuple[Tensor, T]]) -> None:
-        """Announce ``count`` tensors and post the first receive.
+    def begin(self, count: int, ahead: int, allocate: Callable[[], tuple[Tensor, T]]) -> None:
+        """Announce ``count`` tensors. The first ``take`` posts the first receive.
 
         Args:
+            ahead: receives that are posted beyond the one that is waited for.
             allocate: returns memory for the next tensor, and the object that the memory belongs to.
         """
-        self._left, self._allocate = count, allocate
-        self._post(1)
-
-    def _post(self, most: int) -> None:
-        while self._left and len(self._posted) < most:
-            tensor, owner = self._allocate()
-            self._posted.append((dist.irecv(tensor, self.peer, group=self.group), tensor, owner))
-            self._left -= 1
+        self._left, self._ahead, self._allocate = count, ahead, allocate
 
     def take(self) -> tuple[Tensor, T]:
         """Wait for the next tensor and return it with its owner. The tensors after it can arrive meanwhile."""
-        self._post(1 + self.ahead)
+        while self._left and len(self._posted) < 1 + self._ahead:
+            memory, belongs_to = self._allocate()
+            self._posted.append((dist.irecv(memory, self.peer, group=self.group), memory, belongs_to))
+            self._left -= 1
         work, tensor, owner = self._posted.popleft()
         begin = time.perf_counter()
         work.wait()

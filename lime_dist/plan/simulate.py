@@ -3,8 +3,9 @@
 Every stage performs its instructions in order. A boundary has a link in each direction, which carries its transfers in
 order, one at a time: a transfer occupies the link for bytes / bandwidth seconds and arrives ``latency`` seconds later.
 
-If transfers overlap the computation, a send returns at once and receives are posted as `pipeline/transfer.py` posts them,
-``receives_ahead`` beyond the one that is waited for. A transfer starts when both ends have posted it and the link is free.
+If transfers overlap the computation, a send returns at once and receives are posted as `pipeline/transfer.py` posts them: when
+a stage turns to a receive, it posts this one and `Schedule.receives_ahead` beyond it. A transfer starts when both ends have
+posted it and the link is free.
 If transfers block, a transfer starts when both ends have reached it, and the sender continues when the bytes are out.
 
 Left out: broadcasting the loss, data-parallel reductions, and processor time that transfers take.
@@ -145,9 +146,6 @@ def _perform(
         ValueError: an instruction that is neither a transfer of this stage nor has a duration.
     """
     clock, blocks = 0.0, schedule.is_blocking
-    if not blocks:
-        for kind in RECEIVES & directions.keys():
-            directions[kind].post(directions[kind].receives, clock)
     transfers: Counter[str] = Counter()
     for kind, micro_batch in schedule.instructions(stage):
         begin, index = clock, micro_batch or 0
@@ -157,7 +155,7 @@ def _perform(
             direction, sends, transfer = directions[kind], kind in SENDS, transfers[kind]
             transfers[kind] += 1
             posted = direction.sends if sends else direction.receives
-            ahead = 0 if sends else schedule.receives_ahead
+            ahead = 0 if sends else schedule.receives_ahead(kind)
             while len(posted) < min(transfer + 1 + ahead, schedule.micro_batches):
                 direction.post(posted, clock)
             if blocks or not sends:

@@ -10,7 +10,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lime_dist.pipeline.schedules.base import BACKWARD_PASS, FORWARD_PASS, Integers, Schedule
+from lime_dist.pipeline.schedules.base import (
+    BACKWARD_PASS,
+    FORWARD_PASS,
+    RECV_ACTIVATION,
+    RECV_GRAD,
+    Integers,
+    Schedule,
+)
 
 Seconds = npt.NDArray[np.float64]
 
@@ -41,8 +48,8 @@ class _Pass:
     def perform(self, clock: Seconds, stages: Integers, micro_batches: Integers) -> None:
         """Perform the passes of one diagonal and advance the clocks of its stages."""
         now = clock[stages]
-        posted = self.began[stages, np.maximum(0, micro_batches - self.ahead)]
         self.began[stages, micro_batches] = now
+        posted = self.began[stages, np.maximum(0, micro_batches - self.ahead)]
         start = np.maximum(np.maximum(self.ended[stages + 1 + self.source, micro_batches], posted), self.out[stages])
         out = start + self.duration[stages]
         self.out[stages] = out
@@ -70,10 +77,11 @@ def step_seconds(
     none = np.zeros((1, scenarios))
     durations_there, durations_back = np.concatenate([none, durations]), np.concatenate([durations, none])
     latencies_there, latencies_back = np.concatenate([none, latencies]), np.concatenate([latencies, none])
-    micro_batches, ahead = schedule.micro_batches, schedule.receives_ahead
+    micro_batches = schedule.micro_batches
+    payloads_ahead, gradients_ahead = map(schedule.receives_ahead, (RECV_ACTIVATION, RECV_GRAD))
     passes = {
-        FORWARD_PASS: _Pass(-1, durations_there, latencies_there, forward, micro_batches, ahead),
-        BACKWARD_PASS: _Pass(+1, durations_back, latencies_back, backward, micro_batches, ahead),
+        FORWARD_PASS: _Pass(-1, durations_there, latencies_there, forward, micro_batches, payloads_ahead),
+        BACKWARD_PASS: _Pass(+1, durations_back, latencies_back, backward, micro_batches, gradients_ahead),
     }
     clock = np.zeros((stages, scenarios))
     for diagonal in diagonals:

@@ -71,7 +71,7 @@ def test_schedules_fit_together(extra: int) -> None:
 
 def test_an_evaluation_has_forward_passes_only() -> None:
     for stage in range(3):
-        kinds = {name for name, _ in instructions(EvaluationStage(4, 3, stage))}
+        kinds = {name for name, _ in instructions(EvaluationStage(OneForwardOneBackward(4, 3), stage))}
         assert not kinds & {"BackwardPass", "RecvGrad", "SendGrad", "OptimizerStep"}
 
 

@@ -107,7 +107,6 @@ class Schedule(Protocol):
         name: the value of ``pipeline.schedule``.
         engine: the value of ``pipeline.engine`` that runs it.
         is_blocking: a send returns when its bytes have left, and a receive is posted when the stage waits for it.
-        receives_ahead: receives posted beyond the one that a stage waits for; 0 if transfers block.
         legend: marks of the instructions that can take time, in the order of a timeline's legend.
     """
 
@@ -116,7 +115,6 @@ class Schedule(Protocol):
     name: ClassVar[str]
     engine: ClassVar[str]
     is_blocking: ClassVar[bool]
-    receives_ahead: ClassVar[int]
     legend: ClassVar[Mapping[str, Mark]]
 
     @classmethod
@@ -140,6 +138,10 @@ class Schedule(Protocol):
     @abstractmethod
     def memory_in_flight(self, stage: int, boundary: BoundaryBytes) -> MemoryInFlight:
         """What ``stage`` holds of micro-batches and transfers during each backward pass."""
+
+    def receives_ahead(self, kind: str) -> int:
+        """Receives of ``kind`` that a stage posts beyond the one that it waits for. By default none."""
+        return 0
 
     def forwards_before_backwards(self, stage: int) -> Integers:
         """Number of forward passes that ``stage`` has made before each of its backward passes, [micro-batches].

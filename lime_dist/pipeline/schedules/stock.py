@@ -29,7 +29,6 @@ class StockSchedule(Schedule):
     name: ClassVar[str] = "stock"
     engine: ClassVar[str] = "stock"
     is_blocking: ClassVar[bool] = True
-    receives_ahead: ClassVar[int] = 0
     legend = MARKS
 
     @classmethod

@@ -1,0 +1,266 @@
+"""A model of NCCL: what the hosts of all stages queue in a step, and whether all of it can run.
+
+`programs` runs the overlap engine of every stage with its schedule, `Sender` and `Receiver`. Only the passes, the optimizer and
+``torch.distributed`` are replaced, by recordings of what the host queues. `Graph` applies the rules of CUDA and NCCL:
+
+· A stage's device has a compute stream, and a stream per communicator. Work on a stream runs in the order in which it was queued.
+· A transfer is a kernel on its communicator's stream. It starts once the compute stream has done what was queued before the
+  transfer, and occupies the device until all its ends have started.
+· A wait for a transfer is work on the compute stream, and the host goes on. The host itself waits where it reads a value, until
+  the compute stream is done, and where it waits for its whole device, until all streams are done.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from deepspeed.runtime.pipe import schedule as deepspeed_schedule
+
+from lime_dist.pipeline import transfer
+from lime_dist.pipeline.overlap import MicroBatch, OverlapEngine
+from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
+from lime_dist.pipeline.stage_schedule import EvaluationStage, TrainingStage
+
+COMPUTE = "compute"
+"""Name of the compute stream. The others have the names of their communicators."""
+
+LAUNCHES = ("forward", "backward", "update")
+"""Kinds of operations that launch kernels of the model or the optimizer."""
+
+
+class Operation(NamedTuple):
+    """What the host of a stage queues on its device.
+
+    Attributes:
+        kind: forward, backward, update, read (a value that the host waits for), send, receive, reduce, or wait (for a transfer).
+        stream: that it is queued on.
+        ends: number of stages that take part in it.
+        awaited: of a wait, the index of its transfer among the stage's operations.
+    """
+
+    kind: str
+    stream: str = COMPUTE
+    ends: int = 1
+    awaited: int | None = None
+
+
+class Program(list[Operation]):
+    """The operations of one stage, in the order in which its host queues them."""
+
+    def compute(self, *kinds: str) -> None:
+        self.extend(map(Operation, kinds))
+
+    def transfer(self, kind: str, stream: str, ends: int) -> Any:
+        """Queue a transfer. The result can be waited for, as that of ``torch.distributed.isend``."""
+        index = len(self)
+        self.append(Operation(kind, stream, ends))
+        return SimpleNamespace(wait=lambda: self.append(Operation("wait", awaited=index)))
+
+
+class FakeDist:
+    """What `lime_dist.pipeline.transfer` uses of ``torch.distributed``. A group is the stage's program and the group's name."""
+
+    @staticmethod
+    def isend(tensor: Any, peer: int, group: tuple[Program, str]) -> Any:
+        return group[0].transfer("send", group[1], 2)
+
+    @staticmethod
+    def irecv(tensor: Any, peer: int, group: tuple[Program, str]) -> Any:
+        return group[0].transfer("receive", group[1], 2)
+
+
+class RecordingEngine(OverlapEngine):
+    """The overlap engine of one stage, without a model and without processes."""
+
+    def __init__(self, schedule: OverlappedSchedule, stage: int) -> None:
+        self.program = Program()
+        self.stage_id, self.num_stages, self.micro_batches = stage, schedule.stages, schedule.micro_batches
+        self.global_steps, self.device, self._shape = 0, torch.device("cpu"), (1, 1)
+        self.clock: Any = SimpleNamespace(measuring=nullcontext)
+        self.placement: Any = SimpleNamespace(name=str)
+        self.module: Any = SimpleNamespace(
+            landing=lambda *shape: (torch.empty(shape), None),
+            payload_shape=lambda boundary, *shape: shape,
+            wire_dtype=torch.float32,
+        )
+        self._in_flight, self._failed = {}, False
+        self._from_previous = self._from_next = self._to_next = self._to_previous = None
+        there, back = ([(self.program, f"{way} {boundary}") for boundary in (stage - 1, stage)] for way in "><")
+        if stage + 1 < schedule.stages:
+            self._to_next, self._from_next = self._sender(stage + 1, there[1]), self._receiver(stage + 1, back[1])
+        if stage > 0:
+            self._from_previous, self._to_previous = (
+                self._receiver(stage - 1, there[0]),
+                self._sender(stage - 1, back[0]),
+            )
+
+    def destroy(self) -> None:
+        """Nothing to destroy: there is no DeepSpeed engine."""
+
+    def _sender(self, peer: int, group: Any) -> transfer.Sender:
+        return transfer.Sender(peer, group)
+
+    def _receiver(self, peer: int, group: Any) -> transfer.Receiver[Any]:
+        return transfer.Receiver(peer, group)
+
+    def _reserve_pipe_buffers(self, num_buffers: int) -> None:
+        """The overlap engine uses none."""
+
+    def watching(self, *_: Any, **__: Any) -> Any:
+        return nullcontext()
+
+    def _rank_of(self, stage: int) -> int:
+        return stage
+
+    def _partners(self, _: Any) -> tuple[()]:
+        return ()
+
+    def _load(self, buffer_id: int) -> None:
+        """Copying from pageable memory waits for the compute stream."""
+        self._in_flight.setdefault(buffer_id, MicroBatch())
+        self.program.compute("read")
+
+    def _forward(self, buffer_id: int) -> None:
+        self.program.compute("forward")
+        micro_batch = self._in_flight[buffer_id]
+        micro_batch.payload = torch.empty(1)
+        micro_batch.edge = object() if torch.is_grad_enabled() else None  # type: ignore[assignment]
+
+    def _backward(self, buffer_id: int) -> None:
+        self.program.compute("backward")
+        if not self.is_first_stage():
+            inputs = self._in_flight[buffer_id].inputs
+            assert inputs is not None
+            inputs.grad = torch.empty_like(inputs)
+
+    def _reduce(self) -> None:
+        self.program.transfer("reduce", "all stages", self.num_stages).wait()
+
+    def _update(self) -> None:
+        """The host reads the gradient norm before the update."""
+        self.program.compute("read", "update")
+
+    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
+        **OverlapEngine._INSTRUCTION_MAP,
+        deepspeed_schedule.LoadMicroBatch: _load,
+        deepspeed_schedule.ForwardPass: _forward,
+        deepspeed_schedule.BackwardPass: _backward,
+        deepspeed_schedule.ReduceGrads: _reduce,
+        deepspeed_schedule.OptimizerStep: _update,
+    }
+
+
+def programs(schedule: OverlappedSchedule, is_training: bool) -> list[Program]:
+    """What the hosts queue in a training step or an evaluation, by stage. Needs `FakeDist` in place of ``torch.distributed``."""
+    engines = [RecordingEngine(schedule, stage) for stage in range(schedule.stages)]
+    for stage, engine in enumerate(engines):
+        with torch.set_grad_enabled(is_training):
+            engine._exec_schedule((TrainingStage if is_training else EvaluationStage)(schedule, stage))
+    return [engine.program for engine in engines]
+
+
+class Place(NamedTuple):
+    """A host operation of a stage."""
+
+    stage: int
+    index: int
+    kind: str
+
+
+def places(programs: Sequence[Program]) -> list[Place]:
+    return [Place(stage, i, each.kind) for stage, program in enumerate(programs) for i, each in enumerate(program)]
+
+
+def first_of_each_kind(programs: Sequence[Program]) -> set[Place]:
+    """On every stage the first operation of each kind."""
+    return set({(place.stage, place.kind): place for place in reversed(places(programs))}.values())
+
+
+class Graph:
+    """What must have happened before what. An operation has three nodes: the host queues it, it starts, and it is done.
+
+    Args:
+        programs: by stage.
+        waits: whether the host waits for its whole device before an operation.
+        one_queue: operations of a device start in the order in which they were queued, whatever their streams
+            (``CUDA_DEVICE_MAX_CONNECTIONS=1``).
+    """
+
+    def __init__(
+        self, programs: Sequence[Program], waits: Callable[[Place], bool] = lambda _: False, one_queue: bool = False
+    ) -> None:
+        self.programs = programs
+        self.places = places(programs)
+        self.before: list[list[int]] = [[] for _ in range(3 * len(self.places))]
+        starts: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+        last: dict[str, int] = {}  # by stream, the node at which its last operation is done
+        for number, place in enumerate(self.places):
+            queued, start, done = range(3 * number, 3 * number + 3)
+            operation = programs[place.stage][place.index]
+            self.before[start].append(queued)
+            self.before[done].append(start)
+            if place.index == 0:
+                last, first, transfers = {}, queued, Counter[str]()
+            else:
+                self.before[queued].append(
+                    done - 3 if programs[place.stage][place.index - 1].kind == "read" else queued - 3
+                )
+                self.before[start] += [start - 3] if one_queue else []
+            if waits(place):
+                self.before[queued] += last.values()
+            self.before[start] += [last[stream] for stream in {operation.stream, COMPUTE} & last.keys()]
+            if operation.awaited is not None:
+                self.before[start].append(first + 3 * operation.awaited + 2)
+            if operation.stream != COMPUTE:
+                starts[operation.stream, transfers[operation.stream], operation.ends].append(start)
+                transfers[operation.stream] += 1
+            last[operation.stream] = done
+        for (stream, _, number), ends in starts.items():
+            assert len(ends) == number, f"{stream}: a transfer has {len(ends)} ends instead of {number}"
+            for start in ends:
+                self.before[start + 1] += ends
+
+    def order(self) -> list[int]:
+        """Nodes in an order in which they can happen, as far as they can."""
+        after: list[list[int]] = [[] for _ in self.before]
+        for node, before in enumerate(self.before):
+            for each in before:
+                after[each].append(node)
+        left = [len(before) for before in self.before]
+        order = [node for node, count in enumerate(left) if not count]
+        for node in order:
+            for each in after[node]:
+                left[each] -= 1
+                if not left[each]:
+                    order.append(each)
+        return order
+
+    def deadlocks(self) -> bool:
+        return len(self.order()) < len(self.before)
+
+    def single_deadlocks(self) -> list[Place]:
+        """Places at which the host must not wait for its whole device, if it does so at this place only.
+
+        A wait at place i lets what is queued at i or later happen after all that was queued before i. So it deadlocks if something
+        queued before i is done only after its own host has queued the operation at i or a later one. For every node and stage
+        this finds the last operation that must have been queued by then.
+        """
+        order = self.order()
+        assert len(order) == len(self.before), "deadlocks without any wait"
+        latest = np.full((len(order), len(self.programs)), -1)
+        found: set[Place] = set()
+        for node in order:
+            place, is_queued = self.places[node // 3], node % 3 == 0
+            if self.before[node]:
+                latest[node] = latest[self.before[node]].max(0)
+            if is_queued:
+                latest[node, place.stage] = place.index
+            for number in range(node // 3 + 1, node // 3 + 1 + latest[node, place.stage] - place.index):
+                found.add(self.places[number])
+        return sorted(found)
