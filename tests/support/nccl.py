@@ -1,7 +1,4 @@
-"""A model of NCCL: what the hosts of all stages queue in a step, and whether all of it can run.
-
-`programs` runs the overlap engine of every stage with its schedule, `Sender` and `Receiver`. Only the passes, the optimizer and
-``torch.distributed`` are replaced, by recordings of what the host queues. `Graph` applies the rules of CUDA and NCCL:
+"""A model of NCCL: which of the operations that all stages queue on their devices have to happen before which.
 
 · A stage's device has a compute stream, and a stream per communicator. Work on a stream runs in the order in which it was queued.
 · A transfer is a kernel on its communicator's stream. It starts once the compute stream has done what was queued before the
@@ -14,18 +11,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from deepspeed.runtime.pipe import schedule as deepspeed_schedule
-
-from lime_dist.pipeline import transfer
-from lime_dist.pipeline.overlap import MicroBatch, OverlapEngine
-from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
-from lime_dist.pipeline.stage_schedule import EvaluationStage, TrainingStage
 
 COMPUTE = "compute"
 """Name of the compute stream. The others have the names of their communicators."""
@@ -61,108 +50,6 @@ class Program(list[Operation]):
         index = len(self)
         self.append(Operation(kind, stream, ends))
         return SimpleNamespace(wait=lambda: self.append(Operation("wait", awaited=index)))
-
-
-class FakeDist:
-    """What `lime_dist.pipeline.transfer` uses of ``torch.distributed``. A group is the stage's program and the group's name."""
-
-    @staticmethod
-    def isend(tensor: Any, peer: int, group: tuple[Program, str]) -> Any:
-        return group[0].transfer("send", group[1], 2)
-
-    @staticmethod
-    def irecv(tensor: Any, peer: int, group: tuple[Program, str]) -> Any:
-        return group[0].transfer("receive", group[1], 2)
-
-
-class RecordingEngine(OverlapEngine):
-    """The overlap engine of one stage, without a model and without processes."""
-
-    def __init__(self, schedule: OverlappedSchedule, stage: int) -> None:
-        self.program = Program()
-        self.stage_id, self.num_stages, self.micro_batches = stage, schedule.stages, schedule.micro_batches
-        self.global_steps, self.device, self._shape = 0, torch.device("cpu"), (1, 1)
-        self.clock: Any = SimpleNamespace(measuring=nullcontext)
-        self.placement: Any = SimpleNamespace(name=str)
-        self.module: Any = SimpleNamespace(
-            landing=lambda *shape: (torch.empty(shape), None),
-            payload_shape=lambda boundary, *shape: shape,
-            wire_dtype=torch.float32,
-        )
-        self._in_flight, self._failed = {}, False
-        self._from_previous = self._from_next = self._to_next = self._to_previous = None
-        there, back = ([(self.program, f"{way} {boundary}") for boundary in (stage - 1, stage)] for way in "><")
-        if stage + 1 < schedule.stages:
-            self._to_next, self._from_next = self._sender(stage + 1, there[1]), self._receiver(stage + 1, back[1])
-        if stage > 0:
-            self._from_previous, self._to_previous = (
-                self._receiver(stage - 1, there[0]),
-                self._sender(stage - 1, back[0]),
-            )
-
-    def destroy(self) -> None:
-        """Nothing to destroy: there is no DeepSpeed engine."""
-
-    def _sender(self, peer: int, group: Any) -> transfer.Sender:
-        return transfer.Sender(peer, group)
-
-    def _receiver(self, peer: int, group: Any) -> transfer.Receiver[Any]:
-        return transfer.Receiver(peer, group)
-
-    def _reserve_pipe_buffers(self, num_buffers: int) -> None:
-        """The overlap engine uses none."""
-
-    def watching(self, *_: Any, **__: Any) -> Any:
-        return nullcontext()
-
-    def _rank_of(self, stage: int) -> int:
-        return stage
-
-    def _partners(self, _: Any) -> tuple[()]:
-        return ()
-
-    def _load(self, buffer_id: int) -> None:
-        """Copying from pageable memory waits for the compute stream."""
-        self._in_flight.setdefault(buffer_id, MicroBatch())
-        self.program.compute("read")
-
-    def _forward(self, buffer_id: int) -> None:
-        self.program.compute("forward")
-        micro_batch = self._in_flight[buffer_id]
-        micro_batch.payload = torch.empty(1)
-        micro_batch.edge = object() if torch.is_grad_enabled() else None  # type: ignore[assignment]
-
-    def _backward(self, buffer_id: int) -> None:
-        self.program.compute("backward")
-        if not self.is_first_stage():
-            inputs = self._in_flight[buffer_id].inputs
-            assert inputs is not None
-            inputs.grad = torch.empty_like(inputs)
-
-    def _reduce(self) -> None:
-        self.program.transfer("reduce", "all stages", self.num_stages).wait()
-
-    def _update(self) -> None:
-        """The host reads the gradient norm before the update."""
-        self.program.compute("read", "update")
-
-    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
-        **OverlapEngine._INSTRUCTION_MAP,
-        deepspeed_schedule.LoadMicroBatch: _load,
-        deepspeed_schedule.ForwardPass: _forward,
-        deepspeed_schedule.BackwardPass: _backward,
-        deepspeed_schedule.ReduceGrads: _reduce,
-        deepspeed_schedule.OptimizerStep: _update,
-    }
-
-
-def programs(schedule: OverlappedSchedule, is_training: bool) -> list[Program]:
-    """What the hosts queue in a training step or an evaluation, by stage. Needs `FakeDist` in place of ``torch.distributed``."""
-    engines = [RecordingEngine(schedule, stage) for stage in range(schedule.stages)]
-    for stage, engine in enumerate(engines):
-        with torch.set_grad_enabled(is_training):
-            engine._exec_schedule((TrainingStage if is_training else EvaluationStage)(schedule, stage))
-    return [engine.program for engine in engines]
 
 
 class Place(NamedTuple):
