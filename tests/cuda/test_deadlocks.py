@@ -108,7 +108,7 @@ class EarlyReceiver(transfer.Receiver[Any]):
     def begin(self, count: int, ahead: int, allocate: Callable[[], tuple[Any, Any]]) -> None:
         super().begin(count, ahead, allocate)
         memory, belongs_to = allocate()
-        self._posted.append((FakeDist.irecv(memory, self.peer, self.group), memory, belongs_to))  # type: ignore[arg-type]
+        self._posted.append((FakeDist.irecv(memory, self.peer, self.group), memory, belongs_to))
         self._left -= 1
 
 

@@ -87,7 +87,7 @@ class RecordingEngine(OverlapEngine):
         self.program.compute("forward")
         micro_batch = self._in_flight[buffer_id]
         micro_batch.payload = torch.empty(1)
-        micro_batch.edge = object() if torch.is_grad_enabled() else None  # type: ignore[assignment]
+        micro_batch.edge = object() if torch.is_grad_enabled() else None
 
     def _backward(self, buffer_id: int) -> None:
         self.program.compute("backward")

@@ -56,10 +56,11 @@ class OverlappedSchedule(Schedule):
         return OverlapEngine
 
     def receives_ahead(self, kind: str) -> int:
-        """One, so that a transfer can run while the stage computes what it has received before.
+        """One, so that the next transfer can run while the stage computes.
 
-        A schedule overrides this if a stage would wait for itself, should the device have to end all transfers between passes:
-        if the peer's send of what is received ahead comes after something that this stage sends later (tests/cuda).
+        On NCCL a posted receive occupies the device until the peer sends. If the peer sends only after it has received something
+        that this stage has not sent yet, a wait for the whole device in between deadlocks. A schedule for which that can
+        happen posts fewer receives ahead (tests/cuda).
         """
         return 1
 
