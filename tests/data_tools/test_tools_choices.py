@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -121,7 +122,7 @@ def test_hashes_are_compared_bucket_by_bucket(tmp_path: Path, monkeypatch: pytes
     """Many small buckets find the same duplicates as a dictionary."""
     monkeypatch.setattr(duplicates, "BUCKET_DOCUMENTS", 50)
     generator, units, seen, expected = np.random.default_rng(0), [], set[str](), []
-    shared = pool.multiprocessing.get_context("spawn").RawArray("q", 1 + pool.COUNTERS * 7)
+    shared = multiprocessing.get_context("spawn").RawArray("q", 1 + pool.COUNTERS * 7)
     for number in range(7):
         texts = [f"text {generator.integers(400)}" for _ in range(int(generator.integers(90)))]
         (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -258,7 +259,7 @@ def test_files_behind_urls_are_read_and_a_network_error_is_not_damage(
 
         return read_file(unit.parts[0][0], "text", tally)
 
-    shared = pool.multiprocessing.get_context("spawn").RawArray("q", 1 + pool.COUNTERS)
+    shared = multiprocessing.get_context("spawn").RawArray("q", 1 + pool.COUNTERS)
     monkeypatch.setattr(pool.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(pool, "_worker", {"task": Task(), "shared": shared})
     assert pool._run(remote) == ["s"] and len(attempts) == 3

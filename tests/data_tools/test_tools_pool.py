@@ -52,12 +52,12 @@ def test_a_worker_that_dies_before_the_pool_looks_is_named(monkeypatch: pytest.M
     (file,) = list_inputs(str(path))
     unit = Unit(0, ((file, None),), 5)
 
-    submit = ProcessPoolExecutor.submit
+    submit, others = ProcessPoolExecutor.submit, set(multiprocessing.active_children())
 
     def submit_and_wait_for_death(*arguments: Any) -> Any:
         future = submit(*arguments)
         concurrent.futures.wait([future])
-        while multiprocessing.active_children():
+        while set(multiprocessing.active_children()) - others:
             time.sleep(0.1)
         return future
 
