@@ -26,9 +26,8 @@ from lime_dist.data.blend import open_training, open_validation
 from lime_dist.data.files import write_atomic
 from lime_dist.errors import LimeError, run_command
 from lime_dist.export.comparison import mean_loss, validation_batches
-from lime_dist.model.architecture import architecture_of
+from lime_dist.model.architecture import CHUNKS, architecture_of
 from lime_dist.model.architectures.lime.kv.architecture import KeyValueLime
-from lime_dist.model.architectures.lime.lime import CHUNKS
 from lime_dist.model.layout import Chunk, summarised_chunks
 from lime_dist.model.policies import FullHistory, make_policy
 

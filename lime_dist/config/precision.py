@@ -6,6 +6,11 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 """Of weights and activations, by ``precision``."""
 
 
+def accumulation_itemsize(itemsize: int) -> int:
+    """Bytes per element of what is computed in at least float32, in a run whose precision has ``itemsize`` bytes."""
+    return max(itemsize, 4)
+
+
 def accumulation_bytes(precision: str) -> int:
     """Of accumulated gradients, master weights and optimizer states: these are held in at least float32."""
-    return max(4, ITEM_BYTES[precision])
+    return accumulation_itemsize(ITEM_BYTES[precision])

@@ -36,6 +36,9 @@ GROUPS: tuple[Group, ...] = ("matrices", "plain", "routers")
 Sizes = dict[str, int]
 """Number of elements by parameter name."""
 
+CHUNKS = "model.history.chunks."
+"""Prefix of the exported names of chunk summaries."""
+
 BASELINE = "llama"
 """The architecture that plans compare with."""
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+from lime_dist.config.precision import accumulation_itemsize
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import Flops, architecture_of, chunk_ends
-from lime_dist.model.parameters import layer_parameters, stage_parameters
+from lime_dist.model.parameters import stage_parameters
 from lime_dist.model.policies import Entry
-from lime_dist.model.transformer import accumulation_itemsize
 
 # -- parameters -----------------------------------------------------------------------------------------------------------
 
@@ -21,11 +21,6 @@ from lime_dist.model.transformer import accumulation_itemsize
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the whole model; a tied weight counts once."""
     return sum(stage_parameters(config, range(config.num_hidden_layers)).values())
-
-
-def count_layer_parameters(config: ModelConfig, layer: int) -> int:
-    """Parameters of a decoder layer and of the chunk summary that it ends."""
-    return sum(layer_parameters(config, layer).values())
 
 
 # -- FLOPs ----------------------------------------------------------------------------------------------------------------
@@ -47,11 +42,6 @@ def head_flops(config: ModelConfig) -> Flops:
 
 
 # -- entries and bytes ----------------------------------------------------------------------------------------------------
-
-
-def entry_width(config: ModelConfig) -> int:
-    """Elements of one entry of the history, per token."""
-    return architecture_of(config).entry_width
 
 
 def boundary_entries(config: ModelConfig, boundary: int) -> int:

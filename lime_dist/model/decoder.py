@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.architecture import architecture_of, chunk_ends, stage_layout
+from lime_dist.model.architecture import CHUNKS, architecture_of, chunk_ends, stage_layout
 from lime_dist.model.blocks import PreNormLayer
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.init import build
@@ -60,7 +60,7 @@ def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
         layers.append(LayerSpec(layer_name(layer), partial(architecture.make_layer, layer)))
         if (chunk := chunks.get(layer)) is not None:
             make_summary = partial(architecture.make_summary, chunk)
-            layers.append(LayerSpec(f"model.history.chunks.{chunk.index}", make_summary))
+            layers.append(LayerSpec(f"{CHUNKS}{chunk.index}", make_summary))
     norm = LayerSpec("model.norm", partial(RMSNorm, config.hidden_size, config.rms_norm_eps))
     return [embedding, *layers, norm, head]
 

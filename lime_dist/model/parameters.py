@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.architecture import Sizes, architecture_of, chunk_ends
+from lime_dist.model.architecture import CHUNKS, Sizes, architecture_of, chunk_ends
 from lime_dist.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT
 
 NORM_WEIGHT = "model.norm.weight"
@@ -31,5 +31,5 @@ def layer_parameters(config: ModelConfig, layer: int) -> Sizes:
     architecture = architecture_of(config)
     sizes = {f"model.layers.{layer}.{name}": size for name, size in architecture.layer_parameters(layer).items()}
     if (chunk := chunk_ends(config).get(layer)) is not None:
-        sizes[f"model.history.chunks.{chunk.index}.weight"] = architecture.summary_parameters(chunk)
+        sizes[f"{CHUNKS}{chunk.index}.weight"] = architecture.summary_parameters(chunk)
     return sizes

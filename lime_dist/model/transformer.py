@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lime_dist.config.precision import accumulation_itemsize
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import Flops, Group, Sizes
 
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens"
 EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
 HEAD_WEIGHT = "lm_head.weight"
-
-
-def accumulation_itemsize(itemsize: int) -> int:
-    """Bytes per element of what is computed in at least float32, in a run whose precision has ``itemsize`` bytes."""
-    return max(itemsize, 4)
 
 
 # -- parameters -----------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class MicroBatchBytes:
         layers, inner = range(model.num_hidden_layers), range(1, model.num_hidden_layers)
         size, wire = ITEM_BYTES[config.precision], ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
         tokens = config.train.micro_batch_size * config.data.sequence_length
-        entry = cost.entry_width(model) * tokens * size
+        entry = architecture_of(model).entry_width * tokens * size
         payload = [cost.payload_bytes(model, boundary, tokens, size) for boundary in inner]
         # A payload in another type is converted, and also kept until its gradient is sent.
         converted = [0 if wire == size else each * wire // size for each in payload]

@@ -31,8 +31,10 @@ class ProcessGroups:
 
 def tied_communicators(module: LimePipelineModule) -> dict[str, dict[str, Any]]:
     """By exported name: DeepSpeed's group, ranks and module of a weight that two stages share."""
-    shared = (comm for comm in module.tied_comms.values() if len(set(comm["ranks"])) > 1)
-    return dict(zip([EMBEDDING_WEIGHT], shared, strict=False))
+    for comm in module.tied_comms.values():
+        if len(set(comm["ranks"])) > 1:
+            return {EMBEDDING_WEIGHT: comm}  # the only weight that can be tied
+    return {}
 
 
 def stage_process_groups(module: LimePipelineModule) -> ProcessGroups:

@@ -13,6 +13,7 @@ import pytest
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
+from lime_dist.model.parameters import layer_parameters
 from lime_dist.pipeline.partition import TOLERANCE, balance, compute_costs, memory_costs, range_sums, stage_bounds
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
 
@@ -120,7 +121,7 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
     size, parameter = {"fp32": (4, 16), "bf16": (2, 18)}[config.precision]
     checkpointing = config.parallel.activation_checkpointing
     kept = sum(cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers)
-    parameters = sum(cost.count_layer_parameters(model, layer) for layer in layers)
+    parameters = sum(sum(layer_parameters(model, layer).values()) for layer in layers)
     has_embedding = stage == 0
     if stage == 0:
         kept += cost.embedding_activation_bytes(tokens)

@@ -108,8 +108,8 @@ class LimeConfig(Section):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> LimeConfig:
-        for chosen, keys_of in ((self.routes, ROUTES_KEYS), (self.router, ROUTER_KEYS)):
-            name = "routes" if keys_of is ROUTES_KEYS else "router"
+        for name, keys_of in (("routes", ROUTES_KEYS), ("router", ROUTER_KEYS)):
+            chosen = getattr(self, name)
             for choice, keys in keys_of.items():
                 for key in keys:
                     value = getattr(self, key)

@@ -8,16 +8,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.architecture import Architecture, Group
-from lime_dist.model.layout import Chunk, summarised_chunks
+from lime_dist.model.architecture import CHUNKS, Architecture, Group, chunk_ends
+from lime_dist.model.layout import Chunk
 from lime_dist.model.policies import Entry, HistoryPolicy, make_policy
 from lime_dist.model.transformer import shared_parameter_group
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CHUNKS = "model.history.chunks."
-"""Prefix of the exported names of chunk summaries."""
 
 
 class Lime(Architecture):
@@ -34,9 +31,9 @@ class Lime(Architecture):
         return make_policy(self.config.lime)
 
     @cached_property
-    def chunks(self) -> dict[int, Chunk]:
+    def chunks(self) -> Mapping[int, Chunk]:
         """The chunks that are summarised, by their last layer."""
-        return {chunk.layers[-1]: chunk for chunk in summarised_chunks(self.policy, self.config.num_hidden_layers)}
+        return chunk_ends(self.config)
 
     @abstractmethod
     def reads(self, layer: int) -> tuple[Entry, ...]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lime_dist.model.architecture import ExportFormat, Flops, Sizes
-from lime_dist.model.architectures.lime.lime import CHUNKS, Lime, router_name
+from lime_dist.config.precision import accumulation_itemsize
+from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes
+from lime_dist.model.architectures.lime.lime import Lime, router_name
 from lime_dist.model.layout import BLOCK, StageLayout, live_entries
 from lime_dist.model.policies import Entry
 from lime_dist.model.transformer import (
     Activations,
-    accumulation_itemsize,
     initialise_shared,
     norm_activations,
     norm_parameters,
