@@ -148,7 +148,7 @@ def router_picture(run: RunFolder, name: str) -> str:
     except LimeError as error:
         return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: {error}.')}</div>"
     if not weights:
-        reason = architecture_of(config).router_map_obstacle
+        reason = architecture_of(config).router_map_obstacle or "it has no routers"
         return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: {reason}.')}</div>"
 
     from lime_dist.monitor.routers import entropy, router_map, self_retrieval

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lime_dist.config.precision import ITEM_BYTES
+from lime_dist.config.precision import ITEM_BYTES, accumulation_itemsize
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.architecture import Sizes, architecture_of, chunk_ends
@@ -153,7 +153,7 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     """
     model, checkpointing = config.model, config.parallel.activation_checkpointing
     size, tokens = ITEM_BYTES[config.precision], config.train.micro_batch_size * config.data.sequence_length
-    accumulation_bytes = max(size, 4)
+    accumulation_bytes = accumulation_itemsize(size)
     stream = tokens * model.hidden_size * size
     feed_forward = tokens * model.intermediate_size * size
     embedding = model.vocab_size * model.hidden_size * size
