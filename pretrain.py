@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from lime_dist import load_config
+from lime_dist.commands import CommandParser
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.schema import Config
 from lime_dist.distributed import check_versions, is_main_process, quiet, start_processes, together, world_size
@@ -45,9 +46,7 @@ A run whose folder (run.directory) holds checkpoints resumes from the newest who
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="pretrain.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="pretrain.py", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's messages")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it

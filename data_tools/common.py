@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import threading
@@ -13,16 +12,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lime_dist.commands import CommandParser
 from lime_dist.errors import LimeError
 
 
-def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+def command_parser(name: str, description: str, example: str) -> CommandParser:
     """Return a parser whose --help ends with an example."""
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=f"python -m data_tools.{name}",
         description=description,
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
+from lime_dist.commands import CommandParser
 from lime_dist.errors import LimeError, run_command
 
 EXAMPLE = """example:
@@ -61,11 +61,10 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m lime_dist.evaluate``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m lime_dist.evaluate",
         description=__doc__,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
     parser.add_argument("--data", required=True, type=Path, help="folder of shards with the model's tokenizer")

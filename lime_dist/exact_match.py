@@ -3,7 +3,6 @@ answers."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lime_dist.commands import CommandParser
 from lime_dist.errors import LimeError, run_command
 
 if TYPE_CHECKING:
@@ -190,11 +190,10 @@ def exact_match(
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m lime_dist.exact_match``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m lime_dist.exact_match",
         description=__doc__,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
     parser.add_argument("--data", required=True, type=Path, help="folder of shards with the model's tokenizer")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lime_dist.commands import CommandParser
 from lime_dist.errors import LimeError, run_command
 from lime_dist.export.exported import open_export, require_transformers
 
@@ -73,11 +74,10 @@ def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m lime_dist.generate``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m lime_dist.generate",
         description=__doc__,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
     parser.add_argument("--prompt", required=True, help="text to continue; empty: start a new text")

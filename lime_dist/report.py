@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lime_dist.commands import CommandParser
 from lime_dist.errors import LimeError, run_command
 from lime_dist.model.architecture import architecture_of
 from lime_dist.monitor.charts import COLOURS, Line, bar_chart, heat_map, legend, line_chart
@@ -35,10 +36,7 @@ SMALL = (520, 185)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m lime_dist.report", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = CommandParser(prog="python -m lime_dist.report", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--output", type=Path, default=Path("report.html"), help="HTML file to write (default: %(default)s)"

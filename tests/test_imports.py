@@ -17,6 +17,7 @@ SOURCES = [path for package in ("lime_dist", "data_tools") for path in sorted((R
 ALLOWED: dict[str, str] = {
     "lime_dist": "config model",
     "lime_dist.errors": "",
+    "lime_dist.commands": "",
     "lime_dist.contract": "",
     "lime_dist.distributed": "errors contract",
     "lime_dist.config": "errors",
@@ -30,7 +31,7 @@ ALLOWED: dict[str, str] = {
     "lime_dist.plan": "errors config data model pipeline",
     "lime_dist.doctor": "errors distributed contract config data model pipeline plan",
     "lime_dist.analysis": "errors config data model checkpoint monitor export",
-    "data_tools": "errors data",
+    "data_tools": "errors commands data",
 }
 """What the files of a package may import: packages and modules of `lime_dist` by their short names, and `data_tools`. Its own
 files are always allowed, and so is `lime_dist` itself, for the version."""

@@ -25,6 +25,7 @@ from lime_dist.analysis.pictures import (
 from lime_dist.analysis.representations import EntropyByLayer, representations
 from lime_dist.analysis.routes import DynamicWeights, frequent_types, routes_of
 from lime_dist.analysis.words import MIN_OCCURRENCES, Occurrences, WordStates, count_words, find_words, word_tokens
+from lime_dist.commands import CommandParser
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.files import json_bytes, write_atomic
 from lime_dist.errors import LimeError, run_command
@@ -178,11 +179,10 @@ def analyse(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m lime_dist.analysis``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m lime_dist.analysis",
         description=__doc__,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "models", nargs="+", type=Path, metavar="MODEL", help="the --output of lime_dist.checkpoint.export"

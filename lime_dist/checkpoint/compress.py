@@ -10,7 +10,6 @@ complete it to an orthonormal set; training can use them.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from lime_dist.checkpoint.reading import Weights, load_decoder, read_weights
 from lime_dist.checkpoint.writing import write_checkpoint
+from lime_dist.commands import CommandParser
 from lime_dist.config.load import dump_config, make_config
 from lime_dist.config.schema import Config
 from lime_dist.data.answers import find_answers
@@ -169,11 +169,10 @@ def compress(
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m lime_dist.checkpoint.compress``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m lime_dist.checkpoint.compress",
         description="Compress the full history of a trained model into a bounded one, by a low-rank fit of its routers.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--checkpoint", required=True, type=Path, help="run folder, its checkpoints, or one global_stepN"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+from lime_dist.commands import CommandParser
 from lime_dist.errors import run_command
 from lime_dist.export.exporting import export
 
@@ -15,12 +15,11 @@ EXAMPLE = """example:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m lime_dist.checkpoint.export``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m lime_dist.checkpoint.export",
         description="Write a checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, modelling code.\n"
         "Nothing is written unless its logits equal the trainer's.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--checkpoint",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from lime_dist.commands import CommandParser
 from lime_dist.config.load import load_config
 from lime_dist.errors import run_command
 from lime_dist.export.importing import import_model
@@ -17,12 +17,11 @@ EXAMPLE = """example:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m lime_dist.checkpoint.importing``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m lime_dist.checkpoint.importing",
         description="Write an exported model or a Hugging Face LLaMA as the checkpoint of step 0 of a run. pretrain.py resumes\n"
         "from it. The configuration must have the original's shape. Nothing is written unless the logits agree.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, type=Path, help="folder with config.json and safetensors")
     parser.add_argument(

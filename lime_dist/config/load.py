@@ -5,18 +5,17 @@ An error is one line with the key, its value, where it was given, and what to do
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lime_dist.config.schema import Config
+from lime_dist.config.unknown_keys import advice, first_leaf
 from lime_dist.errors import LimeError
 
 
@@ -72,7 +71,8 @@ def make_config(values: dict[str, Any], source: str, overrides: Sequence[str] = 
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()  # a misspelt key says more than the required one that is then missing
+        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
         key = [str(part) for part in first["loc"]]
         for item in overrides:
             given = item.partition("=")[0].split(".")
@@ -128,33 +128,9 @@ def _explain(error: ErrorDetails, source: str) -> str:
     key = ".".join(str(part) for part in error["loc"])
     value = error["input"]
     if error["type"] == "extra_forbidden":
-        known = _known_keys(Config)
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        last = key.rsplit(".", 1)[-1]
-        same_leaf = difflib.get_close_matches(last, [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.75)
-        if same_leaf:
-            nearest = difflib.get_close_matches(
-                key, [name for name in known if name.rsplit(".", 1)[-1] == same_leaf[0]], n=1, cutoff=0.0
-            )
-        return f"unknown key {key}={value!r} in {source}; the nearest valid key is {nearest[0]}"
+        key, value = first_leaf(key, value)
+        return f"unknown key {key}={value!r} in {source}; {advice(key)}"
     if error["type"] == "value_error":  # raised by the schema's validators, which name the keys themselves
         return f"{error['msg'].removeprefix('Value error, ')} (in {source})"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{key}={value!r} in {source}: {message}"
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        for inner in _sections_in(field.annotation):
-            keys.extend(_known_keys(inner, f"{prefix}{name}."))
-    return keys
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [section for option in get_args(annotation) for section in _sections_in(option)]
-    return []

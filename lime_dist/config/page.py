@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import types
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from lime_dist.commands import CommandParser
 from lime_dist.config.registry import Registry
 from lime_dist.config.schema import HISTORY_KEYS, Config, HistoryConfig
 from lime_dist.errors import run_command
@@ -36,10 +36,9 @@ BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Print docs/configuration.md: every configuration key with its type, default and description.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(arguments)
     print(make_page(), end="")

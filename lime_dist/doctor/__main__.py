@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lime_dist.commands import CommandParser
 from lime_dist.doctor import facts, ring
 from lime_dist.errors import LimeError, run_command
 
@@ -22,11 +23,10 @@ Environment variables as for launch/multinode.sh: MASTER_ADDR, MASTER_PORT, NCCL
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m lime_dist.doctor",
         description="Find problems that would spoil a long job before it starts.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file that configures the run; required")
     parser.add_argument("--hostfile", type=Path, help="lines 'HOST slots=N'; without one, only this machine is checked")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lime_dist.commands import CommandParser
 from lime_dist.config.load import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
@@ -30,10 +31,7 @@ operations were fused), transfers and reductions. Left out: the optimizer's upda
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m lime_dist.plan", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = CommandParser(prog="python -m lime_dist.plan", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--stages", type=int, metavar="P", help="parallel.pipeline_stages")
     parser.add_argument(
@@ -64,6 +62,10 @@ def main() -> None:
     arguments = parse()
     overrides = list(arguments.overrides)
     if arguments.stages is not None:
+        if any(item.startswith("parallel.pipeline_stages=") for item in overrides):
+            raise LimeError(
+                f"--stages {arguments.stages} and parallel.pipeline_stages=… say the same; give one of them"
+            )
         overrides.append(f"parallel.pipeline_stages={arguments.stages}")
     config = load_config(arguments.config, overrides)
     processes = config.parallel.pipeline_stages if arguments.processes is None else arguments.processes

@@ -10,6 +10,9 @@ from pydantic import ValidationError
 from lime_dist import load_config
 from lime_dist.config.deepspeed import batch_split, deepspeed_config
 from lime_dist.config.load import dump_config
+from lime_dist.config.schema import Config
+from lime_dist.config.synonyms import NOTES, SYNONYMS, UNSUPPORTED
+from lime_dist.config.unknown_keys import known_keys
 from lime_dist.errors import LimeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +64,95 @@ def test_an_invalid_override_is_reported_in_one_line(override: str, line: str) -
     with pytest.raises(LimeError) as caught:
         load_config(None, [override])
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "valid"),
+    [
+        ("optimizer.learning_rate", "optimizer.lr"),  # Hugging Face
+        ("train.gradient_accumulation_steps", "train.global_batch_size (accumulation follows"),
+        ("train.max_steps", "train.steps"),
+        ("train.num_train_epochs", "train.steps (it counts optimizer steps)"),
+        ("train.per_device_train_batch_size", "train.micro_batch_size"),
+        ("train.gradient_checkpointing", "parallel.activation_checkpointing"),
+        ("train.save_total_limit", "train.keep_last"),
+        ("train.eval_steps", "train.evaluation_interval"),
+        ("optimizer.lr_scheduler_type", "optimizer.schedule"),
+        ("optimizer.warmup_ratio", "optimizer.warmup_steps (it counts optimizer steps)"),
+        ("output_dir", "run.directory"),
+        ("train.bf16", "precision"),
+        ("bf16.enabled", "precision"),
+        ("model.max_position_embeddings", "data.sequence_length"),
+        ("model.num-layers", "model.num_hidden_layers"),  # Megatron
+        ("model.ffn_hidden_size", "model.intermediate_size"),
+        ("model.num_query_groups", "model.num_key_value_heads"),
+        ("model.rotary_base", "model.rope_theta"),
+        ("train.train_iters", "train.steps"),
+        ("optimizer.clip-grad", "optimizer.max_grad_norm"),
+        ("optimizer.lr_warmup_iters", "optimizer.warmup_steps"),
+        ("optimizer.lr_decay_style", "optimizer.schedule"),
+        ("optimizer.adam_beta2", "optimizer.betas (write both"),
+        ("data.seq_length", "data.sequence_length"),
+        ("parallel.pipeline_model_parallel_size", "parallel.pipeline_stages"),
+        ("parallel.use_distributed_optimizer", "parallel.zero_stage"),
+        ("parallel.recompute_granularity", "parallel.activation_checkpointing"),
+        ("model.dim", "model.hidden_size"),  # torchtitan
+        ("model.n_kv_heads", "model.num_key_value_heads"),
+        ("training.local_batch_size", "train.micro_batch_size"),
+        ("training.seq_len", "data.sequence_length"),
+        ("training.max_norm", "optimizer.max_grad_norm"),
+        ("parallelism.pipeline_parallel_degree", "parallel.pipeline_stages"),
+        ("checkpoint.interval", "train.checkpoint_interval"),
+        ("checkpoint.async_mode", "checkpoint.asynchronous"),
+        ("checkpoint.keep_latest_k", "train.keep_last"),
+        ("validation.freq", "train.evaluation_interval"),
+        ("validation.steps", "train.evaluation_samples"),
+        ("activation_checkpoint.mode", "parallel.activation_checkpointing"),
+        ("job.dump_folder", "run.directory"),
+        ("metrics.log_freq", "train.log_interval"),
+        ("zero_optimization.stage", "parallel.zero_stage"),  # DeepSpeed
+        ("gradient_clipping", "optimizer.max_grad_norm"),
+        ("optim.lr", "optimizer.lr"),  # a valid name in another section
+        ("training.steps", "train.steps"),
+        ("lime.history.policy", "model.lime.history.policy"),
+        ("optimizer.learning_rte", "optimizer.lr"),  # misspelt
+        ("train.gradient_acumulation_step", "train.global_batch_size"),
+        ("train.evaluation_sample", "train.evaluation_samples"),
+        ("optimizer.betsa", "optimizer.betas"),
+        ("optimizer.min_rl", "optimizer.min_lr"),
+        ("monitor.routr_layer", "monitor.router_layer"),
+    ],
+)  # fmt: skip
+def test_the_names_of_other_trainers_and_misspelt_ones_lead_to_the_key(key: str, valid: str) -> None:
+    with pytest.raises(LimeError) as caught:
+        load_config(None, [f"{key}=1"])
+    rest = str(caught.value).removeprefix(f"unknown key {key}=1 in the command line; the nearest valid key is ")
+    assert rest == valid or rest.startswith(valid if "(" in valid else f"{valid} (")
+
+
+def test_the_names_of_what_is_not_supported_say_so() -> None:
+    with pytest.raises(LimeError, match="tensor, sequence and context parallelism are not supported"):
+        load_config(None, ["parallel.tensor_model_parallel_size=2"])
+    with pytest.raises(LimeError, match="number of replicas follows from the number of processes"):
+        load_config(None, ["parallel.data_parallel_size=2"])
+
+
+def test_synonyms_lead_to_keys_that_exist_from_names_that_do_not() -> None:
+    valid = set(known_keys())
+    assert {key for key in SYNONYMS.values() if key not in valid} == set()
+    assert {name for name in (*SYNONYMS, *UNSUPPORTED) if name in valid and "." in name} == set()
+    assert set(NOTES) <= set(SYNONYMS) and not set(SYNONYMS) & set(UNSUPPORTED)
+    sections = {key.partition(".")[0] for key in SYNONYMS.values()}
+    assert sections == {field for field in Config.model_fields}
+
+
+def test_an_unknown_key_of_a_blend_leads_to_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  blend:\n    - {path: a, wieght: 1}\n")
+    with pytest.raises(
+        LimeError, match=r"unknown key data\.blend\.0\.wieght=1 in .*; the nearest valid key is data\.blend\.weight"
+    ):
+        load_config(path)
 
 
 @pytest.mark.parametrize(
