@@ -46,7 +46,8 @@ def check_versions() -> None:
 def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
     """Join the launcher's process group (deepspeed, torchrun); without a launcher, create a group of one process.
 
-    CPU processes on one machine share its cores evenly unless OMP_NUM_THREADS is set.
+    CPU processes on one machine share its cores evenly unless OMP_NUM_THREADS is set. On GPUs, partial sums of bf16 products
+    are not rounded to bf16: torch allows that by default, for products that cuBLAS splits along their inner dimension.
 
     Args:
         patience: timeout in seconds of each operation of the group.
@@ -56,6 +57,7 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     environment.setdefault("LOCAL_RANK", "0")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     on_gpu = torch.cuda.is_available() and environment.get("DS_ACCELERATOR", "cuda") == "cuda"
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"

@@ -103,6 +103,11 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
     return result
 
 
+def rounds_partial_sums() -> bool:
+    """Return whether bf16 products on GPUs may round partial sums to bf16."""
+    return bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+
+
 def compiled_operation() -> object:
     """Return the operation that DeepSpeed's backend compiled when the processes started, if any."""
     from deepspeed.comm import comm
