@@ -15,6 +15,7 @@
 #   LIME_VENV        the virtual environment (default: .venv in the repository)
 #   LIME_PYTHON      the interpreter that creates it (default: python3); needs Python >= 3.10
 #   DS_ACCELERATOR   DeepSpeed's accelerator (default: cpu where torch sees fewer CUDA devices than processes)
+#   LIME_BACKEND     nccl or gloo (default: nccl on GPUs, gloo on CPUs); with gloo, processes may share a GPU
 #   OMP_NUM_THREADS  threads per process (default: cores / processes)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -194,6 +195,7 @@ with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     print(torch.cuda.device_count(), probe.getsockname()[1])')"
   read -r cuda_devices port <<<"$probe"
+  if [[ "${LIME_BACKEND:-}" == gloo ]] && ((cuda_devices > 0)); then cuda_devices="$processes"; fi
   if [[ -z "${DS_ACCELERATOR:-}" ]] && ((cuda_devices < processes)); then
     export DS_ACCELERATOR=cpu
   fi

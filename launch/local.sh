@@ -19,6 +19,7 @@
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
 #   LIME_PYTHON        the interpreter that creates it (default: python3); needs Python >= 3.10
 #   DS_ACCELERATOR     DeepSpeed's accelerator (default: cpu where torch sees fewer CUDA devices than PROCESSES)
+#   LIME_BACKEND       nccl or gloo (default: nccl on GPUs, gloo on CPUs); with gloo, processes may share a GPU
 #   OMP_NUM_THREADS    threads per process (default: cores / PROCESSES)
 #
 # Exit status: that of pretrain.py; 2 for a mistake in the call, with a one-line message.

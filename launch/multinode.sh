@@ -17,14 +17,15 @@
 # The repository, the virtual environment, CONFIG, the shards and the run folder must have the same path on all hosts. ssh
 # and pdsh must work without a password.
 #
-# Variables. A variable is sent to all hosts if its name begins with NCCL, GLOO, TORCH, UCX, OMP or PYTHON or is listed in
-# LIME_EXPORT. So are the variables in ~/.deepspeed_env and ./.deepspeed_env.
+# Variables. A variable is sent to all hosts if its name begins with NCCL, GLOO, TORCH, UCX, OMP or PYTHON, is DS_ACCELERATOR or
+# LIME_BACKEND, or is listed in LIME_EXPORT. So are the variables in ~/.deepspeed_env and ./.deepspeed_env.
 #
 #   NCCL_SOCKET_IFNAME the network interface between the hosts, on GPUs (default: NCCL guesses)
 #   GLOO_SOCKET_IFNAME the same on CPUs (default: the interface whose address the host's name resolves to)
 #   MASTER_ADDR        the first host's address on that network (default: the first of `hostname -I` there)
 #   MASTER_PORT        a free port on that host (default: 29500); two runs on the same hosts need different ports
 #   DS_ACCELERATOR     DeepSpeed's accelerator (default: cuda where torch sees GPUs, else cpu)
+#   LIME_BACKEND       nccl or gloo (default: nccl on GPUs, gloo on CPUs)
 #   OMP_NUM_THREADS    threads per process (default on CPUs: cores / processes of the host)
 #   LIME_EXPORT        names of other variables to send to the hosts, for example "LD_LIBRARY_PATH"
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
@@ -63,7 +64,7 @@ exported_variables() {
     sed -nE 's/^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*=.*)$/\2/p' "${files[@]}"
   fi
   for name in $(compgen -e); do
-    if [[ "$name" =~ ^(NCCL|GLOO|TORCH|UCX|OMP)_ || "$name" == DS_ACCELERATOR || " ${LIME_EXPORT:-} " == *" $name "* ]]; then
+    if [[ "$name" =~ ^(NCCL|GLOO|TORCH|UCX|OMP)_ || "$name" =~ ^(DS_ACCELERATOR|LIME_BACKEND)$ || " ${LIME_EXPORT:-} " == *" $name "* ]]; then
       line="$name=${!name}"
       [[ "$line" != *[\"\$\`\\]* && "$line" != *$'\n'* ]] ||
         fail "$name cannot be sent to the hosts: its value has a quote, \$, \`, \\ or a newline"

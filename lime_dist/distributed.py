@@ -15,6 +15,9 @@ import torch.distributed as dist
 
 from lime_dist.contract import SUPPORTED, disable_compiled_operations, quiet_logger, unsupported
 from lime_dist.errors import LimeError
+from lime_dist.host_staging import stage_on_host
+
+BACKENDS = ("gloo", "nccl")
 
 T = TypeVar("T")
 
@@ -48,9 +51,14 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
 
     CPU processes on one machine share its cores evenly unless OMP_NUM_THREADS is set. On GPUs, partial sums of bf16 products
     are not rounded to bf16: torch allows that by default, for products that cuBLAS splits along their inner dimension.
+    CPU processes on one machine share its cores evenly unless OMP_NUM_THREADS is set. GPUs communicate with NCCL. With
+    LIME_BACKEND=gloo they communicate through host memory, and several processes may share a GPU.
 
     Args:
         patience: timeout in seconds of each operation of the group.
+
+    Raises:
+        LimeError: a process has no GPU, or LIME_BACKEND names a backend that it cannot use.
     """
     environment = os.environ
     if "RANK" not in environment:
@@ -64,6 +72,10 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
         if "OMP_NUM_THREADS" not in environment:
             local = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world_size())
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    backend = choose_backend(on_gpu)
+    if on_gpu and backend == "gloo":
+        environment["LOCAL_RANK"] = str(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
+        stage_on_host()
     with quiet(verbose):
         import deepspeed
         from deepspeed.accelerator import get_accelerator
@@ -73,15 +85,31 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
             if int(environment["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise LimeError(
                     f"process {environment['LOCAL_RANK']} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                    "launch one process per GPU, or set DS_ACCELERATOR=cpu"
+                    "launch one process per GPU, or set LIME_BACKEND=gloo to share GPUs, or DS_ACCELERATOR=cpu"
                 )
             get_accelerator().set_device(int(environment["LOCAL_RANK"]))
         deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
+            dist_backend=backend,
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=patience),
             verbose=verbose,
         )
+
+
+def choose_backend(on_gpu: bool) -> str:
+    """The backend of all process groups: LIME_BACKEND, or NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        LimeError: LIME_BACKEND names a backend that these processes cannot use.
+    """
+    chosen = os.environ.get("LIME_BACKEND") or ("nccl" if on_gpu else "gloo")
+    if chosen not in BACKENDS:
+        raise LimeError(f"LIME_BACKEND={chosen} is not one of {', '.join(BACKENDS)}")
+    if chosen == "nccl" and not on_gpu:
+        raise LimeError(
+            "LIME_BACKEND=nccl needs GPUs, and these processes run on the CPU; leave it out or set it to gloo"
+        )
+    return chosen
 
 
 @contextlib.contextmanager

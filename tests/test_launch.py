@@ -147,7 +147,7 @@ def test_what_is_sent_to_the_hosts(environment: dict[str, str]) -> None:
     Path(environment["HOME"], ".deepspeed_env").write_text("A=1\n\n# comment\nexport B=two words\nOMP_NUM_THREADS=1\n")
     more = {
         "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "LD_LIBRARY_PATH": "/x",
-        "LIME_EXPORT": "LD_LIBRARY_PATH", "DS_ACCELERATOR": "cpu", "SECRET": "s", "MASTER_ADDR": "10.0.0.1",
+        "LIME_EXPORT": "LD_LIBRARY_PATH", "DS_ACCELERATOR": "cpu", "LIME_BACKEND": "gloo", "SECRET": "s", "MASTER_ADDR": "10.0.0.1",
         "MASTER_PORT": "4242", "PDSH_SSH_ARGS_APPEND": "-p 2222",
     }  # fmt: skip
     done = run(environment, "multinode.sh", "launch/hostfile.example", CONFIG, "--verbose", "train.steps=3", **more)
@@ -160,7 +160,8 @@ def test_what_is_sent_to_the_hosts(environment: dict[str, str]) -> None:
     assert pdsh.startswith("pdsh: -p 2222 -oServerAliveInterval=15")
     assert variables[:3] == ["A=1", "B=two words", "OMP_NUM_THREADS=1"]
     assert sorted(variables[3:]) == [
-        "DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "LD_LIBRARY_PATH=/x", "NCCL_DEBUG=INFO", "OMP_NUM_THREADS=2",
+        "DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "LD_LIBRARY_PATH=/x", "LIME_BACKEND=gloo", "NCCL_DEBUG=INFO",
+        "OMP_NUM_THREADS=2",
     ]  # fmt: skip
     refused = run(environment, "multinode.sh", "launch/hostfile.example", CONFIG, NCCL_DEBUG_FILE="a$b")
     assert refused.returncode == 2 and refused.stderr.startswith("error: NCCL_DEBUG_FILE cannot be sent to the hosts")

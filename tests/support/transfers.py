@@ -136,3 +136,37 @@ def train_with_interruptions(values: dict[str, Any], folder: str) -> list[float]
         Saver(Path(folder), config, 100, optimizer, engine.stage_id, replica).save(state)
         engine.evaluate(rank_batches(config, 100, replica, width, 2), config.train.global_batch_size // 2 // width, 2)
     return losses + losses_of(config, engine, range(2, 4))
+
+
+def steps_through_host_memory(values: dict[str, Any]) -> tuple[list[float], list[float], int, int]:
+    """Return the losses of two steps without and with host staging of all tensors, and how many tensors were then copied for a
+    send and after a receive."""
+    import torch.distributed as dist
+
+    from lime_dist import host_staging
+
+    config, engine, _ = build(values)
+    direct = losses_of(config, engine, range(2))
+    names = ("send", "recv", "isend", "irecv")
+    before, is_off_host = {name: getattr(dist, name) for name in names}, host_staging.is_off_host
+    counts = dict.fromkeys(names, 0)
+
+    def counting(name: str) -> Any:
+        def call(tensor: Any, *arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return before[name](tensor, *arguments, **options)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    host_staging.is_off_host = lambda tensor: True
+    host_staging.stage_on_host()
+    try:
+        config, engine, _ = build(values)
+        staged = losses_of(config, engine, range(2))
+    finally:
+        host_staging.is_off_host = is_off_host
+        for name in names:
+            setattr(dist, name, before[name])
+    return direct, staged, counts["send"] + counts["isend"], counts["recv"] + counts["irecv"]
