@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,6 +88,9 @@ def train(config: Config, verbose: bool) -> None:
     replicas, _ = batch_split(config, torch.distributed.get_world_size())
     with contextlib.ExitStack() as held:
         data = open_run_data(config, replicas)
+        for line in notes(config, data):
+            console.say(line)
+        config = data.settled(config)
         together(lambda: hold_directory(directory, held))
         with quiet(verbose):
             engine, optimizer = build_engine(config, verbose, data.counted_shares)
@@ -103,6 +106,17 @@ def train(config: Config, verbose: bool) -> None:
             console.say(run.records.problem)
         if outcome.stopped_by is None:
             report(run, data, outcome, files.metrics)
+
+
+def notes(config: Config, data: RunData) -> Iterator[str]:
+    """What to say of the configuration before anything is built: doubtful settings, and how an open one was settled."""
+    from lime_dist.data.doubtful import doubtful_settings
+    from lime_dist.data.run_data import describe_evaluation
+
+    for line in doubtful_settings(config):
+        yield f"warning: {line}"
+    if (settled := describe_evaluation(config, data.evaluation_samples, data.replicas)) is not None:
+        yield settled
 
 
 @dataclass(frozen=True)

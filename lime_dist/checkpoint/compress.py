@@ -142,7 +142,7 @@ def compress(
     length = config.data.sequence_length
     _, order = open_training(config.data, config.model.vocab_size)
     validation = open_validation(config.data, config.model.vocab_size)
-    samples = samples or min(config.train.evaluation_samples, validation.num_samples(length)) or 1
+    samples = samples or min(config.train.evaluation_samples_or_default, validation.num_samples(length)) or 1
     answers = find_answers(validation, config.data.answer_token)
     share = answers.share(validation, length, samples) if answers is not None else None
     new_weights, fits = compress_weights(compressed, weights)

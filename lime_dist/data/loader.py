@@ -223,15 +223,17 @@ class ValidationBatches:
         wide = micro_batch_size * data_parallel_size
         available = split.num_samples(sequence_length)
         if evaluation_samples < 1 or evaluation_samples % wide:
+            below = max(0, evaluation_samples) // wide * wide
+            nearest = f"{below} or {below + wide}" if below else f"{wide}, or 0 for no validation"
             raise LimeError(
                 f"train.evaluation_samples={evaluation_samples} is no multiple of train.micro_batch_size="
-                f"{micro_batch_size} times the data-parallel width {data_parallel_size}; use a multiple of {wide}"
+                f"{micro_batch_size} times the data-parallel width {data_parallel_size}; give {nearest}"
             )
         if evaluation_samples > available:
             raise LimeError(
                 f"train.evaluation_samples={evaluation_samples}, but {split.path} has {available} {split.split} "
-                f"samples of {sequence_length} tokens; use at most {available // wide * wide}, or pretokenize with a "
-                "larger --validation-fraction"
+                f"samples of {sequence_length} tokens; use at most {available // wide * wide}, or give more validation text "
+                "(--validation-fraction of data_tools.pretokenize, data.validation_fraction of a .bin/.idx pair)"
             )
         self._split, self._sequence_length, self._answers = split, sequence_length, answers
         self._samples = rank_positions(0, evaluation_samples, micro_batch_size, data_parallel_rank, data_parallel_size)

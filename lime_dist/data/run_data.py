@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lime_dist.config.schema import Config
+from lime_dist.config.sections.train import EVALUATION_SAMPLES
 from lime_dist.data.answers import MEASURED_SAMPLES, Answers, CountedShares, find_answers
 from lime_dist.data.blend import open_training, open_validation
 from lime_dist.data.dataset import Samples
@@ -27,6 +28,7 @@ class RunData:
         answers: which labels the loss counts; None: all.
         counted_shares: of all labels, those that the loss counts.
         sequence_length: tokens of a sample.
+        evaluation_samples: samples of a validation.
         replicas: data-parallel width.
     """
 
@@ -40,6 +42,11 @@ class RunData:
     micro_batch_size: int
     evaluation_samples: int
     replicas: int
+
+    def settled(self, config: Config) -> Config:
+        """The configuration with the number of validation samples that the run uses."""
+        train = config.train.model_copy(update={"evaluation_samples": self.evaluation_samples})
+        return config.model_copy(update={"train": train})
 
     def train_batches(self, replica: int, consumed_samples: int) -> TrainBatches:
         """The training stream of a replica, from the step after ``consumed_samples`` samples on."""
@@ -73,14 +80,19 @@ def open_run_data(config: Config, replicas: int) -> RunData:
     together(lambda: _check_vocabulary(vocab_size, training.vocab_size, str(training.path)))
     answers = together(lambda: find_answers(training, config.data.answer_token))
 
-    def open_and_check_validation() -> Samples | None:
-        if not settings.evaluation_samples:
-            return None
+    def open_and_check_validation() -> tuple[Samples | None, int]:
+        if settings.evaluation_samples == 0:
+            return None, 0
         split = open_validation(config.data, vocab_size)
-        ValidationBatches(split, length, settings.evaluation_samples, settings.micro_batch_size, 0, replicas, answers)
-        return split
+        samples, wide = settings.evaluation_samples, settings.micro_batch_size * replicas
+        if samples is None:
+            samples = default_evaluation_samples(split.num_samples(length), wide)
+            if not samples:
+                return None, 0
+        ValidationBatches(split, length, samples, settings.micro_batch_size, 0, replicas, answers)
+        return split, samples
 
-    validation = together(open_and_check_validation)
+    validation, evaluation_samples = together(open_and_check_validation)
 
     def measure_shares() -> CountedShares:
         if answers is None:
@@ -88,7 +100,7 @@ def open_run_data(config: Config, replicas: int) -> RunData:
         in_training = answers.share(training, length, order.num_samples, MEASURED_SAMPLES)
         if validation is None:
             return CountedShares(in_training)
-        return CountedShares(in_training, answers.share(validation, length, settings.evaluation_samples))
+        return CountedShares(in_training, answers.share(validation, length, evaluation_samples))
 
     return RunData(
         training=training,
@@ -99,9 +111,32 @@ def open_run_data(config: Config, replicas: int) -> RunData:
         counted_shares=together(measure_shares),
         sequence_length=length,
         micro_batch_size=settings.micro_batch_size,
-        evaluation_samples=settings.evaluation_samples,
+        evaluation_samples=evaluation_samples,
         replicas=replicas,
     )
+
+
+def default_evaluation_samples(available: int, wide: int) -> int:
+    """Samples of a validation if the configuration does not say: `EVALUATION_SAMPLES`, as far as the run allows.
+
+    Args:
+        available: samples of the validation split.
+        wide: samples of one micro-batch of all replicas.
+
+    Returns:
+        A multiple of ``wide``; 0 if not even one micro-batch is available.
+    """
+    return min(max(EVALUATION_SAMPLES, wide), available) // wide * wide
+
+
+def describe_evaluation(config: Config, evaluation_samples: int, replicas: int) -> str | None:
+    """A line about how many samples a validation has, if the configuration leaves that open and it is not the usual number."""
+    if config.train.evaluation_samples is not None or evaluation_samples == EVALUATION_SAMPLES:
+        return None
+    each = f"train.micro_batch_size={config.train.micro_batch_size} × {replicas} replicas"
+    if not evaluation_samples:
+        return f"no validation: the validation split has no full micro-batch of all replicas ({each}); give more validation text"
+    return f"validations have {evaluation_samples} samples, a multiple of {each} that the split allows"
 
 
 def _check_vocabulary(model_size: int, tokenizer_size: int | None, path: str) -> None:

@@ -141,7 +141,7 @@ def make_certificate(
         "tokenizer": prove_tokenizer(folder, text),
         "training": {
             "sequence_length": config.data.sequence_length,
-            "evaluation_samples": config.train.evaluation_samples,
+            "evaluation_samples": config.train.evaluation_samples_or_default,
             "answer_token": config.data.answer_token,
         },
         "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()},

@@ -187,6 +187,16 @@ def test_a_batch_that_cannot_be_divided() -> None:
         batch_split(config, 3)
 
 
+def test_a_default_does_not_stop_a_run_over_a_key_that_nobody_set() -> None:
+    """A default gives way where a key that was set would make it impossible; a value that was set does not."""
+    assert load_config(None, ["optimizer.lr=1e-7"]).optimizer.min_lr == 1e-7
+    assert load_config(None, ["model.lime.history={policy: chunked, chunk_size: 1}"]).model.lime.history.first == 1
+    with pytest.raises(LimeError, match="optimizer.min_lr=1e-06 is above optimizer.lr=1e-07"):
+        load_config(None, ["optimizer.lr=1e-7", "optimizer.min_lr=1e-6"])
+    with pytest.raises(LimeError, match="model.lime.history.first=2 is more than the 1 layers of a chunk"):
+        load_config(None, ["model.lime.history={policy: chunked, chunk_size: 1, first: 2}"])
+
+
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValidationError):
         load_config(None).train.steps = 3

@@ -134,8 +134,12 @@ def test_validation_is_the_same_samples_in_order_every_time(split: TokenSplit) -
 
 
 def test_an_impossible_validation_is_refused(split: TokenSplit) -> None:
-    with pytest.raises(LimeError, match=r"evaluation_samples=10 is no multiple of .*micro_batch_size=4"):
+    with pytest.raises(
+        LimeError, match=r"evaluation_samples=10 is no multiple of .*micro_batch_size=4.*; give 8 or 12$"
+    ):
         ValidationBatches(split, LENGTH, 10, 4, 0, 1)
+    with pytest.raises(LimeError, match=r"evaluation_samples=5 is no multiple of .*; give 12, or 0 for no validation$"):
+        ValidationBatches(split, LENGTH, 5, 4, 0, 3)
     with pytest.raises(LimeError, match=r"has 40 train samples of 8 tokens; use at most 36"):
         ValidationBatches(split, LENGTH, 48, 6, 0, 2)
     with pytest.raises(LimeError, match="evaluation_samples=0"):

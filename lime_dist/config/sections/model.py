@@ -52,6 +52,9 @@ class HistoryConfig(Section):
             HISTORY_KEYS.get(values.get("policy", "full"), {}) if isinstance(values.get("policy", ""), str) else {}
         )
         given = {key: value for key, value in values.items() if value is not None}
+        size = given.get("chunk_size")
+        if "chunk_size" in defaults and isinstance(size, int):  # a default does not forbid small chunks
+            defaults = {**defaults, "first": min(defaults["first"], max(size, 0))}
         return {**defaults, **given}
 
     @model_validator(mode="after")

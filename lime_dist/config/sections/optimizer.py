@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
@@ -29,7 +29,9 @@ class OptimizerConfig(Section):
         1e-2, gt=0, description="peak learning rate of routers, chunk summaries and dynamic connection weights"
     )
     min_lr: float = Field(
-        1e-6, ge=0, description="final value of `lr`; `router_lr` falls by the same factor, `min_lr / lr`"
+        1e-6,
+        ge=0,
+        description="final value of `lr`; `router_lr` falls by the same factor, `min_lr / lr`. By default `lr` if that is smaller",
     )
     warmup_steps: int = Field(200, ge=0, description="steps over which learning rates rise linearly to their peak")
     weight_decay: float = Field(
@@ -42,6 +44,16 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(
         1.0, gt=0, description="global gradient norm above which gradients are scaled down to it"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small_lr(cls, values: Any) -> Any:
+        """The default of ``min_lr`` does not forbid a smaller ``lr``."""
+        if isinstance(values, dict) and "min_lr" not in values:
+            lr = values.get("lr")
+            if isinstance(lr, float) and 0 < lr < cls.model_fields["min_lr"].default:
+                return {**values, "min_lr": lr}
+        return values
 
     @model_validator(mode="after")
     def _ordered(self) -> OptimizerConfig:

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from lime_dist.config.sections.base import Section
 
+EVALUATION_SAMPLES = 64
+"""Samples per validation if ``train.evaluation_samples`` is null and nothing else is known of the run."""
+
 
 class BatchRampConfig(Section):
     """A batch that grows in equal steps from `start` to `train.global_batch_size`."""
@@ -33,7 +36,12 @@ class TrainConfig(Section):
     )
     micro_batch_size: int = Field(2, ge=1, description="samples per micro-batch of one replica")
     evaluation_interval: int = Field(100, ge=0, description="steps between validations; 0 validates only at the end")
-    evaluation_samples: int = Field(64, ge=0, description="samples per validation; 0 turns validation off")
+    evaluation_samples: int | None = Field(
+        None,
+        ge=0,
+        description="samples per validation, a multiple of `micro_batch_size` times the number of replicas; 0 turns validation "
+        "off; `null` takes about 64, as the multiples and the split allow",
+    )
     checkpoint_interval: int = Field(100, ge=0, description="steps between checkpoints; 0 saves only at the end")
     keep_last: int | None = Field(3, ge=1, description="number of newest checkpoints to keep; `null` keeps all")
     keep_every: int | None = Field(
@@ -67,6 +75,11 @@ class TrainConfig(Section):
                 f"train.global_batch_size={self.global_batch_size}"
             )
         return self
+
+    @property
+    def evaluation_samples_or_default(self) -> int:
+        """Samples per validation, as far as the configuration alone says; a run may use fewer or more if it is null."""
+        return EVALUATION_SAMPLES if self.evaluation_samples is None else self.evaluation_samples
 
 
 class CheckpointConfig(Section):
