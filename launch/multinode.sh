@@ -17,8 +17,8 @@
 # The repository, the virtual environment, CONFIG, the shards and the run folder must have the same path on all hosts. ssh
 # and pdsh must work without a password.
 #
-# Variables. A variable is sent to all hosts if its name begins with NCCL, GLOO, TORCH, UCX, OMP or PYTHON, is DS_ACCELERATOR or
-# LIME_BACKEND, or is listed in LIME_EXPORT. So are the variables in ~/.deepspeed_env and ./.deepspeed_env.
+# Variables. A variable is sent to all hosts if its name begins with CUDA_, GLOO_, NCCL_, OMP_, PYTHON, PYTORCH_, TORCH_ or UCX_,
+# is DS_ACCELERATOR or LIME_BACKEND, or is listed in LIME_EXPORT. So are the variables in ~/.deepspeed_env and ./.deepspeed_env.
 #
 #   NCCL_SOCKET_IFNAME the network interface between the hosts, on GPUs (default: NCCL guesses)
 #   GLOO_SOCKET_IFNAME the same on CPUs (default: the interface whose address the host's name resolves to)
@@ -54,25 +54,33 @@ while read -r host slots rest; do
 done < <(cat "$hostfile" && echo)
 [[ -n "$hosts" ]] || fail "$hostfile lists no host"
 
-# DeepSpeed reads the variables to send from a file. Blank lines, comments and `export` in it make DeepSpeed fail.
-exported_variables() {
-  local name line files=()
+# Lines NAME=VALUE of the launcher's files. Blank lines, comments and `export` in them make DeepSpeed fail.
+listed_variables() {
+  local name files=()
   for name in "$HOME/.deepspeed_env" .deepspeed_env; do
     if [[ -f "$name" ]]; then files+=("$name"); fi
   done
   if ((${#files[@]})); then
     sed -nE 's/^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*=.*)$/\2/p' "${files[@]}"
   fi
+}
+
+sent_names() {
+  local name
   for name in $(compgen -e); do
-    if [[ "$name" =~ ^(NCCL|GLOO|TORCH|UCX|OMP)_ || "$name" =~ ^(DS_ACCELERATOR|LIME_BACKEND)$ || " ${LIME_EXPORT:-} " == *" $name "* ]]; then
-      line="$name=${!name}"
-      [[ "$line" != *[\"\$\`\\]* && "$line" != *$'\n'* ]] ||
-        fail "$name cannot be sent to the hosts: its value has a quote, \$, \`, \\ or a newline"
-      printf '%s\n' "$line"
+    if [[ "$name" =~ ^(CUDA|GLOO|NCCL|OMP|PYTORCH|TORCH|UCX)_ || "$name" =~ ^(DS_ACCELERATOR|LIME_BACKEND)$ || " ${LIME_EXPORT:-} " == *" $name "* ]]; then
+      [[ "${!name}" != *$'\n'* ]] || fail "$name cannot be sent to the hosts: its value has a newline"
+      printf '%s\n' "$name"
     fi
   done
 }
-variables="$(exported_variables)"
+
+# DeepSpeed writes a value with special characters between double quotes, and pdsh replaces %h, %u, %n and %%.
+quoted() { # quoted VALUE
+  sed -e 's/[\\"$`]/\\&/g' -e 's/%/%%/g' <<<"$1"
+}
+listed="$(listed_variables)"
+names="$(sent_names)"
 
 command=("$bin/deepspeed")
 take_quiet "${arguments[@]}"
@@ -81,7 +89,9 @@ if [[ -n "${MASTER_ADDR:-}" ]]; then command+=(--master_addr "$MASTER_ADDR"); fi
 command+=("$root/pretrain.py" "${arguments[@]}")
 
 if $dry_run; then
-  show_hosts "$hosts" "$counts" "cd $PWD; $(tr '\n' ' ' <<<"$variables")$bin/python -u $root/pretrain.py ${arguments[*]}"
+  variables="${listed:+${listed//$'\n'/ } }"
+  for name in $names; do variables+="$(printf '%s=%q ' "$name" "${!name}")"; done
+  show_hosts "$hosts" "$counts" "cd $PWD; $variables$bin/python -u $root/pretrain.py ${arguments[*]}"
   echo "started here by: ${command[*]}"
   exit 0
 fi
@@ -91,7 +101,10 @@ prepare
 
 file="$(mktemp)"
 trap 'rm -f "$file"' EXIT
-printf '%s\n' "$variables" | sed '/^$/d' >"$file"
+{
+  if [[ -n "$listed" ]]; then printf '%s\n' "$listed"; fi
+  for name in $names; do printf '%s=%s\n' "$name" "$(quoted "${!name}")"; done
+} >"$file"
 export DS_ENV_FILE="$file"
 # Without these options ssh waits for hours for a host that has disappeared, and the other hosts cannot end.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -oServerAliveInterval=15 -oServerAliveCountMax=3"

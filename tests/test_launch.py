@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/quickstart.yaml"
@@ -163,8 +165,9 @@ def test_what_is_sent_to_the_hosts(environment: dict[str, str]) -> None:
         "DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "LD_LIBRARY_PATH=/x", "LIME_BACKEND=gloo", "NCCL_DEBUG=INFO",
         "OMP_NUM_THREADS=2",
     ]  # fmt: skip
-    refused = run(environment, "multinode.sh", "launch/hostfile.example", CONFIG, NCCL_DEBUG_FILE="a$b")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: NCCL_DEBUG_FILE cannot be sent to the hosts")
+    refused = run(environment, "multinode.sh", "launch/hostfile.example", CONFIG, NCCL_DEBUG_FILE="a\nb")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: NCCL_DEBUG_FILE cannot be sent to the hosts: its value has a newline\n"
     without = {
         **environment,
         "PATH": environment["PATH"].replace(str(Path(environment["REQUEUED"]).parent / "bin"), "/none"),
@@ -172,6 +175,26 @@ def test_what_is_sent_to_the_hosts(environment: dict[str, str]) -> None:
     if subprocess.run(["bash", "-c", "command -v pdsh"], env=without, capture_output=True, check=False).returncode:
         done = run(without, "multinode.sh", "launch/hostfile.example", CONFIG)
         assert done.returncode == 2 and done.stderr.startswith("error: pdsh is not installed here")
+
+
+def test_values_arrive_unchanged(environment: dict[str, str]) -> None:
+    """From this shell through the launcher's file, DeepSpeed's quotes and pdsh to the shell of a host."""
+    sent = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_DEBUG_FILE": "/tmp/nccl.%h.%p.100%%", "NCCL_IB_HCA": "^mlx5_0,=mlx5_1:1",
+        "OMP_PLACES": "{0:4}, {4:4}", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:512",
+        "PYTORCH_ALLOC_CONF": "", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": """it's "a" $HOME `id` \\ ; & path""", "UCX_TLS": "tcp",
+    }  # fmt: skip
+    unsent = {"PYTORCHX": "1", "CUDAX": "1", "MY_CUDA_HOME": "1"}
+    done = run(environment, "multinode.sh", "launch/hostfile.example", CONFIG, **sent, **unsent)
+    assert done.returncode == 0, done.stderr
+    runner = PDSHRunner(argparse.Namespace(user_args=[], user_script=""), "")
+    for line in done.stdout.splitlines()[3:]:
+        runner.add_export(*line.split("=", maxsplit=1))
+    assert set(runner.exports) == set(sent)
+    exports = "".join(f"export {name}={value}; " for name, value in runner.exports.items())
+    arrived = re.sub("%(.)", lambda match: {"%": "%", "h": "node1", "u": "root", "n": "0"}[match[1]], exports)
+    printed = subprocess.check_output(["bash", "-c", f"{arrived} env -0"], env={"PATH": os.environ["PATH"]}, text=True)
+    assert sent.items() <= dict(line.split("=", maxsplit=1) for line in printed.split("\0") if line).items()
 
 
 # -- Slurm ------------------------------------------------------------------------------------------------------------
