@@ -96,6 +96,8 @@ def train(config: Config, verbose: bool) -> None:
             engine, optimizer = build_engine(config, verbose, data.counted_shares)
         resumed = resume(config, data, optimizer, console)
         files = together(lambda: open_run_files(directory, config, resumed.state.step))
+        if files.metrics is not None and (damaged := files.metrics.damaged):
+            console.say(f"{files.metrics.path}: {damaged} unreadable line(s) dropped, left by a crash")
         run = assemble(config, data, engine, optimizer, resumed, files.records, console)
         announce(run, data, resumed.state)
         try:

@@ -84,7 +84,10 @@ class Duplicates:
 
 def hashed(folder: Path, unit: Unit) -> bool:
     """Whether an earlier, interrupted run has left a unit's hashes; files get this name only when complete."""
-    return _hashes_path(folder, unit.index).exists()
+    try:
+        return bool(np.load(_hashes_path(folder, unit.index), mmap_mode="r").dtype == HASH_RECORD)
+    except (OSError, ValueError, EOFError):  # there is none, or a crash has damaged it
+        return False
 
 
 def find_duplicates(folder: Path, units: int) -> int:

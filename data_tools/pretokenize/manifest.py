@@ -13,7 +13,7 @@ from data_tools.pretokenize.units import rejection_error
 from data_tools.sources.tally import Rejection
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
-from lime_dist.data.files import json_bytes, read_json, sha256_file, sync_folder, write_atomic
+from lime_dist.data.files import json_bytes, read_json, read_json_lines, sha256_file, sync_folder, write_atomic
 from lime_dist.data.indexed import pair_paths, smallest_dtype
 from lime_dist.errors import LimeError
 
@@ -35,6 +35,7 @@ class Manifest:
 
     def __init__(self, folder: Path, header: dict[str, Any], fresh: bool) -> None:
         self.folder, self.header, self._path = folder, header, folder / UNITS_FILE
+        self._told = False  # that unreadable lines were dropped
         if fresh:
             (folder / DATASET_FILE).unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
@@ -48,24 +49,31 @@ class Manifest:
             )
 
     def _recorded_header(self) -> dict[str, Any] | None:
+        header, _ = self._read()
         if (self.folder / DATASET_FILE).exists():
-            description = read_json(self.folder / DATASET_FILE, "add --fresh to write the dataset again")
-            return {key: description.get(key) for key in self.header}
-        return next(iter(self._lines()), None)
-
-    def _lines(self) -> list[Any]:
-        """The complete lines; a kill may have left the last one incomplete."""
-        lines = []
-        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-        return lines
+                description = read_json(self.folder / DATASET_FILE, "add --fresh to write the dataset again")
+            except LimeError:
+                if header is None:
+                    raise
+                return header  # a crash has damaged dataset.json: `finish` writes it again
+            return {key: description.get(key) for key in self.header}
+        return header
+
+    def _read(self) -> tuple[dict[str, Any] | None, list[Result]]:
+        """The header, and the results of units; without a readable header, which must come first, there are none."""
+        lines, dropped = read_json_lines(self._path)
+        if dropped and not self._told:
+            print(f"{self._path}: {dropped} unreadable line(s) dropped, left by a crash")
+            self._told = True
+        objects = [line for _, line in lines]
+        if not objects or not isinstance(objects[0].get("settings"), dict):
+            return None, []
+        return objects[0], [line for line in objects[1:] if type(line.get("unit")) is int]
 
     def load(self, units: int) -> dict[int, Result]:
         """Return the results of the units whose shards all match the recorded hashes, and keep only these in the file."""
-        results = {result["unit"]: result for result in self._lines()[1:] if 0 <= result["unit"] < units}
+        results = {result["unit"]: result for result in self._read()[1] if 0 <= result["unit"] < units}
         verified = {unit: result for unit, result in sorted(results.items()) if self._holds(result)}
         self.write(verified.values())
         return verified

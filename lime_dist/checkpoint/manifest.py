@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from lime_dist.model.optimizer_states import States, optimizer_states
 
 MANIFEST, LATEST = "manifest.json", "latest"
 FORMAT = "lime_dist checkpoint 1"
+CHECKPOINT_NAME = re.compile(r"global_step(0|[1-9][0-9]{0,17})")
+"""Name of the folder of a checkpoint; the group is its step."""
 
 
 class _Strict(BaseModel):
@@ -54,6 +57,25 @@ class _Manifest(_Strict):
     layout: _Layout
     files: list[_File] = Field(min_length=1)
     checksum: str
+
+
+def read_latest(directory: Path) -> tuple[str | None, str | None]:
+    """The name of the checkpoint folder that ``latest`` gives.
+
+    Returns:
+        The name, None without a readable ``latest``; and what is wrong with the file, None: nothing, or there is none.
+    """
+    try:
+        name = (directory / LATEST).read_bytes().decode().strip()
+    except FileNotFoundError:
+        return None, None
+    except OSError as error:
+        return None, f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        return None, "cannot be read (it is not text)"
+    if CHECKPOINT_NAME.fullmatch(name) is None:
+        return None, f"names no checkpoint ({name[:40]!r})"
+    return name, None
 
 
 def make_manifest(

@@ -5,6 +5,7 @@ The trainer passes over a damaged checkpoint. Here the caller has asked for this
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lime_dist.checkpoint.manifest import LATEST, MANIFEST, read_manifest
+from lime_dist.checkpoint.manifest import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest, read_manifest
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.files import sha256_file
 from lime_dist.data.state import TrainState
@@ -37,7 +38,7 @@ def find_checkpoint(path: Path) -> Path:
 
     Args:
         path: such a folder; or a run folder or its ``checkpoints``, for the checkpoint that ``latest`` names or, without
-            ``latest``, the one with most steps.
+            ``latest`` or if it is damaged, which is said on stderr, the one with most steps.
 
     Raises:
         LimeError: there is no checkpoint.
@@ -45,16 +46,18 @@ def find_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    latest = folder / LATEST
-    if latest.is_file():
-        return folder / latest.read_text().strip()
-    names = [child.name.removeprefix("global_step") for child in folder.glob("global_step*")]
-    steps = [int(name) for name in names if name.isdecimal()]
+    name, problem = read_latest(folder)
+    if name is not None:
+        return folder / name
+    steps = [int(match[1]) for child in folder.glob("global_step*") if (match := CHECKPOINT_NAME.fullmatch(child.name))]
     if not steps:
         raise LimeError(
             f"{path}: no checkpoint there; give a run folder, its checkpoints folder, or one global_stepN in it"
         )
-    return folder / f"global_step{max(steps)}"
+    newest = folder / f"global_step{max(steps)}"
+    if problem is not None:
+        print(f"warning: {folder / LATEST} {problem}; reading {newest}", file=sys.stderr)
+    return newest
 
 
 def read_weights(path: str | Path) -> tuple[Config, TrainState, Weights]:

@@ -13,7 +13,6 @@ only; nothing is unpickled. `saver.py` writes checkpoints.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,13 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from lime_dist.checkpoint.folder import folder_name
-from lime_dist.checkpoint.manifest import LATEST, MANIFEST, read_manifest, saved_states
+from lime_dist.checkpoint.manifest import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest, read_manifest, saved_states
 from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.config.schema import Config
 from lime_dist.data.files import sha256_file
 from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree
 from lime_dist.model.optimizer_states import WEIGHT
-
-_NAME = re.compile(r"global_step(0|[1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,11 @@ class Checkpoint:
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps whose folders exist, whole or not, in ascending order."""
-    return sorted(int(match[1]) for path in directory.glob("global_step*") if (match := _NAME.fullmatch(path.name)))
+    return sorted(
+        int(match[1])
+        for path in directory.glob("global_step*")
+        if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()
+    )
 
 
 def find_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -105,16 +106,10 @@ def _read(path: Path) -> Any:
 def _candidates(directory: Path) -> tuple[list[int], int | None, str | None]:
     """Steps that have a folder; the step that ``latest`` names; what is wrong with ``latest``, unless there are no folders."""
     steps = saved_steps(directory)
-    try:
-        name = (directory / LATEST).read_text().strip()
-    except FileNotFoundError:
-        return steps, None, "is missing" if steps else None
-    except (OSError, ValueError) as error:
-        return steps, None, f"cannot be read ({error})"
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return steps, None, f"names no checkpoint ({name[:40]!r})"
-    step = int(match[1])
+    name, problem = read_latest(directory)
+    if name is None:
+        return steps, None, "is missing" if problem is None and steps else problem
+    step = int(name.removeprefix("global_step"))
     return (steps, step, None) if step in steps else (steps, None, f"names {name}, which does not exist")
 
 

@@ -54,11 +54,39 @@ def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise LimeError(f"{path}: no such file; {what_to_do}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise LimeError(f"{path}: cannot be read ({error}); {what_to_do}") from None
     if not isinstance(value, dict):
         raise LimeError(f"{path}: holds no JSON object; {what_to_do}")
     return value
+
+
+def read_json_lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
+    """Read a file of one JSON object a line that a crash may have damaged; a missing file has no lines.
+
+    A crash or a power cut can leave half a line, NUL bytes, foreign bytes, or half a character. Such lines are dropped.
+
+    Returns:
+        (line without its newline, its object) of each readable line, in order; and the number of lines that are not.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    whole: list[tuple[bytes, dict[str, Any]]] = []
+    dropped = 0
+    for raw in path.read_bytes().split(b"\n") if path.exists() else []:
+        line = raw.strip(b"\0 \t\r")
+        if not raw:
+            continue
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            whole.append((line, value))
+        else:
+            dropped += 1
+    return whole, dropped
 
 
 def sha256_file(path: Path) -> str:

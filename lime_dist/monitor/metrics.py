@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lime_dist.data.files import WholeAppends
+from lime_dist.data.files import WholeAppends, read_json_lines, write_atomic
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -19,11 +18,14 @@ class MetricsFile:
 
     Args:
         resumed_step: the step that the run resumes from; later records are removed, because a crash undid their steps.
+
+    Attributes:
+        damaged: number of lines that a crash left unreadable; they are removed.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        self._validations = _trim(path, resumed_step)
+        self._validations, self.damaged = _trim(path, resumed_step)
         self._file = WholeAppends(path)
 
     @property
@@ -54,7 +56,7 @@ class MetricsFile:
     def rewind(self, step: int) -> None:
         """Remove the records after ``step``, which training went back to."""
         self._file.flush()
-        self._validations = _trim(self.path, step)
+        self._validations, _ = _trim(self.path, step)
         self._file.close()
         self._file = WholeAppends(self.path)
 
@@ -68,21 +70,22 @@ def without_clock(record: dict[str, float | int]) -> dict[str, float | int]:
     return {key: value for key, value in record.items() if key not in timings and not key.startswith("seconds_")}
 
 
-def _trim(path: Path, last: int) -> dict[float, float]:
-    """Remove the records after step ``last`` and a truncated line; returns the validation losses that stay, by step."""
+def is_record(value: dict[str, Any]) -> bool:
+    """Whether a JSON object is a record: a whole ``step``, and numbers alone."""
+    return type(value.get("step")) is int and all(type(number) in (int, float) for number in value.values())
+
+
+def _trim(path: Path, last: int) -> tuple[dict[float, float], int]:
+    """Remove the records after step ``last`` and unreadable lines.
+
+    Returns:
+        The validation losses that stay, by step; and the number of unreadable lines.
+    """
     if not path.exists():
-        return {}
-    kept = [line for line in path.read_text().splitlines() if _step(line) <= last]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(partial, path)
-    records = map(json.loads, kept)
-    return {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
-
-
-def _step(line: str) -> float:
-    """The step of a line; infinity for a truncated line."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return {}, 0
+    lines, damaged = read_json_lines(path)
+    records = [(line, record) for line, record in lines if is_record(record)]
+    damaged += len(lines) - len(records)
+    kept = [(line, record) for line, record in records if record["step"] <= last]
+    write_atomic(path, b"".join(line + b"\n" for line, _ in kept))
+    return {record["step"]: record["validation_loss"] for _, record in kept if "validation_loss" in record}, damaged

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from pydantic import ValidationError
 
 from lime_dist.checkpoint.manifest import read_manifest
 from lime_dist.config.schema import ModelConfig
+from lime_dist.data.files import read_json_lines
 from lime_dist.errors import LimeError
 from lime_dist.model.architecture import architecture_of
+from lime_dist.monitor.metrics import is_record
 
 Record = dict[str, Any]
 
@@ -42,7 +43,7 @@ def read_run(path: Path) -> RunFolder:
     Raises:
         LimeError: ``path`` is not a run folder, or it has no record yet.
     """
-    records = list(_records(path / "metrics.jsonl", path))
+    records = _records(path / "metrics.jsonl", path)
     steps = [record for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
     if not steps and not validations:
@@ -50,24 +51,18 @@ def read_run(path: Path) -> RunFolder:
     return RunFolder(path, _settings(path / "config.yaml"), steps, validations)
 
 
-def _records(file: Path, run: Path) -> Iterator[Record]:
-    """The records of metrics.jsonl without a truncated last line."""
+def _records(file: Path, run: Path) -> list[Record]:
+    """The records of metrics.jsonl without the lines that a crash left unreadable; a warning says how many these are."""
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        ended = file.read_bytes()[-1:] in (b"", b"\n")
+        lines, damaged = read_json_lines(file)
     except OSError as error:
         raise LimeError(f"{run} is not a run folder: {file.name} cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record["step"], int):
-                raise ValueError
-        except (ValueError, KeyError):
-            if number == len(lines):  # no newline: a crash truncated it, or the run is writing it
-                return
-            raise LimeError(f"{file}, line {number} is not a record; repair or remove it") from None
-        yield record
+    records = [record for _, record in lines if is_record(record)]
+    damaged += len(lines) - len(records)
+    if damaged > (not ended):  # without a newline the run may be writing the last line
+        print(f"warning: {file}: {damaged} unreadable line(s) left out", file=sys.stderr)
+    return records
 
 
 def _settings(file: Path) -> dict[str, Any]:

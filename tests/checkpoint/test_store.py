@@ -14,6 +14,7 @@ from support.checkpoints import settings
 from support.workers import WorkerGroup
 
 from lime_dist.checkpoint.manifest import manifest_checksum, read_manifest
+from lime_dist.checkpoint.reading import find_checkpoint
 
 Workers = Callable[[int], WorkerGroup]
 FILES = ["manifest.json", "stage000-replica000.pt", "stage001-replica000.pt"]
@@ -226,3 +227,16 @@ def test_a_step_is_saved_again(workers: Workers, copy: Path) -> None:
     assert group.run("support.checkpoints.save", values=settings(), directory=str(copy), steps=[2]) == [[""], [""]]
     assert group.run("support.checkpoints.load", values=settings(), directory=str(copy)) == [2, 2]
     assert names(copy) == ["global_step1", "global_step2", "latest"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 20, b"global_step2\0\0", b"global_step\xff", b"\xe2\x82", b"global_step" + b"9" * 5000]
+)
+def test_a_damaged_latest_is_passed_over_by_trainer_and_commands(
+    workers: Workers, copy: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "latest").write_bytes(content)
+    step, lines = find(workers, copy)
+    assert step == 2 and len(lines) == 1 and lines[0].startswith(f"{copy}/latest ")
+    assert find_checkpoint(copy) == copy / "global_step2"
+    assert capsys.readouterr().err.startswith(f"warning: {copy}/latest ")

@@ -1,4 +1,4 @@
-"""Tests of the lock of a folder: one writer at a time."""
+"""Tests of the lock of a folder, and of files of lines that a crash has damaged."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.crashes import TAILS
 
-from lime_dist.data.files import lock_folder
+from lime_dist.data.files import lock_folder, read_json_lines
 from lime_dist.errors import LimeError
 
 
@@ -39,3 +40,18 @@ def test_an_error_releases_the_lock(tmp_path: Path) -> None:
         raise BlockingIOError("of the caller's own")
     with lock_folder(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS.keys())
+def test_whole_lines_before_and_behind_damage_are_kept(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b'{"a": 1}\n\n{"a": 2}\r\n' + tail + b'\n\0\0{"a": 3}')
+    lines, dropped = read_json_lines(path)
+    assert [value for _, value in lines] == [{"a": 1}, {"a": 2}, {"a": 3}]
+    assert [line for line, _ in lines] == [b'{"a": 1}', b'{"a": 2}', b'{"a": 3}']
+    assert dropped == len([line for line in tail.split(b"\n") if line])
+
+
+def test_an_empty_and_a_missing_file_have_no_lines(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert read_json_lines(tmp_path / "empty") == read_json_lines(tmp_path / "missing") == ([], 0)

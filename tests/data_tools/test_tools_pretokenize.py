@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.crashes import TAILS
 
 from data_tools import inspect
 from data_tools.pretokenize.__main__ import main as pretokenize
@@ -278,6 +279,55 @@ def test_a_complete_folder_that_lost_a_shard_is_repaired(
     pretokenize(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
     assert f"no longer complete: {victim}: missing" in capsys.readouterr().out
     assert content(copy) == content(dataset)
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS.keys())
+def test_what_a_crash_leaves_in_the_progress_file_is_dropped(
+    copy: Path, dataset: Path, corpus: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str], tail: bytes
+) -> None:
+    """The units around it are kept, and the result has the same bytes."""
+    header, first, *others = (copy / "units.ndjson").read_bytes().splitlines()
+    (copy / "units.ndjson").write_bytes(b"\n".join([header, first, tail, *others[1:]]))
+    (copy / "dataset.json").unlink()
+    pretokenize(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
+    said = capsys.readouterr().out
+    assert said.count("unreadable line(s) dropped") == 1
+    assert f"{len(others)} of {1 + len(others)} units are finished and intact" in said
+    assert content(copy) == content(dataset)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 50, b"\xe2\x82", b'{"format": "lime'])
+def test_a_damaged_description_or_header_is_written_again(
+    copy: Path, dataset: Path, corpus: Path, tokenizer_folder: Path, damage: bytes
+) -> None:
+    (copy / "dataset.json").write_bytes(damage)
+    pretokenize(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
+    assert content(copy) == content(dataset)
+    (copy / "dataset.json").unlink()
+    units = (copy / "units.ndjson").read_bytes().splitlines()
+    (copy / "units.ndjson").write_bytes(b"\n".join([damage, *units[1:]]))
+    pretokenize(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
+    assert content(copy) == content(dataset)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 50, "half"])
+def test_damaged_hashes_of_an_interrupted_run_are_made_again(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | str
+) -> None:
+    options = ["--workers", "1", "--drop-duplicates"]
+    pretokenize(arguments(corpus, tokenizer_folder, tmp_path / "whole", *options))
+
+    def interrupted(*_: object) -> None:
+        raise LimeError("interrupted")
+
+    with monkeypatch.context() as patch, pytest.raises(LimeError, match="interrupted"):
+        patch.setattr(Manifest, "publish", interrupted)
+        pretokenize(arguments(corpus, tokenizer_folder, tmp_path / "cut", *options))
+    victim = tmp_path / "cut/.duplicates/00000.npy"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2] if isinstance(damage, str) else damage)
+    pretokenize(arguments(corpus, tokenizer_folder, tmp_path / "cut", *options))
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
 def test_other_settings_or_inputs_in_a_used_folder_are_refused(

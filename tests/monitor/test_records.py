@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.crashes import TAILS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lime_dist.data.files import WholeAppends
@@ -81,6 +82,35 @@ def test_records_survive_a_full_disk_and_drop_undone_steps(tmp_path: Path) -> No
     assert [event.step for event in drawn] == list(range(1, 9))
     assert [event.value for event in drawn] == pytest.approx([loss for _, loss in wanted])
     assert events.Tags()["tensors"] == ["config/text_summary", "custom_scalars__config__"]
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS.keys())
+def test_what_a_crash_leaves_at_the_end_is_dropped(tmp_path: Path, tail: bytes) -> None:
+    """The records before it stay, a new one begins its own line, and the second start finds nothing to drop."""
+    path = tmp_path / "metrics.jsonl"
+    whole = b"".join(json.dumps(record(step)).encode() + b"\n" for step in range(1, 4))
+    path.write_bytes(whole + tail)
+    metrics = MetricsFile(path, 3)
+    assert metrics.damaged == len([line for line in tail.split(b"\n") if line])
+    metrics.write(record(4))
+    metrics.close()
+    assert path.read_bytes() == whole + json.dumps(record(4)).encode() + b"\n"
+    assert MetricsFile(path, 3).damaged == 0 and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS.keys())
+def test_tensorboard_shows_the_events_around_what_a_crash_left(tmp_path: Path, tail: bytes) -> None:
+    first = TensorBoardLog(tmp_path, "a: 1\n", 0)
+    first.write(record(1))
+    first.close()
+    with first.path.open("ab") as file:
+        file.write(tail)
+    os.rename(first.path, tmp_path / "events.out.tfevents.0000000001.host.1.0")  # of an earlier second
+    second = TensorBoardLog(tmp_path, "a: 1\n", 1)
+    second.write(record(2))
+    second.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
 
 
 def test_a_closed_output_does_not_stop_training(monkeypatch: pytest.MonkeyPatch) -> None:

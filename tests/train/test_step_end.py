@@ -109,6 +109,17 @@ def test_deepspeeds_own_schedule_stops_and_is_checked_too(workers: Workers, data
     assert error.startswith("step 1: the first and the last stage of replica 0 read different tokens for ")
 
 
+def test_what_a_crash_left_in_the_records_is_said_once(
+    workers: Workers, dataset: Path, straight: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n{"step": 21, "lo')
+    error, said = observe(workers, values=settings(dataset, run))
+    assert error == "" and said.count(f"{run}/metrics.jsonl: 2 unreadable line(s) dropped, left by a crash\n") == 1
+    assert numbers(run) == numbers(straight)
+
+
 # -- skipped updates ------------------------------------------------------------------------------------------------------
 
 
