@@ -7,12 +7,13 @@ Autograd keeps each copy for the gradient of the router, so L layers hold L·(L 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architectures.lime.kv.layer import KeyValueLayer
+from lime_dist.model.architectures.lime.kv.router import KeyValueRouter
 from lime_dist.model.decoder import Decoder, apply_head, embed
 from lime_dist.model.layers import language_model_loss
 
@@ -33,8 +34,9 @@ def copying_logits(decoder: Decoder, tokens_BT: Tensor) -> Tensor:
     return apply_head(config, norm, head, hidden)
 
 
-def copying_layer(layer: KeyValueLayer, x_BTD: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+def copying_layer(layer: nn.Module, x_BTD: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
     """Run one layer. ``history`` [ℓ·G, 2, N, d] holds the slots of the ℓ layers before it; it is returned with one more slot."""
+    assert isinstance(layer, KeyValueLayer)
     attention = layer.self_attn
     rotary = attention.rotary(x_BTD)
     batch, length, _ = x_BTD.shape
@@ -43,6 +45,7 @@ def copying_layer(layer: KeyValueLayer, x_BTD: Tensor, history: Tensor) -> tuple
     history = torch.cat([history, slot])
     mixed = slot
     if attention.router is not None:
+        assert isinstance(attention.router, KeyValueRouter)
         mixed = (attention.router.weight @ history.flatten(1)).view_as(slot)
     k_BGTd, v_BGTd = (t.view(-1, batch, length, attention.head_size).transpose(0, 1) for t in mixed.unbind(1))
     return layer.finish(x_BTD, q_BHTd, k_BGTd, v_BGTd, rotary), history

@@ -138,8 +138,8 @@ def _cable(host: Host, switch: Host, delay: float) -> Iterator[None]:
 @contextmanager
 def _helper(command: list[str]) -> Iterator[int]:
     """Start a process and wait until it is ready; yield its process number, and end it after the block."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*LIFELINE, *command], text=True, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*LIFELINE, *command], text=True, stdout=pipe, stderr=pipe) as process:
         try:
             assert process.stdout is not None and process.stderr is not None
             if process.stdout.readline() != "ready\n":

@@ -101,7 +101,7 @@ def time_instructions(engine: LimeEngine, taken: dict[str, list[float]]) -> None
     kinds = {"forward": schedule.ForwardPass, "backward": schedule.BackwardPass, "update": schedule.OptimizerStep}
     table = dict(engine._INSTRUCTION_MAP)
     table.update({kind: timed(table[kind], name) for name, kind in kinds.items()})
-    engine._INSTRUCTION_MAP = table
+    engine.__dict__["_INSTRUCTION_MAP"] = table  # of this engine alone
 
 
 def count_stock_bytes(counts: dict[str, int]) -> None:

@@ -84,7 +84,7 @@ class Study:
         deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
         pairs = [(name, seed) for seed in self.seeds for name in self.variants]
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda pair: self._run(*pair, deadline), pairs))
+            list(pool.map(lambda pair: self._run(pair[0], pair[1], deadline), pairs))
 
     def _run(self, name: str, seed: int, deadline: float) -> None:
         directory = self.folder(name, seed)

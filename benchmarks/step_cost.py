@@ -21,6 +21,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,7 @@ def build_subjects(
                 activation_checkpointing=arguments.checkpointing,
             )
         decoder = decoders[key]
-        copying = name == "copying"
-        subjects[name] = Subject(decoder, (lambda tokens, d=decoder: copying_logits(d, tokens)) if copying else decoder)
+        subjects[name] = Subject(decoder, partial(copying_logits, decoder) if name == "copying" else decoder)
     return subjects, results
 
 

@@ -51,8 +51,7 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
 
     CPU processes on one machine share its cores evenly unless OMP_NUM_THREADS is set. On GPUs, partial sums of bf16 products
     are not rounded to bf16: torch allows that by default, for products that cuBLAS splits along their inner dimension.
-    CPU processes on one machine share its cores evenly unless OMP_NUM_THREADS is set. GPUs communicate with NCCL. With
-    LIME_BACKEND=gloo they communicate through host memory, and several processes may share a GPU.
+    GPUs communicate with NCCL; with LIME_BACKEND=gloo through host memory, and then several processes may share a GPU.
 
     Args:
         patience: timeout in seconds of each operation of the group.

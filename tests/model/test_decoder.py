@@ -7,10 +7,10 @@ from functools import cache
 import pytest
 import torch
 from support import reference
-from support.cases import perturb
 from support.models import MODELS, small
 from torch import Tensor
 
+from benchmarks.equality import perturb
 from lime_dist import build_decoder
 from lime_dist.config.schema import LimeConfig, ModelConfig
 from lime_dist.model.architecture import GROUPS, architecture_of

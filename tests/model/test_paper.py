@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import reference
-from support.cases import perturb
 
+from benchmarks.equality import perturb
 from lime_dist import build_decoder, load_config
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import perturb
 from support.policies import POLICIES
 from torch import Tensor
 
+from benchmarks.equality import perturb
 from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import architecture_of

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracle
-from support.cases import random_batch
 from support.workers import WorkerGroup
 
+from benchmarks.equality import random_batch, train_one_process
 from lime_dist.config.load import make_config
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2}
@@ -37,7 +36,7 @@ def settings(micro_batch_size: int, precision: str, engine: str, **parallel: Any
 @cache
 def at_once(precision: str) -> dict[str, Any]:
     """Train one process, with the whole batch as one micro-batch."""
-    return oracle.train_steps(make_config(settings(8, precision, "overlap"), "a test"), STEPS, 8)
+    return train_one_process(make_config(settings(8, precision, "overlap"), "a test"), STEPS, 8)
 
 
 def test_micro_batches_hold_different_shares_of_answers() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support import oracle
 from support.policies import POLICIES
 from support.workers import WorkerGroup
 
+from benchmarks.equality import train_one_process
 from lime_dist.config.load import make_config
 
 STEPS = 5
@@ -78,7 +78,7 @@ def settings(model: str, heads: int, tied: bool, precision: str, **parallel: Any
 
 @cache
 def reference(text: str, steps: int, evaluation: int) -> dict[str, Any]:
-    return oracle.train_steps(make_config(yaml.safe_load(text), "a test"), steps, evaluation)
+    return train_one_process(make_config(yaml.safe_load(text), "a test"), steps, evaluation)
 
 
 def check_equal(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.cases import perturb
 
+from benchmarks.equality import perturb
 from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config, ModelConfig

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import torch
-from support.cases import rank_batches
 
+from benchmarks.equality import rank_batches
 from lime_dist.config.load import make_config
 
 
