@@ -1,9 +1,13 @@
-"""Bytes per element of the types of a run."""
+"""Bytes per element of the types of a run, and where its parameters may begin."""
 
 from __future__ import annotations
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 """Of weights and activations, by ``precision``."""
+
+ALIGNMENT = 128
+"""Parameters begin at multiples of so many bytes of the flat weights: the unit of a GPU's memory traffic, and what fast matrix
+products and collectives need of an address."""
 
 
 def accumulation_itemsize(itemsize: int) -> int:
@@ -14,3 +18,13 @@ def accumulation_itemsize(itemsize: int) -> int:
 def accumulation_bytes(precision: str) -> int:
     """Of accumulated gradients, master weights and optimizer states: these are held in at least float32."""
     return accumulation_itemsize(ITEM_BYTES[precision])
+
+
+def aligned(elements: int, itemsize: int) -> int:
+    """The least number of elements, at least ``elements``, after which the next parameter may begin.
+
+    Args:
+        itemsize: bytes per element of the weights.
+    """
+    unit = ALIGNMENT // itemsize
+    return -(-elements // unit) * unit

@@ -1,13 +1,14 @@
 """Bytes that the parameters of a stage take together with their gradients, master weights and optimizer states.
 
-`lime_dist.train.stage_optimizer` allocates them; which states there are is declared by the optimizer.
+`lime_dist.train.stage_optimizer` allocates them, with the padding between parameters; which states there are is declared by the
+optimizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from lime_dist.config.precision import ITEM_BYTES, accumulation_bytes
+from lime_dist.config.precision import ITEM_BYTES, accumulation_bytes, aligned
 from lime_dist.config.schema import Config
 from lime_dist.model.optimizer_states import optimizer_states
 from lime_dist.model.parameters import Sizes
@@ -20,7 +21,8 @@ def parameter_bytes(config: Config, sizes: Sizes) -> int:
     For ZeRO 0. With ZeRO 1 the replicas share the latter two.
     """
     everywhere = ITEM_BYTES[config.precision] + accumulation_bytes(config.precision)
-    return sum(sizes[name] * (everywhere + shared) for name, shared in _shared_bytes(config, sizes).items())
+    padded = _padded(config, sizes)
+    return sum(padded[name] * (everywhere + shared) for name, shared in _shared_bytes(config, sizes).items())
 
 
 def optimizer_bytes(config: Config, sizes: Sizes, tied: Set[str], replicas: int) -> tuple[int, int]:
@@ -32,12 +34,18 @@ def optimizer_bytes(config: Config, sizes: Sizes, tied: Set[str], replicas: int)
         sizes: number of elements of the stage's parameters.
         tied: parameters that another stage holds as well.
     """
-    total, shared = sum(sizes.values()), _shared_bytes(config, sizes)
+    padded, shared = _padded(config, sizes), _shared_bytes(config, sizes)
+    total = sum(padded.values())
     owners = replicas if config.parallel.zero_stage == 1 else 1
     held = [0] * owners
     for name, owner in assign_owners(sizes, owners, tied).items():
-        held[owner] += sizes[name] * shared[name]
+        held[owner] += padded[name] * shared[name]
     return total * ITEM_BYTES[config.precision], total * accumulation_bytes(config.precision) + max(held)
+
+
+def _padded(config: Config, sizes: Sizes) -> Sizes:
+    """Elements from the begin of each parameter to that of the next."""
+    return {name: aligned(size, ITEM_BYTES[config.precision]) for name, size in sizes.items()}
 
 
 def _shared_bytes(config: Config, names: Iterable[str]) -> dict[str, int]:

@@ -4,7 +4,8 @@ Which states are kept of a parameter and how one update is computed is the busin
 learning rates change over steps, of `lime_dist.train.learning_rates`.
 
 The same code serves fp32, bf16 and fp64, ZeRO 0 and 1. All parameters of a stage lie in flat buffers, in the order of
-`flat_layout`: by owner (the replica that updates them; with ZeRO 0 every replica owns everything), then by group.
+`flat_layout`: by owner (the replica that updates them; with ZeRO 0 every replica owns everything), then by group. Between them
+is padding, which is zero in all buffers and stays zero in updates.
 
     flat_weights    in the precision of the run; the model's parameters are views into it
     flat_gradients  float32 (float64 in fp64 runs); micro-batches are accumulated here
@@ -79,13 +80,13 @@ class StageOptimizer:
         owners = self._replicas if self.is_sharded else 1
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         states = {name: optimizer.states(name, groups[name]) for name in shapes}
-        self._places = place_parameters(shapes, groups, states, owners, process_groups.tied.keys())
+        first = next(iter(self.parameters.values()))
+        self._places = place_parameters(shapes, groups, states, owners, process_groups.tied.keys(), first.itemsize)
         self._ranges = owner_ranges(self._places, owners)
 
-        first = next(iter(self.parameters.values()))
         accumulation_dtype = torch.promote_types(first.dtype, torch.float32)
-        size = sum(parameter.numel() for parameter in self.parameters.values())
-        self.flat_weights = torch.empty(size, dtype=first.dtype, device=first.device)
+        size = self._ranges[-1][1]
+        self.flat_weights = torch.zeros(size, dtype=first.dtype, device=first.device)
         self.flat_gradients = torch.zeros(size, dtype=accumulation_dtype, device=first.device)
         self._move_parameters()
         begin, end = self._ranges[self._owner]
@@ -119,7 +120,7 @@ class StageOptimizer:
         offset, _ = self._ranges[self._owner]
         groups = []
         for (group, states), places in kinds.items():
-            begin, end = min(place.begin for place in places.values()), max(place.end for place in places.values())
+            begin, end = min(place.begin for place in places.values()), max(place.stop for place in places.values())
             weight = self.masters[begin - offset : end - offset]
             groups.append(
                 ParameterGroup(

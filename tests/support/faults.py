@@ -42,7 +42,7 @@ def poisoned_step(zero_stage: int) -> dict[str, Any]:
 
     def poisoned(loss: Any) -> None:
         if len(applied) == 1 and engine.is_last_stage() and engine.grid.get_data_parallel_rank() == 1:
-            optimizer.flat_gradients[-1] = math.inf
+            optimizer.gradient("model.norm.weight")[-1] = math.inf
         reduce(loss)
 
     optimizer.step, optimizer.reduce_gradients = recorded, poisoned

@@ -154,14 +154,15 @@ def test_a_checkpoint_holds_its_states_and_loads_on_other_layouts(
 
 
 def test_a_plan_counts_its_states(workers: Workers) -> None:
-    """Exactly, for a replica that owns matrices and other parameters; by hand: 4 bytes for each of weight, gradient and momentum."""
-    sizes = {"model.layers.0.mlp.up_proj.weight": 7, "model.norm.weight": 5}
+    """Exactly, for a replica that owns matrices and other parameters; by hand: 4 bytes for each of weight, gradient and momentum, and
+    every parameter fills a multiple of 128 bytes."""
+    sizes = {"model.layers.0.mlp.up_proj.weight": 64, "model.norm.weight": 5}
     run_values = {**settings(pipeline_stages=2, zero_stage=1), "precision": "fp32"}
     with registered():
         config = make_config(run_values, "a test")
-        assert parameter_bytes(config, sizes) == 7 * 12 + 5 * 8
+        assert parameter_bytes(config, sizes) == 64 * 12 + 32 * 8
         planned = forecast(config, Machine(1e12, 1e18, 1e12, 0.0), 4)
-    assert parameter_bytes(load_config(None), sizes) == 12 * 16, "AdamW has two states"
+    assert parameter_bytes(load_config(None), sizes) == (64 + 32) * 16, "AdamW has two states"
     measured = run(workers(4), "support.memory.measure_stage", values=run_values)
     for stage, expected in enumerate(planned.stages):
         static = max(result["static"] for result in measured if result["stage"] == stage)
