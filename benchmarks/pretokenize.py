@@ -76,7 +76,7 @@ def make_input(folder: Path, megabytes: int) -> None:
     subprocess.run(command, check=True, cwd=ROOT)
     paragraphs = [
         paragraph
-        for *_, text in documents(str(corpus), "text", Tally())
+        for *_, text in documents(list_inputs(str(corpus)), "text", Tally())
         for paragraph in text.split("\n\n")
         if paragraph.strip()
     ]
@@ -182,7 +182,7 @@ def main() -> None:
     make_input(given, arguments.megabytes)
     for model_type in ("bpe", "unigram"):
         make_tokenizer(work / model_type, given, model_type, arguments.vocab_size)
-    size = sum(len(text.encode()) for *_, text in documents(str(given), "text", Tally())) / 1e6
+    size = sum(len(text.encode()) for *_, text in documents(list_inputs(str(given)), "text", Tally())) / 1e6
     if arguments.memory_gigabytes:
         lines = measure_memory(work, given, size, arguments, settings, results)
     else:

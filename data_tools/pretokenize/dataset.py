@@ -24,7 +24,7 @@ from data_tools.pretokenize.pool import UnitPool
 from data_tools.pretokenize.units import Selection, Unit, plan_units
 from data_tools.sources.documents import documents
 from data_tools.sources.filters import Filter
-from data_tools.sources.inputs import fingerprint, list_inputs
+from data_tools.sources.inputs import InputFile, fingerprint, list_inputs
 from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer.round_trip import first_failure
@@ -35,14 +35,14 @@ TOKENIZER_FOLDER, SCRATCH, DUPLICATES = "tokenizer", ".scratch", ".duplicates"
 CHECKED_DOCUMENTS = 64
 
 
-def check_round_trip(given: str, selection: Selection, tokenizer: Tokenizer) -> None:
+def check_round_trip(given: str, files: list[InputFile], selection: Selection, tokenizer: Tokenizer) -> None:
     """Check, before anything is written, that the input has text and that its first documents survive encoding and decoding.
 
     Raises:
         LimeError: there is no text, or a text changes although its facts say that it is exact.
     """
     tally = Tally()
-    rows = documents(given, selection.text_column, tally, selection.filters)
+    rows = documents(files, selection.text_column, tally, selection.filters)
     texts = [text for *_, text in islice(rows, CHECKED_DOCUMENTS)]
     if not texts:
         reason = f"{tally.filtered} of {tally.rows} rows do not satisfy --where, and the others are empty or null"
@@ -96,7 +96,7 @@ def pretokenize(options: argparse.Namespace) -> None:
         if complete:
             print(f"dataset complete, reused: {output}")
             return
-        check_round_trip(options.input, selection, tokenizer)
+        check_round_trip(options.input, files, selection, tokenizer)
         tokenizer.copy_to(output / TOKENIZER_FOLDER)
         units = plan_units(files, options.text_column, options.shard_tokens)
         results = manifest.load(len(units))

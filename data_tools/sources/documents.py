@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_tools.sources.filters import Filter
-from data_tools.sources.inputs import InputFile, list_inputs
+from data_tools.sources.inputs import InputFile
 from data_tools.sources.jsonl import read_jsonl
 from data_tools.sources.parquet import read_parquet
 from data_tools.sources.tally import Tally
@@ -35,9 +35,9 @@ def read_file(
 
 
 def documents(
-    given: str, text_column: str, tally: Tally, filters: tuple[Filter, ...] = ()
+    files: list[InputFile], text_column: str, tally: Tally, filters: tuple[Filter, ...] = ()
 ) -> Iterator[tuple[str, int, str]]:
     """Yield (file name, row, text) of every document of an input, in order."""
-    for file in list_inputs(given):
+    for file in files:
         for row, text in read_file(file, text_column, tally, filters=filters):
             yield file.name, row, text

@@ -66,11 +66,23 @@ Documents = list[tuple[str, list[str]]]  # (url, docstrings) of one source file
 
 
 def source_files() -> list[tuple[str, str]]:
-    """(name relative to its root, path) of every Python file of the standard library and the installed packages."""
+    """(name relative to its root, path) of every Python file of the standard library and the installed packages.
+
+    Links are followed, each folder once. A folder that cannot be read is listed like a file.
+    """
     paths = sysconfig.get_paths()
     path_of: dict[str, str] = {}
+    visited: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        path_of[str(error.filename)] = str(error.filename)
+
     for root in dict.fromkeys((paths["stdlib"], paths["purelib"], paths["platlib"])):
-        for folder, inner, names in os.walk(root):
+        for folder, inner, names in os.walk(root, onerror=unreadable, followlinks=True):
+            if (real := os.path.realpath(folder)) in visited:
+                inner.clear()
+                continue
+            visited.add(real)
             top = folder == root
             inner[:] = [
                 name

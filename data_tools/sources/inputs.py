@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.sources.walk import ALL, is_folder, matching_files, special_file
 from lime_dist.errors import LimeError
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -71,32 +73,51 @@ class InputFile:
 
 
 def list_inputs(given: str) -> list[InputFile]:
-    """List the files of a folder (recursively), a glob, one file or a hub dataset, sorted by name.
+    """List the files of a folder (recursively), a glob, one file or a hub dataset, sorted by name; each real file once.
 
     Raises:
-        LimeError: there are none.
+        LimeError: there are none, or a link, a folder or a special file is in the way.
     """
-    kinds = ", ".join(SUFFIXES)
-    root = Path(given)
+    kinds, place = ", ".join(SUFFIXES), Path(given)
     if given.startswith("hub:"):
         files = _hub_files(given)
-    elif root.is_dir():
-        visible = (path for path in root.rglob("*") if "/." not in f"/{path.relative_to(root).as_posix()}")
-        files = [InputFile(str(path), path.relative_to(root).as_posix()) for path in visible if path.is_file()]
-    elif root.is_file():
-        files = [InputFile(given, root.name)]
+    elif os.path.lexists(place) and not is_folder(place):
+        files = [InputFile(given, place.name)]
+    elif place.is_dir():
+        files = _files_below(place, ALL)
     else:
-        matches = [path for path in map(Path, glob.glob(given, recursive=True)) if path.is_file()]
-        if not matches:
-            raise LimeError(f"--input {given}: no such file or folder, and no file matches; give one with {kinds}")
         # Names are relative to the last folder before the first wildcard, so that files in different folders keep
         # different names.
-        fixed = Path(*root.parts[: next(i for i, part in enumerate(root.parts) if glob.has_magic(part))])
-        files = [InputFile(str(path), path.relative_to(fixed).as_posix()) for path in matches]
+        fixed = next((i for i, part in enumerate(place.parts) if glob.has_magic(part)), len(place.parts) - 1)
+        files = _files_below(Path(*place.parts[:fixed]), place.parts[fixed:])
+        if not files:
+            raise LimeError(f"--input {given}: no such file or folder, and no file matches; give one with {kinds}")
     usable = sorted((file for file in files if file.name.endswith(SUFFIXES)), key=lambda file: file.name)
     if not usable:
         raise LimeError(f"--input {given}: no {kinds} among {len(files)} files; give text in one of these formats")
-    return usable
+    return usable if usable[0].is_remote else _each_once(usable)
+
+
+def _files_below(root: Path, pattern: Sequence[str]) -> list[InputFile]:
+    return [InputFile(str(path), path.relative_to(root).as_posix()) for path in set(matching_files(root, pattern))]
+
+
+def _each_once(files: list[InputFile]) -> list[InputFile]:
+    """Leave out further names of the same file, and say so; a name without a link comes before others.
+
+    Raises:
+        LimeError: a name is that of a pipe, a socket or a device.
+    """
+    names: dict[str, list[InputFile]] = {}
+    for file in files:
+        if kind := special_file(Path(file.path)):
+            raise LimeError(f"{file.path}: is {kind}, not a file; remove it, or give other files")
+        names.setdefault(os.path.realpath(file.path), []).append(file)
+    for real, several in names.items():
+        several.sort(key=lambda file: not real.endswith(f"/{file.name}"))
+        for other in several[1:]:
+            print(f"{other.path}: is the file {several[0].path}, which is read once")
+    return sorted((several[0] for several in names.values()), key=lambda file: file.name)
 
 
 def _hub_files(given: str) -> list[InputFile]:

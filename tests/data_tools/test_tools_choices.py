@@ -90,7 +90,7 @@ def test_a_condition_that_cannot_be_checked_is_reported(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b"], "language": ["en", "de"]}), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text('{"text": "a", "language": "en"}\n{"text": "b", "language": 7}\n')
     tally = Tally()
-    assert not list(documents(str(tmp_path), "text", tally, (Filter.parse("score>=3"),)))
+    assert not list(documents(list_inputs(str(tmp_path)), "text", tally, (Filter.parse("score>=3"),)))
     has = "no column 'score' (--where score>=3), it has text, language"
     assert [str(rejection) for rejection in tally.rejected] == [
         f"a.parquet: {has}",
@@ -98,7 +98,7 @@ def test_a_condition_that_cannot_be_checked_is_reported(tmp_path: Path) -> None:
         f"b.jsonl row 2: {has}",
     ]
     tally = Tally()
-    assert len(list(documents(str(tmp_path), "text", tally, (Filter.parse("language=en"),)))) == 2
+    assert len(list(documents(list_inputs(str(tmp_path)), "text", tally, (Filter.parse("language=en"),)))) == 2
     (bad,) = tally.rejected
     assert str(bad) == "b.jsonl row 2: column 'language' holds int, which language=en cannot be compared with"
 
@@ -107,7 +107,7 @@ def test_of_equal_texts_the_first_is_kept(corpus: Path, tmp_path: Path, run: Run
     """Across rows, files and formats, and independently of the number of workers."""
     given = tmp_path / "in"
     shutil.copytree(corpus, given)
-    texts = [text for *_, text in documents(str(corpus), "text", Tally())]
+    texts = [text for *_, text in documents(list_inputs(str(corpus)), "text", Tally())]
     again = [*texts[5:60], *texts[:40], "once", "twice", "twice"]
     (given / "z.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in again))
     options = ["--drop-duplicates", "--shard-tokens", "3000", "--validation-fraction", "0"]
@@ -183,10 +183,12 @@ def test_zstandard_in_several_frames_and_damaged(tmp_path: Path) -> None:
     data = pa.Codec("zstd").compress(lines.encode(), asbytes=True)
     path.write_bytes(data + data)
     tally = Tally()
-    assert [text for *_, text in documents(str(path), "text", tally)] == [f"line {i}" for i in range(500)] * 2
+    assert [text for *_, text in documents(list_inputs(str(path)), "text", tally)] == [
+        f"line {i}" for i in range(500)
+    ] * 2
     path.write_bytes((data + data)[:-9])
     tally = Tally()
-    assert 0 < len(list(documents(str(path), "text", tally))) < 1000
+    assert 0 < len(list(documents(list_inputs(str(path)), "text", tally))) < 1000
     assert "cannot be read from here on" in str(tally.rejected[0])
 
 

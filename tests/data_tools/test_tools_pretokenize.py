@@ -63,7 +63,7 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
 
 def test_every_document_occurs_once_in_its_split_and_in_order(dataset: Path, corpus: Path, trained: Tokenizer) -> None:
     facts = json.loads((dataset / "dataset.json").read_text())
-    texts = [text for *_, text in documents(str(corpus), "text", Tally())]
+    texts = [text for *_, text in documents(list_inputs(str(corpus)), "text", Tally())]
     for split in ("train", "validation"):
         expected = [text for text in texts if split_of(text.encode(), 0.1) == split]
         listed, decoded = facts["splits"][split], list[str]()

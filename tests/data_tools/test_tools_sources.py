@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def write_parquet(path: Path, column: dict[str, Any], rows: int = 2) -> None:
 
 def read(given: Path | str) -> tuple[list[tuple[str, int, str]], Tally]:
     tally = Tally()
-    return list(documents(str(given), "text", tally)), tally
+    return list(documents(list_inputs(str(given)), "text", tally)), tally
 
 
 def test_folder_glob_and_file_give_documents_in_order_of_names(tmp_path: Path) -> None:
@@ -177,3 +179,105 @@ def test_the_embedded_corpus_is_distinct_repeatable_and_checked(
     assert (one / names[-1]).read_bytes() == (tmp_path / "two" / names[-1]).read_bytes()
     with pytest.raises(LimeError, match="made with --max-megabytes 0.9, not 2.0"):
         main(["embedded", "--output", str(one), "--max-megabytes", "2"])
+
+
+def write_lines(path: Path, *texts: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder of ten documents, half of them on another disk: behind a link to a folder, and one to a file."""
+    write_lines(tmp_path / "in" / "a.jsonl", *(f"a{i}" for i in range(5)))
+    write_lines(tmp_path / "disk" / "deep" / "b.jsonl", "b0", "b1", "b2")
+    write_lines(tmp_path / "disk" / "blob", "c0", "c1")
+    (tmp_path / "in" / "inner").symlink_to(tmp_path / "disk" / "deep")
+    (tmp_path / "in" / "c.jsonl").symlink_to("../disk/blob")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/**", "/**/*"])
+def test_links_are_followed_and_each_file_is_read_once(
+    linked: Path, pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"a{i}" for i in range(5)] + ["b0", "b1", "b2", "c0", "c1"]
+    given = f"{linked}{pattern}"
+    assert sorted(text for *_, text in read(given)[0]) == texts and not capsys.readouterr().out
+    (linked / "0.jsonl").symlink_to("a.jsonl")
+    (linked / "twin").symlink_to("inner")
+    rows, _ = read(given)
+    assert sorted(text for *_, text in rows) == texts and {name for name, *_ in rows} >= {"a.jsonl", "c.jsonl"}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and f"{linked}/0.jsonl: is the file {linked}/a.jsonl, which is read once" in said
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/inner/*.jsonl"])
+def test_what_cannot_be_read_is_an_error_that_names_it(
+    linked: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken and circular links, folders without permission, pipes and sockets: never fewer documents without a word."""
+    listdir, inner = os.listdir, linked / "inner"
+
+    def refusal() -> str:
+        with pytest.raises(LimeError) as refused:
+            list_inputs(f"{linked}{pattern}")
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    def refuse(folder: Any = ".") -> list[str]:
+        if Path(folder) == inner:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listdir(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        assert f"{inner}: cannot be read (Permission denied)" in refusal()
+    for target, words in [("/disk/gone/d.jsonl", "No such file"), ("d.jsonl", "in a circle")]:
+        (inner / "d.jsonl").symlink_to(target)
+        assert f"{inner}/d.jsonl: a link to {target}" in (line := refusal()) and words in line
+        (inner / "d.jsonl").unlink()
+    os.mkfifo(inner / "p.jsonl")
+    assert f"{inner}/p.jsonl: is a named pipe, not a file" in refusal()
+    (inner / "p.jsonl").unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(inner)
+        server.bind("s.jsonl")
+        assert f"{inner}/s.jsonl: is a socket, not a file" in refusal()
+    (inner / "s.jsonl").unlink()
+    assert list_inputs(f"{linked}{pattern}")
+
+
+def test_a_link_to_a_folder_that_contains_it_is_refused(linked: Path) -> None:
+    for place, target in [(linked / "back", "."), (linked / "inner" / "up", str(linked.parent))]:
+        place.symlink_to(target)
+        for pattern in ("", "/**/*.jsonl"):
+            with pytest.raises(LimeError, match=f"{place}.*: leads back to .*remove this link"):
+                list_inputs(f"{linked}{pattern}")
+        assert len(list_inputs(f"{linked}/*.jsonl")) == 2, "a pattern that does not meet it"
+        place.unlink()
+    os.mkfifo(linked / "notes")
+    assert len(list_inputs(str(linked))) == 3, "what is not named as an input is left alone"
+    for given, words in [
+        ("gone.jsonl", "a link to nowhere"),
+        ("pipe.jsonl", "is a named pipe"),
+        ("no/*", "No such file"),
+    ]:
+        (linked / "gone.jsonl").unlink(missing_ok=True)
+        (linked / "gone.jsonl").symlink_to("nowhere")
+        (linked / "pipe.jsonl").exists() or os.mkfifo(linked / "pipe.jsonl")
+        with pytest.raises(LimeError, match=words):
+            list_inputs(str(linked / given))
+
+
+def test_docstrings_behind_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some installers link packages instead of copying them."""
+    (tmp_path / "cache" / "package").mkdir(parents=True)
+    (tmp_path / "cache" / "package" / "m.py").write_text("")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "package").symlink_to("../cache/package")
+    (tmp_path / "cache" / "package" / "back").symlink_to(tmp_path / "site")
+    monkeypatch.setattr(
+        embedded.sysconfig, "get_paths", lambda: dict.fromkeys(("stdlib", "purelib", "platlib"), str(tmp_path / "site"))
+    )
+    assert embedded.source_files() == [("package/m.py", str(tmp_path / "site" / "package" / "m.py"))]

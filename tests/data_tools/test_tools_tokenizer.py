@@ -41,7 +41,7 @@ def either(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytes
 
 
 def test_every_text_is_decoded_exactly(either: Tokenizer, corpus: Path) -> None:
-    texts = [*HARD_TEXTS, *(text for *_, text in documents(str(corpus), "text", Tally()))]
+    texts = [*HARD_TEXTS, *(text for *_, text in documents(list_inputs(str(corpus)), "text", Tally()))]
     for text, ids in zip(texts, either.encode_batch(texts), strict=True):
         assert either.decode(ids) == text
         assert ids.size == 0 or (0 <= ids.min() and ids.max() < either.vocab_size)
@@ -105,7 +105,7 @@ def test_a_folder_from_before_imports_existed(trained: Tokenizer, tmp_path: Path
 def test_encoding_in_pieces_gives_the_same_ids(
     either: Tokenizer, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = [text for *_, text in documents(str(corpus), "text", Tally()) if "xxxx" not in text]
+    texts = [text for *_, text in documents(list_inputs(str(corpus)), "text", Tally()) if "xxxx" not in text]
     texts += ["a  b   c" * 40, " \n \n\n  x " * 40]
     whole = either.encode_batch(texts)
     monkeypatch.setattr("data_tools.tokenizer.tokenizer.PIECE_CHARACTERS", 100)
@@ -169,7 +169,7 @@ def test_the_sample_is_even_over_files(corpus: Path) -> None:
     assert file_budgets([10, 1000, 1000], 300) == [10, 145, 145]
     assert file_budgets([10, 20], 300) == [10, 20]
     files, taken = list_inputs(str(corpus)), dict[str, int]()
-    source = {text: name for name, _, text in documents(str(corpus), "text", Tally())}
+    source = {text: name for name, _, text in documents(list_inputs(str(corpus)), "text", Tally())}
     for text, size in sample_documents(files, "text", 90_000, 0, Tally()):
         taken[source[text]] = taken.get(source[text], 0) + size
     assert set(taken) == {"a.parquet", "c.jsonl", "inner/b.parquet"}
