@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ def run_command(main: Callable[[], None], speaks: bool = True) -> None:
     Args:
         speaks: False on ranks whose error another rank most likely prints too: they wait before they print theirs.
     """
+    _write_any_text()
     try:
         main()
     except LimeError as error:
@@ -40,3 +42,10 @@ def run_command(main: Callable[[], None], speaks: bool = True) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def _write_any_text() -> None:
+    """Let stdout and stderr write characters that their encoding lacks, and names of files that are no UTF-8, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

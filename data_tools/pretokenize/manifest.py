@@ -13,7 +13,15 @@ from data_tools.pretokenize.units import rejection_error
 from data_tools.sources.tally import Rejection
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
-from lime_dist.data.files import json_bytes, read_json, read_json_lines, sha256_file, sync_folder, write_atomic
+from lime_dist.data.files import (
+    json_bytes,
+    json_line,
+    read_json,
+    read_json_lines,
+    sha256_file,
+    sync_folder,
+    write_atomic,
+)
 from lime_dist.data.indexed import pair_paths, smallest_dtype
 from lime_dist.errors import LimeError
 
@@ -89,8 +97,7 @@ class Manifest:
 
     def write(self, results: Any) -> None:
         """Replace the file atomically by the header and ``results``."""
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (self.header, *results)]
-        write_atomic(self._path, "".join(lines).encode())
+        write_atomic(self._path, b"".join(map(json_line, (self.header, *results))))
 
     def publish(self, result: Result, scratch: Path) -> None:
         """Move a unit's shards into the folder, then record the unit; both are on disk when this returns."""
@@ -101,7 +108,7 @@ class Manifest:
                 os.replace(scratch_path, path)
         sync_folder(self.folder)
         with open(self._path, "ab") as file:
-            file.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
+            file.write(json_line(result))
             file.flush()
             os.fsync(file.fileno())
 

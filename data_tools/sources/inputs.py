@@ -161,6 +161,8 @@ def row_group_bytes(file: InputFile, text_column: str) -> list[int]:
     try:
         with open_parquet(file) as reader:
             paths = [reader.schema.column(i).path for i in range(len(reader.schema))]
+            if not paths:
+                return []
             column = paths.index(text_column) if text_column in paths else 0
             groups = (reader.metadata.row_group(i) for i in range(reader.metadata.num_row_groups))
             return [group.column(column).total_uncompressed_size for group in groups]
@@ -172,11 +174,21 @@ def row_group_bytes(file: InputFile, text_column: str) -> list[int]:
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
     """Open a parquet file. Page checksums, if the file has them, detect damage that would decode to different text."""
-    reader = pq.ParquetFile(file.open() if file.is_remote else file.path, page_checksum_verification=True)
+    by_name = not file.is_remote and is_utf8(file.path)  # pyarrow takes no other names
+    reader = pq.ParquetFile(file.path if by_name else file.open(), page_checksum_verification=True)
     try:
         yield reader
     finally:
         reader.close(force=True)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode a text, which it cannot if the text holds a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def raise_if_unreachable(file: InputFile, error: BaseException) -> None:

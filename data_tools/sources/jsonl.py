@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from data_tools.sources.filters import Filter, nested
 from data_tools.sources.inputs import InputFile, raise_if_unreachable
-from data_tools.sources.tally import Rejection, Tally, first_line
+from data_tools.sources.tally import Rejection, Tally, first_line, names
 
 
 def read_jsonl(
@@ -68,7 +68,7 @@ def _json_record(line: bytes, text_column: str, filters: tuple[Filter, ...]) -> 
         return None, f"not JSON ({first_line(error)})"
     if not isinstance(record, dict):
         return None, "not a JSON object"
-    has = ", ".join(map(str, record)) or "none"
+    has = names(record)
     if text_column not in record:
         return None, f"no column {text_column!r}, it has {has}"
     for condition in filters:

@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from data_tools.sources.filters import Filter, nested
 from data_tools.sources.inputs import InputFile, open_parquet, raise_if_unreachable
-from data_tools.sources.tally import Rejection, Tally, first_line
+from data_tools.sources.tally import Rejection, Tally, first_line, names
 
 ROWS_AT_ONCE = 256
+TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)  # null: no texts
 
 
 def read_parquet(
@@ -78,11 +79,13 @@ def _values(batch: pa.RecordBatch, column: str) -> list[Any]:
 
 def _no_text_column(schema: pa.Schema, text_column: str) -> str:
     """The reason why a parquet file's column cannot be read as text, or ""."""
-    if text_column not in schema.names:
-        return f"no column {text_column!r}, it has {', '.join(schema.names)}"
+    if (count := schema.names.count(text_column)) != 1:
+        return (
+            f"{count} columns {text_column!r}" if count else f"no column {text_column!r}, it has {names(schema.names)}"
+        )
     kind = schema.field(text_column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not any(is_kind(kind) for is_kind in TEXT_TYPES):
         return f"column {text_column!r} holds {kind}, not text"
     return ""
 

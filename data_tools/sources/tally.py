@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from data_tools.sources.filters import Filter
+
+LONGEST_REASON = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,14 @@ class Tally:
         return False
 
 
+def names(columns: Iterable[str]) -> str:
+    """The names of columns, in one line that every file and terminal can hold."""
+    listed = (name if name.isprintable() else ascii(name) for name in columns)
+    text = ", ".join(listed) or "none"
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1] + "…"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error, short enough for a list of rejections."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return lines[0][:LONGEST_REASON] if lines else type(error).__name__

@@ -15,6 +15,10 @@ from typing import IO, Any
 
 from lime_dist.errors import LimeError
 
+LONE_SURROGATES = "backslashreplace"
+"""How JSON text is encoded whose strings hold lone surrogates, such as Python's names of files that are no UTF-8: the escapes
+that take their place are JSON's own, and are read back as the same strings."""
+
 
 def sync_folder(folder: Path) -> None:
     """Flush the entries of a folder to disk, so that renames in it are durable."""
@@ -41,7 +45,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def json_bytes(value: Any) -> bytes:
     """JSON in the layout of all our files: keys in the given order, indented by two spaces, UTF-8. Equal values give equal bytes."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", LONE_SURROGATES)
+
+
+def json_line(value: Any) -> bytes:
+    """JSON on one line, with its end, as `json_bytes`."""
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", LONE_SURROGATES)
 
 
 def read_json(path: Path, what_to_do: str) -> dict[str, Any]:

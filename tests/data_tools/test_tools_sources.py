@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from data_tools.sources import embedded
 from data_tools.sources.__main__ import main
 from data_tools.sources.documents import documents
-from data_tools.sources.inputs import fingerprint, list_inputs
+from data_tools.sources.inputs import fingerprint, list_inputs, row_group_bytes
 from data_tools.sources.tally import Tally
 from lime_dist.errors import LimeError
 
@@ -281,3 +283,63 @@ def test_docstrings_behind_links_are_found(tmp_path: Path, monkeypatch: pytest.M
         embedded.sysconfig, "get_paths", lambda: dict.fromkeys(("stdlib", "purelib", "platlib"), str(tmp_path / "site"))
     )
     assert embedded.source_files() == [("package/m.py", str(tmp_path / "site" / "package" / "m.py"))]
+
+
+def test_a_key_that_no_file_can_hold_costs_only_its_row(tmp_path: Path) -> None:
+    """The reason of a rejection names the columns of the row, whatever they are: in one line that UTF-8 can encode."""
+    keys = ["\ud800", "a\nb", "\x1b[31m", "k" * 5000]
+    lines = [json.dumps({key: 1}) for key in keys] + [json.dumps({"text": "good", "\udfff": 1})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    rows, tally = read(tmp_path)
+    assert [text for *_, text in rows] == ["good"] and len(tally.rejected) == len(keys)
+    for rejection, key in zip(tally.rejected, ["\\ud800", "a\\nb", "\\x1b[31m", "kkk"], strict=True):
+        assert key in rejection.reason and rejection.reason.isprintable() and len(rejection.reason.encode()) < 300
+
+
+def test_a_parquet_file_without_usable_columns_is_one_line(tmp_path: Path) -> None:
+    without = pa.RecordBatch.from_struct_array(pa.array([{}, {}], pa.struct([])))
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    other = pa.Table.from_arrays([pa.array(["good"]), pa.array([1]), pa.array([2])], names=["text", "x", "x"])
+    for name, table in [
+        ("a", pa.table({})), ("b", pa.Table.from_batches([without])), ("c", twice), ("d", other),
+        ("e", pa.table({"text": pa.nulls(3)})),
+    ]:  # fmt: skip
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        assert row_group_bytes(list_inputs(str(tmp_path / f"{name}.parquet"))[0], "text") is not None
+    rows, tally = read(tmp_path)
+    assert rows == [("d.parquet", 1, "good")] and (tally.rows, tally.null) == (5, 3)
+    assert [str(rejection) for rejection in tally.rejected] == [
+        "a.parquet: no column 'text', it has none",
+        "b.parquet: no column 'text', it has none",
+        "c.parquet: 2 columns 'text'",
+    ]
+
+
+def test_file_names_that_are_not_utf8_are_read_and_recorded(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Also by commands whose standard output cannot show them, or anything else beyond ASCII."""
+    folder = tmp_path / os.fsdecode(b"in \xff")
+    folder.mkdir()
+    for name in (b"\xfe.jsonl", b"b\xe4.jsonl"):
+        write_lines(folder / os.fsdecode(name), *(f"text {i} of {name!r}" for i in range(200)))
+    with open(folder / os.fsdecode(b"\xff.parquet"), "wb") as file:
+        pq.write_table(pa.table({"text": ["p", "q"]}), file)
+    (folder / os.fsdecode(b"bad\xff.jsonl")).write_text('{"\\ud800": 1}\n')
+    output = tmp_path / os.fsdecode(b"out \xff")
+    for command in (
+        ["tokenizer", "train", "--input", folder, "--output", tmp_path / "tokenizer-\udcff", "--vocab-size", "300"],
+        ["pretokenize", "--input", folder, "--output", output, "--tokenizer", tokenizer_folder, "--workers", "1"],
+        ["inspect", output, "--verify"],
+        ["merge", output, output, "--output", tmp_path / "merged \udcff"],
+    ):
+        module, *arguments = map(str, command)
+        done = subprocess.run(
+            [sys.executable, "-m", f"data_tools.{module}", *arguments],
+            env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+    description = json.loads((output / "dataset.json").read_bytes())
+    assert description["counts"] == {
+        "rows": 403, "null": 0, "empty": 0, "filtered": 0, "duplicates": 0, "rejected": 1
+    }  # fmt: skip
+    assert os.fsencode(description["inputs"][1]["name"]) == b"b\xe4.jsonl"
+    assert os.fsencode(description["source"]) == os.fsencode(folder)
