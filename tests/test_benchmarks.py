@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from lime_dist import load_config
+from lime_dist.model.cost import layer_flops
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -19,6 +23,34 @@ def test_the_copying_form_equals_full(monkeypatch: pytest.MonkeyPatch) -> None:
     import copying
 
     assert "check: copying equals full" in copying.check_equality()
+
+
+def test_the_roofline_counts_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOPs of products and history equal the formulas; a product's bytes are those of its factors and its result."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import roofline
+
+    config = load_config(None, ["model.num_hidden_layers=5", "model.hidden_size=32", "model.intermediate_size=48",
+                                "model.num_attention_heads=4", "model.num_key_value_heads=2"]).model  # fmt: skip
+    batch, length = 2, 16
+    kernels = roofline.step_kernels(config, batch, length, torch.bfloat16, False)
+    per_token = {
+        part: sum(kernel.flops for kernel in kernels if kernel.part == part) / (batch * length)
+        for part in roofline.PARTS
+    }
+    attention = 3.5 * 2 * config.hidden_size * length * config.num_hidden_layers
+    masked = 3.5 * 2 * config.hidden_size * config.num_hidden_layers  # the formula also counts half of the diagonal
+    expected = sum(flops.both for flops in layer_flops(config, length)) - masked
+    assert per_token["attention"] == attention and per_token["elementwise"] == 0 < per_token["history"]
+    assert sum(per_token.values()) == pytest.approx(expected)
+
+    with roofline.Trace() as trace:
+        left, right = torch.empty(4, 8, device="meta"), torch.empty(8, 16, device="meta")
+        total = (left @ right).t()
+        total += left[:1, :1].expand(16, 4)
+    product, addition = trace.kernels
+    assert product.nbytes == 4 * (4 * 8 + 8 * 16 + 4 * 16) and product.flops == 2 * 4 * 8 * 16
+    assert addition.nbytes == 4 * (2 * 16 * 4 + 1) and addition.flops == 0
 
 
 @pytest.mark.slow
@@ -33,6 +65,7 @@ def test_the_copying_form_equals_full(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("planning.py", "--layers 4 --hidden 32 --length 32 --rounds 1 --links loopback", 19),
         ("crossover.py", "--depths 8 16", 12),
+        ("roofline.py", "--layers 4 --hidden 32 --heads 4 --kv-heads 4 2 --length 32", 9),
     ],
 )
 def test_a_benchmark_makes_its_table(script: str, arguments: str, rows: int, tmp_path: Path) -> None:
@@ -103,7 +136,7 @@ def test_a_task_is_made_learned_and_measured(tmp_path: Path) -> None:
     assert third.returncode == 0 and re.findall(r"(\S+): \d+ of 20 solutions", third.stdout) == ["llama-seed0"]
 
 
-@pytest.mark.parametrize("script", ["step_cost.py", "pipeline_cost.py", "planning.py"])
+@pytest.mark.parametrize("script", ["step_cost.py", "pipeline_cost.py", "planning.py", "roofline.py"])
 def test_a_mistake_in_the_call_is_one_line(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / script), "--output", str(tmp_path / "out"), "--hidden", "30"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from support import reference
 from support.models import MODELS, small
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.equality import perturb
 from lime_dist import build_decoder
 from lime_dist.config.schema import LimeConfig, ModelConfig
-from lime_dist.model.architecture import GROUPS, architecture_of
-from lime_dist.model.decoder import decoder_layers
+from lime_dist.model.architecture import GROUPS, architecture_of, stage_layout
+from lime_dist.model.decoder import decoder_layers, open_history, run_layers
 from lime_dist.model.layers import language_model_loss
 
 
@@ -55,6 +58,31 @@ def test_forward_and_all_gradients_equal_plain_loops(model: str, tied: bool, che
     for name, parameter in decoder.named_parameters():
         error = (parameter.grad - gradients[name]).abs().max() / gradients[name].abs().max()
         assert error < 1e-9, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("model", ["llama", "lime kv, G=3", "lime kv, chunked", "lime static", "hyper dynamic"])
+def test_a_step_computes_on_the_device_of_its_parameters(model: str) -> None:
+    """On a GPU, a tensor made on the CPU is an error, or a copy for which the host waits."""
+
+    class Devices(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[str] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.seen.update(leaf.device.type for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor))
+            return result
+
+    config, meta = small(**MODELS[model]), torch.device("meta")
+    with meta:
+        layers = [spec.make() for spec in decoder_layers(config)[1:-2]]
+    hidden = torch.empty(3, 7, *architecture_of(config).hidden_shape, device=meta, requires_grad=True)
+    history = open_history(config, stage_layout(config, 0, config.num_hidden_layers), 3 * 7, hidden.dtype, meta)
+    with Devices() as devices:
+        out, _ = run_layers(layers, hidden, history, False)
+        out.backward(torch.empty_like(out))
+    assert devices.seen == {"meta"}
 
 
 @pytest.mark.parametrize("groups", [3, 1])

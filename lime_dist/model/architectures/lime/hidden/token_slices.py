@@ -26,7 +26,7 @@ Parts = list[tuple[slice, slice]]
 def token_slices(entries_END: Tensor, num_heads: int) -> Iterator[slice]:
     """The N tokens of the entries, in slices for which a mixture has about ``SLICE_ELEMENTS`` elements."""
     _, num_tokens, size = entries_END.shape
-    elements = SLICE_ELEMENTS_GPU if entries_END.is_cuda else SLICE_ELEMENTS
+    elements = SLICE_ELEMENTS if entries_END.device.type == "cpu" else SLICE_ELEMENTS_GPU
     step = max(SLICE_TOKENS, elements // (num_heads * size))
     for begin in range(0, num_tokens, step):
         yield slice(begin, min(begin + step, num_tokens))

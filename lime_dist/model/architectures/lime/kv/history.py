@@ -84,7 +84,7 @@ class KeyValueHistory(LayerHistory):
         super().take_weights(reader_heads, weights)
         for (reader, rows), matrix in zip(self._weighted_readers(), weights, strict=True):
             if matrix is None:  # no router: the mixture is the layer's own slot
-                self.weights[rows.start, :, reader.rows.start] = torch.eye(reader_heads)
+                self.weights[rows.start, :, reader.rows.start].diagonal().fill_(1)
 
     def take_received(self, entries: Tensor) -> None:
         """Copy received entries [entries received, G, 2, N, d] to their places, the first ones."""
