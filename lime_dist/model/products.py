@@ -25,7 +25,7 @@ def add_product(weights: Tensor, matrix: Tensor, total: Tensor | None = None) ->
         return weights @ matrix
     if total.dtype == matrix.dtype:
         return total.addmm_(weights, matrix)
-    if matrix.is_cuda:  # the factors stay in low precision; the product and the sum have that of the total
+    if matrix.device.type != "cpu":  # the factors stay in low precision; the product and the sum have that of the total
         return total.add_(torch.mm(weights, matrix, out_dtype=total.dtype))
     return total.addmm_(weights.to(total.dtype), matrix.to(total.dtype))
 
@@ -67,6 +67,6 @@ def split_product(left: Tensor, right: Tensor, size: int) -> Tensor:
 
 def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """torch.bmm with a result of type ``dtype``."""
-    if left.is_cuda and left.dtype != dtype:
+    if left.device.type != "cpu" and left.dtype != dtype:
         return torch.bmm(left, right, out_dtype=dtype)
     return torch.bmm(left.to(dtype), right.to(dtype))
