@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from support.policies import POLICIES
 from support.workers import WorkerGroup
 
 from lime_dist import load_config
+from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS
 from lime_dist.errors import LimeError
@@ -129,6 +131,69 @@ def test_what_limits_a_step(limit: str, overrides: list[str], changes: dict[str,
     planned = forecast(load_config(None, [*SIZE, *overrides]), machine, processes)
     assert planned.limit == limit
     assert sum(vars(planned.parts).values()) == planned.seconds and min(vars(planned.parts).values()) >= 0
+    assert planned.bubble == pytest.approx(1 - planned.parts.computation / planned.seconds)
+
+
+PLANS = [
+    [],
+    ["--stages", "4", "--processes", "8", "--bandwidth", "200MB"],
+    ["--stages", "4", "--processes", "8", "--bandwidth", "2MB", "train.micro_batch_size=2"],
+    ["--stages", "4", "train.global_batch_size=2", "--latency", "1ms"],
+    ["parallel.pipeline_stages=4", "train.global_batch_size=4", "train.micro_batch_size=2"],
+    ["--stages", "1", "--processes", "8", "--bandwidth", "1GB", "parallel.zero_stage=1"],
+    ["pipeline.engine=stock", "--bandwidth", "50MB"],
+]
+
+
+@pytest.mark.parametrize("arguments", PLANS, ids=" ".join)
+def test_the_numbers_of_a_plan_agree_with_each_other_and_with_its_timeline(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    """The parts add up to the step, idle is all but computation, the verdict is the largest part, the picture ends with the step."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    machine = ["--flops", "40G", "--efficiency", "1", *arguments]
+    table = call(monkeypatch, capsys, *QUICKSTART, *machine, "--timeline", str(tmp_path / "step.png"))
+    lines = {line.split()[0]: line for line in table.splitlines() if line.strip()}
+    shares = {name: float(share) for name, share in re.findall(r"(\w+) ([\d.]+) %", lines["step"])}
+    idle = float(re.findall(r"([\d.]+) %", lines["idle"])[0])
+    assert sum(shares.values()) == pytest.approx(100, abs=0.4)
+    assert idle == pytest.approx(100 - shares["computation"], abs=0.11)
+    verdict, share = re.findall(r"^limit +(\w+), ([\d.]+) %", lines["limit"])[0]
+    assert float(share) == shares[verdict] == max(shares.values())
+    second = re.findall(r"then (\w+), ([\d.]+) %", table)
+    assert bool(second) == (shares[verdict] < 50)
+    if second:
+        assert float(second[0][1]) == shares[second[0][0]] == sorted(shares.values())[-2]
+
+    (axes,) = figures[0].axes
+    step = re.findall(r"^step +([\d.,]+ \w+) predicted", lines["step"])[0]
+    assert axes.get_title().endswith(f", {step}; idle: {idle} %")
+    values = json.loads(call(monkeypatch, capsys, *QUICKSTART, *machine, "--json"))
+    scale = {"s": 1.0, "ms": 1e3}[axes.get_xlabel().split()[0]]
+    ends = [path.get_extents().xmax for bars in axes.collections for path in bars.get_paths()]
+    assert max(ends) == pytest.approx(scale * values["seconds_per_step"]) == pytest.approx(axes.get_xlim()[1])
+
+
+def test_the_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens and hours by hand, without and with a batch ramp."""
+    values = json.loads(call(monkeypatch, capsys, *QUICKSTART, "--json", "train.steps=1000"))
+    assert values["total_tokens"] == 1000 * 8 * 256
+    assert values["total_hours"] == pytest.approx(1000 * values["seconds_per_step"] / 3600)
+    assert "run       1,000 steps: 2.05 M tokens, " in call(monkeypatch, capsys, *QUICKSTART, "train.steps=1000")
+    ramp = (
+        "train.batch_ramp={start: 4, increment: 2, samples: 40}"  # 4 samples for 5 steps, 6 for 4 (44 samples), then 8
+    )
+    ramped = json.loads(call(monkeypatch, capsys, *QUICKSTART, "--json", "train.steps=10", ramp))
+    half = json.loads(call(monkeypatch, capsys, *QUICKSTART, "--json", "train.global_batch_size=4"))
+    seconds = [
+        half["seconds_per_step"],
+        (half["seconds_per_step"] + ramped["seconds_per_step"]) / 2,
+        ramped["seconds_per_step"],
+    ]
+    assert ramped["total_tokens"] == (5 * 4 + 4 * 6 + 8) * 256
+    assert ramped["total_hours"] == pytest.approx((5 * seconds[0] + 4 * seconds[1] + seconds[2]) / 3600)
 
 
 @pytest.mark.parametrize("engine", ["overlap", "stock"])
@@ -248,6 +313,24 @@ def test_a_sweep_keeps_the_configured_policy_and_models_without_one() -> None:
     assert {c.policy for c in llama.fitting} == {None}
 
 
+def test_the_overrides_of_a_sweep_make_its_configurations_and_those_can_run() -> None:
+    """Also where stages were cut by hand, validation samples were given, or the batch grows."""
+    given = [
+        "parallel.stage_layers=[1,5,5,5]",
+        "train.evaluation_samples=24",
+        "train.batch_ramp={start: 8, increment: 8, samples: 64}",
+    ]
+    config = load_config(None, [*SIZE, *given])
+    tried = sweep(config, FAST_LINKS, 8).fitting
+    assert {candidate.stages for candidate in tried} == {1, 2, 4, 8}
+    for candidate in tried:
+        again = load_config(None, [*SIZE, *given, *candidate.overrides(config)])
+        assert again == candidate.config
+        width, _ = batch_split(again, 8)
+        assert again.train.evaluation_samples
+        assert again.train.evaluation_samples % (width * again.train.micro_batch_size) == 0
+
+
 def test_indivisible_processes() -> None:
     with pytest.raises(LimeError, match=r"--processes 17: .*global_batch_size=32"):
         sweep(load_config(None, SIZE), FAST_LINKS, 17)
@@ -296,6 +379,11 @@ def test_the_command_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert len(values["best"]) == 5 and all(row["peak_memory"] <= 120e6 for row in values["best"])
     for row in values["best"]:
         assert text.reason(row) in table and text.history(row["history"]) in table
+    pasted = [shlex.split(line[3:]) for line in table.splitlines() if re.match(r"\d  parallel", line)]
+    assert pasted == [row["overrides"] for row in values["best"]]
+    for row in values["best"]:
+        again = json.loads(call(monkeypatch, capsys, *QUICKSTART, "--processes", "4", "--json", *row["overrides"]))
+        assert again["seconds_per_step"] == row["seconds_per_step"] and again["peak_memory"] == row["peak_memory"]
     table = call(monkeypatch, capsys, *QUICKSTART, "--sweep", "--gpu-memory", "1MB")
     assert ", 0 fit in 1.00 MB" in table and "needs the least memory" in table
 
@@ -342,6 +430,7 @@ def test_a_timeline_needs_matplotlib_and_a_writable_path(
         (["--processes", "3"], r"parallel.pipeline_stages=2 does not divide the 3 processes"),
         (["--processes", "0"], r"--processes 0 must be at least 1"),
         (["--processes", "64"], r"train.global_batch_size=8 is not micro-batch"),
+        (["--stages", "4", "parallel.pipeline_stages=2"], r"--stages 4 and parallel.pipeline_stages=… say the same"),
         (["--sweep", "--timeline", "x.png"], r"leave out --sweep"),
         (["model.layers=3"], r"unknown key model.layers=3"),
     ],

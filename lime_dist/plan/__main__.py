@@ -11,7 +11,7 @@ from lime_dist.commands import CommandParser
 from lime_dist.config.load import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
-from lime_dist.plan.forecast import Forecast, Machine, as_baseline, forecast
+from lime_dist.plan.forecast import Forecast, Machine, as_baseline, forecast, whole_run
 from lime_dist.plan.quantities import read_bandwidth, read_bytes, read_flops, read_seconds, read_share
 from lime_dist.plan.sweep import Candidate, Sweep, sweep
 from lime_dist.plan.text import plan_table, sweep_table
@@ -81,15 +81,16 @@ def main() -> None:
     if arguments.sweep:
         if arguments.timeline is not None:
             raise LimeError("--timeline draws one configuration; leave out --sweep, or run the command twice")
-        values = sweep_values(sweep(config, machine, processes))
+        values = sweep_values(sweep(config, machine, processes), config)
         print(json.dumps(values, indent=1) if arguments.json else sweep_table(values, machine.memory))
         return
-    values = plan_values(config, machine, processes)
+    planned = forecast(config, machine, processes)
+    values = plan_values(config, machine, planned)
     print(json.dumps(values, indent=1) if arguments.json else plan_table(config, values))
     if arguments.timeline is not None:
         from lime_dist.plan.timeline import draw_timeline
 
-        draw_timeline(config, machine, values["micro_batches"], arguments.timeline)
+        draw_timeline(config, machine, planned, values, arguments.timeline)
         if not arguments.json:
             print(f"\ntimeline: {arguments.timeline}")
 
@@ -97,9 +98,14 @@ def main() -> None:
 # -- one configuration ----------------------------------------------------------------------------------------------------
 
 
-def plan_values(config: Config, machine: Machine, processes: int) -> Values:
-    """All numbers of a plan, in FLOPs, bytes and seconds."""
-    planned = forecast(config, machine, processes)
+def plan_values(config: Config, machine: Machine, planned: Forecast) -> Values:
+    """All numbers of a plan, in FLOPs, bytes and seconds.
+
+    Args:
+        planned: the forecast of the configuration on the machine.
+    """
+    processes = planned.replicas * len(planned.stages)
+    consumed_samples, seconds = whole_run(config, machine, planned)
     values: Values = {
         "processes": processes,
         "replicas": planned.replicas,
@@ -116,6 +122,8 @@ def plan_values(config: Config, machine: Machine, processes: int) -> Values:
         "tokens_per_second": planned.tokens / planned.seconds,
         "seconds": vars(planned.parts),
         "limit": planned.limit,
+        "total_tokens": consumed_samples * config.data.sequence_length,
+        "total_hours": seconds / 3600,
     }
     baseline = as_baseline(config)
     if baseline.model.architecture != config.model.architecture:
@@ -146,17 +154,21 @@ def stage_values(planned: Forecast, stage: int) -> Values:
 # -- the sweep ------------------------------------------------------------------------------------------------------------
 
 
-def sweep_values(result: Sweep) -> Values:
-    """The best combinations, and how many were tried."""
+def sweep_values(result: Sweep, config: Config) -> Values:
+    """The best combinations, and how many were tried.
+
+    Args:
+        config: the configuration that they change.
+    """
     return {
         "tried": len(result.fitting) + len(result.too_large),
         "fitting": len(result.fitting),
-        "best": [candidate_values(candidate) for candidate in result.best(BEST)],
-        "smallest_that_does_not_fit": candidate_values(result.too_large[0]) if result.too_large else None,
+        "best": [candidate_values(candidate, config) for candidate in result.best(BEST)],
+        "smallest_that_does_not_fit": candidate_values(result.too_large[0], config) if result.too_large else None,
     }
 
 
-def candidate_values(candidate: Candidate) -> Values:
+def candidate_values(candidate: Candidate, config: Config) -> Values:
     forecasted = candidate.forecast
     return {
         "pipeline_stages": candidate.stages,
@@ -164,6 +176,7 @@ def candidate_values(candidate: Candidate) -> Values:
         "micro_batch_size": candidate.micro_batch_size,
         "micro_batches": forecasted.micro_batches,
         "history": candidate.policy,
+        "overrides": candidate.overrides(config),
         "seconds_per_step": forecasted.seconds,
         "seconds": vars(forecasted.parts),
         "limit": forecasted.limit,

@@ -16,6 +16,7 @@ import numpy as np
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config
+from lime_dist.data.ramp import BatchSizes
 from lime_dist.model import memory_traffic
 from lime_dist.model.architecture import BASELINE
 from lime_dist.model.parameters import stage_parameters
@@ -67,14 +68,14 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Parts:
-    """The seconds of a step by cause; their sum is the step.
+    """The seconds of a step by cause; their sum is the step. In all but computation, stages are idle on average.
 
     The step is bound by computation if it takes longer without transfers than without passes; otherwise it is bound by links.
 
     Attributes:
-        computation: mean computation of a stage. If links bind: the time that passes add to the step.
+        computation: mean computation of a stage.
         imbalance: computation of the busiest stage beyond the mean. 0 if links bind.
-        link: the time that transfers add to the step. If links bind: the step without passes.
+        link: the time that transfers add to the step. If links bind: the time in which a stage does not compute.
         bubble: filling and draining the pipeline. 0 if links bind.
         latency: the time that the latency of transfers adds.
         reduction: of gradients over the replicas and of tied weights, and with ZeRO-1 the exchange of updated weights.
@@ -154,7 +155,6 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
     reduction = reduction_seconds(config, [stage.parameters for stage in stages], machine, replicas)
     parts = step_parts(config, times, sizes, machine, micro_batches, reduction)
     seconds = sum(vars(parts).values())
-    busy = micro_batches * fmean(each.forward + each.backward for each in times)
     return Forecast(
         stages=stages,
         parameters=sum({name: size for sizes in parameters for name, size in sizes.items()}.values()),
@@ -163,8 +163,34 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
         tokens=config.train.global_batch_size * config.data.sequence_length,
         seconds=seconds,
         parts=parts,
-        bubble=max(0.0, 1 - busy / seconds),
+        bubble=max(0.0, 1 - parts.computation / seconds),
     )
+
+
+def whole_run(config: Config, machine: Machine, planned: Forecast) -> tuple[int, float]:
+    """Samples that a run consumes, and the seconds of its steps without validations and checkpoints.
+
+    The steps of a batch ramp take seconds between those of its first and its last batch, in proportion to the samples.
+
+    Args:
+        planned: the forecast of a step with the whole batch.
+    """
+    train = config.train
+    sizes = BatchSizes(train.global_batch_size, train.batch_ramp)
+    if train.batch_ramp is None:
+        return sizes.consumed_after(train.steps), train.steps * planned.seconds
+    start = train.batch_ramp.start
+    first = config.model_copy(
+        update={"train": train.model_copy(update={"global_batch_size": start, "batch_ramp": None})}
+    )
+    shortest = forecast(first, machine, planned.replicas * len(planned.stages)).seconds
+    rate = (planned.seconds - shortest) / (train.global_batch_size - start)
+    consumed, seconds = 0, 0.0
+    for _ in range(train.steps):
+        size = sizes.at(consumed)
+        seconds += shortest + (size - start) * rate
+        consumed += size
+    return consumed, seconds
 
 
 def machine_times(
@@ -210,12 +236,15 @@ def step_parts(
         config, times, transfers, machine.latency, micro_batches
     )
     each_stage = [micro_batches * (each.forward + each.backward) for each in times]
+    computation, busiest = fmean(each_stage), max(each_stage)
     if without_transfers >= without_passes:
-        computation, imbalance = fmean(each_stage), max(each_stage) - fmean(each_stage)
-        link, bubble = without_latency - without_transfers, without_transfers - max(each_stage)
+        imbalance, link, bubble = (
+            busiest - computation,
+            without_latency - without_transfers,
+            without_transfers - busiest,
+        )
     else:
-        computation, imbalance = without_latency - without_passes, 0.0
-        link, bubble = without_passes, 0.0
+        imbalance, link, bubble = 0.0, without_latency - computation, 0.0
     latency = as_it_is - without_latency
     return Parts(*(max(0.0, seconds) for seconds in (computation, imbalance, link, bubble, latency, reduction)))
 

@@ -60,6 +60,14 @@ def show_seconds(seconds: float) -> str:
     return f"{_three_digits(seconds * 1e9)} ns" if seconds else "0 s"
 
 
+def show_hours(hours: float) -> str:
+    """Three digits of hours, such as 12.3 hours; below one hour minutes, and days beside hours from two days on."""
+    if hours < 1:
+        return f"{_three_digits(60 * hours)} minutes"
+    days = f" ({_three_digits(hours / 24)} days)" if hours >= 48 else ""
+    return f"{_three_digits(hours)} hours{days}"
+
+
 def _three_digits(number: float) -> str:
     digits = 0 if number >= 99.95 or number == 0 else 1 if number >= 9.995 else 2
     return f"{number:,.{digits}f}"

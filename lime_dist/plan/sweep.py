@@ -26,6 +26,18 @@ class Candidate:
     config: Config
     forecast: Forecast
 
+    def overrides(self, config: Config) -> list[str]:
+        """The ``section.key=value`` items that make this combination out of ``config``."""
+        items = [f"parallel.pipeline_stages={self.stages}", f"train.micro_batch_size={self.micro_batch_size}"]
+        if config.parallel.stage_layers != self.config.parallel.stage_layers:
+            items.append("parallel.stage_layers=null")
+        if config.train.evaluation_samples != self.config.train.evaluation_samples:
+            items.append(f"train.evaluation_samples={self.config.train.evaluation_samples}")
+        if self.policy is not None:
+            keys = ", ".join(f"{key}: {value}" for key, value in self.policy.items())
+            items.append(f"model.lime.history={{{keys}}}")
+        return items
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -87,8 +99,7 @@ def sweep(config: Config, machine: Machine, processes: int) -> Sweep:
 
 
 def settings(config: Config, processes: int) -> Iterator[Config]:
-    """The configurations to try."""
-    batch = config.train.global_batch_size
+    """The configurations to try. Explicit validation samples that do not divide become the next smaller multiple, at least one."""
     models = [with_policy(config, policy).model for policy in policies(config)]
     for stages in range(1, min(processes, config.model.num_hidden_layers) + 1):
         if processes % stages:
@@ -98,11 +109,21 @@ def settings(config: Config, processes: int) -> Iterator[Config]:
             parallel = parallel.model_copy(update={"pipeline_stages": stages, "stage_layers": None})
         size = 1
         while size <= LARGEST_MICRO_BATCH:
-            if batch % (size * processes // stages) == 0:
-                train = config.train.model_copy(update={"micro_batch_size": size})
+            wide = size * processes // stages
+            if divides(config, wide):
+                samples = config.train.evaluation_samples
+                fitting = max(samples // wide, 1) * wide if samples else samples
+                train = config.train.model_copy(update={"micro_batch_size": size, "evaluation_samples": fitting})
                 for model in models:
                     yield config.model_copy(update={"model": model, "train": train, "parallel": parallel})
             size *= 2
+
+
+def divides(config: Config, wide: int) -> bool:
+    """Whether every global batch of the run is a multiple of ``wide`` samples."""
+    ramp = config.train.batch_ramp
+    sizes = [config.train.global_batch_size] + ([] if ramp is None else [ramp.start, ramp.increment])
+    return all(size % wide == 0 for size in sizes)
 
 
 def policies(config: Config) -> list[dict[str, Any] | None]:

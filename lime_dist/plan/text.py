@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from lime_dist.config.schema import Config
-from lime_dist.plan.quantities import show, show_seconds
+from lime_dist.plan.quantities import show, show_hours, show_seconds
 
 Values = dict[str, Any]
 """The result of ``plan_values`` or ``sweep_values`` in `lime_dist.plan.__main__`."""
@@ -38,17 +39,17 @@ def plan_table(config: Config, values: Values) -> str:
     peak, memory = values["peak_memory"], values["machine"]["memory"]
     limit = "" if memory is None else f" of {show(memory, 'B')}: {'it fits' if values['fits'] else 'it DOES NOT FIT'}"
     lines.append(f"memory    {show(peak, 'B')} on the fullest stage{limit}")
-    share = [
-        f"{name} {100 * seconds / values['seconds_per_step']:.1f} %"
-        for name, seconds in values["seconds"].items()
-        if seconds
-    ]
+    parts = ", ".join(f"{name} {share(values, name)}" for name, seconds in values["seconds"].items() if seconds)
+    lines.append(f"step      {step_time(values)} predicted, {show(values['tokens_per_second'])} tokens/s: {parts}")
+    lines.append(f"idle      {idle(values)} of the step: on average a stage does not compute")
+    largest, *others = sorted(values["seconds"], key=lambda name: -values["seconds"][name])
+    lines.append(f"limit     {largest}, {share(values, largest)} of the step: {explain(values, largest)}")
+    if values["seconds"][largest] < values["seconds_per_step"] / 2:
+        lines.append(f"          then {others[0]}, {share(values, others[0])}: {explain(values, others[0])}")
     lines.append(
-        f"step      {show_seconds(values['seconds_per_step'])} predicted, {show(values['tokens_per_second'])} tokens/s: "
-        f"{', '.join(share)}"
+        f"run       {train.steps:,} steps: {show(values['total_tokens'])} tokens, {show_hours(values['total_hours'])} without "
+        "validations and checkpoints"
     )
-    lines.append(f"bubble    on average a stage does not compute for {100 * values['bubble']:.1f} % of the step")
-    lines.append(f"limit     {values['limit']}: {explain(values)}")
     if "over_llama" in values:
         over = values["over_llama"]
         lines.append(
@@ -75,13 +76,28 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def explain(values: Values) -> str:
-    """A line that says what the limit means and how to raise it."""
+def step_time(values: Values) -> str:
+    """The seconds of a step, as the text and the timeline show them."""
+    return show_seconds(values["seconds_per_step"])
+
+
+def idle(values: Values) -> str:
+    """The share of the step in which stages do not compute, as the text and the timeline show it."""
+    return f"{100 * values['bubble']:.1f} %"
+
+
+def share(values: Values, name: str) -> str:
+    """The share of the step that a part takes."""
+    return f"{100 * values['seconds'][name] / values['seconds_per_step']:.1f} %"
+
+
+def explain(values: Values, part: str) -> str:
+    """A line that says what a part of the step means and how to lower it."""
     stages = values["stages"]
     passes = [row["forward_flops"] + row["backward_flops"] for row in stages]
     busiest, widest = passes.index(max(passes)), max(range(len(stages)), key=lambda s: stages[s]["bytes_to_next"])
     return {
-        "computation": "stages compute for most of the step",
+        "computation": "stages compute (faster devices, or more of them; a smaller model)",
         "imbalance": f"stage {busiest} computes {max(passes) * len(passes) / sum(passes):.1f} times the average "
         "(parallel.stage_layers; fewer stages; the last stage has the output projection)",
         "link": f"stage {widest} sends {show(stages[widest]['bytes_to_next'], 'B')} per micro-batch "
@@ -90,7 +106,7 @@ def explain(values: Values) -> str:
         "fewer stages)",
         "latency": "transfers are short and many (larger micro-batches; fewer stages)",
         "reduction": "gradients are reduced after the passes (fewer replicas; a larger global batch)",
-    }[values["limit"]]
+    }[part]
 
 
 def sweep_table(values: Values, memory: float | None) -> str:
@@ -109,7 +125,13 @@ def sweep_table(values: Values, memory: float | None) -> str:
             ]
             for number, row in enumerate(values["best"], 1)
         ]  # fmt: skip
-        lines += ["", *columns([header, *rows])]
+        lines += [
+            "",
+            *columns([header, *rows]),
+            "",
+            "overrides, to paste after the command of pretrain.py or of the plan:",
+        ]
+        lines += [f"{number}  {shlex.join(row['overrides'])}" for number, row in enumerate(values["best"], 1)]
     if (smallest := values["smallest_that_does_not_fit"]) is not None:
         lines += [
             "",

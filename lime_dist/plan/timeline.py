@@ -8,13 +8,21 @@ from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import RECEIVES, SENDS, make_schedule
-from lime_dist.plan.forecast import Machine, machine_times
+from lime_dist.plan.forecast import Forecast, Machine, machine_times
 from lime_dist.plan.simulate import Link, simulate
 from lime_dist.plan.stage_times import boundary_bytes, stage_times
+from lime_dist.plan.text import Values, idle, step_time
+
+REDUCTION = "#bb5566"
+"""Colour of the reduction, which follows all passes and on no stage counts as computing."""
 
 
-def draw_timeline(config: Config, machine: Machine, micro_batches: int, path: Path) -> None:
+def draw_timeline(config: Config, machine: Machine, planned: Forecast, values: Values, path: Path) -> None:
     """Write a PNG of one step, with a row per stage. A stage is idle where its row is blank.
+
+    Args:
+        planned: the forecast of the step.
+        values: the numbers of the plan, which the title repeats.
 
     Raises:
         LimeError: matplotlib is missing, or the file cannot be written.
@@ -28,6 +36,7 @@ def draw_timeline(config: Config, machine: Machine, micro_batches: int, path: Pa
     from matplotlib.patches import Patch
 
     bounds = stage_bounds(config)
+    micro_batches = planned.micro_batches
     schedule = make_schedule(config, micro_batches)
     trace = simulate(
         machine_times(config, machine, bounds, stage_times(config, 1.0, bounds)),
@@ -35,7 +44,8 @@ def draw_timeline(config: Config, machine: Machine, micro_batches: int, path: Pa
         Link(machine.bandwidth, machine.latency),
         schedule,
     )
-    scale, unit = (1.0, "s") if trace.seconds >= 1 else (1e3, "ms") if trace.seconds >= 1e-3 else (1e6, "µs")
+    whole, reduction = planned.seconds, planned.parts.reduction
+    scale, unit = (1.0, "s") if whole >= 1 else (1e3, "ms") if whole >= 1e-3 else (1e6, "µs")
     stages = len(trace.intervals)
     figure, axes = pyplot.subplots(figsize=(14, min(20.0, 1.8 + 0.45 * stages)))
     used = set()
@@ -53,17 +63,19 @@ def draw_timeline(config: Config, machine: Machine, micro_batches: int, path: Pa
                 for x in shown:
                     place = (scale * (x.begin + x.end) / 2, stage)
                     axes.annotate(str(x.micro_batch), place, ha="center", va="center", fontsize=7, color="white")
+        if reduction:
+            axes.broken_barh(
+                [(scale * (whole - reduction), scale * reduction)], (stage - 0.42, 0.84), facecolors=REDUCTION
+            )
     axes.set_ylim(stages - 0.5, -0.5)
-    axes.set_xlim(0, scale * trace.seconds)
+    axes.set_xlim(0, scale * whole)
     axes.set_yticks(range(0, stages, max(1, stages // 32)))
     axes.set_ylabel("stage")
     axes.set_xlabel(f"{unit} from the start of the step")
-    idle = 1 - sum(trace.busy) / (stages * trace.seconds)
-    axes.set_title(
-        f"{stages} stages, {micro_batches} micro-batches, {scale * trace.seconds:.3g} {unit}; "
-        f"idle or waiting: {100 * idle:.1f} %"
-    )
+    axes.set_title(f"{stages} stages, {micro_batches} micro-batches, {step_time(values)}; idle: {idle(values)}")
     legend = [Patch(color=colour, label=name) for kind, (name, colour) in schedule.legend.items() if kind in used]
+    if reduction:
+        legend.append(Patch(color=REDUCTION, label="reduction"))
     figure.legend(handles=legend, loc="lower center", ncols=len(legend), frameon=False)
     figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     try:
