@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,8 +309,8 @@ class OneKernelNorm(torch.autograd.Function):
 class Estimate:
     """Per layer: seconds by part and by operation of a part, bytes and kernels."""
 
-    seconds: Counter[str]
-    operations: Counter[tuple[str, str]]
+    seconds: dict[str, float]
+    operations: dict[tuple[str, str], float]
     nbytes: float
     kernels: float
 
@@ -320,8 +320,8 @@ class Estimate:
 
 
 def estimate(kernels: Sequence[Kernel], gpu: Gpu, layers: int) -> Estimate:
-    seconds: Counter[str] = Counter()
-    operations: Counter[tuple[str, str]] = Counter()
+    seconds = dict.fromkeys(PARTS, 0.0)
+    operations: defaultdict[tuple[str, str], float] = defaultdict(float)
     for kernel in kernels:
         seconds[kernel.part] += kernel.seconds(gpu) / layers
         operations[kernel.part, kernel.name] += kernel.seconds(gpu) / layers
@@ -341,7 +341,8 @@ def make_table(groups: dict[str, dict[str, Estimate]], num_operations: int) -> s
                 f"| {group}: {name} | {parts} | {1e3 * result.total:.2f} | {ratio} | {result.nbytes / 1e9:.1f} | "
                 f"{result.kernels:.0f} |"
             )
-            for (part, operation), seconds in result.operations.most_common(num_operations):
+            longest = sorted(result.operations.items(), key=lambda item: -item[1])
+            for (part, operation), seconds in longest[:num_operations]:
                 listed.append(f"{group}: {name}: {part}, {operation}: {1e6 * seconds:.0f} us a layer")
     return "\n".join([*lines, *([""] if listed else []), *listed]) + "\n"
 
