@@ -70,7 +70,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     batch_split(config, world_size())
     wait_for_predecessor(Path(config.run.directory))
-    start_processes(arguments.verbose, patience=2 * config.pipeline.timeout + 60)
+    start_processes(arguments.verbose, config.pipeline.timeout)
     train(config, arguments.verbose)
     torch.distributed.destroy_process_group()
 

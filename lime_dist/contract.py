@@ -1,4 +1,4 @@
-"""What lime_dist needs of DeepSpeed and torch beyond their documented interfaces, and the one patch of DeepSpeed.
+"""What lime_dist needs of DeepSpeed and torch beyond their documented interfaces, and the two patches of DeepSpeed.
 
 DeepSpeed's pipeline engine has no extension points: `LimeEngine` and `LimePipelineModule` override and read names that any
 release may rename, and a hook under its old name would never be called. `NAMES` lists each of them with its signature and
@@ -14,6 +14,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
@@ -140,6 +141,9 @@ NAMES: Mapping[str, Entries] = {
     "deepspeed.comm.torch": {
         "build_shm_op": ("()", "replaced by `disable_compiled_operations`"),
     },
+    "deepspeed.comm.torch.TorchBackend": {
+        "new_group": ("(self, ranks)", "replaced by `limit_new_groups`"),
+    },
     "torch.distributed": {
         "DistError": (CLASS, "a RuntimeError; what NCCL and the store raise when a peer is gone"),
     },
@@ -188,6 +192,14 @@ def disable_compiled_operations() -> None:
     start on a machine that has a compiler. Call it before ``deepspeed.init_distributed``."""
     backend: Any = import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
+
+
+def limit_new_groups(timeout: timedelta) -> None:
+    """Give every process group that DeepSpeed makes from now on this time-out. DeepSpeed takes none for them, so that they would have
+    NCCL's 10 minutes or gloo's 30."""
+    backend: Any = import_module("deepspeed.comm.torch").TorchBackend
+    distributed: Any = import_module("torch.distributed")
+    backend.new_group = lambda _, ranks: distributed.new_group(ranks, timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from lime_dist.contract import SUPPORTED, disable_compiled_operations, quiet_logger, unsupported
+from lime_dist.contract import SUPPORTED, disable_compiled_operations, limit_new_groups, quiet_logger, unsupported
 from lime_dist.errors import LimeError
 from lime_dist.host_staging import stage_on_host
 
@@ -46,7 +46,13 @@ def check_versions() -> None:
             raise LimeError(f"{package} {installed} is installed; {reason}")
 
 
-def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
+def group_timeout(timeout: float) -> timedelta:
+    """The time-out of every process group, if ``timeout`` is `pipeline.timeout` in seconds. It is longer, so that the watchdog ends
+    the process first: its message says more."""
+    return timedelta(seconds=2 * timeout + 60)
+
+
+def start_processes(verbose: bool = False, timeout: float = 600.0) -> None:
     """Join the launcher's process group (deepspeed, torchrun); without a launcher, create a group of one process.
 
     CPU processes on one machine share its cores evenly unless OMP_NUM_THREADS is set. On GPUs, partial sums of bf16 products
@@ -54,7 +60,8 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
     GPUs communicate with NCCL; with LIME_BACKEND=gloo through host memory, and then several processes may share a GPU.
 
     Args:
-        patience: timeout in seconds of each operation of the group.
+        timeout: `pipeline.timeout` in seconds. It bounds the operations of this group and of all that DeepSpeed makes later, and
+            the time for which NCCL's monitor bears a driver that hangs (unless TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC is set).
 
     Raises:
         LimeError: a process has no GPU, or LIME_BACKEND names a backend that it cannot use.
@@ -71,6 +78,8 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
         if "OMP_NUM_THREADS" not in environment:
             local = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world_size())
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    limit = group_timeout(timeout)
+    environment.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(limit.total_seconds())))
     backend = choose_backend(on_gpu)
     if on_gpu and backend == "gloo":
         environment["LOCAL_RANK"] = str(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -80,6 +89,7 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
         from deepspeed.accelerator import get_accelerator
 
         disable_compiled_operations()
+        limit_new_groups(limit)
         if on_gpu:
             if int(environment["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise LimeError(
@@ -90,7 +100,7 @@ def start_processes(verbose: bool = False, patience: float = 1800.0) -> None:
         deepspeed.init_distributed(
             dist_backend=backend,
             auto_mpi_discovery=False,
-            timeout=timedelta(seconds=patience),
+            timeout=limit,
             verbose=verbose,
         )
 

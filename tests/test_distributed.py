@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from support.workers import WorkerGroup
 
-from lime_dist.distributed import choose_backend
+from lime_dist.distributed import choose_backend, group_timeout
 from lime_dist.errors import LimeError
 
 
@@ -53,3 +53,21 @@ def test_transfers_through_host_memory(workers: Callable[[int], WorkerGroup], en
     for direct, staged, sent, received in workers(2).run("support.transfers.steps_through_host_memory", values=values):
         assert staged == direct
         assert min(sent, received) >= 8, "four micro-batches, two steps"
+
+
+def test_one_time_out_for_all_groups(workers: Callable[[int], WorkerGroup]) -> None:
+    """Also for those that DeepSpeed makes, without giving a time-out: replicas, pipelines, tied weights, all ranks."""
+    values = {
+        "model": {
+            "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "tie_word_embeddings": True,
+        },
+        "data": {"sequence_length": 8},
+        "train": {"global_batch_size": 8, "micro_batch_size": 2},
+        "parallel": {"pipeline_stages": 2},
+        "pipeline": {"timeout": 600},
+    }  # fmt: skip
+    limit = group_timeout(600).total_seconds()
+    for seconds, heartbeat in workers(4).run("support.transfers.group_timeouts", values=values):
+        assert len(seconds) >= 8 and set(seconds) == {limit}
+        assert float(heartbeat) == limit > 600

@@ -74,7 +74,7 @@ class LimeEngine(PipelineEngine):
         self._counted_shares = counted_shares
         self.timers = NoopTimer()  # the stock timers keep two CUDA events per step and never free them
         self.placement = gather_placement()
-        self.watchdog = Watchdog(config.pipeline.timeout)
+        self.watchdog = Watchdog(config.pipeline.timeout, self.device)
         self._shape: tuple[int, int] | None = None
 
     def start_after(self, step: int) -> None:
@@ -137,7 +137,7 @@ class LimeEngine(PipelineEngine):
     def watching(self, work: str, ranks: Sequence[int] | None = None) -> Iterator[None]:
         """Watch an operation of this stage: the watchdog ends the process if it takes too long.
 
-        On a GPU most operations return before they have run, so the message names the one in which the host waited.
+        On a GPU most operations return before they have run; the time counts in which the device works on them.
 
         Args:
             work: describes the operation in messages.

@@ -8,7 +8,6 @@ not negotiate them, and an evaluation may have another micro-batch size than tra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
+from lime_dist.distributed import group_timeout
 from lime_dist.model.history import LayerHistory
 from lime_dist.pipeline.clock import TRANSFER, Clock
 from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
@@ -75,11 +75,10 @@ class OverlapEngine(LimeEngine):
 
     def _connect(self, stage: int) -> None:
         """Connect both directions of the boundary behind ``stage``, for all replicas. All ranks must call this together."""
-        # The groups' own time-out is longer than the watchdog's, whose message says more.
-        patience = timedelta(seconds=2 * self.lime_config.pipeline.timeout + 60)
+        limit = group_timeout(self.lime_config.pipeline.timeout)
         for ranks in self.grid.pipe_groups:
             ends = [ranks[stage], ranks[stage + 1]]
-            there, back = (dist.new_group(ends, timeout=patience) for _ in range(2))
+            there, back = (dist.new_group(ends, timeout=limit) for _ in range(2))
             if self.global_rank == ends[0]:
                 self._to_next, self._from_next = Sender(ends[1], there), Receiver(ends[1], back)
             if self.global_rank == ends[1]:

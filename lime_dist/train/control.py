@@ -7,11 +7,12 @@ It has its own gloo process group, so that it neither waits for the GPU nor mixe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from lime_dist.distributed import group_timeout
 
 T = TypeVar("T")
 
@@ -58,12 +59,11 @@ class Control:
     Args:
         replica: index of this rank's replica, of ``replicas``.
         is_first, is_last: whether this rank holds the first, or the last, stage of its replica.
-        timeout: ``pipeline.timeout`` in seconds. The group's own timeout is longer, so that the watchdog ends the process
-            first: its message says more.
+        timeout: ``pipeline.timeout`` in seconds.
     """
 
     def __init__(self, replica: int, replicas: int, is_first: bool, is_last: bool, timeout: float) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout + 60))
+        self._group = dist.new_group(backend="gloo", timeout=group_timeout(timeout))
         self._replicas = replicas
         # Positions of this rank's checksum: those of all first stages come first, then those of all last stages.
         self._positions = [4 + end * replicas + replica for end, is_end in enumerate((is_first, is_last)) if is_end]

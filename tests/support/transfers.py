@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmarks.equality import rank_batches
+
 from lime_dist.config.load import make_config
 from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
 from lime_dist.model.cost import payload_bytes
@@ -169,3 +172,17 @@ def steps_through_host_memory(values: dict[str, Any]) -> tuple[list[float], list
         for name in names:
             setattr(dist, name, before[name])
     return direct, staged, counts["send"] + counts["isend"], counts["recv"] + counts["irecv"]
+
+
+def group_timeouts(values: dict[str, Any]) -> tuple[list[float], str]:
+    """Return the time-outs in seconds of all process groups of this rank with an engine, and that of NCCL's monitor."""
+    from torch.distributed import distributed_c10d
+
+    from lime_dist.train.control import Control
+
+    config, engine, _ = build(values)
+    control = Control(0, 2, True, True, config.pipeline.timeout)
+    groups = list(distributed_c10d._world.pg_map)
+    del engine, control
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    return timeouts, os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]
