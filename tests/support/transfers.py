@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.equality import rank_batches
 
+from benchmarks.equality import rank_batches
 from lime_dist.config.load import make_config
 from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
 from lime_dist.model.cost import payload_bytes
