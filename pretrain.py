@@ -140,6 +140,7 @@ def resume(config: Config, data: RunData, optimizer: StageOptimizer, console: Co
     Raises:
         LimeError: none of its checkpoints is whole, or it belongs to another run.
     """
+    from lime_dist.checkpoint.changes import describe_changes
     from lime_dist.checkpoint.restore import restore_newest
     from lime_dist.data.state import TrainState
 
@@ -148,6 +149,8 @@ def resume(config: Config, data: RunData, optimizer: StageOptimizer, console: Co
     checkpoint, passed_over = restore()
     if checkpoint is not None:
         console.say(f"resumed from step {checkpoint.state.step} ({checkpoint.path})")
+        for line in describe_changes(checkpoint, config):
+            console.say(line)
         return Resumed(checkpoint.state, restore)
     if passed_over:
         raise LimeError(f"no whole checkpoint in {checkpoints}; remove the folder or give another run.directory")

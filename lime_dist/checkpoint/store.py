@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from lime_dist.checkpoint.folder import folder_name
 from lime_dist.checkpoint.manifest import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest, read_manifest, saved_states
 from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
+from lime_dist.config.flat import flattened, shown
 from lime_dist.config.schema import Config
 from lime_dist.data.files import sha256_file
 from lime_dist.data.state import TrainState
@@ -177,7 +178,7 @@ def _mismatch(
     except ValidationError:
         return f"{checkpoint.path} was written with settings that this version does not know; {advice}"
     differences = [
-        f"{section}.{key}: {there[key]} there, {here[key]} here"
+        f"{section}.{key}: {shown(there[key])} there, {shown(here[key])} here"
         for section, there, here in (
             ("model", _model_settings(saved), _model_settings(config)),
             ("data", _order_settings(saved), _order_settings(config)),
@@ -198,7 +199,7 @@ def _mismatch(
 
 def _model_settings(config: Config) -> dict[str, Any]:
     """The model's settings in one form: the number of key/value heads is given even if the configuration leaves it out."""
-    return {**config.model.model_dump(mode="json"), "num_key_value_heads": config.model.key_value_heads}
+    return {**flattened(config.model.model_dump(mode="json")), "num_key_value_heads": config.model.key_value_heads}
 
 
 def _order_settings(config: Config) -> dict[str, Any]:

@@ -1,25 +1,18 @@
-"""Opens the files of a run folder on rank 0: ``config.yaml``, ``environment.txt``, and the sinks of its records."""
+"""Opens the files of a run folder on rank 0: what describes this start, and the sinks of its records."""
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from lime_dist.config.load import dump_config
 from lime_dist.config.schema import Config
-from lime_dist.data.files import write_atomic
-from lime_dist.distributed import is_main_process, world_size
+from lime_dist.distributed import is_main_process
 from lime_dist.errors import LimeError
 from lime_dist.monitor.metrics import MetricsFile
 from lime_dist.monitor.records import Records
+from lime_dist.monitor.starts import record_start
 from lime_dist.monitor.tensorboard import TensorBoardLog
-
-PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "datasets", "tensorboard")
-"""Packages whose versions ``environment.txt`` lists."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +40,9 @@ def open_run_files(directory: Path, config: Config, step: int) -> RunFiles:
     if not is_main_process():
         return RunFiles(Records())
     try:
-        write_atomic(directory / "config.yaml", dump_config(config).encode())
-        write_atomic(directory / "environment.txt", describe_environment().encode())
+        record_start(directory, config, step)
         metrics = MetricsFile(directory / "metrics.jsonl", step)
         board = TensorBoardLog(directory / "tensorboard", dump_config(config), step)
     except OSError as error:
         raise LimeError(f"run.directory={directory} cannot be written: {error.strerror}") from None
     return RunFiles(Records([metrics, board]), metrics)
-
-
-def describe_environment() -> str:
-    """The command, the host, and the versions of Python and of the packages that matter, one a line."""
-    lines = [
-        f"command: {' '.join(sys.argv)}",
-        f"host: {platform.node()}, {platform.platform()}, {os.cpu_count()} cores, {world_size()} processes",
-        f"python: {platform.python_version()}",
-        *(f"{name}: {version(name)}" for name in PACKAGES),
-    ]
-    return "\n".join(lines) + "\n"

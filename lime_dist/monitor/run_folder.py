@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from lime_dist.checkpoint.manifest import read_manifest
+from lime_dist.config.flat import flattened
 from lime_dist.config.schema import ModelConfig
 from lime_dist.data.files import read_json_lines
 from lime_dist.errors import LimeError
@@ -76,14 +77,6 @@ def _settings(file: Path) -> dict[str, Any]:
             f"{file} is not valid YAML; repair it, or copy it from the manifest of the newest checkpoint"
         ) from None
     return flattened(values) if isinstance(values, dict) else {}
-
-
-def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one dictionary with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def read_router_weights(path: Path) -> tuple[int, ModelConfig, dict[str, Any]]:

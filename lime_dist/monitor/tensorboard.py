@@ -19,8 +19,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar, text
 
+from lime_dist.config.flat import flattened
 from lime_dist.data.files import WholeAppends
-from lime_dist.monitor.run_folder import flattened
 
 FLUSH_SECONDS = 60.0
 """Scalars are flushed at least this often, so that one can follow a run."""

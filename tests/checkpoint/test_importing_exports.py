@@ -155,7 +155,7 @@ def test_fine_tuning_starts_at_the_loss_of_the_export(workers: Callable[[int], W
     assert before == pytest.approx(last, rel=1e-6)
     task["data"]["answer_token"] = None
     (line, _) = workers(2).run("support.runs.run", values=task)
-    assert "is of another run (data.answer_token: 5 there, None here)" in line, "its losses count other tokens"
+    assert "is of another run (data.answer_token: 5 there, null here)" in line, "its losses count other tokens"
 
 
 def first_training_loss(values: dict[str, Any], directory: Path) -> float:
