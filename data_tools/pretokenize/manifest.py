@@ -190,5 +190,9 @@ def finish(
     write_atomic(manifest.folder / DATASET_FILE, json_bytes(description))
     for split, facts in splits.items():
         print(f"{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, {len(facts['shards'])} shards")
+    if not splits["validation"]["documents"]:
+        print(
+            "warning: the validation split is empty; raise --validation-fraction, or train with train.evaluation_samples=0"
+        )
     print(", ".join(f"{key} {count:,}" for key, count in counts.items()))
     print(f"dataset written: {manifest.folder / DATASET_FILE}")

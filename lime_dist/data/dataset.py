@@ -99,10 +99,11 @@ class TokenSplit:
         self.tokenizer_hash: str | None = None
         self.eos_id: int | None = None
         self._largest_token: int | None = None
+        self._is_pair = not self.path.is_dir() and any(file.exists() for file in pair_paths(path))
         self._tokens: list[np.ndarray] = []
         self._starts: list[int] = []
         self.num_tokens = 0
-        if not self.path.is_dir() and any(file.exists() for file in pair_paths(path)):
+        if self._is_pair:
             self._largest_token = None if vocab_size is None else vocab_size - 1
             self._open_pair(validation_fraction)
             return
@@ -119,7 +120,7 @@ class TokenSplit:
         first_held_out = min(len(pair) - 1, round(len(pair) * (1 - validation_fraction)))
         if first_held_out < 1:
             raise LimeError(f"{self.path}: {len(pair)} documents are too few to hold some of them out for validation")
-        border = int(pair.offsets[pair.document_bounds[first_held_out]]) // pair.dtype.itemsize
+        border = int(pair.lengths[: pair.document_bounds[first_held_out]].sum(dtype=np.int64))
         tokens = pair.tokens.view(np.ndarray)
         held_out = self.split == "validation"
         self.num_documents = len(pair) - first_held_out if held_out else first_held_out
@@ -160,9 +161,16 @@ class TokenSplit:
         if samples < 1:
             raise LimeError(
                 f"{self.path}: split {self.split!r} has {self.num_tokens} tokens, one sample needs "
-                f"{sequence_length + 1}; lower data.sequence_length or give more text"
+                f"{sequence_length + 1}; {self._how_to_enlarge()}"
             )
         return samples
+
+    def _how_to_enlarge(self) -> str:
+        if self.split != "validation":
+            return "lower data.sequence_length or give more text"
+        larger = "data.validation_fraction" if self._is_pair else "--validation-fraction of data_tools.pretokenize"
+        shorter = "lower data.sequence_length, " if self.num_tokens > 1 else ""
+        return f"{shorter}raise {larger}, or set train.evaluation_samples=0 to train without validation"
 
     def dropped_tokens(self, sequence_length: int) -> int:
         """Tokens at the end of the split that do not fill a sample."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.indexed import HEADER, MAGIC, VERSION
 from lime_dist.errors import LimeError
 
 MakeDataset = Callable[..., Path]
@@ -45,6 +46,41 @@ def test_too_short_for_one_sample(folder: Path) -> None:
     assert split.num_samples(3) == 1
     with pytest.raises(LimeError, match=r"'validation' has 4 tokens, one sample needs 5; lower data.sequence_length"):
         split.num_samples(4)
+
+
+@pytest.mark.parametrize("sequences", ["none", "empty"])
+@pytest.mark.parametrize("empty", ["validation", "train"])
+def test_a_pair_whose_documents_of_a_split_are_empty(tmp_path: Path, sequences: str, empty: str) -> None:
+    """Their documents have no sequences, as Megatron writes them, or sequences without tokens. Both splits say what they lack."""
+    full, none = [6] * 3, ([0] * 3 if sequences == "empty" else [])
+    lengths = np.asarray([*full, *none] if empty == "validation" else [*none, *full], "<i4")
+    per_document = [1] * 3 + [1 if none else 0] * 3
+    bounds = np.cumsum([0, *(per_document if empty == "validation" else per_document[::-1])]).astype("<i8")
+    offsets = (np.cumsum([0, *lengths[:-1]]) * 2).astype("<i8")
+    header = HEADER.pack(MAGIC, VERSION, 8, len(lengths), len(bounds))
+    (tmp_path / "p.idx").write_bytes(header + lengths.tobytes() + offsets.tobytes() + bounds.tobytes())
+    (tmp_path / "p.bin").write_bytes(np.arange(18, dtype="<u2").tobytes())
+    for split in ("train", "validation"):
+        opened = TokenSplit(tmp_path / "p", split, 0.5)
+        assert (opened.num_documents, opened.num_tokens) == (3, 0 if split == empty else 18)
+        if split == empty:
+            advice = (
+                "give more text"
+                if split == "train"
+                else "p: .*; raise data.validation_fraction, or set train.evaluation_samples=0"
+            )
+            with pytest.raises(LimeError, match=advice):
+                opened.num_samples(4)
+        else:
+            np.testing.assert_array_equal(opened.sample(1, 4), np.arange(4, 9))
+
+
+def test_a_small_validation_split_says_how_to_enlarge_it(make_dataset: MakeDataset) -> None:
+    folder = make_dataset(train=[[np.arange(9)]], validation=[])
+    with pytest.raises(
+        LimeError, match="has 0 tokens, one sample needs 5; raise --validation-fraction of data_tools.pretokenize, or"
+    ):
+        TokenSplit(folder, "validation").num_samples(4)
 
 
 def test_something_missing_is_one_clear_line(folder: Path, tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def run(tokenizer_folder: Path, tmp_path: Path) -> Run:
 
     def call(given: object, *options: str, name: str = "out") -> dict[str, Any]:
         output = tmp_path / name
-        common = ["--tokenizer", str(tokenizer_folder), "--output", str(output), "--workers", "1"]
+        common = ["--tokenizer", str(tokenizer_folder), "--output", str(output)]
+        if "--workers" not in options:
+            common += ["--workers", "1"]
         pretokenize(["--input", str(given), *common, *options])
         return json.loads((output / "dataset.json").read_text())
 
@@ -269,3 +271,14 @@ def test_files_behind_urls_are_read_and_a_network_error_is_not_damage(
     attempts.extend(range(10))
     with pytest.raises(LimeError, match=r"unit 0 \(000.parquet\): cannot be read .*after 6 attempts"):
         pool._run(remote)
+
+
+def test_an_empty_validation_split_is_said(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(20)))
+    warning = (
+        "warning: the validation split is empty; raise --validation-fraction, or train with train.evaluation_samples=0"
+    )
+    run(tmp_path / "in.jsonl", "--validation-fraction", "0.0001")
+    assert warning in capsys.readouterr().out
+    run(tmp_path / "in.jsonl", "--validation-fraction", "0.5", name="half")
+    assert "warning" not in capsys.readouterr().out
