@@ -145,7 +145,7 @@ def resume(config: Config, data: RunData, optimizer: StageOptimizer, console: Co
     from lime_dist.data.state import TrainState
 
     checkpoints = checkpoint_folder(config)
-    restore = partial(restore_newest, checkpoints, config, data.order.num_samples, optimizer, console.say)
+    restore = partial(restore_newest, checkpoints, config, data.identity, optimizer, console.say)
     checkpoint, passed_over = restore()
     if checkpoint is not None:
         console.say(f"resumed from step {checkpoint.state.step} ({checkpoint.path})")
@@ -187,7 +187,7 @@ def assemble(
         train_batches=data.train_batches(replica, resumed.state.consumed_samples) if reads_data else None,
         validation_batches=validation if reads_data else None,
         evaluation_micro_batches=0 if validation is None else len(validation),
-        saver=Saver(checkpoint_folder(config), config, data.order.num_samples, optimizer, engine.stage_id, replica),
+        saver=Saver(checkpoint_folder(config), config, data.identity, optimizer, engine.stage_id, replica),
         restore=resumed.restore,
         control=Control(
             replica, data.replicas, engine.is_first_stage(), engine.is_last_stage(), config.pipeline.timeout

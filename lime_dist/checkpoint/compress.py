@@ -24,6 +24,7 @@ from lime_dist.config.schema import Config
 from lime_dist.data.answers import find_answers
 from lime_dist.data.blend import open_training, open_validation
 from lime_dist.data.files import write_atomic
+from lime_dist.data.identity import DataIdentity
 from lime_dist.errors import LimeError, run_command
 from lime_dist.export.comparison import mean_loss, validation_batches
 from lime_dist.model.architecture import CHUNKS, architecture_of
@@ -140,7 +141,7 @@ def compress(
     config, state, weights = read_weights(checkpoint)
     compressed = chunked_config(config, chunk_size, num_rows, first, output)
     length = config.data.sequence_length
-    _, order = open_training(config.data, config.model.vocab_size)
+    training, _ = open_training(config.data, config.model.vocab_size)
     validation = open_validation(config.data, config.model.vocab_size)
     samples = samples or min(config.train.evaluation_samples_or_default, validation.num_samples(length)) or 1
     answers = find_answers(validation, config.data.answer_token)
@@ -154,7 +155,8 @@ def compress(
         )
         for version, values in ((config, weights), (compressed, new_weights))
     )
-    write_checkpoint(output / "checkpoints", compressed, order.num_samples, new_weights, state.consumed_samples)
+    identity = DataIdentity.of(training, length)
+    write_checkpoint(output / "checkpoints", compressed, identity, new_weights, state.consumed_samples)
     write_atomic(output / "config.yaml", dump_config(compressed).encode())
     for fit in fits:
         print(

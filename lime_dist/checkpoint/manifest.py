@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import lime_dist
 from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes
+from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
 from lime_dist.model.optimizer_states import States, optimizer_states
 
@@ -39,6 +40,13 @@ class _File(_Strict):
     parameters: dict[str, list[Annotated[int, Field(ge=0)]]]
 
 
+class _Dataset(_Strict):
+    path: str
+    tokens: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class _Layout(_Strict):
     pipeline_stages: int = Field(ge=1)
     replicas: int = Field(ge=1)
@@ -53,6 +61,7 @@ class _Manifest(_Strict):
     state: _State
     optimizer_steps: int = Field(ge=0)
     num_samples: int = Field(ge=1)
+    data: list[_Dataset] | None = None  # earlier versions did not record it
     config: dict[str, Any]
     layout: _Layout
     files: list[_File] = Field(min_length=1)
@@ -83,7 +92,7 @@ def make_manifest(
     state: TrainState,
     *,
     optimizer_steps: int,
-    num_samples: int,
+    data: DataIdentity,
     layout: dict[str, int],
     files: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def make_manifest(
     Args:
         config: configuration of the run that is saved.
         optimizer_steps: number of updates that the optimizer has applied.
-        num_samples: number of samples of the training split.
+        data: the training data that it has read.
         layout: ``pipeline_stages``, ``replicas`` and ``zero_stage`` of the processes that wrote it, for the reader's information.
         files: one entry per file, as `folder.write_tensors` returns it.
     """
@@ -101,7 +110,8 @@ def make_manifest(
         "version": lime_dist.__version__,
         "state": state.as_dict(),
         "optimizer_steps": optimizer_steps,
-        "num_samples": num_samples,
+        "num_samples": data.num_samples,
+        "data": data.as_list(),
         "config": config.model_dump(mode="json"),
         "layout": layout,
         "files": files,

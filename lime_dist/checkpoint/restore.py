@@ -8,12 +8,13 @@ from pathlib import Path
 from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.checkpoint.store import Checkpoint, find_newest, load
 from lime_dist.config.schema import Config
+from lime_dist.data.identity import DataIdentity
 
 
 def restore_newest(
     directory: Path,
     config: Config,
-    num_samples: int,
+    data: DataIdentity,
     optimizer: CheckpointedOptimizer,
     say: Callable[[str], None],
 ) -> tuple[Checkpoint | None, list[str]]:
@@ -21,8 +22,9 @@ def restore_newest(
 
     Args:
         directory: the run's folder of checkpoints.
-        num_samples: size of the training split.
-        say: prints a line for each checkpoint that is passed over, before anything is loaded.
+        data: the training data.
+        say: prints a line for each checkpoint that is passed over, before anything is loaded; and what a change of the data
+            means for their order.
 
     Returns:
         The checkpoint that was loaded, None if there is no whole one; and these lines.
@@ -34,5 +36,6 @@ def restore_newest(
     for line in passed_over:
         say(line)
     if checkpoint is not None:
-        load(checkpoint, config, num_samples, optimizer)
+        for line in load(checkpoint, config, data, optimizer):
+            say(line)
     return checkpoint, passed_over

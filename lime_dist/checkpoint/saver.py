@@ -35,6 +35,7 @@ from lime_dist.checkpoint.manifest import LATEST, make_manifest
 from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.checkpoint.store import saved_steps
 from lime_dist.config.schema import Config
+from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree, is_main_process
 from lime_dist.errors import LimeError
@@ -88,7 +89,7 @@ class Saver:
 
     Args:
         directory: folder of the run's checkpoints.
-        num_samples: number of samples of the training split.
+        data: the training data.
         stage: this rank's pipeline stage.
         replica: this rank's data-parallel replica.
     """
@@ -97,13 +98,13 @@ class Saver:
         self,
         directory: Path,
         config: Config,
-        num_samples: int,
+        data: DataIdentity,
         optimizer: CheckpointedOptimizer,
         stage: int,
         replica: int,
     ) -> None:
         self.directory = directory
-        self._config, self._num_samples, self._optimizer = config, num_samples, optimizer
+        self._config, self._data, self._optimizer = config, data, optimizer
         self._file = file_name(stage, replica)
         self._writes = optimizer.is_sharded or replica == 0
         self._in_progress: _Write | None = None
@@ -170,7 +171,7 @@ class Saver:
                 self._config,
                 write.state,
                 optimizer_steps=write.optimizer_steps,
-                num_samples=self._num_samples,
+                data=self._data,
                 layout=self._layout(),
                 files=[entry for entry in entries if entry is not None],
             )

@@ -21,12 +21,14 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
+from lime_dist.checkpoint.data_changes import DataComparison, compare_data
 from lime_dist.checkpoint.folder import folder_name
 from lime_dist.checkpoint.manifest import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest, read_manifest, saved_states
 from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.config.flat import flattened, shown
 from lime_dist.config.schema import Config
 from lime_dist.data.files import sha256_file
+from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree
 from lime_dist.model.optimizer_states import WEIGHT
@@ -75,11 +77,16 @@ def find_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, lines
 
 
-def load(checkpoint: Checkpoint, config: Config, num_samples: int, optimizer: CheckpointedOptimizer) -> None:
+def load(
+    checkpoint: Checkpoint, config: Config, data: DataIdentity, optimizer: CheckpointedOptimizer
+) -> tuple[str, ...]:
     """Load this rank's part of a checkpoint into the optimizer and the weights. All ranks call it together.
 
     Args:
-        num_samples: number of samples of the training split; the order of samples is a function of it.
+        data: the training data.
+
+    Returns:
+        Lines about what a change of the data means.
 
     Raises:
         LimeError: the checkpoint is of another model, optimizer or dataset. Nothing has been loaded then.
@@ -88,7 +95,10 @@ def load(checkpoint: Checkpoint, config: Config, num_samples: int, optimizer: Ch
     for entry in checkpoint.manifest["files"]:
         for name, shape in entry["parameters"].items():
             index[name] = {"file": entry["file"], "shape": shape}
-    agree(_mismatch(checkpoint, config, num_samples, optimizer, index))
+    problem, compared = _mismatch(checkpoint, config, optimizer, index), DataComparison()
+    if problem is None:
+        compared = compare_data(checkpoint.path, checkpoint.manifest, config, data)
+    agree(problem or compared.problem)
     opened: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     with torch.no_grad():
         for name in optimizer.local_names():
@@ -98,6 +108,7 @@ def load(checkpoint: Checkpoint, config: Config, num_samples: int, optimizer: Ch
             for key, target in optimizer.state(name).items():
                 target.copy_(opened[file][name][key])
     optimizer.restore_finished(checkpoint.manifest["optimizer_steps"])
+    return compared.notes
 
 
 def _read(path: Path) -> Any:
@@ -167,7 +178,6 @@ def _file_problem(path: Path, entry: dict[str, Any], states: dict[str, tuple[str
 def _mismatch(
     checkpoint: Checkpoint,
     config: Config,
-    num_samples: int,
     optimizer: CheckpointedOptimizer,
     index: dict[str, dict[str, Any]],
 ) -> str | None:
@@ -187,8 +197,6 @@ def _mismatch(
         for key in here
         if there[key] != here[key]
     ]
-    if checkpoint.manifest["num_samples"] != num_samples:
-        differences.append(f"training samples: {checkpoint.manifest['num_samples']:,} there, {num_samples:,} here")
     if differences:
         return f"{checkpoint.path} is of another run ({', '.join(differences)}); {advice}"
     for name, parameter in optimizer.parameters.items():
@@ -203,15 +211,5 @@ def _model_settings(config: Config) -> dict[str, Any]:
 
 
 def _order_settings(config: Config) -> dict[str, Any]:
-    """What decides, beside the number of samples, which samples come when and which tokens losses count.
-
-    ``data.path`` is not among them: the same data may lie elsewhere.
-    """
-    weights = None if config.data.blend is None else [entry.weight for entry in config.data.blend]
-    data = config.data
-    return {
-        "sequence_length": data.sequence_length,
-        "seed": data.seed,
-        "blend": weights,
-        "answer_token": data.answer_token,
-    }
+    """What decides, beside the data and their weights, which samples come when and which tokens losses count."""
+    return config.data.model_dump(include={"sequence_length", "seed", "answer_token"})

@@ -14,18 +14,19 @@ from lime_dist.checkpoint.folder import file_name, folder_name, partial_folder, 
 from lime_dist.checkpoint.manifest import make_manifest
 from lime_dist.checkpoint.reading import Weights
 from lime_dist.config.schema import Config
+from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
 from lime_dist.errors import LimeError
 from lime_dist.model.optimizer_states import WEIGHT, optimizer_states
 
 
 def write_checkpoint(
-    directory: Path, config: Config, num_samples: int, weights: Weights, consumed_samples: int = 0
+    directory: Path, config: Config, data: DataIdentity, weights: Weights, consumed_samples: int = 0
 ) -> Path:
     """Write the checkpoint of step 0 into ``directory`` and return its folder. After an error the folder is absent.
 
     Args:
-        num_samples: number of samples of the training split.
+        data: the training data.
         consumed_samples: position in the order of samples at which the run starts.
 
     Raises:
@@ -48,7 +49,7 @@ def write_checkpoint(
             config,
             TrainState(0, consumed_samples),
             optimizer_steps=0,
-            num_samples=num_samples,
+            data=data,
             layout={"pipeline_stages": 1, "replicas": 1, "zero_stage": 0},
             files=[entry],
         )

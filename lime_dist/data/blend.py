@@ -48,6 +48,12 @@ class Pattern:
         datasets = np.searchsorted(self._starts, permuted, side="right") - 1
         return datasets, blocks * self.counts[datasets] + permuted - self._starts[datasets]
 
+    def read(self, positions: int) -> list[int]:
+        """Number of the first ``positions`` positions that read from each dataset."""
+        whole, rest = divmod(positions, BLOCK)
+        datasets, _ = self.places(whole * BLOCK + np.arange(rest))
+        return (whole * self.counts + np.bincount(datasets, minlength=len(self.counts))).tolist()
+
 
 class Blend:
     """Splits of several datasets with the interface of one `TokenSplit`. Samples are numbered dataset by dataset.
@@ -117,9 +123,7 @@ class BlendOrder:
 
     def counts(self, positions: int) -> list[int]:
         """Number of the first ``positions`` positions that read from each dataset."""
-        whole, rest = divmod(positions, BLOCK)
-        datasets, _ = self._pattern.places(whole * BLOCK + np.arange(rest))
-        return (whole * self._pattern.counts + np.bincount(datasets, minlength=len(self._starts))).tolist()
+        return self._pattern.read(positions)
 
     def shares(self, positions: int) -> list[str]:
         """A line per dataset about a run of ``positions`` samples: the samples read, their share, and the number of epochs."""

@@ -89,6 +89,7 @@ class TokenSplit:
         num_tokens, num_documents: size of the split.
         vocab_size, tokenizer_hash: of the tokenizer; None for a pair.
         eos_id: the token that ends every document; None if that is not known.
+        shard_hashes: of each shard, the number of tokens and the SHA-256 of its .bin file; None if they are not known.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class TokenSplit:
         self.eos_id: int | None = None
         self._largest_token: int | None = None
         self._is_pair = not self.path.is_dir() and any(file.exists() for file in pair_paths(path))
+        self.shard_hashes: list[tuple[int, str]] | None = None
         self._tokens: list[np.ndarray] = []
         self._starts: list[int] = []
         self.num_tokens = 0
@@ -138,6 +140,8 @@ class TokenSplit:
             self.eos_id = description["eos_id"]
         shards = description["splits"][split]["shards"]
         self.num_documents = sum(shard["documents"] for shard in shards)
+        if all("bin_sha256" in shard for shard in shards):
+            self.shard_hashes = [(shard["tokens"], shard["bin_sha256"]) for shard in shards]
         for shard in shards:
             check_shard_sizes(self.path, shard)
             # A plain array over the same mapping: slicing a memmap costs several times more than slicing an array.
@@ -150,6 +154,11 @@ class TokenSplit:
             self._tokens.append(tokens)
             self._starts.append(self.num_tokens)
             self.num_tokens += tokens.size
+
+    @property
+    def tokens(self) -> list[np.ndarray]:
+        """The tokens of each shard."""
+        return self._tokens
 
     def num_samples(self, sequence_length: int) -> int:
         """Number of whole samples: ``sequence_length`` tokens and the one that follows.

@@ -9,6 +9,7 @@ from lime_dist.config.sections.train import EVALUATION_SAMPLES
 from lime_dist.data.answers import MEASURED_SAMPLES, Answers, CountedShares, find_answers
 from lime_dist.data.blend import open_training, open_validation
 from lime_dist.data.dataset import Samples
+from lime_dist.data.identity import DataIdentity
 from lime_dist.data.loader import TrainBatches, ValidationBatches
 from lime_dist.data.order import Order
 from lime_dist.data.ramp import BatchSizes
@@ -30,6 +31,7 @@ class RunData:
         sequence_length: tokens of a sample.
         evaluation_samples: samples of a validation.
         replicas: data-parallel width.
+        identity: of the training data.
     """
 
     training: Samples
@@ -42,6 +44,7 @@ class RunData:
     micro_batch_size: int
     evaluation_samples: int
     replicas: int
+    identity: DataIdentity
 
     def settled(self, config: Config) -> Config:
         """The configuration with the number of validation samples that the run uses."""
@@ -113,6 +116,7 @@ def open_run_data(config: Config, replicas: int) -> RunData:
         micro_batch_size=settings.micro_batch_size,
         evaluation_samples=evaluation_samples,
         replicas=replicas,
+        identity=together(lambda: DataIdentity.of(training, length)),
     )
 
 

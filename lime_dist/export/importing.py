@@ -18,6 +18,7 @@ from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.blend import open_training
 from lime_dist.data.files import read_json
+from lime_dist.data.identity import DataIdentity
 from lime_dist.errors import LimeError
 from lime_dist.export.comparison import TOLERANCE, Comparison, compare_logits, first_tokens
 from lime_dist.export.exported import CERTIFICATE, check_vocabulary, load_model, require_transformers, verify
@@ -45,7 +46,7 @@ def import_model(folder: Path, config: Config) -> Path:
     else:
         check_start(config.model)
         check_shape(folder, values, config.model)
-    train, order = open_training(config.data, config.model.vocab_size)
+    train, _ = open_training(config.data, config.model.vocab_size)
     if certificate is not None and train.tokenizer_hash is not None:
         check_vocabulary(certificate, folder, train)
     weights = read_safetensors(folder, config, fill=values["model_type"] == LLAMA_TYPE)
@@ -54,7 +55,7 @@ def import_model(folder: Path, config: Config) -> Path:
         raise LimeError(f"{train.path}: has token ids beyond model.vocab_size={config.model.vocab_size}")
     comparison = check_logits(folder, config, weights, tokens)
     directory = Path(config.run.directory) / "checkpoints"
-    path = write_checkpoint(directory, config, order.num_samples, weights)
+    path = write_checkpoint(directory, config, DataIdentity.of(train, config.data.sequence_length), weights)
     print(
         f"compared on {comparison.tokens:,} tokens of {train.path}: logits differ by at most {comparison.difference:.1e}; "
         f"the largest logit is {comparison.logit:.2f}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lime_dist.config.load import make_config
+from lime_dist.data.identity import DataIdentity
 from lime_dist.errors import LimeError
 
 NUM_SAMPLES = 100
@@ -34,7 +35,11 @@ def _build(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any]:
     with quiet():
         engine, optimizer = build_engine(config)
     replica = engine.grid.get_data_parallel_rank()
-    return config, optimizer, Saver(Path(directory), config, NUM_SAMPLES, optimizer, engine.stage_id, replica)
+    return (
+        config,
+        optimizer,
+        Saver(Path(directory), config, DataIdentity(NUM_SAMPLES), optimizer, engine.stage_id, replica),
+    )
 
 
 def _fill(optimizer: Any, step: int) -> None:
@@ -77,7 +82,7 @@ def load(values: dict[str, Any], directory: str) -> int:
     newest, _ = store.find_newest(Path(directory))
     if newest is None:
         return 0
-    store.load(newest, config, NUM_SAMPLES, optimizer)
+    store.load(newest, config, DataIdentity(NUM_SAMPLES), optimizer)
     got = {name: {k: t.clone() for k, t in optimizer.state(name).items()} for name in optimizer.local_names()}
     _fill(optimizer, newest.state.step)
     for name, state in got.items():

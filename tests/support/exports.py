@@ -12,6 +12,7 @@ from benchmarks.equality import perturb
 from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config, ModelConfig
+from lime_dist.data.identity import DataIdentity
 from lime_dist.export.huggingface.configuration_lime import LimeConfig
 from lime_dist.export.huggingface.modeling_lime import BaseForCausalLM
 from lime_dist.export.model_files import model_description
@@ -42,7 +43,7 @@ def write_random(values: dict[str, Any]) -> tuple[Config, Decoder]:
     config = make_config(values, "a test")
     decoder = perturbed(config.model)
     weights = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
-    write_checkpoint(Path(config.run.directory) / "checkpoints", config, 100, weights)
+    write_checkpoint(Path(config.run.directory) / "checkpoints", config, DataIdentity(100), weights)
     return config, decoder
 
 

@@ -125,6 +125,7 @@ def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> lis
 def train_with_interruptions(values: dict[str, Any], folder: str) -> list[float]:
     """Return the losses of four steps. With a folder, evaluations with two batch sizes and a checkpoint come between them."""
     from lime_dist.checkpoint.saver import Saver
+    from lime_dist.data.identity import DataIdentity
     from lime_dist.data.state import TrainState
 
     config, engine, optimizer = build(values)
@@ -133,10 +134,12 @@ def train_with_interruptions(values: dict[str, Any], folder: str) -> list[float]
     if folder:
         for size in (1, 4):
             parts = config.train.global_batch_size // size // width
-            engine.evaluate(rank_batches(config, 100, replica, width, size), parts, size)
+            engine.evaluate(rank_batches(config, DataIdentity(100), replica, width, size), parts, size)
         state = TrainState(2, 2 * config.train.global_batch_size)
-        Saver(Path(folder), config, 100, optimizer, engine.stage_id, replica).save(state)
-        engine.evaluate(rank_batches(config, 100, replica, width, 2), config.train.global_batch_size // 2 // width, 2)
+        Saver(Path(folder), config, DataIdentity(100), optimizer, engine.stage_id, replica).save(state)
+        engine.evaluate(
+            rank_batches(config, DataIdentity(100), replica, width, 2), config.train.global_batch_size // 2 // width, 2
+        )
     return losses + losses_of(config, engine, range(2, 4))
 
 

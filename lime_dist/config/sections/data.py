@@ -36,6 +36,11 @@ class DataConfig(Section):
     )
     sequence_length: int = Field(256, ge=1, description="tokens per sample")
     seed: int = Field(0, description="seed of the order of samples")
+    accept_change: bool = Field(
+        False,
+        description="resume although the training data, or the weights of `blend`, differ from those of the checkpoint; the "
+        "run says what is read again and what is left out",
+    )
     answer_token: int | None = Field(
         None,
         ge=0,
