@@ -80,9 +80,9 @@ class OverlapEngine(LimeEngine):
             ends = [ranks[stage], ranks[stage + 1]]
             there, back = (dist.new_group(ends, timeout=limit) for _ in range(2))
             if self.global_rank == ends[0]:
-                self._to_next, self._from_next = Sender(ends[1], there), Receiver(ends[1], back)
+                self._to_next, self._from_next = self._sender(ends[1], there), Receiver(ends[1], back)
             if self.global_rank == ends[1]:
-                self._from_previous, self._to_previous = Receiver(ends[0], there), Sender(ends[0], back)
+                self._from_previous, self._to_previous = Receiver(ends[0], there), self._sender(ends[0], back)
             # gloo and NCCL connect at the first transfer, in which both ends must take part: not an early receive.
             greeting = torch.zeros(1, device=self.device)
             for group, sender, receiver in ((there, *ends), (back, *reversed(ends))):
@@ -90,6 +90,9 @@ class OverlapEngine(LimeEngine):
                     dist.send(greeting, receiver, group=group)
                 if self.global_rank == receiver:
                     dist.recv(greeting, sender, group=group)
+
+    def _sender(self, peer: int, group: dist.ProcessGroup) -> Sender:
+        return Sender(peer, group, is_queued=dist.get_backend(group) == dist.Backend.NCCL)
 
     def transfer_stats(self) -> dict[str, TransferStats]:
         """What this stage has sent and received since the engine was made, by direction. The first and the last stage have two of the four."""
@@ -142,6 +145,9 @@ class OverlapEngine(LimeEngine):
         shape, configured, count = self._shape, pipe_schedule.schedule, pipe_schedule.micro_batches
         payloads_ahead, gradients_ahead = map(configured.receives_ahead, (RECV_ACTIVATION, RECV_GRAD))
         payload_window = pipe_schedule.num_pipe_buffers() + payloads_ahead
+        for sender in (self._to_next, self._to_previous):
+            if sender is not None:
+                sender.release()  # the device has come to the end of the last step
         if self._from_previous is not None:
             self._from_previous.begin(count, payloads_ahead, lambda: self.module.landing(*shape))
         if isinstance(pipe_schedule, TrainingStage):

@@ -30,7 +30,7 @@ class TransferStats:
     Attributes:
         bytes: of tensors.
         transfers: number of tensors.
-        waited: seconds that this end waited for transfers. On a GPU the host queues a wait and goes on, so that it counts 0.
+        waited: seconds that the host of this end waited for transfers. With NCCL it queues the wait for a receive and goes on.
     """
 
     bytes: int = 0
@@ -38,20 +38,31 @@ class TransferStats:
     waited: float = 0.0
 
 
+POLL_SECONDS = 1e-4
+"""How often a host that waits for a send asks whether it has completed."""
+
+
 @dataclass
 class Sender:
-    """The sending end of one direction.
+    """The sending end of one direction. It holds each tensor until its send has completed.
+
+    With NCCL, a host can ask whether a send has completed, and does so before each post. So a tensor is freed when nothing uses it
+    any longer, and the allocator can give its memory away at once. (For tensors that are freed earlier, the allocator puts an event
+    behind everything that has been queued for the communicator, also later sends, and waits for that.) Only if the window is
+    full does the host wait, so that it does not run ahead of its device by more than the window: memory would be allocated for all
+    payloads of the step. With gloo, the host learns that a send has completed only by waiting for it.
 
     Args:
         peer: global rank of the receiving end.
+        is_queued: transfers are work in the queue of a device (NCCL).
 
     Attributes:
-        window: tensors that may be under way at a time; another send first waits for the oldest. (gloo frees a tensor only
-            once its send has been waited for.)
+        window: tensors that may be under way at a time; another send first waits for the oldest.
     """
 
     peer: int
     group: dist.ProcessGroup
+    is_queued: bool = False
     stats: TransferStats = field(default_factory=TransferStats)
     window: int = 1
     _under_way: deque[tuple[Any, Tensor]] = field(default_factory=deque)
@@ -59,19 +70,37 @@ class Sender:
     def post(self, tensor: Tensor) -> None:
         """Send a contiguous tensor, which must not be written to afterwards. Returns at once unless the window is full."""
         begin = time.perf_counter()
+        self.release()
         while len(self._under_way) >= self.window:
-            self._under_way.popleft()[0].wait()
+            self._complete_oldest()
         self.stats.waited += time.perf_counter() - begin
         self._under_way.append((dist.isend(tensor, self.peer, group=self.group), tensor))
         self.stats.bytes += tensor.nbytes
         self.stats.transfers += 1
 
+    def release(self) -> None:
+        """Free the tensors whose sends are known to have completed. Does not wait."""
+        while self.is_queued and self._under_way and self._under_way[0][0].is_completed():
+            self._under_way.popleft()
+
     def drain(self) -> None:
-        """Wait until all sends have completed."""
+        """Let what follows come after all sends: the compute stream of the device, or the host where it has none."""
         begin = time.perf_counter()
-        while self._under_way:
-            self._under_way.popleft()[0].wait()
+        for work, _ in self._under_way:
+            work.wait()
+        if not self.is_queued:
+            self._under_way.clear()
         self.stats.waited += time.perf_counter() - begin
+
+    def _complete_oldest(self) -> None:
+        """Let the host wait until the oldest send has completed, and free its tensor."""
+        work, _ = self._under_way[0]
+        if self.is_queued:
+            while not work.is_completed():
+                time.sleep(POLL_SECONDS)
+        else:
+            work.wait()
+        self._under_way.popleft()
 
 
 @dataclass

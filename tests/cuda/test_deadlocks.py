@@ -22,15 +22,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.nccl import LAUNCHES, Graph, Place, first_of_each_kind, places
-from support.recording import FakeDist, RecordingEngine, programs
+from support.recording import FakeDist, RecordingEngine, engines, programs
 
 from lime_dist import load_config
 from lime_dist.config.registry import SCHEDULES
 from lime_dist.pipeline import transfer
+from lime_dist.pipeline.schedules.base import BoundaryBytes
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 
@@ -97,6 +98,51 @@ def test_evaluation(stages: int) -> None:
         queued = programs(schedule, is_training=False)
         assert not Graph(queued, everywhere).deadlocks(), schedule
         assert not Graph(queued, one_queue=True).deadlocks(), schedule
+
+
+# -- memory of transfers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_a_tensor_lives_until_its_send_is_over(stages: int, is_training: bool) -> None:
+    """Whatever the host queues after it has freed a sent tensor comes after the send. The host frees them during the step."""
+    freed = 0
+    for schedule in schedules(stages):
+        queued = programs(schedule, is_training)
+        assert Graph(queued).freed_too_early() == [], schedule
+        freed += sum(at < len(program) for program in queued for at in program.freed.values())
+    assert freed > 100
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5, 8])
+def test_memory_of_transfers_is_as_planned(stages: int) -> None:
+    """During each backward pass, for hosts that are as far ahead of their devices as they can be."""
+    for schedule in schedules(stages):
+        for stage, engine in enumerate(engines(schedule, is_training=True)):
+            is_first, is_last = stage == 0, stage == stages - 1
+            boundary = BoundaryBytes(received=(not is_first) * 1000, sent=not is_last, landing=(not is_first) * 10**6)
+            counted = [
+                held["payloads sent"]
+                + held["gradients received"]
+                + 1000 * held["gradients sent"]
+                + 10**6 * held["payloads to come"]
+                for held in engine.held
+            ]
+            assert counted == schedule.memory_in_flight(stage, boundary).transfers.tolist(), (schedule, stage)
+
+
+@pytest.mark.parametrize("way", ["not held", "held until the next post"])
+def test_the_model_finds_tensors_that_are_freed_too_early(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    def post(sender: transfer.Sender, tensor: Any) -> None:
+        sender._under_way.clear()
+        work = FakeDist.isend(tensor, sender.peer, cast(Any, sender.group))
+        if way != "not held":
+            sender._under_way.append((work, tensor))
+
+    monkeypatch.setattr(transfer.Sender, "post", post)
+    for is_training in (True, False):
+        assert Graph(programs(OneForwardOneBackward(4, 3), is_training)).freed_too_early()
 
 
 # -- the model ------------------------------------------------------------------------------------------------------------

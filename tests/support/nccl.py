@@ -4,14 +4,15 @@
 · A transfer is a kernel on its communicator's stream. It starts once the compute stream has done what was queued before the
   transfer, and occupies the device until all its ends have started.
 · A wait for a transfer is work on the compute stream, and the host goes on. The host itself waits where it reads a value, until
-  the compute stream is done, and where it waits for its whole device, until all streams are done.
+  the compute stream is done, where it waits for its whole device, until all streams are done, and where it blocks on one transfer.
+· A device is as late as it can be: a transfer counts as completed only once its host has blocked on it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,10 +28,11 @@ class Operation(NamedTuple):
     """What the host of a stage queues on its device.
 
     Attributes:
-        kind: forward, backward, update, read (a value that the host waits for), send, receive, reduce, or wait (for a transfer).
+        kind: forward, backward, update, read (a value that the host waits for), send, receive, reduce, wait or block (for a
+            transfer; the compute stream waits, the host blocks).
         stream: that it is queued on.
         ends: number of stages that take part in it.
-        awaited: of a wait, the index of its transfer among the stage's operations.
+        awaited: of a wait or a block, the index of its transfer among the stage's operations.
     """
 
     kind: str
@@ -39,17 +41,46 @@ class Operation(NamedTuple):
     awaited: int | None = None
 
 
+class Transfer:
+    """What ``torch.distributed.isend`` and ``irecv`` return."""
+
+    def __init__(self, program: Program, index: int) -> None:
+        self._program, self._index = program, index
+        self._asked: int | None = None  # length of the program when the host last asked
+
+    def wait(self) -> None:
+        self._program.append(Operation("wait", awaited=self._index))
+
+    def is_completed(self) -> bool:
+        """A host that asks twice and does nothing in between blocks until it is."""
+        blocks = self._asked == len(self._program)
+        self._asked = len(self._program)
+        if blocks:
+            self._program.append(Operation("block", awaited=self._index))
+        return blocks
+
+
 class Program(list[Operation]):
-    """The operations of one stage, in the order in which its host queues them."""
+    """The operations of one stage, in the order in which its host queues them.
+
+    Attributes:
+        freed: by index of a send, the number of operations that had been queued when its tensor was freed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.freed: dict[int, int] = {}
 
     def compute(self, *kinds: str) -> None:
         self.extend(map(Operation, kinds))
 
-    def transfer(self, kind: str, stream: str, ends: int) -> Any:
-        """Queue a transfer. The result can be waited for, as that of ``torch.distributed.isend``."""
+    def transfer(self, kind: str, stream: str, ends: int, tensor: Any = None) -> Transfer:
+        """Queue a transfer, and note when a sent tensor is freed."""
         index = len(self)
         self.append(Operation(kind, stream, ends))
-        return SimpleNamespace(wait=lambda: self.append(Operation("wait", awaited=index)))
+        if tensor is not None:
+            weakref.finalize(tensor, lambda: self.freed.setdefault(index, len(self)))
+        return Transfer(self, index)
 
 
 class Place(NamedTuple):
@@ -95,19 +126,20 @@ class Graph:
             if place.index == 0:
                 last, first, transfers = {}, queued, Counter[str]()
             else:
-                self.before[queued].append(
-                    done - 3 if programs[place.stage][place.index - 1].kind == "read" else queued - 3
-                )
+                is_over = programs[place.stage][place.index - 1].kind in ("read", "block")
+                self.before[queued].append(done - 3 if is_over else queued - 3)
                 self.before[start] += [start - 3] if one_queue else []
             if waits(place):
                 self.before[queued] += last.values()
-            self.before[start] += [last[stream] for stream in {operation.stream, COMPUTE} & last.keys()]
+            if operation.kind != "block":
+                self.before[start] += [last[stream] for stream in {operation.stream, COMPUTE} & last.keys()]
             if operation.awaited is not None:
                 self.before[start].append(first + 3 * operation.awaited + 2)
             if operation.stream != COMPUTE:
                 starts[operation.stream, transfers[operation.stream], operation.ends].append(start)
                 transfers[operation.stream] += 1
-            last[operation.stream] = done
+            if operation.kind != "block":
+                last[operation.stream] = done
         for (stream, _, number), ends in starts.items():
             assert len(ends) == number, f"{stream}: a transfer has {len(ends)} ends instead of {number}"
             for start in ends:
@@ -130,6 +162,24 @@ class Graph:
 
     def deadlocks(self) -> bool:
         return len(self.order()) < len(self.before)
+
+    def freed_too_early(self) -> list[Place]:
+        """Sends whose tensors are freed while they may still be read: a later operation of the stage, which may write to the memory,
+        does not come after them."""
+        first = np.cumsum([0, *map(len, self.programs)])
+        sends = [(stage, send, at) for stage, each in enumerate(self.programs) for send, at in each.freed.items()]
+        number = {3 * (first[stage] + send) + 2: count for count, (stage, send, _) in enumerate(sends)}
+        is_after = np.zeros((len(self.before), len(sends)), bool)
+        for node in self.order():
+            if self.before[node]:
+                is_after[node] = is_after[self.before[node]].any(0)
+            if node in number:
+                is_after[node, number[node]] = True
+        return [
+            Place(stage, send, "send")
+            for count, (stage, send, at) in enumerate(sends)
+            if not is_after[3 * (first[stage] + at) + 1 : 3 * first[stage + 1] : 3, count].all()
+        ]
 
     def single_deadlocks(self) -> list[Place]:
         """Places at which the host must not wait for its whole device, if it does so at this place only.

@@ -6,6 +6,7 @@ Every stage runs the real engine with its schedule, `Sender` and `Receiver`. Onl
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ class FakeDist:
 
     @staticmethod
     def isend(tensor: Any, peer: int, group: tuple[Program, str]) -> Any:
-        return group[0].transfer("send", group[1], 2)
+        return group[0].transfer("send", group[1], 2, tensor)
 
     @staticmethod
     def irecv(tensor: Any, peer: int, group: tuple[Program, str]) -> Any:
@@ -37,6 +38,7 @@ class RecordingEngine(OverlapEngine):
 
     def __init__(self, schedule: OverlappedSchedule, stage: int) -> None:
         self.program = Program()
+        self.held: list[Counter[str]] = []
         self.stage_id, self.num_stages, self.micro_batches = stage, schedule.stages, schedule.micro_batches
         self.global_steps, self.device, self._shape = 0, torch.device("cpu"), (1, 1)
         self.clock: Any = SimpleNamespace(measuring=nullcontext)
@@ -61,7 +63,7 @@ class RecordingEngine(OverlapEngine):
         """Nothing to destroy: there is no DeepSpeed engine."""
 
     def _sender(self, peer: int, group: Any) -> transfer.Sender:
-        return transfer.Sender(peer, group)
+        return transfer.Sender(peer, group, is_queued=True)
 
     def _receiver(self, peer: int, group: Any) -> transfer.Receiver[Any]:
         return transfer.Receiver(peer, group)
@@ -90,11 +92,23 @@ class RecordingEngine(OverlapEngine):
         micro_batch.edge = object() if torch.is_grad_enabled() else None
 
     def _backward(self, buffer_id: int) -> None:
+        self.held.append(self._count_held())
         self.program.compute("backward")
         if not self.is_first_stage():
             inputs = self._in_flight[buffer_id].inputs
             assert inputs is not None
             inputs.grad = torch.empty_like(inputs)
+
+    def _count_held(self) -> Counter[str]:
+        """Tensors of transfers for which there is memory during a backward pass."""
+        held = Counter[str]()
+        if self._to_next is not None and self._from_next is not None:
+            held["payloads sent"] = len(self._to_next._under_way)
+            held["gradients received"] = 1 + len(self._from_next._posted)
+        if self._to_previous is not None and self._from_previous is not None:
+            held["gradients sent"] = len(self._to_previous._under_way)
+            held["payloads to come"] = len(self._from_previous._posted)
+        return held
 
     def _reduce(self) -> None:
         self.program.transfer("reduce", "all stages", self.num_stages).wait()
@@ -115,8 +129,13 @@ class RecordingEngine(OverlapEngine):
 
 def programs(schedule: OverlappedSchedule, is_training: bool) -> list[Program]:
     """What the hosts queue in a training step or an evaluation, by stage. Needs `FakeDist` in place of ``torch.distributed``."""
-    engines = [RecordingEngine(schedule, stage) for stage in range(schedule.stages)]
-    for stage, engine in enumerate(engines):
+    return [engine.program for engine in engines(schedule, is_training)]
+
+
+def engines(schedule: OverlappedSchedule, is_training: bool) -> list[RecordingEngine]:
+    """The engines of all stages after a training step or an evaluation, likewise."""
+    recording = [RecordingEngine(schedule, stage) for stage in range(schedule.stages)]
+    for stage, engine in enumerate(recording):
         with torch.set_grad_enabled(is_training):
             engine._exec_schedule((TrainingStage if is_training else EvaluationStage)(schedule, stage))
-    return [engine.program for engine in engines]
+    return recording
