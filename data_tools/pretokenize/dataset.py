@@ -22,7 +22,7 @@ from data_tools.pretokenize.encoding import EncodeUnit, Layout
 from data_tools.pretokenize.manifest import Manifest, Result, finish, is_complete
 from data_tools.pretokenize.pool import UnitPool
 from data_tools.pretokenize.units import Selection, Unit, plan_units
-from data_tools.sources.documents import documents
+from data_tools.sources.documents import check_conditions, documents
 from data_tools.sources.filters import Filter
 from data_tools.sources.inputs import InputFile, fingerprint, list_inputs
 from data_tools.sources.tally import Tally
@@ -45,7 +45,10 @@ def check_round_trip(given: str, files: list[InputFile], selection: Selection, t
     rows = documents(files, selection.text_column, tally, selection.filters)
     texts = [text for *_, text in islice(rows, CHECKED_DOCUMENTS)]
     if not texts:
-        reason = f"{tally.filtered} of {tally.rows} rows do not satisfy --where, and the others are empty or null"
+        dropped = "".join(f"; --where {one} drops {tally.dropped[str(one)]}" for one in selection.filters)
+        reason = (
+            f"{tally.filtered} of {tally.rows} rows do not satisfy --where, and the others are empty or null{dropped}"
+        )
         reason = f"first error: {tally.rejected[0]}" if tally.rejected else reason
         raise LimeError(f"--input {given}: no text found; {reason}; give other files, --text-column or --where")
     failure = first_failure(tokenizer, texts)
@@ -61,7 +64,9 @@ def check_round_trip(given: str, files: list[InputFile], selection: Selection, t
 def pretokenize(options: argparse.Namespace) -> None:
     """Run the command: reuse a complete dataset, or start or resume one and finish it."""
     files, tokenizer, output = list_inputs(options.input), Tokenizer(options.tokenizer), Path(options.output)
-    selection = Selection(options.text_column, tuple(map(Filter.parse, options.where)), options.on_error == "stop")
+    selection = Selection(
+        options.text_column, tuple(dict.fromkeys(map(Filter.parse, options.where))), options.on_error == "stop"
+    )
     layout = Layout(
         validation=options.validation_fraction,
         test=options.test_fraction,
@@ -96,6 +101,7 @@ def pretokenize(options: argparse.Namespace) -> None:
         if complete:
             print(f"dataset complete, reused: {output}")
             return
+        check_conditions(files, selection.filters)
         check_round_trip(options.input, files, selection, tokenizer)
         tokenizer.copy_to(output / TOKENIZER_FOLDER)
         units = plan_units(files, options.text_column, options.shard_tokens)

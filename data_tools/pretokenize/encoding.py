@@ -154,7 +154,10 @@ class EncodeUnit:
         counts = {"rows": tally.rows, "null": tally.null, "empty": tally.empty, "filtered": tally.filtered}
         shards = {split: one.shards for split, one in series.items()}
         rejected = [asdict(rejection) for rejection in tally.rejected]
-        return {"unit": unit.index, **counts, "duplicates": duplicates, "rejected": rejected, "shards": shards}
+        selected = {"dropped": dict(tally.dropped)} if self._selection.filters else {}
+        return {
+            "unit": unit.index, **counts, **selected, "duplicates": duplicates, "rejected": rejected, "shards": shards
+        }  # fmt: skip
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

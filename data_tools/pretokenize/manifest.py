@@ -164,6 +164,12 @@ def finish(
             f"{len(manifest.header['inputs'])} files could not be read to their end, above --max-rejected "
             f"{max_rejected}; first: {rejected[0]}; fix the input, or allow more (finished shards are kept)"
         )
+    dropped: dict[str, int] = {}
+    if all("dropped" in result for result in results):  # earlier versions did not count them
+        dropped = {
+            one: sum(result["dropped"].get(one, 0) for result in results)
+            for one in manifest.header["settings"]["where"]
+        }
     splits = {}
     for split in SPLITS:
         shards = [shard for result in results for shard in result["shards"][split]]
@@ -184,6 +190,7 @@ def finish(
         "dtype": smallest_dtype(tokenizer.vocab_size).name,
         **manifest.header,
         "counts": counts,
+        **({"dropped": dropped} if dropped else {}),
         "rejected": [str(rejection) for rejection in rejected],
         "splits": splits,
     }
@@ -194,5 +201,11 @@ def finish(
         print(
             "warning: the validation split is empty; raise --validation-fraction, or train with train.evaluation_samples=0"
         )
+    for condition, count in dropped.items():
+        print(f"--where {condition}: dropped {count:,} of {counts['rows']:,} rows")
+        if count in (0, counts["rows"] - counts["rejected"]):
+            print(
+                f"warning: --where {condition} dropped {'all rows' if count else 'no row'}; is this what it should select?"
+            )
     print(", ".join(f"{key} {count:,}" for key, count in counts.items()))
     print(f"dataset written: {manifest.folder / DATASET_FILE}")

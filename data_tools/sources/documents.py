@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from data_tools.sources import jsonl, parquet
 from data_tools.sources.filters import Filter
 from data_tools.sources.inputs import InputFile
-from data_tools.sources.jsonl import read_jsonl
-from data_tools.sources.parquet import read_parquet
 from data_tools.sources.tally import Tally
+from lime_dist.errors import LimeError
 
 
 def read_file(
@@ -29,9 +29,23 @@ def read_file(
         OSError: a remote file cannot be reached, so nothing is known about its rows.
     """
     if file.is_parquet:
-        yield from read_parquet(file, text_column, tally, row_groups, filters)
+        yield from parquet.read_parquet(file, text_column, tally, row_groups, filters)
     else:
-        yield from read_jsonl(file, text_column, tally, filters)
+        yield from jsonl.read_jsonl(file, text_column, tally, filters)
+
+
+def check_conditions(files: list[InputFile], filters: tuple[Filter, ...]) -> None:
+    """Check conditions against the types of their columns in the first file of each format.
+
+    Raises:
+        LimeError: a value cannot be compared with its column.
+    """
+    for mismatched, of_format in (
+        (parquet.mismatched_condition, [file for file in files if file.is_parquet]),
+        (jsonl.mismatched_condition, [file for file in files if not file.is_parquet]),
+    ):
+        if filters and of_format and (problem := mismatched(of_format[0], filters)):
+            raise LimeError(f"--where: {problem} ({of_format[0].name})")
 
 
 def documents(

@@ -7,13 +7,17 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import IO, Any
 
 import pyarrow as pa
 
-from data_tools.sources.filters import Filter, nested
+from data_tools.sources.filters import Filter, Kind, nested
 from data_tools.sources.inputs import InputFile, raise_if_unreachable
 from data_tools.sources.tally import Rejection, Tally, first_line, names
+
+FIRST_ROWS = 100
+"""Rows whose values tell the type of a column."""
 
 
 def read_jsonl(
@@ -49,6 +53,22 @@ def read_jsonl(
         tally.rejected.append(Rejection(file.name, row + 1, reason, rows=0))
 
 
+def mismatched_condition(file: InputFile, filters: tuple[Filter, ...]) -> str:
+    """Why a condition fits no value of its column in the first rows of a JSONL file, or ""; a missing column fits."""
+    problems: dict[Filter, list[str]] = {condition: [] for condition in filters}
+    try:
+        with file.open() as raw, _decompressed(file, raw) as stream:
+            for line in islice(stream, FIRST_ROWS):
+                record, _ = _json_record(line.removeprefix(b"\xef\xbb\xbf"), None, filters)
+                for condition in filters if record is not None else ():
+                    value = nested(record, condition.column)
+                    if value is not None:
+                        problems[condition].append(condition.mismatch(Kind.of(value), type(value).__name__))
+    except (EOFError, OSError, zlib.error) as error:
+        raise_if_unreachable(file, error)
+    return next((reasons[0] for reasons in problems.values() if reasons and all(reasons)), "")
+
+
 def _decompressed(file: InputFile, raw: IO[bytes]) -> Any:
     """Return a stream of decompressed lines."""
     if file.name.endswith(".gz"):
@@ -58,7 +78,9 @@ def _decompressed(file: InputFile, raw: IO[bytes]) -> Any:
     return raw
 
 
-def _json_record(line: bytes, text_column: str, filters: tuple[Filter, ...]) -> tuple[dict[str, Any] | None, str]:
+def _json_record(
+    line: bytes, text_column: str | None, filters: tuple[Filter, ...]
+) -> tuple[dict[str, Any] | None, str]:
     """(record, "") of a JSONL line that has all the columns needed, or (None, reason)."""
     try:
         record = json.loads(line.decode())
@@ -69,7 +91,7 @@ def _json_record(line: bytes, text_column: str, filters: tuple[Filter, ...]) -> 
     if not isinstance(record, dict):
         return None, "not a JSON object"
     has = names(record)
-    if text_column not in record:
+    if text_column is not None and text_column not in record:
         return None, f"no column {text_column!r}, it has {has}"
     for condition in filters:
         try:

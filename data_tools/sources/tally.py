@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class Tally:
         null: rows without a text.
         empty: rows whose text is white space only.
         filtered: rows that do not satisfy the conditions.
+        dropped: of each condition, the rows that do not satisfy it. A row may count for several.
         rejected: what could not be read.
     """
 
@@ -45,6 +47,7 @@ class Tally:
     null: int = 0
     empty: int = 0
     filtered: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
     rejected: list[Rejection] = field(default_factory=list)
 
     def text_or_none(self, file: str, row: int, value: bytes | None) -> str | None:
@@ -64,13 +67,19 @@ class Tally:
 
     def wanted(self, file: str, row: int, conditions: Iterator[tuple[Filter, Any]]) -> bool:
         """Whether a row's values satisfy all conditions; if not, count the row."""
-        try:
-            if all(condition.passes(value) for condition, value in conditions):
-                return True
+        wanted, reason = True, ""
+        for condition, value in conditions:
+            try:
+                if not condition.passes(value):
+                    self.dropped[str(condition)] += 1
+                    wanted = False
+            except TypeError as error:
+                reason = reason or str(error)
+        if not wanted:
             self.filtered += 1
-        except TypeError as error:
-            self.rejected.append(Rejection(file, row, str(error)))
-        return False
+        elif reason:
+            self.rejected.append(Rejection(file, row, reason))
+        return wanted and not reason
 
 
 def names(columns: Iterable[str]) -> str:
