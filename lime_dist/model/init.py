@@ -37,7 +37,7 @@ def build(
     Args:
         names: exported name of each parameter of the module, by its local name.
     """
-    module.to_empty(device=device)
     module.to(dtype)
+    module.to_empty(device=device)
     for local, parameter in module.named_parameters():
         initialise(names[local], parameter, config, seed)

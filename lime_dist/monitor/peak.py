@@ -16,7 +16,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     A multiply-add counts as 2 FLOPs. Processes that share the cores of a machine measure at the same time, because they also
     compute at the same time.
     """
-    size = 8192 if device.type == "cuda" else 512
+    size = 512 if device.type == "cpu" else 8192
     left, right = (torch.full((size, size), 0.5, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
     for _ in range(REPEATS):

@@ -43,7 +43,7 @@ class Clock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._event = None if device.type == "cpu" else torch.get_device_module(device).Event
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._kind: str | None = None
         self._marks: list[tuple[Any, str | None]] = []  # a time or an event, and the kind that began there
@@ -63,18 +63,18 @@ class Clock:
 
     def _mark(self, kind: str | None) -> None:
         now: Any = time.perf_counter()
-        if self._cuda:
-            now = torch.cuda.Event(enable_timing=True)
+        if self._event is not None:
+            now = self._event(enable_timing=True)
             now.record()
         self._marks.append((now, kind))
         self._kind = kind
 
     def totals(self) -> dict[str, float]:
         """Seconds by kind since the clock was made. Waits until the device has finished the queued work."""
-        if self._cuda and self._marks:
+        if self._event is not None and self._marks:
             self._marks[-1][0].synchronize()
         for (begin, kind), (end, _) in pairwise(self._marks):
             if kind is not None:
-                self._seconds[kind] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+                self._seconds[kind] += begin.elapsed_time(end) / 1e3 if self._event is not None else end - begin
         del self._marks[:-1]
         return dict(self._seconds)

@@ -116,8 +116,8 @@ def transferred_bytes(engine: LimeEngine) -> dict[str, int]:
 
 def peak_memory(device: torch.device) -> int:
     """Peak memory so far in bytes: of tensors on a GPU, else of the process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
