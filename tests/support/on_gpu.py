@@ -7,11 +7,11 @@ import traceback
 from typing import Any, NamedTuple
 
 import torch
-from support.cases import rank_batches
 from support.exports import exported_in_memory, perturbed
 from support.fake_gpu import DEVICE, NAME, FakeGpu, playing
 from support.transfers import build
 
+from benchmarks.equality import rank_batches
 from lime_dist.checkpoint.saver import _snapshot
 from lime_dist.config.load import make_config
 

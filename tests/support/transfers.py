@@ -134,12 +134,10 @@ def train_with_interruptions(values: dict[str, Any], folder: str) -> list[float]
     if folder:
         for size in (1, 4):
             parts = config.train.global_batch_size // size // width
-            engine.evaluate(rank_batches(config, DataIdentity(100), replica, width, size), parts, size)
+            engine.evaluate(rank_batches(config, 100, replica, width, size), parts, size)
         state = TrainState(2, 2 * config.train.global_batch_size)
         Saver(Path(folder), config, DataIdentity(100), optimizer, engine.stage_id, replica).save(state)
-        engine.evaluate(
-            rank_batches(config, DataIdentity(100), replica, width, 2), config.train.global_batch_size // 2 // width, 2
-        )
+        engine.evaluate(rank_batches(config, 100, replica, width, 2), config.train.global_batch_size // 2 // width, 2)
     return losses + losses_of(config, engine, range(2, 4))
 
 
