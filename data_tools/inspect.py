@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from data_tools.common import command_parser, progress_bar
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import DATASET_FILE, check_shard_hashes, check_shard_sizes, read_dataset_json
-from lime_dist.data.indexed import IndexedDataset
+from lime_dist.data.indexed import IndexedDataset, is_pair
 from lime_dist.errors import LimeError, run_command
 
 BAR_WIDTH = 40
@@ -50,37 +51,68 @@ def histogram(lengths: np.ndarray) -> str:
     return "\n".join(rows)
 
 
-def show_split(folder: Path, split: str, facts: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Print the counts, the document lengths and the beginnings of a few documents of one split."""
-    print(
-        f"\n{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, {len(facts['shards'])} shards, "
-        f"{facts['tokens'] / max(1, facts['text_bytes']):.4f} tokens per byte of text"
-    )
-    if not facts["documents"]:
-        return
-    shards = [IndexedDataset(folder / shard["name"]) for shard in facts["shards"]]
-    lengths = np.concatenate([shard.lengths for shard in shards])
+def show_documents(shards: Sequence[IndexedDataset], tokenizer: Tokenizer | None) -> None:
+    """Print the document lengths and the beginnings of a few documents: as text, or without a tokenizer as token ids."""
+    lengths = np.concatenate([document_lengths(shard) for shard in shards])
     middle, longest = int(np.median(lengths)), int(lengths.max())
     print(f"document lengths in tokens: {lengths.min()} to {longest:,}, median {middle:,}")
     print(histogram(lengths))
     starts = np.cumsum([0, *(len(shard) for shard in shards)])
     for number in np.linspace(0, len(lengths) - 1, min(SAMPLES, len(lengths))).astype(int).tolist():
         shard = int(np.searchsorted(starts, number, side="right")) - 1
-        text = tokenizer.decode(shards[shard].document(number - int(starts[shard]))[:SAMPLE_TOKENS])
+        ids = shards[shard].document(number - int(starts[shard]))[:SAMPLE_TOKENS]
+        text = " ".join(map(str, ids.tolist())) if tokenizer is None else tokenizer.decode(ids)
         print(f"document {number}: {textwrap.shorten(text, 200, placeholder=' …')}")
+
+
+def document_lengths(shard: IndexedDataset) -> np.ndarray:
+    """Tokens of each document, int64 [documents]; a document may have several sequences, or none."""
+    ends = np.concatenate([[0], np.cumsum(shard.lengths, dtype=np.int64)])
+    return np.diff(ends[shard.document_bounds])
+
+
+def show_split(folder: Path, split: str, facts: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Print the counts and the documents of one split."""
+    print(
+        f"\n{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, {len(facts['shards'])} shards, "
+        f"{facts['tokens'] / max(1, facts['text_bytes']):.4f} tokens per byte of text"
+    )
+    if facts["documents"]:
+        show_documents([IndexedDataset(folder / shard["name"]) for shard in facts["shards"]], tokenizer)
+
+
+def show_pair(prefix: Path, tokenizer: Tokenizer | None) -> None:
+    """Print the counts and the documents of a Megatron pair."""
+    pair = IndexedDataset(prefix)
+    print(f"{prefix}: a Megatron .bin/.idx pair; it does not say its tokenizer, and training cuts it into splits")
+    print(f"{pair.tokens.size:,} tokens as {pair.dtype.name}, {len(pair):,} documents, {pair.lengths.size:,} sequences")
+    if pair.tokens.size:
+        print(f"token ids {pair.tokens.min()} to {pair.tokens.max()}")
+    if len(pair):
+        show_documents([pair], tokenizer)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m data_tools.inspect``."""
     parser = command_parser(
         "inspect",
-        "Show the counts, document lengths and a few decoded documents of a pretokenized folder.",
+        "Show the counts, document lengths and a few documents of a pretokenized folder or of a Megatron .bin/.idx pair.",
         "python -m data_tools.inspect data/shards --verify",
     )
-    parser.add_argument("folder", metavar="DIR", help="the --output of data_tools.pretokenize")
+    parser.add_argument("folder", metavar="DIR", help="the --output of data_tools.pretokenize, or the prefix of a pair")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="decode the documents of a pair, which else are shown as ids"
+    )
     parser.add_argument("--verify", action="store_true", help="recompute every hash; exit with status 2 if one differs")
     options = parser.parse_args(arguments)
     folder = Path(options.folder)
+    if is_pair(folder):
+        if options.verify:
+            raise LimeError(f"--verify: {folder} is a Megatron .bin/.idx pair, which has no hashes; leave out --verify")
+        show_pair(folder, Tokenizer(options.tokenizer) if options.tokenizer else None)
+        return
+    if options.tokenizer:
+        raise LimeError(f"--tokenizer: {folder} has its own tokenizer; leave out --tokenizer")
     description = read_dataset_json(folder)
     if options.verify:
         print(f"verified: {verify(folder, description)} files have the size and SHA-256 that {DATASET_FILE} lists")

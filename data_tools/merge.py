@@ -13,7 +13,7 @@ from data_tools.pretokenize.encoding import SPLITS
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sync_folder, write_atomic
-from lime_dist.data.indexed import pair_paths
+from lime_dist.data.indexed import is_pair, pair_paths
 from lime_dist.errors import LimeError, run_command
 
 SAME = ("tokenizer_hash", "vocab_size", "bos_id", "eos_id", "pad_id", "dtype")
@@ -59,6 +59,12 @@ def merge(given: list[str], output: Path) -> None:
     folders = [Path(folder) for folder in given]
     if output.resolve() in [folder.resolve() for folder in folders]:
         raise LimeError(f"--output {output}: is one of the folders to merge; give another one")
+    for folder in folders:
+        if is_pair(folder):
+            raise LimeError(
+                f"{folder}: is a Megatron .bin/.idx pair, which says neither its tokenizer nor its splits, so it cannot be "
+                "merged; list it under data.blend of the run instead"
+            )
     descriptions = [read_dataset_json(folder) for folder in folders]
     for folder, one in zip(folders[1:], descriptions[1:], strict=True):
         for key in SAME:

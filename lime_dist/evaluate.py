@@ -34,14 +34,17 @@ def evaluate(
     for flag, value, least in (("--samples", samples, 0), ("--sequence-length", sequence_length, 1)):
         if value is not None and value < least:
             raise LimeError(f"{flag} {value}: must be at least {least}")
+    from lime_dist.config.schema import DataConfig
     from lime_dist.data.answers import find_answers
     from lime_dist.data.dataset import TokenSplit
     from lime_dist.export.comparison import mean_loss, validation_batches
     from lime_dist.export.exported import check_vocabulary, open_verified, verify
 
     certificate = verify(model)
-    split = TokenSplit(data, split_name)
     training = certificate["training"]
+    # a pair has neither splits nor a vocabulary of its own; exports of earlier versions do not say the fraction
+    fraction = training.get("validation_fraction", DataConfig.model_fields["validation_fraction"].default)
+    split = TokenSplit(data, split_name, fraction, certificate["tokenizer"]["vocab_size"])
     check_vocabulary(certificate, model, split)
     length = training["sequence_length"] if sequence_length is None else sequence_length
     available = split.num_samples(length)
@@ -67,7 +70,12 @@ def main(arguments: list[str] | None = None) -> None:
         epilog=EXAMPLE,
     )
     parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
-    parser.add_argument("--data", required=True, type=Path, help="folder of shards with the model's tokenizer")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        help="folder of shards with the model's tokenizer, or the prefix of a .bin/.idx pair",
+    )
     parser.add_argument("--split", default="validation", help="default: validation")
     parser.add_argument(
         "--samples", type=int, help="number of samples, from the first on (default: as the run validated on; 0: all)"

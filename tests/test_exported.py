@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.exports import run_values
@@ -17,6 +18,7 @@ from support.workers import WorkerGroup
 from data_tools.tokenizer import Tokenizer
 from lime_dist import evaluate, generate
 from lime_dist.checkpoint import export
+from lime_dist.data.indexed import IndexedDataset, IndexedWriter
 from lime_dist.errors import LimeError
 from lime_dist.export.exported import open_export, verify
 
@@ -51,6 +53,41 @@ def test_the_loss_is_the_trainers(
     assert first == f"8 validation samples of 16 tokens of {dataset}"
     assert float(second.split()[1]) == pytest.approx(loss, rel=1e-5)
     assert evaluate.evaluate(out, dataset, "validation", 8, 16) == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_megatron_pair_of_the_same_documents(
+    trained: tuple[Path, float], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its validation split is what the run would hold out of it. A pair does not say its tokenizer, so a line does."""
+    out, loss = trained
+    held_out = [
+        shard.document(i)
+        for path in sorted(dataset.glob("validation-*.idx"))
+        for shard in [IndexedDataset(path.with_suffix(""))]
+        for i in range(len(shard))
+    ]
+    with IndexedWriter(tmp_path / "pair_text_document", "<i4") as writer:
+        for document in (
+            held_out * 100
+        ):  # the export says data.validation_fraction=0.01, so that the last ones are held out
+            writer.add_document(document)
+    data = tmp_path / "pair_text_document"
+    assert evaluate.evaluate(out, data, "validation", None, None) == pytest.approx(loss, rel=1e-5)
+    assert f"{data}: does not say which tokenizer made it" in capsys.readouterr().out
+    with IndexedWriter(tmp_path / "foreign", "<i4") as writer:
+        for _ in range(100):
+            writer.add_document(np.full(200, 50_000))
+    for given, split, words in [
+        (tmp_path / "foreign", "train", "holds tokens 50000 to 50000, but model.vocab_size="),
+        (data, "test", "no split 'test'; a .bin/.idx pair has train, validation"),
+        (
+            tmp_path / "pair_text_document.bin",
+            "validation",
+            "is one file of a Megatron .bin/.idx pair; give its prefix",
+        ),
+    ]:
+        with pytest.raises(LimeError, match=words):
+            evaluate.evaluate(out, given, split, None, None)
 
 
 def test_other_samples(trained: tuple[Path, float], dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,8 @@ def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, A
     Raises:
         LimeError: the data cannot be read, or have another vocabulary than the models.
     """
-    split = TokenSplit(options.data, options.split)
+    vocabulary = min(certificate["tokenizer"]["vocab_size"] for certificate in certificates)
+    split = TokenSplit(options.data, options.split, vocab_size=vocabulary)
     for folder, certificate in zip(options.models, certificates, strict=True):
         check_vocabulary(certificate, folder, split)
     length = options.sequence_length

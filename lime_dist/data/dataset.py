@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lime_dist.data.files import read_json, sha256_file
-from lime_dist.data.indexed import IndexedDataset, pair_paths
+from lime_dist.data.indexed import IndexedDataset, is_pair, pair_paths
 from lime_dist.errors import LimeError
 
 DATASET_FILE = "dataset.json"
@@ -21,9 +21,18 @@ def read_dataset_json(folder: str | Path) -> dict[str, Any]:
     """The description of a pretokenized folder.
 
     Raises:
-        LimeError: there is no such folder, or pretokenization has not finished.
+        LimeError: there is no such folder, it is a Megatron pair, or pretokenization has not finished.
     """
     folder = Path(folder)
+    if is_pair(folder):
+        raise LimeError(
+            f"{folder}: is a Megatron .bin/.idx pair; only a folder made by data_tools.pretokenize has a {DATASET_FILE}, which "
+            "says its tokenizer and its splits"
+        )
+    if folder.suffix in (".bin", ".idx") and folder.is_file():
+        raise LimeError(
+            f"{folder}: is one file of a Megatron .bin/.idx pair; give its prefix, {folder.with_suffix('')}"
+        )
     if not folder.is_dir():
         raise LimeError(
             f"{folder}: no such folder, and no {folder}.bin; give the --output of data_tools.pretokenize, or the prefix of a "
@@ -100,7 +109,7 @@ class TokenSplit:
         self.tokenizer_hash: str | None = None
         self.eos_id: int | None = None
         self._largest_token: int | None = None
-        self._is_pair = not self.path.is_dir() and any(file.exists() for file in pair_paths(path))
+        self._is_pair = is_pair(path)
         self.shard_hashes: list[tuple[int, str]] | None = None
         self._tokens: list[np.ndarray] = []
         self._starts: list[int] = []
@@ -116,6 +125,8 @@ class TokenSplit:
             raise LimeError(f"{self.path / DATASET_FILE} lacks what a dataset needs ({error!r}); {REWRITE}") from None
 
     def _open_pair(self, validation_fraction: float) -> None:
+        if self.split not in ("train", "validation"):
+            raise LimeError(f"{self.path}: no split {self.split!r}; a .bin/.idx pair has train, validation")
         pair = IndexedDataset(self.path)
         if pair.dtype.kind not in "iu":
             raise LimeError(f"{self.path}.idx: its tokens are {pair.dtype}, not integers; give a corpus of token ids")

@@ -40,6 +40,11 @@ def pair_paths(prefix: str | Path) -> tuple[Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
+def is_pair(prefix: str | Path) -> bool:
+    """Whether a path is the prefix of a pair, or of what is left of one, and not a folder."""
+    return not Path(prefix).is_dir() and any(path.exists() for path in pair_paths(prefix))
+
+
 class IndexedWriter:
     """Writes documents of token ids to ``prefix``.bin and ``prefix``.idx; one document is one sequence.
 

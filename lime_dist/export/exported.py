@@ -86,9 +86,14 @@ def model_config(exported: ExportedModel) -> ModelConfig:
 
 
 def check_vocabulary(certificate: dict[str, Any], folder: Path, split: TokenSplit | Blend) -> None:
-    """Refuse a split that was tokenized with another tokenizer than the export's (LimeError)."""
+    """Refuse a split that was tokenized with another tokenizer than the export's (LimeError).
+
+    A Megatron pair does not say its tokenizer, which a line tells.
+    """
     wanted = certificate["tokenizer"]["hash"]
-    if split.tokenizer_hash != wanted:
+    if split.tokenizer_hash is None:
+        print(f"{split.path}: does not say which tokenizer made it; its ids are taken to be those of {folder}")
+    elif split.tokenizer_hash != wanted:
         raise LimeError(
             f"{split.path}: was tokenized with another tokenizer ({str(split.tokenizer_hash)[:12]}) than that of {folder} "
             f"({wanted[:12]}); pretokenize the text with the run's tokenizer"

@@ -62,7 +62,7 @@ def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
             tokenizer_folder = data / description["tokenizer"]
     except LimeError as error:
         if tokenizer_folder is None:
-            raise LimeError(f"the run's shards cannot be read ({error}); give --tokenizer DIR") from None
+            raise LimeError(f"the run's data do not name a tokenizer ({error}); give --tokenizer DIR") from None
     tokenizer = Tokenizer(tokenizer_folder)
     if description and description["tokenizer_hash"] != tokenizer.hash:
         raise LimeError(f"{tokenizer_folder}: is not the tokenizer that {data} was made with; leave out --tokenizer")
@@ -143,6 +143,7 @@ def make_certificate(
             "sequence_length": config.data.sequence_length,
             "evaluation_samples": config.train.evaluation_samples_or_default,
             "answer_token": config.data.answer_token,
+            "validation_fraction": config.data.validation_fraction,
         },
         "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }

@@ -24,6 +24,7 @@ from data_tools.tokenizer.round_trip import HARD_TEXTS
 from lime_dist.checkpoint.export import main
 from lime_dist.checkpoint.manifest import manifest_checksum
 from lime_dist.checkpoint.reading import read_weights
+from lime_dist.data.indexed import IndexedWriter
 from lime_dist.errors import LimeError
 from lime_dist.export import exporting
 from lime_dist.export.tokenizer_files import check_ids, write_tokenizer
@@ -318,7 +319,13 @@ def test_mistakes_are_one_line(runs: dict[str, Path], dataset: Path, tmp_path: P
 def test_without_the_shards_only_the_tokenizer_is_needed(dataset: Path, tmp_path: Path) -> None:
     """The models are then compared on a built-in text."""
     write_random(run_values(tmp_path / "gone", tmp_path / "run", **KINDS["llama"]))
-    with pytest.raises(LimeError, match="the run's shards cannot be read .* give --tokenizer DIR"):
+    with pytest.raises(
+        LimeError, match="the run's data do not name a tokenizer .*no such folder.* give --tokenizer DIR"
+    ):
+        export(tmp_path / "run", tmp_path / "out")
+    with IndexedWriter(tmp_path / "gone", "<u2"):
+        pass
+    with pytest.raises(LimeError, match="gone: is a Megatron .bin/.idx pair; .*; give --tokenizer DIR"):
         export(tmp_path / "run", tmp_path / "out")
     certificate = export(tmp_path / "run", tmp_path / "out", "--tokenizer", str(dataset / "tokenizer"))
     assert certificate["logits"]["text"] == "built-in text" and certificate["logits"]["tokens"] == 16

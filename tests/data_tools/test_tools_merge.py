@@ -13,6 +13,7 @@ from data_tools import inspect, merge
 from data_tools.pretokenize.__main__ import main as pretokenize
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.indexed import IndexedWriter
 from lime_dist.errors import LimeError
 
 
@@ -86,3 +87,38 @@ def test_files_are_copied_if_the_file_system_cannot_link(
     monkeypatch.setattr(merge.os, "link", refuse)
     merge.main([*map(str, folders), "--output", str(tmp_path / "both")])
     assert TokenSplit(tmp_path / "both", "train").num_tokens > 0
+
+
+def test_a_megatron_pair_is_shown_and_cannot_be_merged(
+    folders: list[Path], tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["first document", "", "the third and last one"]
+    tokenizer, prefix = Tokenizer(tokenizer_folder), tmp_path / "corpus_text_document"
+    documents = [tokenizer.encode(text) for text in texts]
+    with IndexedWriter(prefix, np.int32) as writer:
+        for document in documents:
+            writer.add_document(document)
+    capsys.readouterr()
+    inspect.main([str(prefix)])
+    said = capsys.readouterr().out
+    total, ids = sum(map(len, documents)), np.concatenate(documents)
+    assert f"{total} tokens as int32, 3 documents, 3 sequences" in said
+    assert f"token ids {ids.min()} to {ids.max()}" in said and f"lengths in tokens: 0 to {len(documents[2])}" in said
+    assert f"document 0: {' '.join(map(str, documents[0].tolist()))}" in said
+    inspect.main([str(prefix), "--tokenizer", str(tokenizer_folder)])
+    assert f"document 2: {texts[2]}" in capsys.readouterr().out
+    for command, words in [
+        (lambda: inspect.main([str(prefix), "--verify"]), "pair, which has no hashes; leave out --verify"),
+        (
+            lambda: inspect.main([f"{prefix}.idx"]),
+            f"is one file of a Megatron .bin/.idx pair; give its prefix, {prefix}",
+        ),
+        (lambda: inspect.main([str(folders[0]), "--tokenizer", "x"]), "has its own tokenizer"),
+        (
+            lambda: merge.main([str(folders[0]), str(prefix), "--output", str(tmp_path / "m")]),
+            "pair, which says neither its tokenizer nor its splits.*list it under data.blend",
+        ),
+    ]:
+        with pytest.raises(LimeError, match=words):
+            command()
+    assert not (tmp_path / "m").exists()
