@@ -8,15 +8,25 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from links import Hosts
 
 
-def run_pair(hosts: Hosts, worker: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+ON_CPUS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def run_pair(
+    hosts: Hosts, worker: str, settings: dict[str, Any], variables: Mapping[str, str] = ON_CPUS
+) -> list[dict[str, Any]]:
     """Run ``worker`` (a script beside this one) twice, with ``settings`` as JSON and a folder as its arguments; return what
-    each rank wrote into ``<rank>.json`` there."""
+    each rank wrote into ``<rank>.json`` there.
+
+    Args:
+        variables: of the environment of both.
+    """
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
@@ -26,7 +36,7 @@ def run_pair(hosts: Hosts, worker: str, settings: dict[str, Any]) -> list[dict[s
             environment = {
                 **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
                 "MASTER_ADDR": hosts.address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": hosts.interface,
-                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                **variables,
             }  # fmt: skip
             script = Path(__file__).with_name(worker)
             command = [*prefix, sys.executable, str(script), json.dumps(settings), folder]
