@@ -7,13 +7,13 @@ import gc
 from equality import train_stage
 from gpu_check_errors import EVALUATION_MICRO_BATCH_SIZE, KINDS, STEPS, Comparison
 from gpu_check_machine import Sizes, exact_float32
-from gpu_check_models import MODELS, compared
+from gpu_check_models import compared
 from gpu_check_report import Report
 
 from lime_dist.config.schema import Config
 from lime_dist.distributed import quiet, start_processes
 
-CHECKPOINTED = ("lime full", "hidden chunked")
+CHECKPOINTED = {"lime chunked", "hidden chunked"}
 
 
 def measure(report: Report, sizes: Sizes) -> None:
@@ -23,9 +23,9 @@ def measure(report: Report, sizes: Sizes) -> None:
     report.header = ["model", "precision", *KINDS]
     cases: dict[tuple[str, str], Config] = {}
     for precision in ("fp32", "bf16"):
-        for model in MODELS:
+        for model in sizes.models:
             cases[model, precision] = compared(model, sizes.equality, f"precision={precision}")
-        for model in CHECKPOINTED:
+        for model in CHECKPOINTED & set(sizes.models):
             options = (f"precision={precision}", "parallel.activation_checkpointing=true")
             cases[f"{model}, checkpointed", precision] = compared(model, sizes.equality, *options)
     for (model, precision), config in cases.items():

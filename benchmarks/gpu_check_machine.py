@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from gpu_check_models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,6 +21,7 @@ class Sizes:
     """Sizes of what is measured.
 
     Attributes:
+        models: names in `gpu_check_models`.
         equality: the model whose results are compared, as overrides.
         pipeline: the same for two processes.
         shape: of the model in `memory` and `kernels`.
@@ -29,6 +31,7 @@ class Sizes:
         steps: that are timed.
     """
 
+    models: list[str]
     equality: list[str]
     pipeline: list[str]
     shape: list[str]
@@ -43,6 +46,7 @@ def _model(**keys: int) -> list[str]:
 
 
 FULL = Sizes(
+    models=list(MODELS),
     equality=_model(
         vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, sequence_length=64,
@@ -66,6 +70,7 @@ FULL = Sizes(
 """For GPUs."""
 
 SMALL = Sizes(
+    models=["llama", "lime chunked", "hidden first_last", "hyper dynamic"],
     equality=_model(
         vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, sequence_length=8,

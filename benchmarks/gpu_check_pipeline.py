@@ -26,8 +26,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "hidden first_last": ("hidden first_last", [STAGES]),
     "dynamic full": ("dynamic full", [STAGES]),
     "hyper dynamic": ("hyper dynamic", [STAGES]),
-    "lime full, stock engine": ("lime full", [STAGES, "pipeline.engine=stock"]),
-    "lime full, two replicas, ZeRO-1": ("lime full", REPLICAS),
+    "lime chunked, stock engine": ("lime chunked", [STAGES, "pipeline.engine=stock"]),
+    "lime chunked, two replicas, ZeRO-1": ("lime chunked", REPLICAS),
 }
 """By name: the model, and what is added to its configuration."""
 BLOCKING = {"lime full, CUDA_LAUNCH_BLOCKING=1": ("lime full", [STAGES, "pipeline.extra_in_flight=0"])}
@@ -41,6 +41,7 @@ def measure(report: Report, sizes: Sizes) -> None:
         (name, precision): compared(model, sizes.pipeline, f"precision={precision}", *options)
         for precision in ("fp32", "bf16")
         for name, (model, options) in CASES.items()
+        if model in sizes.models
     }
     check(report, cases, {"LIME_BACKEND": "nccl" if over_nccl else "gloo"} | ({} if on_gpu() else ON_CPUS))
     if over_nccl:

@@ -14,7 +14,6 @@ from typing import Any
 
 from links import Hosts
 
-
 ON_CPUS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 

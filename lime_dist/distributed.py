@@ -97,6 +97,9 @@ def start_processes(verbose: bool = False, timeout: float = 600.0) -> None:
                     "launch one process per GPU, or set LIME_BACKEND=gloo to share GPUs, or DS_ACCELERATOR=cpu"
                 )
             get_accelerator().set_device(int(environment["LOCAL_RANK"]))
+            if backend == "gloo":
+                # DeepSpeed would bind the group to the GPU. torch then splits it to make others, which gloo cannot do.
+                dist.init_process_group(backend, timeout=limit)
         deepspeed.init_distributed(
             dist_backend=backend,
             auto_mpi_discovery=False,

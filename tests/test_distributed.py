@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import pytest
+import torch
+from support import processes
 from support.workers import WorkerGroup
 
-from lime_dist.distributed import choose_backend, group_timeout
+from lime_dist.distributed import choose_backend, group_timeout, start_processes
 from lime_dist.errors import LimeError
 
 
@@ -71,3 +76,39 @@ def test_one_time_out_for_all_groups(workers: Callable[[int], WorkerGroup]) -> N
     for seconds, heartbeat in workers(4).run("support.transfers.group_timeouts", values=values):
         assert len(seconds) >= 8 and set(seconds) == {limit}
         assert float(heartbeat) == limit > 600
+
+
+def _start_on_one_gpu(rank: int, size: int, port: int, results: Connection) -> None:
+    """Start with what torch and DeepSpeed would report on a machine with one GPU; then make a group and use it."""
+    processes.prepare(rank, size, port)
+    os.environ["LIME_BACKEND"] = "gloo"
+    del os.environ["DS_ACCELERATOR"]
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, devices = type(get_accelerator()), []
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    accelerator.device_name = lambda self, index=None: "cuda" if index is None else f"cuda:{index}"
+    accelerator.device = lambda self, index=None: torch.device("cuda", index or 0)
+    accelerator.set_device = lambda self, index: devices.append(index)
+    try:
+        start_processes()
+        assert (dist.new_group([0]) is dist.GroupMember.NON_GROUP_MEMBER) == (rank == 1)
+        total = torch.ones(())
+        dist.all_reduce(total)
+        results.send((f"device {devices[0]}", f"sum {total.item():.0f}"))
+    except Exception as error:
+        results.send(repr(error))
+        raise
+
+
+def test_two_processes_share_a_gpu() -> None:
+    """Both take the one GPU, and gloo can make groups that one of them is not in."""
+    ends = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
+    started = processes.start(2, _start_on_one_gpu, lambda rank: (ends[rank][1],))
+    try:
+        said = [ours.recv() if ours.poll(60) else "nothing" for ours, _ in ends]
+    finally:
+        for process in started:
+            process.kill()
+    assert said == [("device 0", "sum 2"), ("device 0", "sum 2")]

@@ -171,7 +171,7 @@ INSTEAD = [
 a local file, and sizes become small. The order matters: each replacement sees what those before it left."""
 ONLY_CHECKED = [
     r"pip |source |tensorboard |python3 -m venv",
-    r"bash launch/(quickstart|test)\.sh(?! --help)",  # they install; tests/test_launch.py and CI run them
+    r"bash launch/(gpu_check|quickstart|test)\.sh(?! --help)",  # they install; other tests and CI run them
     r"bash launch/evaluate_paper\.sh",  # needs the hub; tests/test_lm_eval.py runs its tasks
     r"bash launch/multinode\.sh (?!.*--dry-run)|sbatch |.*--hostfile hosts",  # need hosts; tests/cluster runs them
     r"python tests/cluster/bed\.py",  # needs root
