@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -144,7 +145,7 @@ def machine_facts() -> dict[str, str]:
     facts["Python"] = platform.python_version()
     facts["torch"] = torch.__version__
     facts["DeepSpeed"] = installed_version("deepspeed")
-    facts["commit"] = _said("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    facts["commit"] = _commit()
     return {name: value or "unknown" for name, value in facts.items()}
 
 
@@ -159,6 +160,13 @@ def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit, with a hash of what differs from it."""
+    commit = _said("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    changes = _said("git", "-C", str(ROOT), "diff", "HEAD")
+    return f"{commit} with changes {hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else commit
 
 
 def _said(*command: str) -> str:
