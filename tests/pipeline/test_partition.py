@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -114,6 +115,11 @@ def test_cut_by_compute(model: str, stages: int) -> None:
     )
 
 
+def padded(elements: int, size: int) -> int:
+    """Elements up to where the next parameter begins: a multiple of 128 bytes of weights."""
+    return math.ceil(elements * size / 128) * 128 // size
+
+
 def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: int, end: int) -> int:
     """Memory of a stage, term by term."""
     model, layers = config.model, range(begin, end)
@@ -121,7 +127,8 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
     size, parameter = {"fp32": (4, 16), "bf16": (2, 18)}[config.precision]
     checkpointing = config.parallel.activation_checkpointing
     kept = sum(cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers)
-    parameters = sum(sum(layer_parameters(model, layer).values()) for layer in layers)
+    parameters = sum(padded(count, size) for layer in layers for count in layer_parameters(model, layer).values())
+    embedding = padded(model.vocab_size * model.hidden_size, size)
     has_embedding = stage == 0
     if stage == 0:
         kept += cost.embedding_activation_bytes(tokens)
@@ -129,9 +136,9 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
         kept += cost.received_activation_bytes(model, begin, tokens, size, checkpointing)
     if stage == stages - 1:
         kept += cost.head_activation_bytes(model, tokens, size)
-        parameters += model.hidden_size + (0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size)
+        parameters += padded(model.hidden_size, size) + (0 if model.tie_word_embeddings else embedding)
         has_embedding = has_embedding or model.tie_word_embeddings
-    parameters += model.vocab_size * model.hidden_size if has_embedding else 0
+    parameters += embedding if has_embedding else 0
     history, gradients = cost.history_bytes(model, layers, tokens, size), 0
     if model.architecture == "lime" and model.lime.routes == "hidden":
         gradients = history * 4 // (4 + size)
