@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -15,15 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import torch
-
 from lime_dist import load_config
 from lime_dist.commands import CommandParser
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.schema import Config
-from lime_dist.distributed import check_versions, is_main_process, quiet, start_processes, together, world_size
 from lime_dist.errors import GRACE_SECONDS, LimeError, run_command
-from lime_dist.monitor.run_lock import hold_directory, wait_for_predecessor
+from lime_dist.launchers import is_main_process, world_size
 
 if TYPE_CHECKING:  # at run time these imports wait until `start_processes` has chosen DeepSpeed's accelerator
     from lime_dist.checkpoint.store import Checkpoint
@@ -66,20 +64,36 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    # These take seconds to import torch; here, Ctrl-C meanwhile is no traceback.
+    import torch
+
+    from lime_dist.distributed import check_versions, start_processes
+    from lime_dist.monitor.run_lock import wait_for_predecessor
+
     check_versions()
     config = load_config(arguments.config, arguments.overrides)
     batch_split(config, world_size())
     wait_for_predecessor(Path(config.run.directory))
     start_processes(arguments.verbose, config.pipeline.timeout)
-    train(config, arguments.verbose)
+    stopped_by = train(config, arguments.verbose)
     torch.distributed.destroy_process_group()
+    if stopped_by == signal.SIGINT.name:
+        raise SystemExit(128 + signal.SIGINT)
 
 
-def train(config: Config, verbose: bool) -> None:
-    """Run a training from its data to its closing lines, and hold the run folder meanwhile. All ranks must call it."""
+def train(config: Config, verbose: bool) -> str | None:
+    """Run a training from its data to its closing lines, and hold the run folder meanwhile. All ranks must call it.
+
+    Returns:
+        What stopped it before its end; None: nothing did.
+    """
+    import torch
+
     from lime_dist.data.run_data import open_run_data
+    from lime_dist.distributed import quiet, together
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.run_files import open_run_files
+    from lime_dist.monitor.run_lock import hold_directory
     from lime_dist.train import loop
     from lime_dist.train.build import build_engine
 
@@ -92,6 +106,7 @@ def train(config: Config, verbose: bool) -> None:
             console.say(line)
         config = data.settled(config)
         together(lambda: hold_directory(directory, held))
+        held.enter_context(console.logging(directory / "console.log"))
         with quiet(verbose):
             engine, optimizer = build_engine(config, verbose, data.counted_shares)
         resumed = resume(config, data, optimizer, console)
@@ -108,6 +123,7 @@ def train(config: Config, verbose: bool) -> None:
             console.say(run.records.problem)
         if outcome.stopped_by is None:
             report(run, data, outcome, files.metrics)
+    return outcome.stopped_by
 
 
 def notes(config: Config, data: RunData) -> Iterator[str]:
@@ -200,6 +216,7 @@ def assemble(
 def announce(run: Run, data: RunData, state: TrainState) -> None:
     """Print what is about to be trained, on what, and where."""
     from lime_dist.data.blend import BlendOrder
+    from lime_dist.model.cost import count_parameters
     from lime_dist.pipeline.placement import describe_placement
 
     config, settings, engine, say = run.config, run.config.train, run.engine, run.console.say
@@ -207,6 +224,10 @@ def announce(run: Run, data: RunData, state: TrainState) -> None:
         f"{config.model.architecture}: {config.model.num_hidden_layers} layers in {engine.num_stages} stage(s) × "
         f"{data.replicas} replica(s), {config.precision}; steps {state.step} to {settings.steps}, "
         f"{settings.global_batch_size * data.sequence_length:,} tokens per step; {data.order.num_samples:,} training samples"
+    )
+    samples = data.batch_sizes.consumed_after(settings.steps)
+    say(
+        f"{count_parameters(config.model):,} parameters; {samples / data.order.num_samples:.2f} epochs of training samples"
     )
     if data.counted_shares.training is not None:
         say(f"the loss counts answers only: {data.counted_shares.training:.1%} of all tokens")

@@ -37,6 +37,7 @@ from results import read_results, write, write_results
 from lime_dist import load_config
 from lime_dist.errors import LimeError, run_command
 from lime_dist.monitor.metrics import without_clock
+from lime_dist.paths import user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = [
@@ -131,8 +132,10 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, help="folder with dataset.json")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the runs, table.md and results.json")
+    parser.add_argument("--data", required=True, type=user_path, help="folder with dataset.json")
+    parser.add_argument(
+        "--output", required=True, type=user_path, help="folder for the runs, table.md and results.json"
+    )
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--interval", type=int, default=6, help="steps between checkpoints")

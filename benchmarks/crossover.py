@@ -19,6 +19,7 @@ from results import write
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.plan.forecast import Machine, Parts, machine_times, step_parts
 from lime_dist.plan.quantities import read_bandwidth, read_flops, read_seconds, show, show_seconds
@@ -51,7 +52,7 @@ COLOURS = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="folder for table.md and crossover.png")
+    parser.add_argument("--output", required=True, type=user_path, help="folder for table.md and crossover.png")
     parser.add_argument(
         "--flops", type=read_flops, default="480T", help="FLOP/s that a process reaches (default: %(default)s)"
     )

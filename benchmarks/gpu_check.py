@@ -19,6 +19,7 @@ Exit status: 0 if no section failed, else 1; 2 for a mistake in the call.
 """
 
 from __future__ import annotations
+from lime_dist.paths import user_path
 
 import argparse
 import contextlib
@@ -70,7 +71,7 @@ TOTAL = 600.0
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", required=True, type=Path, help="folder for table.md, and a file and a log of each section"
+        "--output", required=True, type=user_path, help="folder for table.md, and a file and a log of each section"
     )
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
                         help="run only these; the table has all that were measured")  # fmt: skip

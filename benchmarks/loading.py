@@ -14,7 +14,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from lime_dist.data.indexed import IndexedWriter
 from lime_dist.data.loader import TrainBatches, read_batch
 from lime_dist.data.order import SampleOrder
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 
 LENGTH = 2048
 
@@ -41,7 +41,7 @@ def rate(work: Callable[[int], None], samples: int, repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the data and the table")
+    parser.add_argument("--output", type=user_path, required=True, help="folder for the data and the table")
     parser.add_argument("--megabytes", type=int, default=800, help="megabytes of tokens (default 800)")
     parser.add_argument("--micro-batch", type=int, default=8, help="samples in a micro-batch (default 8)")
     parser.add_argument("--samples", type=int, default=100_000, help="samples per measurement (default 100000)")

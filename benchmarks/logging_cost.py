@@ -19,14 +19,17 @@ from results import write
 from lime_dist import load_config
 from lime_dist.config.load import dump_config
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/quickstart.yaml"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, help="folder with dataset.json")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the run and the table; must not exist")
+    parser.add_argument("--data", required=True, type=user_path, help="folder with dataset.json")
+    parser.add_argument(
+        "--output", required=True, type=user_path, help="folder for the run and the table; must not exist"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()

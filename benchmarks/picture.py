@@ -19,6 +19,7 @@ from torch import Tensor
 from lime_dist.checkpoint.reading import read_weights
 from lime_dist.errors import LimeError, run_command
 from lime_dist.monitor.routers import has_map, router_map, shares
+from lime_dist.paths import user_path
 from lime_dist.plan.forecast import Machine
 
 MACHINE = Machine(flops=480e12, memory_bandwidth=3e12, bandwidth=50e9, latency=5e-6)
@@ -28,8 +29,8 @@ COLOURS = {"full": "#cc3311", "dilated": "#ee8866", "chunked": "#009988", "first
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path, help="run folder of a LIMe with static routers")
-    parser.add_argument("--output", required=True, type=Path, help="PNG file to write")
+    parser.add_argument("--run", required=True, type=user_path, help="run folder of a LIMe with static routers")
+    parser.add_argument("--output", required=True, type=user_path, help="PNG file to write")
     arguments = parser.parse_args()
     config, state, weights = read_weights(arguments.run)
     if not has_map(config.model):

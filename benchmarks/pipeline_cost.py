@@ -24,7 +24,6 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from links import LOOPBACK, Hosts, NoNamespaces, slow_link
@@ -34,6 +33,7 @@ from results import read_results, write, write_results
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 from lime_dist.pipeline.schedules.base import make_schedule
 from lime_dist.plan.simulate import Link, StageTimes, simulate
 from lime_dist.plan.stage_times import boundary_bytes
@@ -57,7 +57,7 @@ Result = dict[str, Any]
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="folder for table.md and results.json")
+    parser.add_argument("--output", required=True, type=user_path, help="folder for table.md and results.json")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--rate", default="200mbit", help="rate of the slow link, each way")
     parser.add_argument("--delay", type=float, default=0.0, help="delay of the slow link, each way, in seconds")

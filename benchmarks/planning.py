@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from links import LOOPBACK, NoNamespaces, slow_link
@@ -29,6 +28,7 @@ from results import read_results, write, write_results
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 from lime_dist.plan.forecast import Forecast, Machine, forecast
 
 FIRST_LAST = "model.lime.history={policy: first_last, first: 2, last: 1}"
@@ -63,7 +63,7 @@ Result = dict[str, Any]
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="folder for table.md and results.json")
+    parser.add_argument("--output", required=True, type=user_path, help="folder for table.md and results.json")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--rate", default="200mbit", help="rate of the slow link, each way")
     parser.add_argument("--rounds", type=int, default=4, help="rounds that count")

@@ -31,6 +31,7 @@ from data_tools.sources.embedded import CONSTANTS
 from data_tools.sources.inputs import list_inputs
 from data_tools.sources.tally import Tally
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 MEDIAN_BYTES, SPREAD = 3600, 1.0  # of FineWeb-Edu's documents, roughly log-normal
@@ -164,7 +165,10 @@ def bare(work: Path, given: Path, model_type: str, threads: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder for results, input and tokenizers; a second call continues"
+        "--output",
+        type=user_path,
+        required=True,
+        help="folder for results, input and tokenizers; a second call continues",
     )
     parser.add_argument("--megabytes", type=int, default=240, help="megabytes of text (default 240)")
     parser.add_argument("--vocab-size", type=int, default=32000, help="default 32000")

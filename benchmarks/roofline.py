@@ -19,7 +19,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError, run_command
 from lime_dist.model.architecture import BASELINE, architecture_of, stage_layout
 from lime_dist.model.decoder import decoder_layers, open_history, run_layers
+from lime_dist.paths import user_path
 
 VARIANTS: dict[str, list[str]] = {
     **{name: overrides for name, overrides in MEASURED.items() if name != "copying"},
@@ -66,13 +66,13 @@ GPUS = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="folder for table.md")
+    parser.add_argument("--output", required=True, type=user_path, help="folder for table.md")
     parser.add_argument("--gpu", choices=list(GPUS), default="h100")
     parser.add_argument("--layers", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--kv-heads", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=list(VARIANTS), metavar="VARIANT",
                         help=f"of {', '.join(VARIANTS)}; llama always runs")  # fmt: skip
-    parser.add_argument("--configs", nargs="+", type=Path, metavar="FILE",
+    parser.add_argument("--configs", nargs="+", type=user_path, metavar="FILE",
                         help="the models of these configurations instead; ratios are to the first with model.architecture: llama")  # fmt: skip
     parser.add_argument("--hidden", type=int, default=2048, help="hidden size; the SwiGLU has four times as much")
     parser.add_argument("--heads", type=int, default=16, help="query heads")

@@ -20,22 +20,25 @@ from pathlib import Path
 from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError
+from lime_dist.paths import user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
     """Add the options of a study on given data."""
-    parser.add_argument("--data", required=True, type=Path, help="folder with dataset.json")
+    parser.add_argument("--data", required=True, type=user_path, help="folder with dataset.json")
     parser.add_argument(
-        "--config", default=ROOT / "configs/quickstart.yaml", type=Path, help="configuration that all runs share"
+        "--config", default=ROOT / "configs/quickstart.yaml", type=user_path, help="configuration that all runs share"
     )
     add_run_options(parser, steps)
 
 
 def add_run_options(parser: argparse.ArgumentParser, steps: int) -> None:
     """Add the options of every study."""
-    parser.add_argument("--output", required=True, type=Path, help="folder for the runs, the table and the picture")
+    parser.add_argument(
+        "--output", required=True, type=user_path, help="folder for the runs, the table and the picture"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time, one thread each")

@@ -36,6 +36,7 @@ from lime_dist.errors import LimeError, run_command
 from lime_dist.model.architecture import BASELINE
 from lime_dist.model.cost import head_flops, layer_flops
 from lime_dist.model.decoder import Decoder
+from lime_dist.paths import user_path
 
 CHUNKED = "model.lime.history={policy: chunked, chunk_size: 16, rank: 2, first: 2}"
 VARIANTS: dict[str, list[str]] = {
@@ -59,7 +60,7 @@ Result = dict[str, Any]
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="folder for table.md and results.json")
+    parser.add_argument("--output", required=True, type=user_path, help="folder for table.md and results.json")
     parser.add_argument("--layers", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--kv-heads", nargs="+", type=int, default=[8, 2])
     parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=list(VARIANTS), metavar="VARIANT",

@@ -14,6 +14,7 @@ from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import DATASET_FILE, check_shard_hashes, check_shard_sizes, read_dataset_json
 from lime_dist.data.indexed import IndexedDataset, is_pair
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import expand
 
 BAR_WIDTH = 40
 SAMPLES, SAMPLE_TOKENS = 3, 64
@@ -99,9 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
         "Show the counts, document lengths and a few documents of a pretokenized folder or of a Megatron .bin/.idx pair.",
         "python -m data_tools.inspect data/shards --verify",
     )
-    parser.add_argument("folder", metavar="DIR", help="the --output of data_tools.pretokenize, or the prefix of a pair")
+    parser.add_argument("folder", type=expand, metavar="DIR", help="the --output of data_tools.pretokenize, or the prefix of a pair")
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="decode the documents of a pair, which else are shown as ids"
+        "--tokenizer", type=expand, metavar="DIR", help="decode the documents of a pair, which else are shown as ids"
     )
     parser.add_argument("--verify", action="store_true", help="recompute every hash; exit with status 2 if one differs")
     options = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sync_folder, write_atomic
 from lime_dist.data.indexed import is_pair, pair_paths
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import expand
 
 SAME = ("tokenizer_hash", "vocab_size", "bos_id", "eos_id", "pad_id", "dtype")
 
@@ -125,9 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
         "python -m data_tools.merge data/fineweb data/cosmopedia --output data/both",
     )
     parser.add_argument(
-        "folders", metavar="DIR", nargs="+", help="finished folders, in the order in which to join them"
+        "folders", type=expand, metavar="DIR", nargs="+", help="finished folders, in the order in which to join them"
     )
-    parser.add_argument("--output", required=True, help="folder for the joined dataset")
+    parser.add_argument("--output", type=expand, required=True, help="folder for the joined dataset")
     options = parser.parse_args(arguments)
     with disk_errors("fix this and run the same command again"):
         merge(options.folders, Path(options.output))

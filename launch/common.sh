@@ -5,6 +5,8 @@
 #   fail MESSAGE              one line on stderr, exit status 2
 #   take_config SCRIPT CONFIG ARGUMENT ...     sets $arguments for pretrain.py, and $dry_run
 #   prepare [EXTRA ...]       create the virtual environment and install the project with these extras; uses $bin
+#   expand PATH               print a path with ~ and variables expanded, as pretrain.py expands those of the configuration
+#   take_devices N            check CUDA_VISIBLE_DEVICES for N processes, and set $pretrain to the command that they run
 #   launch N ARGUMENT ...     run pretrain.py under `deepspeed` in N processes on this machine
 #   await PID                 wait for a child even if signals interrupt the wait; sets $status
 #   run_stoppable STOP COMMAND ...             run COMMAND; if this script gets a signal, call STOP with its process ID
@@ -14,6 +16,7 @@
 #
 #   LIME_VENV        the virtual environment (default: .venv in the repository)
 #   LIME_PYTHON      the interpreter that creates it (default: python3); needs Python >= 3.10
+#   CUDA_VISIBLE_DEVICES   the GPUs to use, in any form that CUDA knows (default: all)
 #   DS_ACCELERATOR   DeepSpeed's accelerator (default: cpu where torch sees fewer CUDA devices than processes)
 #   LIME_BACKEND     nccl or gloo (default: nccl on GPUs, gloo on CPUs); with gloo, processes may share a GPU
 #   OMP_NUM_THREADS  threads per process (default: cores / processes)
@@ -34,6 +37,7 @@ take_config() {
   local script="$1" config="${2:-}" argument
   dry_run=false
   [[ -n "$config" ]] || fail "no config given; see bash launch/$script --help"
+  config="$(expand "$config")" || exit
   [[ -f "$config" ]] || fail "no such config file: $config"
   arguments=(--config "$config")
   for argument in "${@:3}"; do
@@ -56,11 +60,38 @@ show_hosts() {
   done
 }
 
-# Makes a path absolute, so that it is valid in every directory.
+# Runs lime_dist/hostfile.py, which needs no installation.
+hostfile_tool() {
+  local python="${LIME_PYTHON:-python3}"
+  command -v "$python" >/dev/null || python="$bin/python"
+  "$python" -I "$root/lime_dist/hostfile.py" "$@"
+}
+
+# Expands ~, ~user, $NAME and ${NAME} in a path, as lime_dist/paths.py does.
+expand() {
+  local text="$1" result="" user name home
+  if [[ "$text" == "~"* ]]; then
+    user="${text%%/*}" user="${user:1}"
+    home="${HOME:-}"
+    if [[ -n "$user" ]]; then home="$(getent passwd "$user" | cut -d: -f6)" || true; fi
+    [[ -n "$home" ]] || fail "the path '$1': there is no user '$user'"
+    result="$home" text="${text:$((${#user} + 1))}"
+  fi
+  while [[ "$text" =~ ^([^$]*)\$(([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})(.*)$ ]]; do
+    name="${BASH_REMATCH[3]}${BASH_REMATCH[4]}"
+    [[ -n "${!name:-}" ]] || fail "the path '$1': the variable $name is not set; set it, or write the path out"
+    result+="${BASH_REMATCH[1]}${!name}" text="${BASH_REMATCH[5]}"
+  done
+  printf '%s\n' "$result$text"
+}
+
+# Expands a path and makes it absolute, so that it is valid in every directory.
 absolute() {
-  case "$1" in
-    /*) printf '%s\n' "$1" ;;
-    *) printf '%s\n' "$PWD/$1" ;;
+  local path
+  path="$(expand "$1")" || exit
+  case "$path" in
+    /*) printf '%s\n' "$path" ;;
+    *) printf '%s\n' "$PWD/$path" ;;
   esac
 }
 
@@ -186,9 +217,28 @@ take_quiet() { # take_quiet ARGUMENT ...
   if [[ " $* " == *" --verbose "* ]]; then quiet=(); fi
 }
 
+# `deepspeed` overwrites or ignores CUDA_VISIBLE_DEVICES, depending on its options and on the form of the value. So it does not
+# see the variable here, and each process gets the value of this shell back before it starts.
+take_devices() { # take_devices PROCESSES
+  local given="${CUDA_VISIBLE_DEVICES:-}" devices
+  pretrain=("$root/pretrain.py") restore=()
+  if [[ -z "${CUDA_VISIBLE_DEVICES+set}" || "${DS_ACCELERATOR:-}" == cpu ]]; then return; fi
+  [[ "$given" != *[!A-Za-z0-9,/_:-]* ]] ||
+    fail "CUDA_VISIBLE_DEVICES='$given' is no list of devices; write indices or UUIDs with commas between them"
+  IFS=, read -ra devices <<<"$given"
+  # An empty value hides all GPUs: the run uses CPUs.
+  if [[ -n "$given" && "$given" != -1 && "${LIME_BACKEND:-}" != gloo ]] && ((${#devices[@]} < $1)); then
+    fail "CUDA_VISIBLE_DEVICES=$given names ${#devices[@]} device(s) for $1 processes; name one for each, start fewer, or set" \
+      "DS_ACCELERATOR=cpu"
+  fi
+  restore=(--no_python --no_local_rank)
+  pretrain=("$(type -P env)" "CUDA_VISIBLE_DEVICES=$given" "$bin/python" -u "$root/pretrain.py")
+}
+
 launch() {
-  local processes="$1" probe cuda_devices port quiet
+  local processes="$1" probe cuda_devices port quiet pretrain restore
   shift
+  take_devices "$processes"
   probe="$("$bin/python" -c '
 import socket, torch
 with socket.socket() as probe:
@@ -197,6 +247,10 @@ with socket.socket() as probe:
   read -r cuda_devices port <<<"$probe"
   if [[ "${LIME_BACKEND:-}" == gloo ]] && ((cuda_devices > 0)); then cuda_devices="$processes"; fi
   if [[ -z "${DS_ACCELERATOR:-}" ]] && ((cuda_devices < processes)); then
+    if [[ -n "${CUDA_VISIBLE_DEVICES:-}" && "$CUDA_VISIBLE_DEVICES" != -1 ]] && command -v nvidia-smi >/dev/null; then
+      fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: torch sees $cuda_devices of these devices, $processes processes need one" \
+        "each; name devices that exist (nvidia-smi -L), or set DS_ACCELERATOR=cpu"
+    fi
     export DS_ACCELERATOR=cpu
   fi
   if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
@@ -206,6 +260,6 @@ with socket.socket() as probe:
   echo "      $processes processes, ${DS_ACCELERATOR:-cuda}, $OMP_NUM_THREADS thread(s) each"
   # An empty hostfile means this machine only, even if DeepSpeed's default hostfile exists.
   # A free port, so that two runs on this machine do not collide.
-  run_stoppable stop_child "$bin/deepspeed" "${quiet[@]}" --hostfile /dev/null --num_gpus "$processes" \
-    --master_port "$port" "$root/pretrain.py" "$@"
+  run_stoppable stop_child env -u CUDA_VISIBLE_DEVICES "$bin/deepspeed" "${quiet[@]}" --hostfile /dev/null \
+    --num_gpus "$processes" --master_port "$port" "${restore[@]}" "${pretrain[@]}" "$@"
 }

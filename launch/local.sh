@@ -18,6 +18,7 @@
 #
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
 #   LIME_PYTHON        the interpreter that creates it (default: python3); needs Python >= 3.10
+#   CUDA_VISIBLE_DEVICES   the GPUs to use, in any form that CUDA knows: indices, UUIDs, MIG devices (default: all)
 #   DS_ACCELERATOR     DeepSpeed's accelerator (default: cpu where torch sees fewer CUDA devices than PROCESSES)
 #   LIME_BACKEND       nccl or gloo (default: nccl on GPUs, gloo on CPUs); with gloo, processes may share a GPU
 #   OMP_NUM_THREADS    threads per process (default: cores / PROCESSES)
@@ -38,8 +39,11 @@ if [[ "${2:-}" =~ ^[1-9][0-9]*$ ]]; then
 fi
 take_config local.sh "$@"
 
+take_devices "$processes"
 if $dry_run; then
-  show_hosts "$(uname -n)" "$processes" "$bin/python -u $root/pretrain.py ${arguments[*]}"
+  command=("$bin/python" -u "$root/pretrain.py")
+  if ((${#restore[@]})); then command=("${pretrain[@]:1}"); fi
+  show_hosts "$(uname -n)" "$processes" "${command[*]} ${arguments[*]}"
   exit 0
 fi
 # shellcheck disable=SC2119 # no extras

@@ -24,6 +24,7 @@
 #   GLOO_SOCKET_IFNAME the same on CPUs (default: the interface whose address the host's name resolves to)
 #   MASTER_ADDR        the first host's address on that network (default: the first of `hostname -I` there)
 #   MASTER_PORT        a free port on that host (default: 29500); two runs on the same hosts need different ports
+#   CUDA_VISIBLE_DEVICES   indices of the GPUs to use on every host (default: all)
 #   DS_ACCELERATOR     DeepSpeed's accelerator (default: cuda where torch sees GPUs, else cpu)
 #   LIME_BACKEND       nccl or gloo (default: nccl on GPUs, gloo on CPUs)
 #   OMP_NUM_THREADS    threads per process (default on CPUs: cores / processes of the host)
@@ -40,19 +41,20 @@ case "${1:-}" in
   -h | --help) show_help "${BASH_SOURCE[0]}" && exit 0 ;;
   "") fail "no hostfile given; see bash launch/multinode.sh --help" ;;
 esac
-hostfile="$1"
+hostfile="$(expand "$1")" || exit
 [[ -f "$hostfile" ]] || fail "no such hostfile: $hostfile"
 take_config multinode.sh "${@:2}"
 
-hosts="" counts=""
-while read -r host slots rest; do
-  [[ -z "$host" || "$host" == "#"* ]] && continue
-  [[ "$slots" =~ ^slots=[1-9][0-9]*$ && (-z "$rest" || "$rest" == "#"*) ]] ||
-    fail "$hostfile: '$host${slots:+ $slots}${rest:+ $rest}' is not 'HOST slots=N'"
-  [[ " $hosts " != *" $host "* ]] || fail "$hostfile: $host is listed twice"
-  hosts+="$host " counts+="${slots#slots=} "
-done < <(cat "$hostfile" && echo)
-[[ -n "$hosts" ]] || fail "$hostfile lists no host"
+listed_hosts="$(hostfile_tool read "$hostfile")" || exit
+hosts="" counts="" largest=0
+while read -r host count; do
+  hosts+="$host " counts+="$count "
+  if ((count > largest)); then largest=$count; fi
+done <<<"$listed_hosts"
+first="${hosts%% *}"
+# `deepspeed` would start a single host's processes here, whatever its name, and needs ssh for several.
+over_ssh=true
+if [[ "$hosts" == "$first " ]] && hostfile_tool here "$first"; then over_ssh=false; fi
 
 # Lines NAME=VALUE of the launcher's files. Blank lines, comments and `export` in them make DeepSpeed fail.
 listed_variables() {
@@ -68,6 +70,7 @@ listed_variables() {
 sent_names() {
   local name
   for name in $(compgen -e); do
+    if [[ "$name" == CUDA_VISIBLE_DEVICES ]]; then continue; fi # take_devices passes it on
     if [[ "$name" =~ ^(CUDA|GLOO|NCCL|OMP|PYTORCH|TORCH|UCX)_ || "$name" =~ ^(DS_ACCELERATOR|LIME_BACKEND)$ || " ${LIME_EXPORT:-} " == *" $name "* ]]; then
       [[ "${!name}" != *$'\n'* ]] || fail "$name cannot be sent to the hosts: its value has a newline"
       printf '%s\n' "$name"
@@ -82,25 +85,51 @@ quoted() { # quoted VALUE
 listed="$(listed_variables)"
 names="$(sent_names)"
 
+if [[ -z "${CUDA_VISIBLE_DEVICES+set}" && "$listed" =~ (^|$'\n')CUDA_VISIBLE_DEVICES=([^$'\n']*) ]]; then
+  CUDA_VISIBLE_DEVICES="${BASH_REMATCH[2]}"
+fi
+take_devices "$largest"
+if [[ "$hosts" != "$first " && "${CUDA_VISIBLE_DEVICES:-}" == *[A-Z]* ]] && ((${#restore[@]})); then
+  fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names devices of one machine, and $hostfile lists several; write their indices"
+fi
+
+# Nothing may give a word another meaning on its way through `deepspeed`, pdsh, ssh and the shell of a host.
+words=("${pretrain[@]}" "${arguments[@]}")
+if $over_ssh; then
+  [[ "${words[*]}" != *$'\n'* ]] || fail "an argument has a newline, which cannot be sent to the hosts"
+  for path in "$PWD" "$bin"; do
+    [[ "$path" != *[!A-Za-z0-9_@%+=:,./-]* ]] || fail "$path cannot be sent to the hosts: DeepSpeed does not quote it; move it"
+  done
+  mapfile -t words < <(hostfile_tool quote "${words[@]}")
+fi
 command=("$bin/deepspeed")
 take_quiet "${arguments[@]}"
 command+=("${quiet[@]}" --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}")
-if [[ -n "${MASTER_ADDR:-}" ]]; then command+=(--master_addr "$MASTER_ADDR"); fi
-command+=("$root/pretrain.py" "${arguments[@]}")
+if ! $over_ssh; then
+  command+=(--no_ssh_check --master_addr "${MASTER_ADDR:-127.0.0.1}")
+elif [[ -n "${MASTER_ADDR:-}" ]]; then
+  command+=(--master_addr "$MASTER_ADDR")
+fi
+if $over_ssh && [[ "$hosts" == "$first " ]]; then command+=(--force_multi); fi
+command+=("${restore[@]}" "${words[@]}")
 
 if $dry_run; then
   variables="${listed:+${listed//$'\n'/ } }"
   for name in $names; do variables+="$(printf '%s=%q ' "$name" "${!name}")"; done
-  show_hosts "$hosts" "$counts" "cd $PWD; $variables$bin/python -u $root/pretrain.py ${arguments[*]}"
+  run=("$bin/python" -u "$root/pretrain.py")
+  if ((${#restore[@]})); then run=("${pretrain[@]:1}"); fi
+  show_hosts "$hosts" "$counts" "cd $PWD; $variables${run[*]} ${arguments[*]}"
   echo "started here by: ${command[*]}"
   exit 0
 fi
-command -v pdsh >/dev/null || fail "pdsh is not installed here; DeepSpeed needs it to start other hosts (Debian: apt-get install pdsh)"
+if $over_ssh; then
+  command -v pdsh >/dev/null || fail "pdsh is not installed here; DeepSpeed needs it to start other hosts (Debian: apt-get install pdsh)"
+fi
 # shellcheck disable=SC2119 # no extras
 prepare
 
 file="$(mktemp)"
-trap 'rm -f "$file"' EXIT
+trap 'rm -f "$file"*' EXIT
 {
   if [[ -n "$listed" ]]; then printf '%s\n' "$listed"; fi
   for name in $names; do printf '%s=%s\n' "$name" "$(quoted "${!name}")"; done
@@ -109,10 +138,37 @@ export DS_ENV_FILE="$file"
 # Without these options ssh waits for hours for a host that has disappeared, and the other hosts cannot end.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -oServerAliveInterval=15 -oServerAliveCountMax=3"
 
-# With several hosts `deepspeed` handles the signal itself: it ends its processes on all of them.
+# Over ssh `deepspeed` handles the signal itself: it ends its processes on all hosts.
 stop_hosts() { # stop_hosts PID
   kill -TERM "$1" || true
 }
-status=0
-run_stoppable stop_hosts "${command[@]}" || status=$?
+# The first host that ssh does not reach, with the reason. `deepspeed` would say it with a traceback, or wait for it for minutes.
+unreachable_host() {
+  local host
+  for host in $hosts; do
+    (ssh -n -oBatchMode=yes -oConnectTimeout=10 "$host" true 2>"$file.$host" || echo "$?" >"$file.$host.failed") &
+  done
+  wait
+  for host in $hosts; do
+    if [[ -f "$file.$host.failed" ]]; then
+      echo "$host cannot be reached with ssh ($(tail -n 1 "$file.$host" | tr -d '\r'))"
+      return
+    fi
+  done
+}
+
+unset CUDA_VISIBLE_DEVICES # `deepspeed` would react to it
+status=0 problem=""
+if $over_ssh; then
+  problem="$(unreachable_host)"
+  if [[ -n "$problem" ]]; then
+    "${command[@]}" 2>"$file.errors" || fail "$problem; python -m lime_dist.doctor checks the hosts"
+    cat "$file.errors" >&2
+  else
+    run_stoppable stop_hosts "${command[@]}" || status=$?
+  fi
+else
+  while IFS='=' read -r name value; do if [[ -n "$name" ]]; then export "$name=$value"; fi; done <<<"$listed"
+  run_stoppable stop_child "${command[@]}" || status=$?
+fi
 exit "$status"

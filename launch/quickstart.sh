@@ -21,6 +21,7 @@
 #   LIME_RUN           the run folder (default: runs/quickstart in the repository); run.directory=... overrides it
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
 #   LIME_PYTHON        the interpreter that creates it (default: python3); needs Python >= 3.10
+#   CUDA_VISIBLE_DEVICES   the GPUs to use, in any form that CUDA knows (default: all)
 #   DS_ACCELERATOR     DeepSpeed's accelerator (default: cpu where torch sees fewer than two CUDA devices)
 #   OMP_NUM_THREADS    threads per process (default: cores / 2)
 #

@@ -16,20 +16,14 @@ import torch.distributed as dist
 from lime_dist.contract import SUPPORTED, disable_compiled_operations, limit_new_groups, quiet_logger, unsupported
 from lime_dist.errors import LimeError
 from lime_dist.host_staging import stage_on_host
+from lime_dist.launchers import check_devices, is_main_process, world_size
+from lime_dist.rendezvous import check_rendezvous
+
+__all__ = ["is_main_process", "world_size"]
 
 BACKENDS = ("gloo", "nccl")
 
 T = TypeVar("T")
-
-
-def world_size() -> int:
-    """The number of processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """True on rank 0, before and after the process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def check_versions() -> None:
@@ -64,7 +58,8 @@ def start_processes(verbose: bool = False, timeout: float = 600.0) -> None:
             the time for which NCCL's monitor bears a driver that hangs (unless TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC is set).
 
     Raises:
-        LimeError: a process has no GPU, or LIME_BACKEND names a backend that it cannot use.
+        LimeError: a process has no GPU or not the one that the user chose, LIME_BACKEND names a backend that it cannot use, the
+            job's port is in use, or its first host cannot be reached.
     """
     environment = os.environ
     if "RANK" not in environment:
@@ -84,12 +79,15 @@ def start_processes(verbose: bool = False, timeout: float = 600.0) -> None:
     if on_gpu and backend == "gloo":
         environment["LOCAL_RANK"] = str(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
         stage_on_host()
+    if on_gpu:
+        check_devices()
     with quiet(verbose):
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
         disable_compiled_operations()
         limit_new_groups(limit)
+        check_rendezvous(limit.total_seconds())
         if on_gpu:
             if int(environment["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise LimeError(

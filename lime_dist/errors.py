@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -22,12 +24,26 @@ class PeerLost(Exception):
 def run_command(main: Callable[[], None], speaks: bool = True) -> None:
     """Run a command's ``main`` and turn its exceptions into exit statuses.
 
-    A LimeError prints ``error: …`` on stderr and exits with 2, a PeerLost likewise with 1; an interrupt exits with 130.
+    A LimeError prints ``error: …`` on stderr and exits with 2, a PeerLost likewise with 1; an interrupt exits with 130, and an
+    output that nobody reads any more, as of ``COMMAND | head``, with 141, as a shell does for SIGINT and SIGPIPE.
 
     Args:
         speaks: False on ranks whose error another rank most likely prints too: they wait before they print theirs.
     """
     _write_any_text()
+    try:
+        try:
+            _exit_status(main, speaks)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not drop_closed_output():
+            raise
+        raise SystemExit(141) from None
+
+
+def _exit_status(main: Callable[[], None], speaks: bool) -> None:
     try:
         main()
     except LimeError as error:
@@ -40,8 +56,31 @@ def run_command(main: Callable[[], None], speaks: bool = True) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        if speaks:
+            print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def drop_closed_output() -> bool:
+    """Let what nobody can read any more go to /dev/null, so that nothing fails when it is flushed.
+
+    Returns:
+        Whether stdout or stderr is a pipe that has no reader.
+    """
+    dropped = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            descriptor = stream.fileno()
+        except (AttributeError, OSError, ValueError):  # None, or not a file
+            continue
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+            dropped = True
+    return dropped
 
 
 def _write_any_text() -> None:

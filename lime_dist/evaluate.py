@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lime_dist.commands import CommandParser
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 
 EXAMPLE = """example:
   python -m lime_dist.evaluate --model exported/quickstart --data data/quickstart/shards"""
@@ -69,11 +70,11 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         epilog=EXAMPLE,
     )
-    parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
+    parser.add_argument("--model", required=True, type=user_path, help="the --output of lime_dist.checkpoint.export")
     parser.add_argument(
         "--data",
         required=True,
-        type=Path,
+        type=user_path,
         help="folder of shards with the model's tokenizer, or the prefix of a .bin/.idx pair",
     )
     parser.add_argument("--split", default="validation", help="default: validation")

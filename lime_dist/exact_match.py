@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lime_dist.commands import CommandParser
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,8 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         epilog=EXAMPLE,
     )
-    parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
-    parser.add_argument("--data", required=True, type=Path, help="folder of shards with the model's tokenizer")
+    parser.add_argument("--model", required=True, type=user_path, help="the --output of lime_dist.checkpoint.export")
+    parser.add_argument("--data", required=True, type=user_path, help="folder of shards with the model's tokenizer")
     parser.add_argument("--split", default="validation", help="default: validation")
     parser.add_argument(
         "--samples", type=int, default=1000, help="number of documents, from the first on (default 1000; 0: all)"

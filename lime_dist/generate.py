@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from lime_dist.commands import CommandParser
 from lime_dist.errors import LimeError, run_command
 from lime_dist.export.exported import open_export, require_transformers
+from lime_dist.paths import user_path
 
 EXAMPLE = """example:
   python -m lime_dist.generate --model exported/quickstart --prompt "A list is" --temperature 0.8 --top-p 0.95 --seed 1"""
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         epilog=EXAMPLE,
     )
-    parser.add_argument("--model", required=True, type=Path, help="the --output of lime_dist.checkpoint.export")
+    parser.add_argument("--model", required=True, type=user_path, help="the --output of lime_dist.checkpoint.export")
     parser.add_argument("--prompt", required=True, help="text to continue; empty: start a new text")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always take the most likely token")

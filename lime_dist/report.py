@@ -16,6 +16,7 @@ from lime_dist.model.architecture import architecture_of
 from lime_dist.monitor.charts import COLOURS, Line, bar_chart, heat_map, legend, line_chart
 from lime_dist.monitor.html import distinct_names, html_page, note, section, table
 from lime_dist.monitor.run_folder import RunFolder, read_router_weights, read_run
+from lime_dist.paths import user_path
 
 EXAMPLES = """examples:
   python -m lime_dist.report runs/quickstart
@@ -37,9 +38,9 @@ SMALL = (520, 185)
 
 def parse() -> argparse.Namespace:
     parser = CommandParser(prog="python -m lime_dist.report", description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), help="HTML file to write (default: %(default)s)"
+        "--output", type=user_path, default=Path("report.html"), help="HTML file to write (default: %(default)s)"
     )
     return parser.parse_args()
 

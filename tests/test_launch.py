@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +18,15 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
+from lime_dist.doctor.hosts import read_hostfile
+from lime_dist.errors import LimeError
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/quickstart.yaml"
 
 SRUN = """#!/usr/bin/env bash
 # Starts the command once per task, passes signals on and exits with the largest status, as srun does.
+echo "$1 $2" >>"$REQUEUED.options"
 while [[ "$1" == --* ]]; do shift; done
 tasks=()
 for ((task = 0; task < SLURM_NTASKS; task++)); do
@@ -196,6 +202,188 @@ def test_values_arrive_unchanged(environment: dict[str, str]) -> None:
     assert sent.items() <= dict(line.split("=", maxsplit=1) for line in printed.split("\0") if line).items()
 
 
+# -- through the real launcher --------------------------------------------------------------------------------------------
+
+WITNESS = """#!{python}
+# Stands in for the virtual environment's python: writes what it was started with, or answers the script's question for GPUs.
+import json, os, sys
+if sys.argv[1] == "-c":
+    print(os.environ.get("GPUS", "0"), 29631)
+else:
+    names = ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "FROM_FILE")
+    with open(os.path.join(os.environ["WITNESSED"], os.environ["RANK"]), "w") as file:
+        json.dump([sys.argv[1:], {{name: os.environ.get(name) for name in names}}], file)
+"""
+SSH = """#!/usr/bin/env bash
+# Runs the command on this machine, as a shell of the host would. A host named "gone" does not answer.
+while [[ "$1" == -* ]]; do
+  case "$1" in -o | -p | -l) shift ;; esac
+  shift
+done
+host="$1"
+shift
+if [[ "$host" == gone ]]; then echo "ssh: connect to host gone port 22: No route to host" >&2 && exit 255; fi
+[[ "$*" == *"hostname -I" ]] && echo 127.0.0.1 && exit
+exec sh -c "$*"
+"""
+
+
+@pytest.fixture
+def real(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment with the real `deepspeed` and pdsh, over an ssh to hosts that are this machine."""
+    deepspeed = f'#!/bin/sh\nexec {sys.executable} -m deepspeed.launcher.runner "$@"\n'
+    write(tmp_path / "venv/bin", python=WITNESS.format(python=sys.executable), deepspeed=deepspeed)
+    (tmp_path / "bin/pdsh").unlink()
+    write(tmp_path / "bin", ssh=SSH)
+    (tmp_path / "witnessed").mkdir()
+    return {**environment, "WITNESSED": str(tmp_path / "witnessed")}
+
+
+def witnessed(environment: dict[str, str]) -> dict[int, tuple[list[str], dict[str, str | None]]]:
+    """By rank, the arguments and the variables of the processes that were started."""
+    files = Path(environment["WITNESSED"]).iterdir()
+    return {int(file.name): tuple(json.loads(file.read_text())) for file in files}
+
+
+HAS_PDSH = shutil.which("pdsh") is not None
+
+NASTY = [
+    "&", "'", '"', "(", ")", "a b", "a  b", " ", "$HOME", "${HOME}", "$(id)", "`id`", ";", "|", "<x>", "*", "?", "[a]", "{a,b}", "~",
+    "~/x", "#x", "!x", "\\", "\\ ", "a\\'b", '\\"', '" "', "' '", "$ `", "%h", "%n", "%%", "%d x", "\t", "é …", "=", "", "a=b&c", "^x^",
+    '[{path: "a b", weight: 1}, {path: $X, weight: 2}]', "\\$x y", "x\\", "x y\\",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PDSH, reason="pdsh is not installed")
+def test_every_argument_arrives_unchanged_on_other_hosts(real: dict[str, str], tmp_path: Path) -> None:
+    """Through `deepspeed`, pdsh, ssh and a shell, beside the devices that the user chose; a CRLF hostfile with comments and tabs."""
+    (tmp_path / "hosts").write_bytes(b"# two\r\nhost-a\tslots=1\r\n\r\n  host-b slots=1 # more\r\n")
+    overrides = [f"a.key{number}={value}" for number, value in enumerate(NASTY)]
+    (Path(real["HOME"]) / ".deepspeed_env").write_text("FROM_FILE=1\n")
+    done = run(real, "multinode.sh", str(tmp_path / "hosts"), CONFIG, *overrides, CUDA_VISIBLE_DEVICES="5,4")
+    assert done.returncode == 0, done.stderr
+    words = ["-u", f"{ROOT}/pretrain.py", "--config", CONFIG, *overrides]
+    variables = {"WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "5,4", "FROM_FILE": "1"}
+    assert witnessed(real) == {rank: (words, {"RANK": str(rank), **variables}) for rank in range(2)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PDSH, reason="pdsh is not installed")
+def test_a_single_remote_host_is_the_one_that_trains(real: dict[str, str], tmp_path: Path) -> None:
+    """It is started over ssh, like several; a host that is this machine is not, and needs no ssh."""
+    write(tmp_path / "bin", ssh=SSH.replace("exec sh", 'echo "on $host"; exec sh'))
+    (tmp_path / "hosts").write_text("elsewhere slots=2\n")
+    given = {"CUDA_VISIBLE_DEVICES": "0,1", "MASTER_ADDR": "127.0.0.1"}
+    done = run(real, "multinode.sh", str(tmp_path / "hosts"), CONFIG, **given)
+    assert done.returncode == 0 and "elsewhere: on elsewhere" in done.stdout, done.stdout + done.stderr
+    assert set(witnessed(real)) == {0, 1}
+    write(tmp_path / "bin", ssh="#!/bin/sh\nexit 1\n")
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    (Path(real["HOME"]) / ".deepspeed_env").write_text("export FROM_FILE=1\n")
+    done = run(real, "multinode.sh", str(tmp_path / "hosts"), CONFIG, "x=&", **given)
+    assert done.returncode == 0, done.stderr
+    words, variables = witnessed(real)[0]
+    assert words[-1] == "x=&" and variables["WORLD_SIZE"] == "1" and variables["FROM_FILE"] == "1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["", "127.0.0.1"])
+@pytest.mark.parametrize("hosts", [["gone", "b"], ["a", "gone"], ["gone"]])
+def test_a_host_that_does_not_answer(real: dict[str, str], tmp_path: Path, hosts: list[str], address: str) -> None:
+    (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
+    write(tmp_path / "bin", pdsh="#!/bin/sh\necho 'pdsh failed' >&2; exit 1\n")
+    more = {"MASTER_ADDR": address} if address else {}
+    done = run(real, "multinode.sh", str(tmp_path / "hosts"), CONFIG, **more)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: gone cannot be reached with ssh (ssh: connect to host gone port 22: No route to host); python -m "
+        "lime_dist.doctor checks the hosts\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["3", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-GPU-1/2/0", ""])
+def test_the_users_devices_on_this_machine(real: dict[str, str], devices: str) -> None:
+    """Whatever the form of the choice, the process of `deepspeed` sees it. (An empty one hides all GPUs.)"""
+    done = run(real, "local.sh", CONFIG, "1", CUDA_VISIBLE_DEVICES=devices, GPUS="1" if devices else "0")
+    assert done.returncode == 0, done.stderr
+    assert "VISIBLE_DEVICES" not in done.stdout, "`deepspeed` has not seen it"
+    words, variables = witnessed(real)[0]
+    assert words == ["-u", f"{ROOT}/pretrain.py", "--config", CONFIG] and variables["CUDA_VISIBLE_DEVICES"] == devices
+
+
+@pytest.mark.parametrize(
+    ("script", "devices", "more", "line"),
+    [
+        ("local.sh", "3", {}, "CUDA_VISIBLE_DEVICES=3 names 1 device(s) for 2 processes"),
+        ("local.sh", "GPU-1", {}, "CUDA_VISIBLE_DEVICES=GPU-1 names 1 device(s) for 2 processes"),
+        ("local.sh", "0 1", {}, "CUDA_VISIBLE_DEVICES='0 1' is no list of devices"),
+        (
+            "local.sh",
+            "6,7",
+            {"GPUS": "1"},
+            "CUDA_VISIBLE_DEVICES=6,7: torch sees 1 of these devices, 2 processes need one each",
+        ),
+        ("multinode.sh", "0,1", {}, "CUDA_VISIBLE_DEVICES=0,1 names 2 device(s) for 8 processes"),
+        ("multinode.sh", ",".join(f"GPU-{n}" for n in range(8)), {}, "names devices of one machine"),
+    ],
+)
+def test_devices_that_are_refused(
+    real: dict[str, str], tmp_path: Path, script: str, devices: str, more: dict[str, str], line: str
+) -> None:
+    write(tmp_path / "bin", **{"nvidia-smi": "#!/bin/sh\n"})
+    arguments = [CONFIG, "2"] if script == "local.sh" else ["launch/hostfile.example", CONFIG]
+    done = run(real, script, *arguments, CUDA_VISIBLE_DEVICES=devices, **more)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and line in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not witnessed(real)
+
+
+@pytest.mark.parametrize("name", ["a b", "a'b"])
+def test_a_folder_that_deepspeed_cannot_send_is_refused(environment: dict[str, str], tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    config = (tmp_path / name / "c.yaml").resolve()
+    config.write_text("{}")
+    command = ["bash", str(ROOT / "launch/multinode.sh"), str(ROOT / "launch/hostfile.example"), "c.yaml", "--dry-run"]
+    done = subprocess.run(command, cwd=config.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "cannot be sent to the hosts: DeepSpeed does not quote it" in done.stderr
+
+
+# -- hostfiles ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "slots"),
+    [
+        (b"a slots=1\r\nb slots=2\r\n", {"a": 1, "b": 2}),
+        (b"a\tslots=1\n\n \t\n  b   slots=2", {"a": 1, "b": 2}),
+        (b"#x\na slots=1#y\n # z\nme@10.0.0.2 slots=12 # y", {"a": 1, "me@10.0.0.2": 12}),
+        (b"a slots=0\n", None), (b"a slots=-1\n", None), (b"a slots=01\n", None), (b"a slots=1.5\n", None), (b"a\n", None),
+        (b"a slots=1\nb slots=1\na slots=1\n", None), (b"a slots = 1\n", None), (b"a slots=1 b\n", None), (b"", None),
+        (b"# a slots=1\n", None), (b"a[1-2] slots=1\n", None), (b"a,b slots=1\n", None), (b"\xff slots=1\n", None),
+        (b"\xef\xbb\xbfa slots=1\n", None), (b"a\0 slots=1\n", None), (b"a;id slots=1\n", None),
+    ],
+)  # fmt: skip
+def test_one_reader_of_hostfiles(
+    environment: dict[str, str], tmp_path: Path, content: bytes, slots: dict[str, int] | None
+) -> None:
+    """The doctor, the script and `deepspeed` agree on each file, or refuse it."""
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = tmp_path / "hosts"
+    path.write_bytes(content)
+    done = run(environment, "multinode.sh", str(path), CONFIG, "--dry-run")
+    if slots is None:
+        assert done.returncode == 2 and re.fullmatch(rf"error: {path}:? .*\n", done.stderr), done.stderr
+        with pytest.raises(LimeError, match=re.escape(str(path))):
+            read_hostfile(path)
+        return
+    assert done.returncode == 0 and not done.stderr
+    ranks = [re.match(r"(\S+): ranks (\d+)-(\d+): ", line) for line in done.stdout.splitlines()[:-1]]
+    assert {match[1]: int(match[3]) - int(match[2]) + 1 for match in ranks if match} == slots
+    assert read_hostfile(path) == slots == dict(fetch_hostfile(str(path)))
+
+
 # -- Slurm ------------------------------------------------------------------------------------------------------------
 
 JOB = {"SLURM_JOB_ID": "20007", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "x[1-2]", "SLURM_CPUS_PER_TASK": "3"}
@@ -214,6 +402,8 @@ def test_ranks_under_slurm(environment: dict[str, str]) -> None:
     assert first == "job 20007, start 1: 2 processes, master localhost:10007"
     command = f"-u {ROOT}/pretrain.py --config {CONFIG} train.steps=3"
     assert sorted(ranks) == [f"rank {n} of 2, {n} here, at localhost:10007, 3 threads: {command}" for n in range(2)]
+    options = Path(f"{environment['REQUEUED']}.options").read_text()
+    assert options == "--kill-on-bad-exit=1 --cpus-per-task=3\n", "since 22.05 srun does not take it from the job"
     told = run(
         environment, "slurm.sbatch", CONFIG, **JOB, MASTER_ADDR="10.0.0.1", MASTER_PORT="4242", OMP_NUM_THREADS="1"
     )

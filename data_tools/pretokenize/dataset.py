@@ -28,7 +28,7 @@ from data_tools.sources.inputs import InputFile, fingerprint, list_inputs
 from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer.round_trip import first_failure
-from lime_dist.data.files import lock_folder
+from lime_dist.data.files import lock_folder, remove
 from lime_dist.errors import LimeError
 
 TOKENIZER_FOLDER, SCRATCH, DUPLICATES = "tokenizer", ".scratch", ".duplicates"
@@ -89,11 +89,10 @@ def pretokenize(options: argparse.Namespace) -> None:
         "inputs": [fingerprint(file) for file in files],
     }
     with lock_folder(output):
-        for scratch in output.glob(f"{SCRATCH}-*"):
-            shutil.rmtree(scratch)
-        for folder in (output, output / TOKENIZER_FOLDER):
-            for temporary in folder.glob(".*.tmp"):  # a killed run was writing these files
-                temporary.unlink()
+        killed = [*output.glob(f"{SCRATCH}-*"), *output.glob(".*.tmp"), *(output / TOKENIZER_FOLDER).glob(".*.tmp")]
+        for left in killed:  # by a killed run, which was writing them
+            if (problem := remove(left)) is not None:
+                print(f"warning: cannot delete {problem}")
         manifest, duplicates = Manifest(output, header, fresh=options.fresh), output / DUPLICATES
         complete = is_complete(output)
         if options.fresh or complete:  # complete: a kill may have left the folder behind

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from data_tools.common import disk_errors, progress_bar, start_worker
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sha256_file, write_atomic
 from lime_dist.errors import LimeError
+from lime_dist.paths import expand
 
 FORMAT = "lime_dist embedded corpus 1"
 ABOUT = (  # part of the files: another text changes their bytes
@@ -257,7 +258,7 @@ def add_arguments(commands: Any) -> None:
     """Add the sub-command with its options."""
     about = "Gather the docstrings of the standard library and the installed packages, without importing them."
     parser = commands.add_parser("embedded", help=about, description=about)
-    parser.add_argument("--output", required=True, help="folder for the parquet files and their manifest")
+    parser.add_argument("--output", type=expand, required=True, help="folder for the parquet files and their manifest")
     parser.add_argument("--max-megabytes", type=float, default=20.0, help="stop at this much text (default 20)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--fresh", action="store_true", help="write the corpus again, even if the folder holds one")

@@ -12,6 +12,7 @@ from data_tools.tasks.documents import DOCUMENTS, MARK, Task, complete, write_do
 from data_tools.tasks.graph import Graph
 from lime_dist.data.files import lock_folder
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import expand
 
 
 def run(options: argparse.Namespace) -> None:
@@ -40,7 +41,7 @@ def add_task(commands: Any, name: str, about: str, option: str) -> argparse.Argu
         epilog=f"example:\n  python -m data_tools.tasks {name} --output data/{name}/text {option}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", required=True, help=f"folder for {DOCUMENTS}")
+    parser.add_argument("--output", type=expand, required=True, help=f"folder for {DOCUMENTS}")
     parser.add_argument("--documents", type=int, default=100_000, help="default 100000")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--fresh", action="store_true", help="write the documents again, even if the folder holds some")

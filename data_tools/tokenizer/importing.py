@@ -21,6 +21,7 @@ from data_tools.tokenizer.model_file import with_control_symbols
 from data_tools.tokenizer.round_trip import HARD_TEXTS, failures
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sha256_file, write_atomic
 from lime_dist.errors import LimeError
+from lime_dist.paths import expand
 
 # Their names in published vocabularies, used only if no tokenizer_config.json in the folder names them.
 USUAL_NAMES = {
@@ -243,8 +244,10 @@ def add_arguments(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--model", required=True, help="a sentencepiece .model, a tokenizer.json, or a folder with one")
-    parser.add_argument("--output", required=True, help="folder for the tokenizer")
+    parser.add_argument(
+        "--model", type=expand, required=True, help="a sentencepiece .model, a tokenizer.json, or a folder with one"
+    )
+    parser.add_argument("--output", type=expand, required=True, help="folder for the tokenizer")
     for name, what in (("eos", "ends documents"), ("bos", "may begin them"), ("pad", "fills batches")):
         about = f"the token that {what} (default: as {CONFIG_FILES[0]} beside the model, or the model, says)"
         parser.add_argument(f"--{name}", metavar="TOKEN", help=about)

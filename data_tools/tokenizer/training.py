@@ -26,6 +26,7 @@ from data_tools.tokenizer.round_trip import HARD_TEXTS, first_failure
 from data_tools.tokenizer.sentencepiece_encoder import SentencePieceEncoder
 from lime_dist.data.files import lock_folder
 from lime_dist.errors import LimeError
+from lime_dist.paths import expand
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 TRAINING_CHARACTERS = 1000
@@ -189,8 +190,8 @@ def add_arguments(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--input", required=True, help=INPUT_HELP)
-    parser.add_argument("--output", required=True, help="folder for the tokenizer")
+    parser.add_argument("--input", type=expand, required=True, help=INPUT_HELP)
+    parser.add_argument("--output", type=expand, required=True, help="folder for the tokenizer")
     parser.add_argument(
         "--vocab-size", type=int, required=True, help="pieces, the 256 bytes, 5 symbols and each --symbol included"
     )

@@ -31,6 +31,7 @@ from lime_dist.data.files import json_bytes, write_atomic
 from lime_dist.errors import LimeError, run_command
 from lime_dist.export.exported import ExportedModel, check_vocabulary, open_verified, require_transformers, verify
 from lime_dist.monitor.html import distinct_names
+from lime_dist.paths import user_path
 
 WORDS = "is,are,was,were"
 LONGEST = 512
@@ -186,10 +187,10 @@ def main(arguments: list[str] | None = None) -> None:
         epilog=EXAMPLE,
     )
     parser.add_argument(
-        "models", nargs="+", type=Path, metavar="MODEL", help="the --output of lime_dist.checkpoint.export"
+        "models", nargs="+", type=user_path, metavar="MODEL", help="the --output of lime_dist.checkpoint.export"
     )
-    parser.add_argument("--data", required=True, type=Path, help="folder of shards with the models' tokenizer")
-    parser.add_argument("--output", type=Path, default=Path("analysis"), help="folder (default: %(default)s)")
+    parser.add_argument("--data", required=True, type=user_path, help="folder of shards with the models' tokenizer")
+    parser.add_argument("--output", type=user_path, default=Path("analysis"), help="folder (default: %(default)s)")
     parser.add_argument("--split", default="validation", help="default: %(default)s")
     parser.add_argument(
         "--samples", type=int, default=128, help="most samples, from the first on (default: %(default)s)"

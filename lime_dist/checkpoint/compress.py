@@ -31,6 +31,7 @@ from lime_dist.model.architecture import CHUNKS, architecture_of
 from lime_dist.model.architectures.lime.kv.architecture import KeyValueLime
 from lime_dist.model.layout import Chunk, summarised_chunks
 from lime_dist.model.policies import FullHistory, make_policy
+from lime_dist.paths import user_path
 
 EXAMPLE = """example:
   python -m lime_dist.checkpoint.compress --checkpoint runs/full --policy chunked --chunk-size 8 --rank 2 --first 2 \\
@@ -177,9 +178,9 @@ def main(arguments: list[str] | None = None) -> None:
         epilog=EXAMPLE,
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="run folder, its checkpoints, or one global_stepN"
+        "--checkpoint", required=True, type=user_path, help="run folder, its checkpoints, or one global_stepN"
     )
-    parser.add_argument("--output", required=True, type=Path, help="run folder to write")
+    parser.add_argument("--output", required=True, type=user_path, help="run folder to write")
     parser.add_argument("--policy", required=True, choices=("chunked",), help="history policy of the compressed model")
     parser.add_argument("--chunk-size", required=True, type=int, help="layers per chunk")
     parser.add_argument("--rank", required=True, type=int, help="rows of a chunk summary; at most the chunk size")

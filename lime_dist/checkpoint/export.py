@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lime_dist.commands import CommandParser
 from lime_dist.errors import run_command
 from lime_dist.export.exporting import export
+from lime_dist.paths import user_path
 
 EXAMPLE = """example:
   python -m lime_dist.checkpoint.export --checkpoint runs/quickstart --output exported/quickstart"""
@@ -24,11 +24,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=Path,
+        type=user_path,
         help="a run folder, its checkpoints folder, or one global_stepN folder",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to create")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one in the run's data.path)")
+    parser.add_argument("--output", required=True, type=user_path, help="folder to create")
+    parser.add_argument(
+        "--tokenizer", type=user_path, help="tokenizer folder (default: the one in the run's data.path)"
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="size limit of one weights file (default 5GB)")
     options = parser.parse_args(arguments)
     certificate = export(options.checkpoint, options.output, options.tokenizer, options.max_shard_size)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.checkpoint.manifest import LATEST, MANIFEST
-from lime_dist.data.files import json_bytes, sync_folder, write_atomic
+from lime_dist.data.files import free_name, json_bytes, remove, sync_folder, write_atomic
 from lime_dist.model.optimizer_states import WEIGHT
 
 Values = dict[str, dict[str, Tensor]]
@@ -88,12 +87,22 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         raise
 
 
-def delete(path: Path) -> None:
-    """Delete a checkpoint folder, if it exists. It is renamed first, so that a kill leaves nothing under its name."""
-    hidden = path.with_name(f".{path.name}.deleted")
-    if path.exists():
+def delete(path: Path) -> str | None:
+    """Delete a checkpoint, if it exists. It is renamed first, so that a kill leaves nothing under its name.
+
+    Returns:
+        Why a part of it is left under a hidden name; None: nothing is.
+
+    Raises:
+        OSError: it cannot be renamed, and is as before.
+    """
+    if path.is_symlink():  # to another disk, for example: what it points at is not ours to delete
+        path.unlink()
+    elif path.exists():
+        hidden = free_name(path.with_name(f".{path.name}.deleted"))
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        return remove(hidden)
+    return None
 
 
 class _HashedFile:

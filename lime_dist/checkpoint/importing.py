@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lime_dist.commands import CommandParser
 from lime_dist.config.load import load_config
 from lime_dist.errors import run_command
 from lime_dist.export.importing import import_model
+from lime_dist.paths import user_path
 
 EXAMPLE = """example:
   python -m lime_dist.checkpoint.importing --model models/llama-1b --config lime.yaml run.directory=runs/from-llama
@@ -23,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
         "from it. The configuration must have the original's shape. Nothing is written unless the logits agree.",
         epilog=EXAMPLE,
     )
-    parser.add_argument("--model", required=True, type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("--model", required=True, type=user_path, help="folder with config.json and safetensors")
     parser.add_argument(
         "--config", required=True, help="YAML file of the run; the checkpoint is written into its run.directory"
     )

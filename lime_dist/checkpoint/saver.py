@@ -12,7 +12,6 @@ costs.
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.checkpoint.store import saved_steps
 from lime_dist.config.schema import Config
 from lime_dist.data.identity import DataIdentity
+from lime_dist.data.files import free_name, remove
 from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree, is_main_process
 from lime_dist.errors import LimeError
@@ -48,7 +48,7 @@ class Saved:
     Attributes:
         blocked: seconds that training waited for it.
         background: seconds that a thread of this rank wrote; 0 without a thread.
-        problems: on rank 0, one line for each old checkpoint that could not be deleted.
+        problems: on rank 0, one line for each path that could not be deleted and was not named before.
     """
 
     path: Path
@@ -108,6 +108,8 @@ class Saver:
         self._file = file_name(stage, replica)
         self._writes = optimizer.is_sharded or replica == 0
         self._in_progress: _Write | None = None
+        self._left: list[str] = []  # what could not be deleted since the last checkpoint, on rank 0
+        self._told: set[str] = set()
 
     @property
     def pending(self) -> TrainState | None:
@@ -137,8 +139,7 @@ class Saver:
         """
         assert self._in_progress is None, "a checkpoint is in progress"
         begin = time.perf_counter()
-        partial = partial_folder(self.directory, state.step)
-        self._on_main_process(state, lambda: _prepare(self.directory, partial))
+        partial = self._prepare(state)
         values = _snapshot(self._optimizer) if self._writes else None
         write = _Write(state, partial, self._file, values, self._optimizer.step_count)
         if self._config.checkpoint.asynchronous:
@@ -178,12 +179,36 @@ class Saver:
             self._on_main_process(write.state, lambda: publish(write.partial, final, manifest))
         except LimeError:
             if is_main_process():
-                shutil.rmtree(write.partial, ignore_errors=True)
+                remove(write.partial)  # what is left of it is named when the next checkpoint begins
             raise
         train = self._config.train
-        problems = _prune(self.directory, write.state.step, train.keep_last, train.keep_every)
+        self._left += _prune(self.directory, write.state.step, train.keep_last, train.keep_every)
         blocked = write.blocked + time.perf_counter() - begin
-        return Saved(final, write.state, blocked, write.seconds if write.thread is not None else 0.0, problems)
+        background = write.seconds if write.thread is not None else 0.0
+        return Saved(final, write.state, blocked, background, self._new_problems())
+
+    def _prepare(self, state: TrainState) -> Path:
+        """Make the folder for a new checkpoint on rank 0, which deletes what it can of what earlier saves left."""
+        chosen: list[Path] = [partial_folder(self.directory, state.step)]
+
+        def make() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in (*self.directory.glob(".global_step*"), *self.directory.glob(f".{LATEST}.*")):
+                if (problem := remove(leftover)) is not None:
+                    self._left.append(problem)
+            chosen[0] = free_name(chosen[0])
+            chosen[0].mkdir()
+
+        self._on_main_process(state, make)
+        dist.broadcast_object_list(chosen, src=0)
+        return chosen[0]
+
+    def _new_problems(self) -> tuple[str, ...]:
+        """A line for each path that could not be deleted and was not named before."""
+        new = [problem for problem in dict.fromkeys(self._left) if problem not in self._told]
+        self._told.update(new)
+        self._left.clear()
+        return tuple(f"warning: cannot delete {problem}; delete it yourself, saving goes on without" for problem in new)
 
     def _layout(self) -> dict[str, int]:
         parallel = self._config.parallel
@@ -210,16 +235,6 @@ def _problem(state: TrainState, error: OSError | None) -> str | None:
     return f"cannot write the checkpoint of step {state.step}: {error}; earlier checkpoints are untouched"
 
 
-def _prepare(directory: Path, partial: Path) -> None:
-    """Make the folder for a new checkpoint, and delete what a killed process left."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".global_step*"):
-        shutil.rmtree(leftover)
-    for leftover in directory.glob(f".{LATEST}.*"):
-        leftover.unlink()
-    partial.mkdir()
-
-
 def _snapshot(optimizer: CheckpointedOptimizer) -> Values:
     """A copy, in host memory, of the state that this rank saves."""
     return {
@@ -228,15 +243,15 @@ def _snapshot(optimizer: CheckpointedOptimizer) -> Values:
     }
 
 
-def _prune(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> tuple[str, ...]:
-    """Delete, on rank 0, the checkpoints up to step ``newest`` that are not kept; a line for each that cannot be deleted."""
+def _prune(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> list[str]:
+    """Delete, on rank 0, the checkpoints up to step ``newest`` that are not kept; returns what cannot be deleted, and why."""
     if keep_last is None or not is_main_process():
-        return ()
+        return []
     problems = []
     for step in [step for step in saved_steps(directory) if step <= newest][:-keep_last]:
         if keep_every is None or step % keep_every:
             try:
-                delete(directory / folder_name(step))
+                problems.append(delete(directory / folder_name(step)))
             except OSError as error:
-                problems.append(f"cannot delete {directory / folder_name(step)}: {error}")
-    return tuple(problems)
+                problems.append(f"{directory / folder_name(step)}: {error.strerror or error}")
+    return [problem for problem in problems if problem is not None]

@@ -5,16 +5,22 @@ Optimizer states are zero and no updates are counted, so a run starts its schedu
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
-from lime_dist.checkpoint.folder import file_name, folder_name, partial_folder, publish, write_tensors
+from lime_dist.checkpoint.folder import (
+    file_name,
+    folder_name,
+    partial_folder,
+    publish,
+    write_tensors,
+)
 from lime_dist.checkpoint.manifest import make_manifest
 from lime_dist.checkpoint.reading import Weights
 from lime_dist.config.schema import Config
 from lime_dist.data.identity import DataIdentity
+from lime_dist.data.files import free_name, remove
 from lime_dist.data.state import TrainState
 from lime_dist.errors import LimeError
 from lime_dist.model.optimizer_states import WEIGHT, optimizer_states
@@ -34,7 +40,9 @@ def write_checkpoint(
     """
     if any(directory.glob("global_step*")):
         raise LimeError(f"{directory}: holds checkpoints already; give another run.directory, or delete them")
-    partial, final = partial_folder(directory, 0), directory / folder_name(0)
+    final = directory / folder_name(0)
+    remove(partial_folder(directory, 0))
+    partial = free_name(partial_folder(directory, 0))
     values = {}
     for name, states in optimizer_states(config, weights).items():
         weight = weights[name].to(torch.float32)
@@ -42,7 +50,6 @@ def write_checkpoint(
         values[name] = {WEIGHT: weight.contiguous().clone(), **zeros}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         entry = write_tensors(partial, file_name(0, 0), values)
         manifest = make_manifest(
@@ -55,6 +62,6 @@ def write_checkpoint(
         )
         publish(partial, final, manifest)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise LimeError(f"{directory}: cannot be written ({error.strerror or error}); nothing was kept") from None
     return final

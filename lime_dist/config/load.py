@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lime_dist.config.schema import Config
+from lime_dist.config.sections.base import EXPAND
 from lime_dist.config.unknown_keys import advice, first_leaf
 from lime_dist.errors import LimeError
+from lime_dist.paths import user_path
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,7 +53,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         LimeError: the file cannot be read, or a key or value is invalid.
     """
-    values = {} if path is None else _read_yaml(Path(path))
+    values = {} if path is None else _read_yaml(user_path(str(path)))
     for item in overrides:
         _apply_override(values, item)
     return make_config(values, "the defaults" if path is None else str(path), overrides)
@@ -69,7 +71,7 @@ def make_config(values: dict[str, Any], source: str, overrides: Sequence[str] = 
         LimeError: a key or value is invalid.
     """
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values, context=EXPAND)
     except ValidationError as error:
         errors = error.errors()  # a misspelt key says more than the required one that is then missing
         first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])

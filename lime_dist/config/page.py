@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -86,6 +86,8 @@ def _type_text(field: FieldInfo) -> str:
               for kind, sign in BOUNDS.items() if isinstance(bound, kind)]  # fmt: skip
     names: list[str] = []
     for option in _options(field.annotation):
+        if get_origin(option) is Annotated:
+            option = get_args(option)[0]
         if get_origin(option) is Literal:
             names.append(", ".join(f"`{choice}`" for choice in get_args(option)))
         elif get_origin(option) is list:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lime_dist.config.sections.base import Section
+from lime_dist.config.sections.base import Section, UserPath
 from lime_dist.config.sections.data import BlendEntry, DataConfig
 from lime_dist.config.sections.model import (
     HISTORY_KEYS,
@@ -50,9 +50,10 @@ __all__ = [
 class RunConfig(Section):
     """The folder of the run."""
 
-    directory: str = Field(
+    directory: UserPath = Field(
         "runs/default",
-        description="folder for checkpoints, metrics and TensorBoard files; if it holds a checkpoint, the run resumes",
+        description="folder for checkpoints, metrics and TensorBoard files; if it holds a checkpoint, the run resumes. "
+        "`~` and `$NAME` are expanded in every path",
     )
 
 

@@ -7,9 +7,11 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,6 +107,32 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def remove(path: Path) -> str | None:
+    """Delete a file, a link (never what it points at), or a folder with all that can be deleted in it.
+
+    Returns:
+        Why something is left, with its path; None: nothing is.
+    """
+    problems: list[str] = []
+
+    def note(_: object, where: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+        problems.append(f"{where}: {getattr(error[1], 'strerror', None) or error[1]}")
+
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, onerror=note)
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror or error}")
+    return problems[0] if problems else None
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with a number behind it if something that could not be deleted has its name."""
+    return next(name for name in chain([path], (Path(f"{path}.{n}") for n in count(1))) if not os.path.lexists(name))
 
 
 class WholeAppends:

@@ -6,13 +6,13 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from lime_dist.commands import CommandParser
 from lime_dist.doctor import facts, ring
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 
 EXAMPLES = """examples:
   python -m lime_dist.doctor --config configs/quickstart.yaml
@@ -29,7 +29,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLES,
     )
     parser.add_argument("--config", help="YAML file that configures the run; required")
-    parser.add_argument("--hostfile", type=Path, help="lines 'HOST slots=N'; without one, only this machine is checked")
+    parser.add_argument(
+        "--hostfile", type=user_path, help="lines 'HOST slots=N'; without one, only this machine is checked"
+    )
     parser.add_argument("--verify", action="store_true", help="hash the shards instead of comparing their sizes only")
     parser.add_argument("--facts", metavar="JSON", help=argparse.SUPPRESS)  # arguments of facts.gather on this host
     parser.add_argument("--ring", metavar="JSON", help=argparse.SUPPRESS)  # arguments of ring.measure in this process

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lime_dist.errors import LimeError
+from lime_dist.hostfile import HostfileError, parse_hostfile
 
 T = TypeVar("T")
 
@@ -28,25 +29,14 @@ SSH = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=5
 def read_hostfile(path: Path) -> dict[str, int]:
     """Number of processes by host, in order, from the launcher's format: ``HOST slots=N``, comments, blank lines."""
     try:
-        lines = path.read_text().splitlines()
+        return parse_hostfile(path)
     except OSError as error:
         raise LimeError(
             f"cannot read the hostfile {path}: {error.strerror}; give --hostfile an existing file"
         ) from None
-    slots: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        match = re.fullmatch(r"slots=([1-9]\d*)", words[1]) if len(words) == 2 else None
-        if match is None:
-            raise LimeError(f"{path}, line {number}: {line.strip()!r} is not 'HOST slots=N'")
-        if words[0] in slots:
-            raise LimeError(f"{path}, line {number}: {words[0]} is listed twice")
-        slots[words[0]] = int(match[1])
-    if not slots:
-        raise LimeError(f"{path} lists no host; write a line 'HOST slots=N' for each")
-    return slots
+    except HostfileError as error:
+        where = path if error.line is None else f"{path}, line {error.line}"
+        raise LimeError(f"{where}{'' if error.line is None else ':'} {error}") from None
 
 
 def environment_files() -> list[Path]:

@@ -1,15 +1,21 @@
-"""The console output of a run: one line per interval, and a progress bar if the output is a terminal."""
+"""The console output of a run: one line per interval, a progress bar if the output is a terminal, and a log file."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
 
 from tqdm import tqdm
 
+from lime_dist.data.files import WholeAppends
+from lime_dist.errors import LimeError, PeerLost, drop_closed_output
+
 
 class Console:
-    """Prints on one rank only; the progress bar shows the steps and the time left.
+    """Prints on one rank only, and keeps a log; the progress bar shows the steps and the time left.
 
     Args:
         enabled: whether this rank prints.
@@ -18,16 +24,37 @@ class Console:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
         self._bar: tqdm[None] | None = None
+        self._log: WholeAppends | None = None
+        self._early: list[bytes] = []  # lines for the log, before it is open
+
+    @contextlib.contextmanager
+    def logging(self, path: Path) -> Iterator[None]:
+        """Append all lines to a file too, each with its date and time, and the error that ends the run.
+
+        What was said before is added now. A disk that refuses does not stop training.
+        """
+        if self._enabled:
+            with contextlib.suppress(OSError):
+                torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+                self._log = WholeAppends(path)
+                self._log.write((b"\n" if torn else b"") + b"".join(self._early))  # torn by a crash
+                self._early.clear()
+        try:
+            yield
+        except (LimeError, PeerLost) as error:
+            self.note(f"error: {error}")
+            raise
 
     def start(self, step: int, steps: int) -> None:
         """Show the progress bar, if the output is a terminal."""
-        if self._enabled and sys.stderr.isatty():
+        if self._enabled and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
         """Advance the progress bar by one step."""
         if self._bar is not None:
-            self._bar.update()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.update()
 
     def go_back(self, step: int) -> None:
         """Set the progress bar back to a step."""
@@ -38,19 +65,41 @@ class Console:
         """Print a line. A closed pipe, or a log on a full disk, does not stop training."""
         if not self._enabled:
             return
-        with contextlib.suppress(OSError):
+        self.note(line)
+        try:
             if self._bar is not None:
                 self._bar.write(line)
             else:
                 print(line, flush=True)
+        except BrokenPipeError:
+            drop_closed_output()
+        except OSError:
+            pass
+
+    def note(self, line: str) -> None:
+        """Write a line to the log alone."""
+        if not self._enabled:
+            return
+        dated = f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n".encode(errors="backslashreplace")
+        if self._log is None:
+            self._early.append(dated)
+            return
+        self._log.write(dated)
+        with contextlib.suppress(OSError):
+            self._log.flush()
 
     def step_line(self, record: dict[str, float | int], steps: int) -> None:
-        """Print the record of a step in one line."""
+        """Print the record of a step in one line, with the time of day.
+
+        Args:
+            record: its loss, speed and step time are those of the steps since the last line.
+        """
         left = (steps - record["step"]) * record["step_seconds"]
         self.say(
             f"step {record['step']}/{steps} | loss {record['loss']:.4f} | gradient norm {record['grad_norm']:.3f} | "
             f"lr {record['lr']:.2e} | router lr {record['router_lr']:.2e} | "
-            f"{record['tokens_per_second']:,.0f} tokens/s | {record['step_seconds']:.2f} s/step | {duration(left)} left"
+            f"{record['tokens_per_second']:,.0f} tokens/s | {record['step_seconds']:.2f} s/step | {duration(left)} left | "
+            f"{datetime.now():%H:%M:%S}"
         )
 
     def time_split(self, split: dict[str, float]) -> None:
@@ -65,8 +114,10 @@ class Console:
             self.say(f"{duration(whole)} of training: {parts} (mean over ranks)")
 
     def close(self) -> None:
+        """Remove the progress bar. The log stays open until the process ends."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._bar = None
 
 

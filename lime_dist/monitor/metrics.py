@@ -65,8 +65,8 @@ class MetricsFile:
 
 
 def without_clock(record: dict[str, float | int]) -> dict[str, float | int]:
-    """A record without its timings. Without them, two runs of the same work have equal records."""
-    timings = ("step_seconds", "tokens_per_second", "mfu")
+    """A record without its time and timings. Without them, two runs of the same work have equal records."""
+    timings = ("time", "step_seconds", "tokens_per_second", "mfu")
     return {key: value for key, value in record.items() if key not in timings and not key.startswith("seconds_")}
 
 

@@ -154,8 +154,9 @@ class LimeEngine(PipelineEngine):
         except RuntimeError as error:
             if not is_lost_connection(error):
                 raise
-            reason = self.placement.explain(str(error).splitlines()[0])
-            raise PeerLost(f"{place}: {reason}; ending the job") from error
+            raise PeerLost(
+                f"{place}: {self.placement.lost(str(error), ranks, self.global_rank)}; ending the job"
+            ) from error
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """The stock loop, but every instruction is watched and timed."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -15,6 +17,11 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 AXES = {"stages_together": ["data", "pipe"], "replicas_together": ["pipe", "data"]}
 """Axes of the process grid by ``parallel.topology``. Consecutive ranks are neighbours along the last axis. Launchers give the
 processes of a host consecutive ranks, so neighbours along it share a host if possible."""
+
+_ADDRESS = re.compile(r"\[([0-9a-fA-F.:]+)\](?::\d+)?")
+
+EXIT_SECONDS = 2.0
+"""Time in which a killed process ends, after its connections have broken."""
 
 MOST_NAMED = 8
 """At most this many replicas or hosts are named in a line."""
@@ -34,10 +41,12 @@ class Placement:
     Attributes:
         hosts: name of the host, by rank.
         addresses: name of the host, by network address.
+        processes: process ID on its host, by rank.
     """
 
     hosts: Sequence[str]
     addresses: dict[str, str]
+    processes: Sequence[int] = ()
 
     @property
     def several(self) -> bool:
@@ -53,6 +62,33 @@ class Placement:
         others = list(dict.fromkeys(self.hosts[rank] for rank in ranks if self.hosts[rank] != self.hosts[own]))
         return f", with {_shortened(others, 'hosts')}" if others else ""
 
+    def lost(self, error: str, ranks: Iterable[int] | None, own: int) -> str:
+        """Who is gone: the ranks of this host that have ended, else who is at the address in an operation's error.
+
+        Args:
+            error: of a library, whose first line names an address.
+            ranks: that took part in the operation; None or none: all.
+        """
+        if ended := self._ended(own):
+            verb = "is" if len(ended) == 1 else "are"
+            return f"{_shortened([self.name(rank) for rank in ended], 'ranks')} {verb} gone: killed, or ended by an error of its own"
+        line = error.splitlines()[0]
+        address = next(iter(_ADDRESS.findall(line)), "").removeprefix("::ffff:")
+        others = [rank for rank in (list(ranks or ()) or range(len(self.hosts))) if rank != own]
+        there = [rank for rank in others if self.hosts[rank] == self.addresses.get(address)]
+        named = _shortened([self.name(rank) for rank in there or others], "ranks")
+        return f"the connection to {named} broke: it is gone, or cannot be reached ({_reason(self.explain(line))})"
+
+    def _ended(self, own: int) -> list[int]:
+        """The ranks of this host whose processes have ended. A connection breaks a little earlier, so wait for one to end."""
+        here = [rank for rank in range(len(self.processes)) if rank != own and self.hosts[rank] == self.hosts[own]]
+        until = time.monotonic() + EXIT_SECONDS
+        while here:
+            if (ended := [rank for rank in here if not _is_alive(self.processes[rank])]) or time.monotonic() > until:
+                return ended
+            time.sleep(0.05)
+        return []
+
     def explain(self, line: str) -> str:
         """Add the host's name after each ``[address]`` in a line that a library has printed."""
 
@@ -60,7 +96,7 @@ class Placement:
             host = self.addresses.get(address[1].removeprefix("::ffff:"))
             return address[0] if host is None or not self.several else f"{address[0]} ({host})"
 
-        return re.sub(r"\[([0-9a-fA-F.:]+)\](?::\d+)?", named, line)
+        return _ADDRESS.sub(named, line)
 
 
 def gather_placement() -> Placement:
@@ -71,12 +107,28 @@ def gather_placement() -> Placement:
         for address in listed
         if name != "lo" and address.family in (socket.AF_INET, socket.AF_INET6)
     ]
-    everyone: list[tuple[str, list[str]]] = [("", [])] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), addresses))
+    everyone: list[tuple[str, list[str], int]] = [("", [], 0)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), addresses, os.getpid()))
     return Placement(
-        hosts=[host for host, _ in everyone],
-        addresses={address.partition("%")[0]: host for host, listed in everyone for address in listed},
+        hosts=[host for host, *_ in everyone],
+        addresses={address.partition("%")[0]: host for host, listed, _ in everyone for address in listed},
+        processes=[process for *_, process in everyone],
     )
+
+
+def _reason(line: str) -> str:
+    """A library's line without its source file and its advice."""
+    return re.sub(r"^(\[[^]]*[/:][^]]*\]\s*)+|\. .*", "", line)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this host still runs; one that has ended and is not yet reaped does not."""
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
 
 
 def crossings(grid: ProcessTopology, hosts: Sequence[str]) -> int:

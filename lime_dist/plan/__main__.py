@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from lime_dist.commands import CommandParser
 from lime_dist.config.load import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
+from lime_dist.paths import user_path
 from lime_dist.plan.forecast import Forecast, Machine, as_baseline, forecast, whole_run
 from lime_dist.plan.quantities import read_bandwidth, read_bytes, read_flops, read_seconds, read_share
 from lime_dist.plan.sweep import Candidate, Sweep, sweep
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
                         help=f"show the {BEST} fastest combinations of stages, micro-batch and history policy that fit in memory")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the same numbers as JSON")
     parser.add_argument(
-        "--timeline", type=Path, metavar="PNG", help="draw what each stage does at which time (needs matplotlib)"
+        "--timeline", type=user_path, metavar="PNG", help="draw what each stage does at which time (needs matplotlib)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     return parser.parse_intermixed_args()

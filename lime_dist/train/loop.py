@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field
+from statistics import fmean, median
 
 import torch
 
@@ -21,6 +21,14 @@ from lime_dist.train.step_end import StepEnd
 
 RECENT_STEPS = 20
 """A console line gives the median speed of this many steps."""
+
+
+@dataclass(frozen=True)
+class _Recent:
+    """What a console line summarises: the losses since the last line, whose mean it gives, and the seconds of recent steps."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Outcome:
 def train(run: Run, state: TrainState) -> Outcome:
     """Train from ``state`` until ``train.steps`` or a signal; the last state is saved. All ranks must call it."""
     settings = run.config.train
-    recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+    recent = _Recent()
     validated: tuple[int, float] | None = None
     measurements = Measurements(run, _peak_flops(run))
     run.console.start(state.step, settings.steps)
@@ -50,7 +58,7 @@ def train(run: Run, state: TrainState) -> Outcome:
     with StopSignals() as signals:
         step_end = StepEnd(run, signals, state)
         while state.step < settings.steps and step_end.stopped_by is None:
-            state, loss = _step(run, state, recent_seconds, measurements)
+            state, loss = _step(run, state, recent, measurements)
             step_end.check_update(state, loss)
             if has_map(run.config.model) and _due(run.config.monitor.router_interval, state.step):
                 _draw_routers(run, state)
@@ -78,9 +86,7 @@ def validate(run: Run, state: TrainState) -> float:
     return loss
 
 
-def _step(
-    run: Run, state: TrainState, recent_seconds: deque[float], measurements: Measurements
-) -> tuple[TrainState, float]:
+def _step(run: Run, state: TrainState, recent: _Recent, measurements: Measurements) -> tuple[TrainState, float]:
     """One step and its record; returns the state after it and its loss."""
     config, settings = run.config, run.config.train
     lr, router_lr = run.optimizer.learning_rates()
@@ -91,7 +97,8 @@ def _step(
         loss = run.engine.train_step(run.train_batches, batch_size // (settings.micro_batch_size * run.replicas))
     seconds = time.perf_counter() - begin
     state = TrainState(state.step + 1, state.consumed_samples + batch_size)
-    recent_seconds.append(seconds)
+    recent.seconds.append(seconds)
+    recent.losses.append(loss)
     record: Metrics = {
         **_position(config, state),
         "loss": loss,
@@ -108,10 +115,10 @@ def _step(
     run.records.write(record)
     run.console.advance()
     if logs:
-        typical = median(recent_seconds)
-        run.console.step_line(
-            {**record, "step_seconds": typical, "tokens_per_second": tokens / typical}, settings.steps
-        )
+        typical, mean_loss = median(recent.seconds), fmean(recent.losses)
+        line = {**record, "loss": mean_loss, "step_seconds": typical, "tokens_per_second": tokens / typical}
+        run.console.step_line(line, settings.steps)
+        recent.losses.clear()
     return state, loss
 
 
@@ -144,10 +151,12 @@ def _peak_flops(run: Run) -> float:
 
 
 def _position(config: Config, state: TrainState) -> Metrics:
+    """What every record has. ``time`` is in seconds since 1970 (UTC)."""
     return {
         "step": state.step,
         "consumed_samples": state.consumed_samples,
         "tokens": state.consumed_samples * config.data.sequence_length,
+        "time": round(time.time(), 3),
     }
 
 

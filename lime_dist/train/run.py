@@ -32,7 +32,7 @@ class SavedCheckpoint(Protocol):
     Attributes:
         blocked: seconds that training waited for it.
         background: seconds that a thread of this rank wrote it; 0: it was saved while training waited.
-        problems: on rank 0, a line for each old checkpoint that could not be deleted.
+        problems: on rank 0, a line for each path that could not be deleted and was not named before.
     """
 
     @property

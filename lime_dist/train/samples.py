@@ -12,9 +12,12 @@ import torch.distributed as dist
 from lime_dist.config.schema import Config
 from lime_dist.data.order import Order, rank_positions
 from lime_dist.data.ramp import BatchSizes
+from lime_dist.train.stage_optimizer import NotFinite
 
 MAX_NAMED = 16
 """Number of samples that a message lists; of the others it gives the number."""
+MAX_PARAMETERS = 4
+"""The same for parameters."""
 
 
 def step_samples(config: Config, order: Order, consumed: int, replica: int, replicas: int) -> np.ndarray:
@@ -37,16 +40,25 @@ def combine(checksums: Sequence[int]) -> int:
 
 
 def describe_not_finite(
-    config: Config, order: Order, consumed: int, replica: int, replicas: int, losses: Sequence[float]
+    config: Config,
+    order: Order,
+    consumed: int,
+    replica: int,
+    replicas: int,
+    losses: Sequence[float],
+    parameters: NotFinite,
 ) -> str:
-    """Name the micro-batches of the step after ``consumed`` samples whose loss is not finite; all ranks must call it.
+    """Name the micro-batches of the step after ``consumed`` samples whose loss is not finite; if all are finite, the parameters
+    whose gradients or weights are not. All ranks must call it.
 
     Args:
         losses: of this rank's micro-batches, on the last stage; empty on the others.
+        parameters: those that this rank owns.
     """
     own = [(replica, index, loss) for index, loss in enumerate(losses) if not np.isfinite(loss)]
-    gathered: list[list[tuple[int, int, float]]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
+    everyone: list[tuple[list[tuple[int, int, float]], NotFinite]] = [([], NotFinite())] * dist.get_world_size()
+    dist.all_gather_object(everyone, (own, parameters))
+    gathered = [lost for lost, _ in everyone]
     parts = [
         f"micro-batch {index} of replica {replica} has loss {loss} "
         f"({name_samples(step_samples(config, order, consumed, replica, replicas)[index])})"
@@ -57,7 +69,20 @@ def describe_not_finite(
     everything = np.concatenate(
         [step_samples(config, order, consumed, index, replicas).ravel() for index in range(replicas)]
     )
-    return f"the loss of every micro-batch is finite ({name_samples(everything)})"
+    gradients = list(dict.fromkeys(name for _, lost in everyone for name in lost.gradients))
+    weights = list(dict.fromkeys(name for _, lost in everyone for name in lost.weights))
+    named = [
+        f"the {kind} of {_name_parameters(names)}"
+        for kind, names in (("weight", weights), ("gradient", gradients))
+        if names
+    ]
+    what = " and ".join(named) or "the norm of all gradients together, though each gradient is finite,"
+    return f"every loss is finite, but {what} is not ({name_samples(everything)})"
+
+
+def _name_parameters(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_PARAMETERS} more parameters" if len(names) > MAX_PARAMETERS else ""
+    return f"{', '.join(names[:MAX_PARAMETERS])}{more}"
 
 
 def describe_difference(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,14 @@ from lime_dist.pipeline.process_groups import ProcessGroups
 from lime_dist.train.flat_layout import Place, owner_ranges, place_parameters
 from lime_dist.train.learning_rates.base import LearningRate
 from lime_dist.train.optimizers.base import Optimizer, ParameterGroup, Span
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """Exported names of parameters whose gradient, or whose weight, is not finite."""
+
+    gradients: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
 
 
 class StageOptimizer:
@@ -52,6 +61,7 @@ class StageOptimizer:
         step_count: updates applied so far.
         skipped_steps: steps whose update was skipped because the gradient norm was not finite.
         gradient_norm: global norm of the newest step, before clipping.
+        not_finite: what made the newest skipped update impossible, among the parameters that this rank owns.
         stage_gradient_norm: this stage's part of it, a scalar on the device.
     """
 
@@ -72,6 +82,7 @@ class StageOptimizer:
         self.step_count = 0
         self.skipped_steps = 0
         self.gradient_norm = 0.0
+        self.not_finite = NotFinite()
         self.stage_gradient_norm = torch.zeros(())
         self._replicas = dist.get_world_size(process_groups.replicas)
         self.is_sharded = zero_stage == 1 and self._replicas > 1
@@ -212,6 +223,11 @@ class StageOptimizer:
             self.step_count += 1
         else:
             self.skipped_steps += 1
+            names = self.owned_names()
+            self.not_finite = NotFinite(
+                gradients=tuple(name for name in names if not self.gradient(name).isfinite().all()),
+                weights=tuple(name for name in names if not self._view(self.flat_weights, name).isfinite().all()),
+            )
         self.flat_gradients.zero_()
         return applied
 

@@ -51,7 +51,15 @@ class StepEnd:
         self._skipped += 1
         with self._watching("finding the micro-batch that was not finite at", state):
             losses = run.engine.micro_batch_losses()
-            cause = describe_not_finite(run.config, run.order, self._consumed_before, run.replica, run.replicas, losses)
+            cause = describe_not_finite(
+                run.config,
+                run.order,
+                self._consumed_before,
+                run.replica,
+                run.replicas,
+                losses,
+                run.optimizer.not_finite,
+            )
         run.console.say(
             f"step {state.step}: loss {loss}, gradient norm {norm}; this update was skipped on all ranks; {cause}"
         )

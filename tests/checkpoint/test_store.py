@@ -220,6 +220,45 @@ def test_old_checkpoints_are_deleted(workers: Workers, tmp_path: Path) -> None:
     assert set(names(directory)) == {*kept, "global_step11", "global_step12", "global_step13", "latest"}
 
 
+@pytest.mark.parametrize("place", ["another disk", "nowhere"])
+def test_links_are_removed_and_what_they_point_at_stays(workers: Workers, copy: Path, place: str) -> None:
+    """Checkpoints that were moved to another disk and linked back, and links to something that is gone."""
+    moved = copy.parent / "other disk"
+    moved.mkdir()
+    for step in (1, 2):
+        folder = copy / f"global_step{step}"
+        shutil.move(folder, moved)
+        folder.symlink_to(moved / folder.name if place == "another disk" else moved / "gone")
+    (copy / ".global_step1.deleted").symlink_to(moved)
+    values = settings()
+    values["train"] |= {"keep_last": 1}
+    lines = workers(2).run("support.checkpoints.save", values=values, directory=str(copy), steps=[2, 3])
+    assert lines == [["", ""]] * 2
+    left = ["global_step3", "latest"] if place == "another disk" else ["global_step1", "global_step3", "latest"]
+    assert names(copy) == left
+    assert names(moved / "global_step1") == names(moved / "global_step2") == FILES
+
+
+@pytest.mark.parametrize("where", ["global_step1", ".global_step1.deleted", ".global_step3.partial", ".latest.123.tmp"])
+def test_what_cannot_be_deleted_is_named_once_and_saving_goes_on(workers: Workers, copy: Path, where: str) -> None:
+    """Also after the next start, where it is named once more."""
+    victim = copy / where / "immutable"
+    victim.parent.mkdir(exist_ok=True)
+    victim.touch()
+    values, group = settings(), workers(2)
+    values["train"] |= {"keep_last": 1}
+    for steps in ([3, 4, 5], [6, 7]):
+        lines, others = group.run(
+            "support.checkpoints.save_beside_immutable", values=values, directory=str(copy), steps=steps
+        )
+        assert others == [""] * len(steps)
+        told = [line for line in lines if line]
+        assert len(told) == 1 and told[0].startswith("warning: cannot delete ") and "immutable: Operation" in told[0]
+        assert Path(told[0].removeprefix("warning: cannot delete ").partition(": ")[0]).is_file()
+        assert find(workers, copy) == (steps[-1], [])
+        assert [name for name in names(copy) if name.startswith("global_step")] == [f"global_step{steps[-1]}"]
+
+
 def test_a_step_is_saved_again(workers: Workers, copy: Path) -> None:
     """It replaces a damaged checkpoint of the same step."""
     (copy / "global_step2/manifest.json").unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from support.crashes import TAILS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lime_dist.data.files import WholeAppends
+from lime_dist.errors import LimeError
 from lime_dist.monitor.console import Console
 from lime_dist.monitor.metrics import MetricsFile
 from lime_dist.monitor.records import Records
@@ -111,6 +113,42 @@ def test_tensorboard_shows_the_events_around_what_a_crash_left(tmp_path: Path, t
     second.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+
+
+def test_the_log_keeps_every_line_with_its_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those before it opens, those of earlier starts, and the error that ends the run; a torn line stays one line."""
+    path = tmp_path / "console.log"
+    for number in range(2):
+        console = Console(True)
+        console.say(f"early {number}")
+        with pytest.raises(LimeError), console.logging(path):
+            line = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "router_lr": 0.1, "tokens_per_second": 1.0}
+            console.step_line({"step": 1, "step_seconds": 1.0, **line}, 2)
+            raise LimeError("full …")
+        if number == 0:
+            path.write_bytes(path.read_bytes() + b"2026-11-2")
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 1/2 \| loss 1.0000 \| .* left \| \d\d:\d\d:\d\d", said[1]) and len(said) == 4
+    written = path.read_text().splitlines()
+    assert written[3] == "2026-11-2"
+    one = ["early 0", said[1], "error: full …"]
+    assert [line[20:] for line in written[:3]] == one
+    assert [line[20:27] for line in written[4:]] == ["early 1", "step 1/", "error: "]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in written[:3])
+    other = Console(False)
+    with other.logging(tmp_path / "other"):
+        other.say("nothing")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path, Path("/nowhere/console.log")):
+        console = Console(True)
+        with console.logging(path):
+            console.say("a line")
+    assert capsys.readouterr().out == "a line\na line\n"
 
 
 def test_a_closed_output_does_not_stop_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -60,6 +62,31 @@ def test_hosts_are_named_if_there_are_several() -> None:
         and alone.company([0, 1], own=0) == ""
         and alone.explain("[10.0.0.2]:1") == "[10.0.0.2]:1"
     )
+
+
+def test_who_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of this host that has ended; on other hosts, whoever is at the address; else the partners of the operation."""
+    monkeypatch.setattr("lime_dist.pipeline.placement.EXIT_SECONDS", 0.1)
+    said = (
+        "[enforce fail at ../gloo/transport/tcp/pair.cc:547] Read error [10.0.0.2]:3974: Connection reset by peer. This is "
+        "typically caused by a remote worker hanging. GLHF"
+    )
+    running = os.getpid()
+    several = Placement(["a", "a", "b"], {"10.0.0.2": "b", "10.0.0.1": "a"}, [running] * 3)
+    line = several.lost(said, None, own=0)
+    assert line.startswith(
+        "the connection to rank 2 on b broke: it is gone, or cannot be reached (Read error [10.0.0.2]"
+    )
+    assert "GLHF" not in line and "gloo" not in line and line.endswith("Connection reset by peer)")
+    assert several.lost("Connection closed", [0, 1], own=0).startswith("the connection to rank 1 on a broke: ")
+    assert several.lost("Connection closed", (), own=0).startswith("the connection to rank 1 on a, rank 2 on b broke: ")
+    with subprocess.Popen(["sleep", "60"]) as victim:
+        alone = Placement(["a"] * 3, {}, [running, victim.pid, running])
+        assert alone.lost(said, (), own=0).startswith("the connection to rank 1, rank 2 broke")
+        victim.kill()  # it stays until it is reaped
+        assert alone.lost(said, (), own=0) == alone.lost(said, [0, 2], own=2)
+        assert alone.lost(said, (), own=0).startswith("rank 1 is gone: killed, ")
+    assert alone.lost(said, None, own=2).startswith("rank 1 is gone: killed, ")
 
 
 @pytest.mark.parametrize(("tied", "named"), [(True, [", with c", "", ", with a"]), (False, ["", "", ""])])

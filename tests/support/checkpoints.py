@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,22 @@ def _build(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any]:
         optimizer,
         Saver(Path(directory), config, DataIdentity(NUM_SAMPLES), optimizer, engine.stage_id, replica),
     )
+
+
+def save_beside_immutable(values: dict[str, Any], directory: str, steps: list[int]) -> list[str]:
+    """`save`, where nothing of the name ``immutable`` can be deleted or renamed."""
+    from unittest import mock
+
+    def refusing(action: Any) -> Any:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if Path(path).name == "immutable":
+                raise PermissionError(errno.EPERM, "Operation not permitted", path)
+            return action(path, *arguments, **options)
+
+        return call
+
+    with mock.patch("os.unlink", refusing(os.unlink)), mock.patch("os.rename", refusing(os.rename)):
+        return save(values, directory, steps)
 
 
 def _fill(optimizer: Any, step: int) -> None:

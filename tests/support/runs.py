@@ -103,6 +103,21 @@ def _loss(engine: Any, event: Event) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _gradient(engine: Any, event: Event) -> Iterator[None]:
+    """Make an element of the gradient of one parameter (``of``) infinite, before replicas exchange gradients."""
+    optimizer = engine.optimizer
+    reduce = optimizer.reduce_gradients
+
+    def changed(loss: Any) -> None:
+        optimizer.gradient(event["of"]).view(-1)[0] = math.inf
+        reduce(loss)
+
+    optimizer.reduce_gradients = changed
+    yield
+    optimizer.reduce_gradients = reduce
+
+
+@contextlib.contextmanager
 def _file(engine: Any, event: Event) -> Iterator[None]:
     """Write a file of ``size`` bytes, or as much as fits; 0: remove it."""
     path, size = Path(event["path"]), event["size"]
@@ -117,6 +132,7 @@ def _file(engine: Any, event: Event) -> Iterator[None]:
 _ACTIONS: dict[str, Callable[[Any, Event], contextlib.AbstractContextManager[None]]] = {
     "signal": _signal,
     "loss": _loss,
+    "gradient": _gradient,
     "file": _file,
 }
 

@@ -24,6 +24,41 @@ def test_signals_are_recorded_only_inside_the_context() -> None:
     assert reason(signal.SIGTERM) == "SIGTERM" and reason(LAUNCHER_GONE) == "the end of its launcher"
 
 
+def test_ctrl_c_is_recorded_and_outlasts_the_launchers_signal() -> None:
+    """A terminal interrupts `deepspeed` and its processes; `deepspeed` then sends SIGTERM as well."""
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGINT and reason(signals.received) == "SIGINT"
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == signal.SIGHUP
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    """As under nohup, and for Ctrl-C in the background of a script."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        with StopSignals() as signals:
+            for number in before:
+                os.kill(os.getpid(), number)
+            assert signals.received == 0
+        assert all(signal.getsignal(number) is signal.SIG_IGN for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
+    script = (
+        "import os, signal\nfrom lime_dist.train.signals import StopSignals\n"
+        "with StopSignals():\n    for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 RANK = """
 import sys, time
 from lime_dist.train.signals import StopSignals

@@ -153,6 +153,25 @@ def test_a_loss_that_is_not_finite_is_skipped_and_its_samples_are_named(
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 6).values())
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_parameters_are_named_if_every_loss_is_finite(
+    workers: Workers, dataset: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    """A gradient that overflows on one stage of one replica, and weights that a huge learning rate has ruined."""
+    changed = settings(dataset, tmp_path / "a", train={"steps": 4}, parallel={"zero_stage": zero_stage})
+    event = {"do": "gradient", "rank": 2, "step": 3, "of": "model.layers.0.mlp.up_proj.weight"}
+    error, said = observe(workers, 4, values=changed, events=[event])
+    (line,) = [line for line in said.splitlines() if "skipped" in line]
+    named = "every loss is finite, but the gradient of model.layers.0.mlp.up_proj.weight is not (samples "
+    assert error == "" and re.match(r"step 3: loss [\d.]+, gradient norm inf; ", line) and named in line
+    changed = settings(
+        dataset, tmp_path / "b", train={"max_consecutive_skips": 2}, optimizer={"lr": 1e30, "router_lr": 1e30}
+    )
+    error, said = observe(workers, 2, values=changed)
+    assert "2 updates in a row were skipped" in error and "more parameters" in error
+    assert not re.search(r"is finite(?! but)", error.replace(",", "")), error
+
+
 def test_too_many_skips_in_a_row_end_the_run(workers: Workers, dataset: Path, tmp_path: Path) -> None:
     """Two skips in a row are allowed, three are not. A checkpoint that is still being written is finished."""
     changed = settings(dataset, tmp_path, train={"max_consecutive_skips": 3}, checkpoint={"asynchronous": True})

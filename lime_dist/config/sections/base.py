@@ -1,8 +1,29 @@
-"""The base class of configuration sections."""
+"""The base class of configuration sections, and the type of their paths."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from lime_dist.errors import LimeError
+from lime_dist.paths import expand
+
+EXPAND = {"expand paths": True}
+"""The validation context of values that a user gives. Those of a checkpoint are not expanded again: they are the paths of its
+run, perhaps on another machine."""
+
+
+def _expanded(text: str, info: ValidationInfo) -> str:
+    try:
+        return expand(text) if info.context == EXPAND else text
+    except LimeError as error:
+        raise PydanticCustomError("path", "{reason}", {"reason": str(error)}) from None
+
+
+UserPath = Annotated[str, AfterValidator(_expanded)]
+"""A path in which ``~`` and variables of the environment are expanded."""
 
 
 class Section(BaseModel):

@@ -6,20 +6,20 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from lime_dist.config.sections.base import Section
+from lime_dist.config.sections.base import Section, UserPath
 
 
 class BlendEntry(Section):
     """One dataset of a blend."""
 
-    path: str = Field(description="a folder or a prefix, as in `data.path`")
+    path: UserPath = Field(description="a folder or a prefix, as in `data.path`")
     weight: float = Field(gt=0, description="share of the samples, relative to the sum of all weights")
 
 
 class DataConfig(Section):
     """Where samples come from: one dataset (`path`) or several (`blend`)."""
 
-    path: str | None = Field(
+    path: UserPath | None = Field(
         "data/quickstart/shards",
         description="a folder written by `data_tools.pretokenize`, or the prefix of a Megatron `.bin`/`.idx` pair; "
         "`null` if `blend` is set",

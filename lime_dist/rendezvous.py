@@ -1,0 +1,62 @@
+"""Checks, before torch connects the processes of a job, that they can be connected: its own errors are tracebacks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+
+from lime_dist.errors import LimeError
+
+
+def check_rendezvous(patience: float) -> None:
+    """On rank 0, check that MASTER_PORT is free; on the others, wait until rank 0 listens at MASTER_ADDR.
+
+    torchrun listens itself, on a port of its own choice, so nothing is checked under it.
+
+    Args:
+        patience: seconds to wait for rank 0.
+
+    Raises:
+        LimeError: the port is in use, or the first host cannot be reached.
+    """
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    if environment["RANK"] == "0":
+        _check_free(port)
+    else:
+        _wait_for(address, port, patience)
+
+
+def _check_free(port: int) -> None:
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise LimeError(
+                    f"port {port} of {socket.gethostname()} cannot be used ({error.strerror}), perhaps because of another run; "
+                    "choose another: MASTER_PORT for the scripts in launch/, --master_port for deepspeed"
+                ) from None
+
+
+def _wait_for(address: str, port: int, patience: float) -> None:
+    until, reason = time.monotonic() + patience, "no answer"
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=5.0):
+                return
+        except OSError as error:
+            reason = str(error.strerror or error)
+        if time.monotonic() > until:
+            raise LimeError(
+                f"{socket.gethostname()} does not reach the first process of the job at {address}:{port} ({reason}); set "
+                "MASTER_ADDR to an address of the first host that all hosts reach, and open the port; python -m "
+                "lime_dist.doctor checks the hosts"
+            )
+        time.sleep(0.2)
