@@ -34,8 +34,8 @@ from lime_dist.checkpoint.manifest import LATEST, make_manifest
 from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.checkpoint.store import saved_steps
 from lime_dist.config.schema import Config
-from lime_dist.data.identity import DataIdentity
 from lime_dist.data.files import free_name, remove
+from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree, is_main_process
 from lime_dist.errors import LimeError

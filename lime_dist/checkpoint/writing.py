@@ -19,8 +19,8 @@ from lime_dist.checkpoint.folder import (
 from lime_dist.checkpoint.manifest import make_manifest
 from lime_dist.checkpoint.reading import Weights
 from lime_dist.config.schema import Config
-from lime_dist.data.identity import DataIdentity
 from lime_dist.data.files import free_name, remove
+from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
 from lime_dist.errors import LimeError
 from lime_dist.model.optimizer_states import WEIGHT, optimizer_states
