@@ -20,7 +20,7 @@ from lime_dist import load_config
 from lime_dist.commands import CommandParser
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.schema import Config
-from lime_dist.errors import GRACE_SECONDS, LimeError, run_command
+from lime_dist.errors import GRACE_SECONDS, LimeError, PeerLost, run_command
 from lime_dist.launchers import is_main_process, world_size
 
 if TYPE_CHECKING:  # at run time these imports wait until `start_processes` has chosen DeepSpeed's accelerator
@@ -75,7 +75,16 @@ def main() -> None:
     batch_split(config, world_size())
     wait_for_predecessor(Path(config.run.directory))
     start_processes(arguments.verbose, config.pipeline.timeout)
-    stopped_by = train(config, arguments.verbose)
+    stopped_by = None
+    try:
+        stopped_by = train(config, arguments.verbose)
+    except RuntimeError as error:
+        from lime_dist.pipeline.engine import is_lost_connection
+
+        if not is_lost_connection(error):
+            raise
+        rank = torch.distributed.get_rank()
+        raise PeerLost(f"rank {rank}, before training: another process of the job is gone; ending the job") from None
     torch.distributed.destroy_process_group()
     if stopped_by == signal.SIGINT.name:
         raise SystemExit(128 + signal.SIGINT)

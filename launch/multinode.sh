@@ -142,27 +142,35 @@ export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -oServerAliveInterval=15 
 stop_hosts() { # stop_hosts PID
   kill -TERM "$1" || true
 }
-# The first host that ssh does not reach, with the reason. `deepspeed` would say it with a traceback, or wait for it for minutes.
-unreachable_host() {
-  local host
+# The first host that ssh does not reach, or that cannot use the port of the job, with the reason. `deepspeed` would say it with a
+# traceback, and processes of other hosts would wait for minutes.
+host_problem() {
+  local host check status
   for host in $hosts; do
-    (ssh -n -oBatchMode=yes -oConnectTimeout=10 "$host" true 2>"$file.$host" || echo "$?" >"$file.$host.failed") &
+    check=true
+    if [[ "$host" == "$first" ]]; then check="$bin/python -I $root/lime_dist/hostfile.py port ${MASTER_PORT:-29500}"; fi
+    (
+      ssh -n -oBatchMode=yes -oConnectTimeout=10 "$host" "$check" >/dev/null 2>"$file.$host" && status=0 || status=$?
+      echo "$status" >"$file.$host.status"
+    ) &
   done
   wait
   for host in $hosts; do
-    if [[ -f "$file.$host.failed" ]]; then
-      echo "$host cannot be reached with ssh ($(tail -n 1 "$file.$host" | tr -d '\r'))"
-      return
-    fi
+    case "$(<"$file.$host.status")" in
+      3) tail -n 1 "$file.$host" ;;
+      255) echo "$host cannot be reached with ssh ($(tail -n 1 "$file.$host" | tr -d '\r')); python -m lime_dist.doctor checks the hosts" ;;
+      *) continue ;;
+    esac
+    return
   done
 }
 
 unset CUDA_VISIBLE_DEVICES # `deepspeed` would react to it
 status=0 problem=""
 if $over_ssh; then
-  problem="$(unreachable_host)"
+  problem="$(host_problem)"
   if [[ -n "$problem" ]]; then
-    "${command[@]}" 2>"$file.errors" || fail "$problem; python -m lime_dist.doctor checks the hosts"
+    "${command[@]}" 2>"$file.errors" || fail "$problem"
     cat "$file.errors" >&2
   else
     run_stoppable stop_hosts "${command[@]}" || status=$?

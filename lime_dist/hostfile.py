@@ -1,14 +1,16 @@
-"""The launcher's hostfile, lines ``HOST slots=N``, and words for a shell on these hosts.
+"""The launcher's hostfile, lines ``HOST slots=N``, the port of the first host, and words for a shell on these hosts.
 
 `lime_dist.doctor` imports this file. `launch/multinode.sh` runs it with any Python, before anything is installed:
 
     python3 -I lime_dist/hostfile.py read HOSTFILE      a line "HOST N" for each host
     python3 -I lime_dist/hostfile.py here HOST          exit status 0 if the host is this machine, else 1
+    python3 -I lime_dist/hostfile.py port PORT          exit status 3, with a line on stderr, if a job cannot use this port here
     python3 -I lime_dist/hostfile.py quote WORD ...     each word as `quote` returns it, on a line of its own
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import shlex
 import socket
@@ -17,6 +19,10 @@ from pathlib import Path
 
 HOST = re.compile(r"[A-Za-z0-9_.:@-]+")
 """Names of hosts. ssh and pdsh give other characters a meaning, such as several hosts in ``node[1-4]``."""
+
+
+PORT_IN_USE = 3
+"""Exit status of the command ``port``."""
 
 
 class HostfileError(ValueError):
@@ -70,6 +76,22 @@ def is_here(host: str) -> bool:
     return False
 
 
+def port_problem(port: int) -> str | None:
+    """Why the first process of a job cannot listen on a port of this machine, and what to do; None: it can."""
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return (
+                    f"port {port} of {socket.gethostname()} cannot be used ({error.strerror}), perhaps because of another run; "
+                    "choose another: MASTER_PORT for the scripts in launch/, --master_port for deepspeed"
+                )
+    return None
+
+
 def quote(word: str) -> str:
     """A word that arrives unchanged at a process that ``deepspeed`` starts with pdsh on another host.
 
@@ -98,6 +120,10 @@ def main(command: str, *words: str) -> int:
         print("\n".join(f"{host} {count}" for host, count in slots.items()))
     elif command == "here":
         return 0 if is_here(words[0]) else 1
+    elif command == "port":
+        if (problem := port_problem(int(words[0]))) is not None:
+            print(problem, file=sys.stderr)
+            return PORT_IN_USE
     else:
         print("\n".join(map(quote, words)))
     return 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import time
 
 from lime_dist.errors import LimeError
+from lime_dist.hostfile import port_problem
 
 
 def check_rendezvous(patience: float) -> None:
@@ -26,23 +26,10 @@ def check_rendezvous(patience: float) -> None:
         return
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     if environment["RANK"] == "0":
-        _check_free(port)
+        if (problem := port_problem(port)) is not None:
+            raise LimeError(problem)
     else:
         _wait_for(address, port, patience)
-
-
-def _check_free(port: int) -> None:
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
-        try:
-            probe.bind(("", port))
-            probe.listen()
-        except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                raise LimeError(
-                    f"port {port} of {socket.gethostname()} cannot be used ({error.strerror}), perhaps because of another run; "
-                    "choose another: MASTER_PORT for the scripts in launch/, --master_port for deepspeed"
-                ) from None
 
 
 def _wait_for(address: str, port: int, patience: float) -> None:

@@ -21,7 +21,7 @@ ALLOWED: dict[str, str] = {
     "lime_dist.contract": "",
     "lime_dist.paths": "errors",
     "lime_dist.launchers": "errors",
-    "lime_dist.rendezvous": "errors",
+    "lime_dist.rendezvous": "errors hostfile",
     "lime_dist.hostfile": "",
     "lime_dist.host_staging": "",
     "lime_dist.distributed": "errors contract host_staging launchers rendezvous",

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -300,6 +301,22 @@ def test_a_host_that_does_not_answer(real: dict[str, str], tmp_path: Path, hosts
         "error: gone cannot be reached with ssh (ssh: connect to host gone port 22: No route to host); python -m "
         "lime_dist.doctor checks the hosts\n"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PDSH, reason="pdsh is not installed")
+def test_a_port_in_use_on_the_first_host(real: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    write(tmp_path / "venv/bin", python=f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    write(tmp_path / "bin", pdsh="#!/bin/sh\necho 'pdsh failed' >&2; exit 1\n")
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = run(real, "multinode.sh", str(tmp_path / "hosts"), CONFIG, MASTER_PORT=str(port))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.match(rf"error: port {port} of \S+ cannot be used \(Address already in use\)", done.stderr), done.stderr
+    assert "choose another: MASTER_PORT" in done.stderr
 
 
 @pytest.mark.slow

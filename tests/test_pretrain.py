@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -56,7 +59,69 @@ def test_output_of_a_run(dataset: Path, tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     for line in ("validation loss: ", "tokens seen: 2,560", f"run folder: {tmp_path / 'run'}", "tensorboard --logdir "):
         assert finished.stdout.count(line) == 1, f"{line!r} is printed once"
-    assert len(re.findall(r"^step \d+/40 \| loss", finished.stdout, re.MULTILINE)) == 4, "one line per interval"
+    lines = re.findall(r"^step (\d+)/40 \| loss ([\d.]+) .* \| \d\d:\d\d:\d\d$", finished.stdout, re.MULTILINE)
+    assert [int(step) for step, _ in lines] == [10, 20, 30, 40], "one line per interval, with the time of day"
+    single = [loss for _, loss, _ in losses(tmp_path / "run")]
+    for index, (_, shown) in enumerate(lines):
+        assert float(shown) == pytest.approx(fmean(single[10 * index : 10 * index + 10]), abs=1e-4), (
+            "the mean of the interval"
+        )
+    assert re.search(r"^14,112 parameters; [\d.]+ epochs of training samples$", finished.stdout, re.MULTILINE)
+    logged = (tmp_path / "run/console.log").read_text().splitlines()
+    assert [line[20:] for line in logged] == [
+        line for line in finished.stdout.splitlines() if line.strip() and line in {each[20:] for each in logged}
+    ]
+    assert {line[20:30] for line in logged} >= {"lime: 4 la", "step 40/40"}
+    times = [json.loads(line)["time"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert times == sorted(times) and times[0] > 1.6e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["none", "deepspeed"])
+def test_ctrl_c_saves_and_ends_without_a_traceback(dataset: Path, tmp_path: Path, launcher: str) -> None:
+    """As a terminal sends it, to all processes. (`deepspeed` itself ends with a traceback of its own.)"""
+    alone = launcher == "none"
+    words = command(
+        *small_run(dataset, tmp_path / "run", 1 if alone else 2), "train.steps=100000", "train.checkpoint_interval=0",
+        launcher=[sys.executable] if alone else None,
+    )  # fmt: skip
+    metrics, output = tmp_path / "run/metrics.jsonl", tmp_path / "output"
+    with output.open("w") as file, subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True
+    ) as process:  # fmt: skip
+        until = time.monotonic() + 120
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert process.poll() is None and time.monotonic() < until, output.read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        status = process.wait(60)
+        while "the same command resumes" not in output.read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+    said = output.read_text()
+    stopped = re.search(r"stopped by SIGINT at step (\d+): saved (\S+);", said)
+    assert stopped and (Path(stopped[2]) / "manifest.json").is_file(), said
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == int(stopped[1])
+    assert 'pretrain.py",' not in said and said.count("Traceback") <= (0 if alone else 1), said
+    assert status == 130 or not alone
+
+
+def test_a_peer_that_is_gone_before_training_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import pretrain
+    from lime_dist.errors import PeerLost
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Read error [127.0.0.1]:1: reset. GLHF")
+
+    monkeypatch.setattr(
+        "sys.argv", ["pretrain.py", "--config", str(ROOT / "configs/quickstart.yaml"), "parallel.pipeline_stages=1"]
+    )
+    monkeypatch.setattr("lime_dist.distributed.start_processes", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(pretrain, "train", broken)
+    with pytest.raises(PeerLost, match="^rank 3, before training: another process of the job is gone"):
+        pretrain.main()
 
 
 @pytest.mark.slow
