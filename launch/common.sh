@@ -10,6 +10,7 @@
 #   launch N ARGUMENT ...     run pretrain.py under `deepspeed` in N processes on this machine
 #   await PID                 wait for a child even if signals interrupt the wait; sets $status
 #   run_stoppable STOP COMMAND ...             run COMMAND; if this script gets a signal, call STOP with its process ID
+#   shown WORD ...            print a command, quoted where a shell needs it
 #   show_hosts HOSTS COUNTS COMMAND            print what runs where; HOSTS are names, COUNTS are processes per host
 #
 # Variables that users may set:
@@ -47,6 +48,13 @@ take_config() {
       *) fail "unknown argument '$argument'; see bash launch/$script --help" ;;
     esac
   done
+}
+
+# Prints words so that a shell reads them back as they are.
+shown() {
+  local text
+  printf -v text '%q ' "$@"
+  echo "${text% }"
 }
 
 show_hosts() {

@@ -43,7 +43,7 @@ take_devices "$processes"
 if $dry_run; then
   command=("$bin/python" -u "$root/pretrain.py")
   if ((${#restore[@]})); then command=("${pretrain[@]:1}"); fi
-  show_hosts "$(uname -n)" "$processes" "${command[*]} ${arguments[*]}"
+  show_hosts "$(uname -n)" "$processes" "$(shown "${command[@]}" "${arguments[@]}")"
   exit 0
 fi
 # shellcheck disable=SC2119 # no extras

@@ -118,8 +118,8 @@ if $dry_run; then
   for name in $names; do variables+="$(printf '%s=%q ' "$name" "${!name}")"; done
   run=("$bin/python" -u "$root/pretrain.py")
   if ((${#restore[@]})); then run=("${pretrain[@]:1}"); fi
-  show_hosts "$hosts" "$counts" "cd $PWD; $variables${run[*]} ${arguments[*]}"
-  echo "started here by: ${command[*]}"
+  show_hosts "$hosts" "$counts" "cd $PWD; $variables$(shown "${run[@]}" "${arguments[@]}")"
+  echo "started here by: $(shown "${command[@]}")"
   exit 0
 fi
 if $over_ssh; then

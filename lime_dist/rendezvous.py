@@ -24,7 +24,13 @@ def check_rendezvous(patience: float) -> None:
     environment = os.environ
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    address, given = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "")
+    if not address or not given.isdecimal():
+        raise LimeError(
+            f"RANK is set, but MASTER_ADDR={address or ''} and MASTER_PORT={given} are not the address and the port of the first "
+            "process; set them, or start with deepspeed or torchrun"
+        )
+    port = int(given)
     if environment["RANK"] == "0":
         if (problem := port_problem(port)) is not None:
             raise LimeError(problem)

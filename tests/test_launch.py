@@ -356,6 +356,19 @@ def test_devices_that_are_refused(
     assert done.stderr.count("\n") == 1 and not witnessed(real)
 
 
+@pytest.mark.parametrize("script", ["local.sh", "multinode.sh", "slurm.sbatch"])
+def test_a_dry_run_can_be_pasted(environment: dict[str, str], script: str) -> None:
+    """A shell reads every argument back as it was given."""
+    overrides = [f"a.key{number}={value}" for number, value in enumerate(NASTY)]
+    first = ["launch/hostfile.example"] if script == "multinode.sh" else []
+    done = run(environment, script, *first, CONFIG, *overrides, "--dry-run")
+    line = done.stdout.splitlines()[0].partition(": ranks ")[2].partition(": ")[2]
+    read = subprocess.check_output(
+        ["bash", "-c", f"printf '%s\\0' {line if script == 'local.sh' else line.partition('; ')[2]}"], text=True
+    )
+    assert done.returncode == 0 and read.split("\0")[-len(overrides) - 1 : -1] == overrides
+
+
 @pytest.mark.parametrize("name", ["a b", "a'b"])
 def test_a_folder_that_deepspeed_cannot_send_is_refused(environment: dict[str, str], tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
