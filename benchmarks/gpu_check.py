@@ -19,7 +19,6 @@ Exit status: 0 if no section failed, else 1; 2 for a mistake in the call.
 """
 
 from __future__ import annotations
-from lime_dist.paths import user_path
 
 import argparse
 import contextlib
@@ -32,6 +31,8 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from lime_dist.paths import user_path
 
 BENCHMARKS = Path(__file__).resolve().parent
 NEEDED = {"torch": "torch", "numpy": "numpy", "packaging": "packaging", "pydantic": "pydantic", "yaml": "pyyaml"}

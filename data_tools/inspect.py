@@ -100,7 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
         "Show the counts, document lengths and a few documents of a pretokenized folder or of a Megatron .bin/.idx pair.",
         "python -m data_tools.inspect data/shards --verify",
     )
-    parser.add_argument("folder", type=expand, metavar="DIR", help="the --output of data_tools.pretokenize, or the prefix of a pair")
+    parser.add_argument(
+        "folder", type=expand, metavar="DIR", help="the --output of data_tools.pretokenize, or the prefix of a pair"
+    )
     parser.add_argument(
         "--tokenizer", type=expand, metavar="DIR", help="decode the documents of a pair, which else are shown as ids"
     )

@@ -87,6 +87,7 @@ def test_every_path_of_the_configuration(home: Path) -> None:
         "lime_dist.checkpoint.importing --model $UNSET/a --config c",
         "lime_dist.checkpoint.compress --checkpoint $UNSET/a --output b --chunk-size 2",
         "data_tools.inspect $UNSET/a",
+        "data_tools.inspect a --tokenizer $UNSET/a",
         "data_tools.merge $UNSET/a b --output c",
         "data_tools.merge a b --output $UNSET/c",
         "data_tools.pretokenize --input $UNSET/a --tokenizer b --output c",
