@@ -167,6 +167,7 @@ def resume(config: Config, data: RunData, optimizer: StageOptimizer, console: Co
     """
     from lime_dist.checkpoint.changes import describe_changes
     from lime_dist.checkpoint.restore import restore_newest
+    from lime_dist.checkpoint.store import no_whole_checkpoint
     from lime_dist.data.state import TrainState
 
     checkpoints = checkpoint_folder(config)
@@ -178,7 +179,7 @@ def resume(config: Config, data: RunData, optimizer: StageOptimizer, console: Co
             console.say(line)
         return Resumed(checkpoint.state, restore)
     if passed_over:
-        raise LimeError(f"no whole checkpoint in {checkpoints}; remove the folder or give another run.directory")
+        raise LimeError(no_whole_checkpoint(checkpoints))
     return Resumed(TrainState(), restore)
 
 

@@ -11,20 +11,24 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
+from support.workers import WorkerGroup
 
 from lime_dist import load_config
+from lime_dist.data.indexed import IndexedWriter
 from lime_dist.doctor import checks, environment, facts, network
 from lime_dist.doctor.facts import Facts
 from lime_dist.doctor.findings import Finding, Job, size
 from lime_dist.doctor.hosts import forwarded_variables, read_hostfile
-from lime_dist.doctor.ring import Link
+from lime_dist.doctor.preflight import preflight
+from lime_dist.doctor.ring import Link, bandwidth
 from lime_dist.doctor.transferred_bytes import bytes_between_hosts
 from lime_dist.errors import LimeError
 from lime_dist.model.cost import count_parameters, payload_bytes
@@ -33,7 +37,7 @@ from lime_dist.model.parameters import stage_parameters
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "model.vocab_size=320", "model.hidden_size=16", "model.intermediate_size=24", "model.num_hidden_layers=4",
-    "train.steps=40", "train.checkpoint_interval=10", "parallel.pipeline_stages=2", "data.sequence_length=16",
+    "train.steps=40", "optimizer.warmup_steps=4", "train.checkpoint_interval=10", "parallel.pipeline_stages=2", "data.sequence_length=16",
 ]  # fmt: skip
 GOOD = Facts(
     host="node1",
@@ -104,6 +108,9 @@ ONE_CHECKPOINT = 12 * count_parameters(load_config(None, SMALL).model)
         ({"free_disk": 4 * ONE_CHECKPOINT}, []),
         ({"free_memory": 1000}, ["error: node2: needs up to 0."]),
         ({"sees_probe": False}, ["error: node2 does not see the folder of run.directory=runs/default"]),
+        ({"refusals": ["model.vocab_size=3 is smaller"]}, ["error: node2: model.vocab_size=3 is smaller"]),
+        ({"notes": ["validations have 60 samples"]}, []),
+        ({"notes": ["no validation: too few"]}, ["warning: no validation: too few"]),
         ({"skew": 30.0}, ["warning: node2: its clock is 30 s ahead of node1's"]),
         ({"skew": -3.0}, ["warning: node2: its clock is 3 s behind node1's"]),
         ({"skew": 1.9}, []),
@@ -295,7 +302,13 @@ def test_facts_of_this_machine(dataset: Path, tmp_path: Path) -> None:
     overrides = [*SMALL, f"data.path={shards}", f"run.directory={tmp_path / 'a/b'}"]
 
     def gather(verify: bool = False, **changes: Any) -> Facts:
-        arguments = {"host": "here", "peers": ["localhost", "no.such.host.invalid"], "probe": str(tmp_path), "port": 0}
+        arguments = {
+            "host": "here",
+            "peers": ["localhost", "no.such.host.invalid"],
+            "processes": 2,
+            "probe": str(tmp_path),
+            "port": 0,
+        }
         config = str(ROOT / "configs/quickstart.yaml")
         return facts.gather(**{**arguments, "config_path": config, "overrides": overrides, "verify": verify, **changes})
 
@@ -321,6 +334,106 @@ def test_facts_of_this_machine(dataset: Path, tmp_path: Path) -> None:
     assert "missing, though dataset.json lists it" in gather().data_problems[0]
     (shards / "dataset.json").unlink()
     assert "dataset.json: no such file" in gather().data_problems[0]
+
+
+REFUSED = {
+    "a vocabulary that is too small": (["model.vocab_size=100"], "model.vocab_size=100 is smaller than the 320 pieces"),
+    "more validation samples than there are": (
+        ["train.evaluation_samples=100000"],
+        "train.evaluation_samples=100000, but ",
+    ),
+    "validation samples that do not divide": (
+        ["train.evaluation_samples=7"],
+        "train.evaluation_samples=7 is no multiple of",
+    ),
+    "samples longer than the split": (["data.sequence_length=1000000"], "tokens, one sample needs 1000001"),
+    "an answer token beyond the vocabulary": (["data.answer_token=99999"], "data.answer_token=99999"),
+    "a run folder of another model": (
+        ["model.hidden_size=32"],
+        "global_step4 is of another run (model.hidden_size: 16 there, 32 here)",
+    ),
+    "a run folder of another order": (["data.seed=5"], "is of another run (data.seed: 0 there, 5 here)"),
+    "a run folder of another optimizer": (["optimizer.name=scaled"], None),
+    "a run folder whose checkpoints are damaged": (["run.directory={damaged}"], "no whole checkpoint in "),
+    "a run folder that is a file": (["run.directory={file}/run"], "Not a directory"),
+}
+"""Overrides, and words of the line; None: the configuration itself is refused."""
+
+
+@pytest.fixture(scope="module")
+def run_folders(
+    workers: Callable[[int], WorkerGroup], dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The folder of a run of the `SMALL` model; the same with a damaged manifest; and a file."""
+    root = tmp_path_factory.mktemp("runs")
+    config = load_config(None, [*RUN, f"data.path={dataset}", f"run.directory={root / 'run'}"])
+    assert set(workers(2).run("support.runs.run", values=config.model_dump(mode="json"))) == {""}
+    shutil.copytree(root / "run", root / "damaged")
+    (root / "damaged/checkpoints/global_step4/manifest.json").write_text("{")
+    (root / "file").write_text("")
+    return {name: root / name for name in ("run", "damaged", "file")}
+
+
+RUN = [
+    *SMALL,
+    "train.steps=4",
+    "optimizer.warmup_steps=1",
+    "train.checkpoint_interval=0",
+    "train.evaluation_interval=0",
+]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_doctor_refuses_what_pretrain_refuses(
+    workers: Callable[[int], WorkerGroup], dataset: Path, run_folders: dict[str, Path], name: str
+) -> None:
+    """With the same line, which both get from the same code."""
+    changes, words = REFUSED[name]
+    overrides = [*RUN, f"data.path={dataset}", f"run.directory={run_folders['run']}"]
+    overrides += [change.format(**run_folders) for change in changes]
+    if words is None:
+        with pytest.raises(LimeError, match="optimizer.name='scaled'"):
+            load_config(None, overrides)
+        return
+    config = load_config(None, overrides)
+    refusals, _ = preflight(config, processes=2)
+    assert len(refusals) == 1 and words in refusals[0], refusals
+    assert workers(2).run("support.runs.run", values=config.model_dump(mode="json")) == refusals * 2
+
+
+def test_a_pair_with_tokens_beyond_the_vocabulary_is_refused_before_the_run(tmp_path: Path) -> None:
+    """A pair does not state its vocabulary: the doctor reads the first samples."""
+    with IndexedWriter(tmp_path / "pair", np.uint16) as writer:
+        for _ in range(300):
+            writer.add_document(np.full(20, 300, dtype=np.uint16))
+    overrides = [*RUN, f"data.path={tmp_path / 'pair'}", f"run.directory={tmp_path / 'run'}", "model.vocab_size=256"]
+    (refusal,), _ = preflight(load_config(None, overrides), processes=2)
+    assert "holds tokens 300 to 300, but model.vocab_size=256" in refusal
+
+
+def test_a_run_that_fits_is_not_refused_and_its_open_settings_are_told(
+    dataset: Path, run_folders: dict[str, Path]
+) -> None:
+    overrides = [*RUN, f"data.path={dataset}", "train.micro_batch_size=1", "train.global_batch_size=3"]
+    for directory in (run_folders["run"], run_folders["run"].parent / "new"):
+        config = load_config(None, [*overrides, f"run.directory={directory}"])
+        refusals, notes = preflight(config, processes=6)
+        assert refusals == [] and [note.split(",")[0] for note in notes] == ["validations have 63 samples"]
+        assert preflight(config, processes=4) == ([], []), "that 2 does not divide 3 is reported elsewhere"
+
+
+def test_doubtful_settings_are_warnings() -> None:
+    (line,) = problems(findings_for(on=job("optimizer.warmup_steps=50")))
+    assert line.startswith("warning: optimizer.warmup_steps=50 is no less than train.steps=40")
+
+
+@pytest.mark.parametrize(
+    ("duration", "rate"), [(0.0, 0.0), (1e-9, 0.0), (1e-4, 2**20 / 5e-5), (2e-4, 2**20 / 1e-4), (1.0, 2**20 / 0.9998)]
+)
+def test_a_transfer_that_takes_no_time_has_no_absurd_rate(duration: float, rate: float) -> None:
+    assert bandwidth(2**20, duration, latency=1e-4) == pytest.approx(rate)
+    (line,) = map(str, network.check_links({("a", "b"): Link(rate, 1e-4)}))
+    assert ("faster than can be measured" in line) == (not rate) and line.startswith("ok: a to b: ")
 
 
 def test_the_hash_of_the_code(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ ALLOWED: dict[str, str] = {
     "lime_dist.monitor": "errors distributed config data model checkpoint",
     "lime_dist.export": "errors config data model checkpoint data_tools",
     "lime_dist.plan": "errors config data model pipeline",
-    "lime_dist.doctor": "errors hostfile distributed contract config data model pipeline plan",
+    "lime_dist.doctor": "errors hostfile distributed contract config data model pipeline plan checkpoint",
     "lime_dist.analysis": "errors config data model checkpoint monitor export",
     "data_tools": "errors commands paths data",
 }

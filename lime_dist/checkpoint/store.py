@@ -33,6 +33,8 @@ from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree
 from lime_dist.model.optimizer_states import WEIGHT
 
+ADVICE = "give another run.directory, or the settings that the run was started with"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -64,7 +66,7 @@ def find_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     steps, named, problem = _of_main_process(_candidates(directory))
     if problem is not None:
         lines.append(f"{directory / LATEST} {problem}; looking for the newest whole checkpoint")
-    for step in ([] if named is None else [named]) + [step for step in reversed(steps) if step != named]:
+    for step in _in_order(steps, named):
         path = directory / folder_name(step)
         problem, manifest = _verify(path, step)
         if problem is None:
@@ -109,6 +111,34 @@ def load(
                 target.copy_(opened[file][name][key])
     optimizer.restore_finished(checkpoint.manifest["optimizer_steps"])
     return compared.notes
+
+
+def why_not_resumable(directory: Path, config: Config, num_samples: int) -> str | None:
+    """Why a run with this configuration could not resume from the newest checkpoint, or None; in one process.
+
+    It compares what `load` compares, by the manifests alone: no file of weights is read.
+
+    Args:
+        directory: the run's folder of checkpoints.
+        num_samples: number of samples of the training split.
+    """
+    steps, named, _ = _candidates(directory)
+    for step in _in_order(steps, named):
+        path = directory / folder_name(step)
+        problem, manifest = read_manifest(path, step)
+        if problem is None:
+            return _settings_mismatch(Checkpoint(path, manifest), config, num_samples)
+    return no_whole_checkpoint(directory) if steps else None
+
+
+def no_whole_checkpoint(directory: Path) -> str:
+    """The line about a folder of checkpoints of which none is whole."""
+    return f"no whole checkpoint in {directory}; remove the folder or give another run.directory"
+
+
+def _in_order(steps: list[int], named: int | None) -> list[int]:
+    """The steps in the order in which their checkpoints are tried."""
+    return ([] if named is None else [named]) + [step for step in reversed(steps) if step != named]
 
 
 def _read(path: Path) -> Any:
@@ -182,11 +212,20 @@ def _mismatch(
     index: dict[str, dict[str, Any]],
 ) -> str | None:
     """Why this checkpoint cannot continue this run, or None."""
-    advice = "give another run.directory, or the settings that the run was started with"
+    if (problem := _settings_mismatch(checkpoint, config, num_samples)) is not None:
+        return problem
+    for name, parameter in optimizer.parameters.items():
+        if name not in index or index[name]["shape"] != list(parameter.shape):
+            return f"{checkpoint.path} has no {name} of shape {list(parameter.shape)}; {ADVICE}"
+    return None
+
+
+def _settings_mismatch(checkpoint: Checkpoint, config: Config, num_samples: int) -> str | None:
+    """Which settings of a checkpoint forbid this run to continue from it, or None."""
     try:
         saved = Config.model_validate(checkpoint.manifest["config"])
     except ValidationError:
-        return f"{checkpoint.path} was written with settings that this version does not know; {advice}"
+        return f"{checkpoint.path} was written with settings that this version does not know; {ADVICE}"
     differences = [
         f"{section}.{key}: {shown(there[key])} there, {shown(here[key])} here"
         for section, there, here in (
@@ -198,10 +237,7 @@ def _mismatch(
         if there[key] != here[key]
     ]
     if differences:
-        return f"{checkpoint.path} is of another run ({', '.join(differences)}); {advice}"
-    for name, parameter in optimizer.parameters.items():
-        if name not in index or index[name]["shape"] != list(parameter.shape):
-            return f"{checkpoint.path} has no {name} of shape {list(parameter.shape)}; {advice}"
+        return f"{checkpoint.path} is of another run ({', '.join(differences)}); {ADVICE}"
     return None
 
 

@@ -78,46 +78,54 @@ def open_run_data(config: Config, replicas: int) -> RunData:
     Raises:
         LimeError: on all ranks, if any rank cannot read the data or they do not fit.
     """
+    return together(lambda: read_run_data(config, replicas))
+
+
+def read_run_data(config: Config, replicas: int) -> RunData:
+    """`open_run_data` in one process, without a process group.
+
+    Raises:
+        LimeError: the data cannot be read, or they do not fit.
+    """
     settings, length, vocab_size = config.train, config.data.sequence_length, config.model.vocab_size
-    training, order = together(lambda: open_training(config.data, vocab_size))
-    together(lambda: _check_vocabulary(vocab_size, training.vocab_size, str(training.path)))
-    answers = together(lambda: find_answers(training, config.data.answer_token))
-
-    def open_and_check_validation() -> tuple[Samples | None, int]:
-        if settings.evaluation_samples == 0:
-            return None, 0
-        split = open_validation(config.data, vocab_size)
-        samples, wide = settings.evaluation_samples, settings.micro_batch_size * replicas
-        if samples is None:
-            samples = default_evaluation_samples(split.num_samples(length), wide)
-            if not samples:
-                return None, 0
-        ValidationBatches(split, length, samples, settings.micro_batch_size, 0, replicas, answers)
-        return split, samples
-
-    validation, evaluation_samples = together(open_and_check_validation)
-
-    def measure_shares() -> CountedShares:
-        if answers is None:
-            return CountedShares()
-        in_training = answers.share(training, length, order.num_samples, MEASURED_SAMPLES)
-        if validation is None:
-            return CountedShares(in_training)
-        return CountedShares(in_training, answers.share(validation, length, evaluation_samples))
-
+    training, order = open_training(config.data, vocab_size)
+    _check_vocabulary(vocab_size, training.vocab_size, str(training.path))
+    answers = find_answers(training, config.data.answer_token)
+    validation, evaluation_samples = _open_validation(config, replicas, answers)
+    shares = CountedShares()
+    if answers is not None:
+        shares = CountedShares(
+            answers.share(training, length, order.num_samples, MEASURED_SAMPLES),
+            None if validation is None else answers.share(validation, length, evaluation_samples),
+        )
     return RunData(
         training=training,
         order=order,
         batch_sizes=BatchSizes(settings.global_batch_size, settings.batch_ramp),
         validation=validation,
         answers=answers,
-        counted_shares=together(measure_shares),
+        counted_shares=shares,
         sequence_length=length,
         micro_batch_size=settings.micro_batch_size,
         evaluation_samples=evaluation_samples,
         replicas=replicas,
         identity=together(lambda: DataIdentity.of(training, length)),
     )
+
+
+def _open_validation(config: Config, replicas: int, answers: Answers | None) -> tuple[Samples | None, int]:
+    """The validation split and how many of its samples a validation has; None and 0 without validation."""
+    settings, length = config.train, config.data.sequence_length
+    samples, wide = settings.evaluation_samples, settings.micro_batch_size * replicas
+    if samples == 0:
+        return None, 0
+    split = open_validation(config.data, config.model.vocab_size)
+    if samples is None:
+        samples = default_evaluation_samples(split.num_samples(length), wide)
+        if not samples:
+            return None, 0
+    ValidationBatches(split, length, samples, settings.micro_batch_size, 0, replicas, answers)
+    return split, samples
 
 
 def default_evaluation_samples(available: int, wide: int) -> int:

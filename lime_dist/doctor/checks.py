@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.contract import SUPPORTED, unsupported
+from lime_dist.data.doubtful import doubtful_settings
 from lime_dist.doctor.facts import Facts
 from lime_dist.doctor.findings import Finding, Findings, Job, differing, everywhere, groups_of, listed, size
 from lime_dist.doctor.transferred_bytes import bytes_between_hosts
@@ -23,7 +24,7 @@ CHECKPOINT_BYTES = 12
 def check_hosts(job: Job, facts: Sequence[Facts]) -> list[Finding]:
     """All findings about the hosts that answered, except the network's; ``facts`` in the order of the hostfile."""
     checks: list[Callable[[Job, Sequence[Facts]], Findings]] = [
-        versions, same_code, same_config, split, placement, data, disk, memory, accelerators,
+        versions, same_code, same_config, split, placement, data, fit, doubtful, disk, memory, accelerators,
     ]  # fmt: skip
     if len(facts) > 1:
         checks += [run_folder]
@@ -177,6 +178,24 @@ def data(job: Job, facts: Sequence[Facts]) -> Findings:
         )
     elif groups and not any(fact.data_problems for fact in facts):
         yield Finding("ok", f"{facts[0].shards} shards match dataset.json {everywhere(facts)}")
+
+
+def fit(job: Job, facts: Sequence[Facts]) -> Findings:
+    """What pretrain.py would refuse before its first step: data and run folder that do not fit the configuration."""
+    asked = [fact for fact in facts if fact.config and not fact.data_problems]
+    for refusal in dict.fromkeys(line for fact in asked for line in fact.refusals):
+        hosts = [fact.host for fact in asked if refusal in fact.refusals]
+        yield Finding("error", f"{listed(hosts)}: {refusal}")
+    if asked and not any(fact.refusals for fact in asked):
+        yield Finding("ok", f"data and run folder fit the configuration {everywhere(asked)}")
+
+
+def doubtful(job: Job, facts: Sequence[Facts]) -> Findings:
+    """Settings that are possible, but most likely not meant, and what the run makes of open ones."""
+    for line in doubtful_settings(job.config):
+        yield Finding("warning", line)
+    for note in dict.fromkeys(line for fact in facts for line in fact.notes):
+        yield Finding("warning" if note.startswith("no validation") else "ok", note)
 
 
 def disk(job: Job, facts: Sequence[Facts]) -> Findings:

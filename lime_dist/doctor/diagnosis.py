@@ -64,7 +64,7 @@ def diagnose(config_path: str, overrides: Sequence[str], hostfile: Path | None, 
         questions = {
             host: {
                 "host": host, "peers": [other for other in slots if other != host], "config_path": config_path,
-                "overrides": overrides, "probe": probe, "port": port, "verify": verify,
+                "overrides": overrides, "processes": sum(slots.values()), "probe": probe, "port": port, "verify": verify,
             }
             for host in slots
         }  # fmt: skip

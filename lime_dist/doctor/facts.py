@@ -25,6 +25,7 @@ from lime_dist.config.schema import Config
 from lime_dist.data.dataset import DATASET_FILE, check_shard_hashes, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import sha256_file
 from lime_dist.data.indexed import IndexedDataset, pair_paths
+from lime_dist.doctor.preflight import preflight
 from lime_dist.errors import LimeError
 
 PACKAGES = ("torch", "deepspeed", "numpy")
@@ -44,6 +45,7 @@ class Facts:
         config: hash of the resolved configuration; empty if there is none, for the reason in `config_problem`.
         data: hash of dataset.json; empty if there is none, for the reasons in `data_problems`.
         shards: number of shards checked.
+        refusals, notes: what pretrain.py would refuse, and what it would remark; see `preflight`.
         interfaces: by name, the addresses of each network interface that is up.
         routes: by other host, the local address on the route to it; empty if there is none.
         addresses: by other host, the address that its name resolves to here.
@@ -77,6 +79,8 @@ class Facts:
     free_disk: int
     free_memory: int
     gpus: list[int] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     skew: float = 0.0
 
     @property
@@ -86,13 +90,21 @@ class Facts:
 
 
 def gather(
-    host: str, peers: Sequence[str], config_path: str, overrides: Sequence[str], probe: str, port: int, verify: bool
+    host: str,
+    peers: Sequence[str],
+    config_path: str,
+    overrides: Sequence[str],
+    processes: int,
+    probe: str,
+    port: int,
+    verify: bool,
 ) -> Facts:
     """Gather the facts about this machine.
 
     Args:
         host: its name in the hostfile.
         peers: names of the other hosts.
+        processes: of the whole job.
         probe: path of a file that the asking machine created where all hosts should see it; empty: none.
         port: the master port.
         verify: hash the shards instead of comparing their sizes only.
@@ -103,6 +115,7 @@ def gather(
     except LimeError as error:
         problem = str(error)
     data, data_problems, shards = ("", [], 0) if config is None else check_data(config.data.paths, verify)
+    refusals, notes = ([], []) if config is None or data_problems else preflight(config, processes)
     addresses = {peer: _resolve(peer) for peer in peers}
     return Facts(
         host=host,
@@ -113,6 +126,8 @@ def gather(
         data=data,
         data_problems=data_problems,
         shards=shards,
+        refusals=refusals,
+        notes=notes,
         interfaces=_interfaces(),
         routes={peer: _local_address(address) for peer, address in addresses.items()},
         addresses=addresses,

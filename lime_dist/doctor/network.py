@@ -123,8 +123,9 @@ def check_links(links: Mapping[tuple[str, str], Link]) -> Findings:
     two hosts, of which the first one measured may be slower: no warning."""
     typical = median_high(link.bandwidth for link in links.values())
     for (sender, receiver), link in links.items():
-        text = f"{sender} to {receiver}: {link.bandwidth / 1e6:,.1f} MB/s, latency {link.latency * 1e3:.2f} ms"
-        if len(links) > 2 and link.bandwidth < typical / 2:
+        rate = f"{link.bandwidth / 1e6:,.1f} MB/s" if link.bandwidth else "faster than can be measured"
+        text = f"{sender} to {receiver}: {rate}, latency {link.latency * 1e3:.2f} ms"
+        if len(links) > 2 and 0 < link.bandwidth < typical / 2:
             yield Finding("warning", f"{text}; others reach {typical / 1e6:,.1f} MB/s: check its cable, port and route")
         else:
             yield Finding("ok", text)

@@ -15,6 +15,8 @@ FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 28
 LINK_SECONDS, RING_SECONDS = 1.0, 20.0
 """Time limits for a link and for all links together. Transfers grow until then; the fastest one counts, since the first ones of
 a connection are slow."""
+SHORTEST_SECONDS = 2e-5
+"""A shorter transfer has no rate: it takes no longer than starting it does."""
 ECHOES = 5
 
 
@@ -23,7 +25,7 @@ class Link:
     """From one host to the next of the ring.
 
     Attributes:
-        bandwidth: bytes per second.
+        bandwidth: bytes per second; 0: all transfers were too short to tell.
         latency: seconds, half of a round trip.
     """
 
@@ -68,10 +70,24 @@ def _send(peer: int, device: torch.device, seconds: float) -> Link:
     count, best, begin = FIRST_BYTES, 0.0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
         duration = _timed(torch.zeros(count, dtype=torch.uint8, device=device), peer, announced=True)
-        best = max(best, count / max(duration - 2 * latency, 1e-9))
+        best = max(best, bandwidth(count, duration, latency))
         count = min(MOST_BYTES, 2 * count)
     dist.send(torch.zeros(1, dtype=torch.int64, device=device), peer)
     return Link(best, latency)
+
+
+def bandwidth(count: int, duration: float, latency: float) -> float:
+    """Bytes per second of a transfer and its answer; 0 if it was too short to tell.
+
+    Latency counts for at most half of the duration: a transfer can take no longer than the one with which the latency was
+    measured, and would then have any rate.
+
+    Args:
+        count: bytes transferred.
+        duration: seconds until the answer arrived.
+        latency: seconds of one way.
+    """
+    return 0.0 if duration < SHORTEST_SECONDS else count / max(duration - 2 * latency, duration / 2)
 
 
 def _timed(tensor: Tensor, peer: int, announced: bool = False) -> float:

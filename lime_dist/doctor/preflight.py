@@ -1,0 +1,62 @@
+"""What `pretrain.py` would refuse on this host before its first step, by the same code."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from lime_dist.checkpoint.store import why_not_resumable
+from lime_dist.config.deepspeed import batch_split
+from lime_dist.config.schema import Config
+from lime_dist.data.run_data import describe_evaluation, read_run_data
+from lime_dist.errors import LimeError
+
+
+def preflight(config: Config, processes: int) -> tuple[list[str], list[str]]:
+    """Open the data, read their first samples, and compare the run folder with the configuration.
+
+    Args:
+        processes: of the whole job.
+
+    Returns:
+        What pretrain.py would refuse, and what it would remark, one line each.
+    """
+    refusals = [line for line in [why_not_writable(Path(config.run.directory))] if line is not None]
+    notes: list[str] = []
+    try:
+        replicas, _ = batch_split(config, processes)
+    except LimeError:  # reported with the size of the job
+        return refusals, notes
+    try:
+        data = read_run_data(config, replicas)
+        note = describe_evaluation(config, data.evaluation_samples, replicas)
+        notes += [] if note is None else [note]
+        batches = data.train_batches(replica=0, consumed_samples=0)
+        try:
+            next(batches)
+        finally:
+            batches.close()
+        if (validation := data.validation_batches(replica=0)) is not None:
+            next(iter(validation))
+        checkpoints = Path(config.run.directory) / "checkpoints"
+        refusals += [
+            line for line in [why_not_resumable(checkpoints, config, data.order.num_samples)] if line is not None
+        ]
+    except LimeError as error:
+        refusals.append(str(error))
+    return refusals, notes
+
+
+def why_not_writable(directory: Path) -> str | None:
+    """Why the run folder can neither be made nor written, or None."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        reason = os.strerror(errno.ENOTDIR)
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        reason = os.strerror(errno.EACCES)
+    else:
+        return None
+    return f"run.directory={directory}: {reason}; give a folder that can be written"
