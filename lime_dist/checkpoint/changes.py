@@ -54,9 +54,6 @@ def describe_changes(checkpoint: Checkpoint, config: Config) -> Iterator[str]:
     for key, consequence in CONSEQUENCES.items():
         if key in changes:
             yield f"warning: {key} changed from {changes[key][0]} to {changes[key][1]}: {consequence}"
-    data = [key for key in changes if key.startswith("data.") and not key.endswith("path")]
-    if data:
-        yield f"warning: the samples or their order change at step {step + 1} ({', '.join(data)})"
 
 
 def _learning_rates(saved: Config, config: Config, updates: int) -> Iterator[tuple[str, float, float]]:

@@ -113,21 +113,24 @@ def load(
     return compared.notes
 
 
-def why_not_resumable(directory: Path, config: Config, num_samples: int) -> str | None:
+def why_not_resumable(directory: Path, config: Config, data: DataIdentity) -> str | None:
     """Why a run with this configuration could not resume from the newest checkpoint, or None; in one process.
 
     It compares what `load` compares, by the manifests alone: no file of weights is read.
 
     Args:
         directory: the run's folder of checkpoints.
-        num_samples: number of samples of the training split.
+        data: the training data.
     """
     steps, named, _ = _candidates(directory)
     for step in _in_order(steps, named):
         path = directory / folder_name(step)
         problem, manifest = read_manifest(path, step)
         if problem is None:
-            return _settings_mismatch(Checkpoint(path, manifest), config, num_samples)
+            return (
+                _settings_mismatch(Checkpoint(path, manifest), config)
+                or compare_data(path, manifest, config, data).problem
+            )
     return no_whole_checkpoint(directory) if steps else None
 
 
@@ -212,7 +215,7 @@ def _mismatch(
     index: dict[str, dict[str, Any]],
 ) -> str | None:
     """Why this checkpoint cannot continue this run, or None."""
-    if (problem := _settings_mismatch(checkpoint, config, num_samples)) is not None:
+    if (problem := _settings_mismatch(checkpoint, config)) is not None:
         return problem
     for name, parameter in optimizer.parameters.items():
         if name not in index or index[name]["shape"] != list(parameter.shape):
@@ -220,7 +223,7 @@ def _mismatch(
     return None
 
 
-def _settings_mismatch(checkpoint: Checkpoint, config: Config, num_samples: int) -> str | None:
+def _settings_mismatch(checkpoint: Checkpoint, config: Config) -> str | None:
     """Which settings of a checkpoint forbid this run to continue from it, or None."""
     try:
         saved = Config.model_validate(checkpoint.manifest["config"])

@@ -109,7 +109,7 @@ def read_run_data(config: Config, replicas: int) -> RunData:
         micro_batch_size=settings.micro_batch_size,
         evaluation_samples=evaluation_samples,
         replicas=replicas,
-        identity=together(lambda: DataIdentity.of(training, length)),
+        identity=DataIdentity.of(training, length),
     )
 
 

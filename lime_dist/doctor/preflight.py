@@ -40,9 +40,7 @@ def preflight(config: Config, processes: int) -> tuple[list[str], list[str]]:
         if (validation := data.validation_batches(replica=0)) is not None:
             next(iter(validation))
         checkpoints = Path(config.run.directory) / "checkpoints"
-        refusals += [
-            line for line in [why_not_resumable(checkpoints, config, data.order.num_samples)] if line is not None
-        ]
+        refusals += [line for line in [why_not_resumable(checkpoints, config, data.identity)] if line is not None]
     except LimeError as error:
         refusals.append(str(error))
     return refusals, notes
