@@ -52,6 +52,8 @@ while (($#)); do
   shift
 done
 
+take_devices 2 # before everything else: it may refuse
+
 # --fresh deletes only folders that have our mark (or pretrain.py's config.yaml).
 mark="$data/.made-by-quickstart"
 if $fresh; then

@@ -498,3 +498,17 @@ def test_answers_that_cannot_be_parsed() -> None:
     }
     good, bad = parse_answers(answers, facts.from_json)
     assert good == {"a": GOOD} and bad["b"] == "Permission denied" and "Welcome to node c" in bad["c"] and "d" in bad
+
+
+def test_a_single_remote_host(capsys: pytest.CaptureFixture[str]) -> None:
+    """`deepspeed` alone would train on this machine instead."""
+    from lime_dist.doctor.diagnosis import Report, check_launcher
+
+    for hosts, warned in (
+        (["no.such.host.invalid"], True),
+        (["localhost"], False),
+        (["a.invalid", "b.invalid"], False),
+    ):
+        check_launcher(Report(), [], hosts)
+        said = capsys.readouterr().out
+        assert ("starts the processes of a single host here, not on no.such.host.invalid" in said) == warned

@@ -342,6 +342,7 @@ def test_the_users_devices_on_this_machine(real: dict[str, str], devices: str) -
             {"GPUS": "1"},
             "CUDA_VISIBLE_DEVICES=6,7: torch sees 1 of these devices, 2 processes need one each",
         ),
+        ("quickstart.sh", "3", {}, "CUDA_VISIBLE_DEVICES=3 names 1 device(s) for 2 processes"),
         ("multinode.sh", "0,1", {}, "CUDA_VISIBLE_DEVICES=0,1 names 2 device(s) for 8 processes"),
         ("multinode.sh", ",".join(f"GPU-{n}" for n in range(8)), {}, "names devices of one machine"),
     ],
@@ -350,7 +351,7 @@ def test_devices_that_are_refused(
     real: dict[str, str], tmp_path: Path, script: str, devices: str, more: dict[str, str], line: str
 ) -> None:
     write(tmp_path / "bin", **{"nvidia-smi": "#!/bin/sh\n"})
-    arguments = [CONFIG, "2"] if script == "local.sh" else ["launch/hostfile.example", CONFIG]
+    arguments = {"local.sh": [CONFIG, "2"], "multinode.sh": ["launch/hostfile.example", CONFIG]}.get(script, [])
     done = run(real, script, *arguments, CUDA_VISIBLE_DEVICES=devices, **more)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and line in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not witnessed(real)

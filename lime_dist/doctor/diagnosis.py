@@ -19,6 +19,8 @@ from lime_dist.doctor import checks, environment, facts, network, ring
 from lime_dist.doctor.facts import Facts
 from lime_dist.doctor.findings import Finding, Findings, Job
 from lime_dist.doctor.hosts import ask, environment_files, forwarded_variables, parse_answers, read_hostfile
+from lime_dist.errors import LimeError
+from lime_dist.hostfile import is_here
 
 FACTS_TIMEOUT, RING_TIMEOUT = 40.0, 40.0
 """Seconds for a host's answer. Hashing shards (--verify) has no time limit."""
@@ -55,11 +57,14 @@ def diagnose(config_path: str, overrides: Sequence[str], hostfile: Path | None, 
     config = load_config(config_path, overrides)
     over_ssh = hostfile is not None
     slots = {platform.node(): config.parallel.pipeline_stages} if hostfile is None else read_hostfile(hostfile)
-    port = int(os.environ.get("MASTER_PORT", "29500"))
+    given = os.environ.get("MASTER_PORT", "29500")
+    if not given.isdecimal():
+        raise LimeError(f"MASTER_PORT={given} is not a port; give a number, such as 29500")
+    port = int(given)
     files = environment_files() if over_ssh else []
     variables = forwarded_variables(os.environ, files)
     if over_ssh:
-        check_launcher(report, files)
+        check_launcher(report, files, list(slots))
     with probe_file(config.run.directory) as probe:
         questions = {
             host: {
@@ -88,8 +93,14 @@ def diagnose(config_path: str, overrides: Sequence[str], hostfile: Path | None, 
     return report.failed
 
 
-def check_launcher(report: Report, files: Sequence[Path]) -> None:
+def check_launcher(report: Report, files: Sequence[Path], hosts: Sequence[str]) -> None:
     """Check what `deepspeed` needs here to start processes on other hosts."""
+    if len(hosts) == 1 and not is_here(hosts[0]):
+        text = (
+            f"`deepspeed` alone starts the processes of a single host here, not on {hosts[0]}; use launch/multinode.sh, or "
+            "give it --force_multi"
+        )
+        report.add([Finding("warning", text)])
     for path in files:
         report.add(environment.environment_file(str(path), path.read_text()))
     report.add(environment.not_forwarded(forwarded_variables(os.environ, []), forwarded_variables({}, files)))
