@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -35,7 +36,7 @@ class Console:
         """
         if self._enabled:
             with contextlib.suppress(OSError):
-                torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+                torn = _is_torn(path)
                 self._log = WholeAppends(path)
                 self._log.write((b"\n" if torn else b"") + b"".join(self._early))  # torn by a crash
                 self._early.clear()
@@ -119,6 +120,15 @@ class Console:
             with contextlib.suppress(OSError):
                 self._bar.close()
             self._bar = None
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a file ends within a line, as after a crash."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def duration(seconds: float) -> str:
