@@ -49,8 +49,8 @@ def check_devices() -> None:
     Raises:
         LimeError: this process is to use other GPUs than the ones that CUDA_VISIBLE_DEVICES named when its launcher started.
     """
-    links = launcher_links()
-    given = _variables(links[-1][1]).get(DEVICES, "") if links else ""
+    # `deepspeed` removes the variable for its children, so the one that the user has set is in the first launcher that has it.
+    given = next(filter(None, (_variables(parent).get(DEVICES) for _, parent in launcher_links())), "")
     used = os.environ.get(DEVICES, "")
     if given and not {*used.split(",")} <= {*given.split(",")}:
         raise LimeError(

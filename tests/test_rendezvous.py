@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def test_a_port_in_use_is_one_line(listener: socket.socket, dataset: Path, tmp_p
 LAUNCHED = """
 import os, subprocess, sys
 # deepspeed: starts a process as that launcher does, on devices of its own choice
-os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[1]
+os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[1]  # the environment with which this process was started stays visible in /proc
 check = "from lime_dist.errors import run_command; from lime_dist.launchers import check_devices; run_command(check_devices)"
 sys.exit(subprocess.run([sys.executable, "-c", check]).returncode)
 """
@@ -109,11 +110,14 @@ sys.exit(subprocess.run([sys.executable, "-c", check]).returncode)
 def test_other_devices_than_the_users_are_refused(given: str | None, used: str, refused: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     environment |= {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHED, used], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == (2 if refused else 0), done.stderr
-    assert done.stderr.startswith(f"error: CUDA_VISIBLE_DEVICES={given} was given, but") == refused
+    command = [sys.executable, "-c", LAUNCHED, used]
+    # A shell whose command line names the launcher as well is no launcher that knows the variable.
+    shell = ["bash", "-c", f"{'' if given is None else f'CUDA_VISIBLE_DEVICES={given} '}{shlex.join(command)}; exit $?"]
+    bare = {name: value for name, value in environment.items() if name != "CUDA_VISIBLE_DEVICES"}
+    for words, variables in ((command, environment), (shell, bare)):
+        done = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == (2 if refused else 0), done.stderr
+        assert done.stderr.startswith(f"error: CUDA_VISIBLE_DEVICES={given} was given, but") == refused
 
 
 def test_without_a_launcher_any_devices_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
