@@ -71,8 +71,9 @@ def without_clock(record: dict[str, float | int]) -> dict[str, float | int]:
 
 
 def is_record(value: dict[str, Any]) -> bool:
-    """Whether a JSON object is a record: a whole ``step``, and numbers alone."""
-    return type(value.get("step")) is int and all(type(number) in (int, float) for number in value.values())
+    """Whether a JSON object is a record: it has a whole ``step``, and a loss in it is a number."""
+    losses = [value[key] for key in ("loss", "validation_loss") if key in value]
+    return type(value.get("step")) is int and all(type(loss) in (int, float) for loss in losses)
 
 
 def _trim(path: Path, last: int) -> tuple[dict[float, float], int]:
