@@ -42,8 +42,9 @@ class Console:
                 self._early.clear()
         try:
             yield
-        except (LimeError, PeerLost) as error:
-            self.note(f"error: {error}")
+        except BaseException as error:
+            kind = "error" if isinstance(error, (LimeError, PeerLost)) else type(error).__name__
+            self.note(f"{kind}: {error}".partition("\n")[0])
             raise
 
     def start(self, step: int, steps: int) -> None:

@@ -135,6 +135,9 @@ def test_the_log_keeps_every_line_with_its_time(tmp_path: Path, capsys: pytest.C
     assert [line[20:] for line in written[:3]] == one
     assert [line[20:27] for line in written[4:]] == ["early 1", "step 1/", "error: "]
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in written[:3])
+    with pytest.raises(KeyboardInterrupt), Console(True).logging(path):
+        raise KeyboardInterrupt
+    assert path.read_text().splitlines()[-1][20:] == "KeyboardInterrupt: "
     other = Console(False)
     with other.logging(tmp_path / "other"):
         other.say("nothing")
