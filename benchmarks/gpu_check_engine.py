@@ -54,7 +54,9 @@ class Trainer:
         On a GPU it is the peak of the bytes that tensors requested, without what libraries hold.
         """
         optimizer = self.optimizer
-        kept = [optimizer.flat_weights, optimizer.flat_gradients, optimizer.masters]
+        kept = [optimizer.flat_weights, optimizer.flat_gradients]
+        if optimizer.masters.dtype != optimizer.flat_weights.dtype:  # else they are the weights
+            kept.append(optimizer.masters)
         kept += [state for group in optimizer.parameter_groups for state in group.states.values()]
         gc.collect()
         if not on_gpu():
@@ -63,9 +65,8 @@ class Trainer:
                     count.add(tensor)
                 self.step()
             return count.peak
-        own = sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}.values())
         torch.cuda.reset_peak_memory_stats()
-        others = _requested("current") - own
+        others = _requested("current") - sum(tensor.nbytes for tensor in kept)
         self.step()
         return _requested("peak") - others
 

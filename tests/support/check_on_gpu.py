@@ -1,0 +1,65 @@
+"""Worker case: sections of benchmarks/gpu_check.py on the fake GPU, which stands for CUDA."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.fake_gpu import DEVICE, FakeGpu, playing
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def run_sections(folder: str) -> dict[str, Any]:
+    """Measure memory and cluster configurations as on a GPU; train as the sections do that compare, also as one of two stages over
+    host memory. Returns the reports' rows, problems, and the devices of the results."""
+    sys.path.insert(0, str(BENCHMARKS))
+    import equality
+    import gpu_check_cluster
+    import gpu_check_engine
+    import gpu_check_memory
+    from gpu_check_errors import EVALUATION_MICRO_BATCH_SIZE
+    from gpu_check_machine import SMALL
+    from gpu_check_models import compared
+    from gpu_check_report import Report
+    from gpu_check_worker import on_cpu
+
+    sizes = replace(SMALL, models=["lime chunked"], cluster_micro_batches=1, steps=1)
+    gpu_check_cluster.WARM_UP = 1
+    path = gpu_check_cluster.CONFIGS / "lime_64_2x8.yaml"
+    gpu_check_cluster.CONFIGS = Path(folder)
+    (Path(folder) / path.name).write_text(path.read_text())
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    for module in (gpu_check_memory, gpu_check_cluster):
+        module.start_processes = lambda: None
+    gpu_check_cluster.device = lambda: torch.device(DEVICE)
+    gpu_check_cluster.measured_flops = lambda device, dtype: 1e12
+    reports = {}
+    with playing(0, 1) as gpu:
+        stand_in(gpu)
+        for name, module in {"memory": gpu_check_memory, "cluster": gpu_check_cluster}.items():
+            report = Report(Path(folder) / f"{name}.json", {})
+            module.measure(report, sizes)
+            reports[name] = (report.rows, report.problems)
+        with gpu_check_engine.trainer(compared("lime chunked", SMALL.equality)) as run:
+            result = equality.train_stage(run.engine, run.optimizer, run.config, 1, EVALUATION_MICRO_BATCH_SIZE)
+        made = {tensor.device.type for tensor in result["gradients"].values()}
+        kept = {tensor.device.type for tensor in on_cpu(result)["gradients"].values()}
+    return {**reports, "made": made, "kept": kept}
+
+
+def stand_in(gpu: FakeGpu) -> None:
+    """Let `torch.cuda` answer for the fake GPU, as far as the sections ask it."""
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.synchronize = lambda device=None: gpu.wait("synchronise")
+    cuda.empty_cache = lambda: None
+    cuda.mem_get_info = lambda device=None: (10**9, 10**9)
+    cuda.reset_peak_memory_stats = lambda device=None: setattr(gpu, "peak", gpu.live)
+    cuda.memory_stats = lambda device=None: {
+        "requested_bytes.all.current": gpu.live, "requested_bytes.all.peak": gpu.peak,
+    }  # fmt: skip
