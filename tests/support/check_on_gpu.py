@@ -1,4 +1,4 @@
-"""Worker case: sections of benchmarks/gpu_check.py on the fake GPU, which stands for CUDA."""
+"""Worker cases: sections of benchmarks/gpu_check.py, and transfers over gloo, on the fake GPU, which stands for CUDA."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from support.fake_gpu import DEVICE, FakeGpu, playing
+from support.transfers import build
+
+from benchmarks.equality import rank_batches
+from lime_dist.host_staging import stage_on_host
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -50,6 +55,28 @@ def run_sections(folder: str) -> dict[str, Any]:
         made = {tensor.device.type for tensor in result["gradients"].values()}
         kept = {tensor.device.type for tensor in on_cpu(result)["gradients"].values()}
     return {**reports, "made": made, "kept": kept}
+
+
+def transfers_over_gloo(values: dict[str, Any], rank: int) -> dict[str, set[str]]:
+    """Train a step as one of two stages with host staging. Returns the devices of what torch was given to send and to receive."""
+    given: dict[str, set[str]] = {}
+    for name in ("send", "recv", "isend", "irecv"):
+        given[name] = set()
+        setattr(dist, name, _noting(given[name], getattr(dist, name)))
+    stage_on_host()
+    with playing(rank, 2) as gpu:
+        config, engine, _ = build(values)
+        assert gpu.live > 0
+        engine.train_step(rank_batches(config, 0, 0, 1, config.train.micro_batch_size))
+    return given
+
+
+def _noting(devices: set[str], transfer: Any) -> Any:
+    def call(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        devices.add(tensor.device.type)
+        return transfer(tensor, *arguments, **options)
+
+    return call
 
 
 def stand_in(gpu: FakeGpu) -> None:
