@@ -32,8 +32,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--tokenizer", type=user_path, help="tokenizer folder (default: the one in the run's data.path)"
     )
     parser.add_argument("--max-shard-size", default="5GB", help="size limit of one weights file (default 5GB)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="type of the weights: float32, as the optimizer keeps them also in bf16 runs, or bfloat16, half as large "
+        "(default float32)",
+    )
     options = parser.parse_args(arguments)
-    certificate = export(options.checkpoint, options.output, options.tokenizer, options.max_shard_size)
+    certificate = export(options.checkpoint, options.output, options.tokenizer, options.max_shard_size, options.dtype)
     logits: dict[str, Any] = certificate["logits"]
     print(
         f"compared on {logits['tokens']:,} tokens ({logits['text']}): logits differ by at most "

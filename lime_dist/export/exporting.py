@@ -79,8 +79,13 @@ def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
     return RunText(tokenizer, bos, row[:, :length], "built-in text")
 
 
-def export(checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_shard_size: str) -> dict[str, Any]:
+def export(
+    checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_shard_size: str, dtype: str = "float32"
+) -> dict[str, Any]:
     """Export a checkpoint to the folder ``output``.
+
+    Args:
+        dtype: type of the exported weights. Weights are rounded to it first, also for the comparison of logits.
 
     Returns:
         The certificate.
@@ -93,19 +98,22 @@ def export(checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_sh
         raise LimeError(f"{output}: already exists; give another --output, or delete it")
     config, state, weights = read_weights(checkpoint)
     source = source_of(checkpoint)
+    stored = {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
+    weights = {name: weight.float() for name, weight in stored.items()}
     text = run_text(config, tokenizer_folder)
     final = output.absolute()
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_weights(partial, weights, max_shard_size)
-        write_configuration(partial, config, special_ids(text.tokenizer, text.bos))
+        write_weights(partial, stored, max_shard_size)
+        write_configuration(partial, config, special_ids(text.tokenizer, text.bos), dtype)
         write_tokenizer(text.tokenizer, text.bos, config.data.sequence_length, partial)
         write_card(partial, final.name, config, state.step, state.consumed_samples)
         source_facts = {"checkpoint": str(source.path), "manifest_sha256": source.manifest_sha256, **state.as_dict()}
-        certificate = make_certificate(partial, config, weights, text, source_facts)
+        certificate = {**make_certificate(partial, config, weights, text, source_facts), "dtype": dtype}
         write_atomic(partial / CERTIFICATE, json_bytes(certificate))
+        share_files(partial)
         if final.is_dir():
             final.rmdir()
         partial.rename(final)
@@ -115,6 +123,12 @@ def export(checkpoint: Path, output: Path, tokenizer_folder: Path | None, max_sh
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return certificate
+
+
+def share_files(folder: Path) -> None:
+    """Give every file the mode that the umask gives new files; libraries make some of them for their owner only."""
+    for path in folder.iterdir():
+        path.chmod((folder / CERTIFICATE).stat().st_mode)
 
 
 def make_certificate(

@@ -40,9 +40,9 @@ def import_model(folder: Path, config: Config) -> Path:
     """
     require_transformers()
     values = read_json(folder / "config.json", "give a folder with a Hugging Face model")
-    certificate = verify(folder) if (folder / CERTIFICATE).exists() or values.get("model_type") == MODEL_TYPE else None
-    if values.get("model_type") == MODEL_TYPE:
-        check_export(folder, values, config)
+    certificate = verify(folder) if (folder / CERTIFICATE).exists() else None
+    if values.get("model_type") == MODEL_TYPE:  # without a certificate: saved again by `save_pretrained`
+        check_export(folder, completed(folder, values), config)
     else:
         check_start(config.model)
         check_shape(folder, values, config.model)
@@ -85,6 +85,23 @@ def check_logits(folder: Path, config: Config, weights: Weights, tokens_NT: Tens
         f"logit is {comparison.logit:.1e}; the model computes something that its config.json does not mention; nothing was "
         "written"
     )
+
+
+def completed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The content of an export's config.json with the keys that `save_pretrained` leaves out, which have their defaults."""
+    if (folder / CERTIFICATE).exists():
+        return values
+    from transformers import AutoConfig
+
+    try:
+        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    except Exception as error:  # transformers raises many types
+        reason = str(error).strip().splitlines()[0]
+        raise LimeError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from None
+    missing = [key for key in ("architecture", *SHAPE_KEYS) if not hasattr(loaded, key)]
+    if missing:
+        raise LimeError(f"{folder / 'config.json'}: has no {missing[0]}; give a folder that save_pretrained wrote")
+    return {**{key: getattr(loaded, key) for key in ("architecture", *SHAPE_KEYS)}, **values}
 
 
 def check_export(folder: Path, values: dict[str, Any], config: Config) -> None:
@@ -145,13 +162,18 @@ def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> Non
         raise LimeError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from None
     rope = getattr(original, "rope_parameters", None) or {"rope_theta": getattr(original, "rope_theta", None)}
     fixed = {
-        "rope_type": (rope.get("rope_type", "default"), "default"),
         "rope_scaling": (values.get("rope_scaling"), None),
         "hidden_act": (original.hidden_act, "silu"),
         "attention_bias": (original.attention_bias, False),
         "mlp_bias": (original.mlp_bias, False),
         "head_dim": (original.head_dim, original.hidden_size // original.num_attention_heads),
     }
+    scaled = rope.get("rope_type", "default")
+    if scaled != "default":
+        raise LimeError(
+            f"{folder / 'config.json'}: rope_type={scaled} is not supported: the trainer does not scale its rotary embedding; "
+            "only models with rope_type=default can be imported"
+        )
     for key, (value, supported) in fixed.items():
         if value != supported:
             raise LimeError(f"{folder / 'config.json'}: {key}={value} is not supported, only {key}={supported}")

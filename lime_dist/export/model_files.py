@@ -46,9 +46,13 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 """
 
 
-def write_configuration(folder: Path, config: Config, special_ids: dict[str, int]) -> None:
-    """Write config.json, generation_config.json and the architecture's modelling code, if it has any."""
-    values = {**model_description(config), **special_ids}
+def write_configuration(folder: Path, config: Config, special_ids: dict[str, int], dtype: str = "float32") -> None:
+    """Write config.json, generation_config.json and the architecture's modelling code, if it has any.
+
+    Args:
+        dtype: of the weights.
+    """
+    values = {**model_description(config), "dtype": dtype, **special_ids}
     (folder / "config.json").write_bytes(json_bytes(values))
     (folder / "generation_config.json").write_bytes(json_bytes(special_ids))
     for path in modelling_code(architecture_of(config.model).export_format):

@@ -72,7 +72,7 @@ class HiddenHistory:
             shares = weights.to(torch.promote_types(weights.dtype, torch.float32)).softmax(-1)
             summary_rND = torch.zeros((), dtype=shares.dtype, device=shares.device)
             for i, entry in enumerate(sources):
-                summary_rND = summary_rND + shares[:, i, None, None] * self.states.pop(entry)
+                summary_rND = summary_rND + shares[:, i, None, None] * self.states.pop(entry).to(shares.device)
             self.entries.update(zip(rows, rms_normalise(summary_rND, self.eps).to(x_BTD.dtype), strict=True))
         for entry in self.reads.dropped[layer]:
             self.entries.pop(entry, None)
@@ -81,9 +81,9 @@ class HiddenHistory:
     def _project(self, layer: int, attention: Attention, gamma: Tensor, state_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values from each head's mixture of the layer's entries, a slice of tokens at a time."""
         batch, length, size = state_BTD.shape
-        read = [self.entries[entry] for entry in self.reads.by_layer[layer]]
+        read = [self.entries[entry].to(state_BTD.device) for entry in self.reads.by_layer[layer]]
         weights = attention.router((state_BTD * gamma).flatten(0, 1))
-        projections = [p.weight.unflatten(0, (-1, attention.head_dim)) for p in (attention.k_proj, attention.v_proj)]
+        projections = [p().unflatten(0, (-1, attention.head_dim)) for p in (attention.k_proj, attention.v_proj)]
         projections_HcD = torch.cat(projections, 1) * gamma
         token_slices = []
         step = max(1, MIXTURE_ELEMENTS // (len(projections_HcD) * size))
@@ -111,8 +111,8 @@ class HiddenLayer(PreNormLayer):
     def forward(self, x_BTD: Tensor, history: HiddenHistory, run: ForwardPass) -> Tensor:
         attention, norm = self.self_attn, self.history_layernorm
         state = rms_normalise(x_BTD, self.input_layernorm.eps)
-        normed = state * self.input_layernorm.weight
-        mixed = history.read(self.layer, attention, None if norm is None else norm.weight, x_BTD, state)
+        normed = state * self.input_layernorm()
+        mixed = history.read(self.layer, attention, None if norm is None else norm(), x_BTD, state)
         key, value = attention.keys_and_values(normed) if mixed is None else mixed
         return self.finish(x_BTD, attention.queries(normed), key, value, run)
 

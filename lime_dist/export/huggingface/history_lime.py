@@ -54,6 +54,9 @@ class ChunkSummary(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.eye(rows, columns))
 
+    def forward(self) -> Tensor:
+        return self.weight
+
 
 class Summaries(nn.Module):
     """The weights of all chunk summaries.
@@ -69,4 +72,5 @@ class Summaries(nn.Module):
         )
 
     def weight(self, chunk: int) -> Tensor:
-        return self.chunks[chunk].get_parameter("weight")
+        weight: Tensor = self.chunks[chunk]()
+        return weight

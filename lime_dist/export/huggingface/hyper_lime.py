@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lime import LimeConfig
-from .layers_lime import MLP, Attention, ForwardPass
+from .layers_lime import MLP, Attention, CheckpointedLayer, ForwardPass
 from .modeling_lime import BaseForCausalLM, BaseModel
 
 LAYER_NORM_EPS = 1e-5
@@ -48,7 +48,7 @@ class HyperConnection(nn.Module):
         return mixed[..., 1:, :] + beta.unsqueeze(-1) * out_BTD.unsqueeze(-2)
 
 
-class HyperLayer(nn.Module):
+class HyperLayer(CheckpointedLayer):
     """Attention and SwiGLU, each with its own hyper-connection."""
 
     def __init__(self, config: LimeConfig, layer: int) -> None:
@@ -60,11 +60,17 @@ class HyperLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, streams_BTnD: Tensor, history: None, run: ForwardPass) -> Tensor:
+        return self.checkpointed(self._forward, run, streams_BTnD)
+
+    def _forward(self, run: ForwardPass, streams_BTnD: Tensor) -> Tensor:
         def attend(x_BTD: Tensor) -> Tensor:
             attention = self.self_attn
             return run.attend(self.layer, attention, attention.queries(x_BTD), *attention.keys_and_values(x_BTD))
 
-        return self.mlp_connection(self.attn_connection(streams_BTnD, attend), self.mlp)
+        def feed_forward(x_BTD: Tensor) -> Tensor:  # `device_map` would move a module among the arguments
+            return self.mlp(x_BTD)
+
+        return self.mlp_connection(self.attn_connection(streams_BTnD, attend), feed_forward)
 
 
 class LimeModel(BaseModel):

@@ -31,7 +31,7 @@ class KeyValueRouter(nn.Module):
         own = (len(reads) - end) * heads
         self.weight = nn.Parameter(torch.eye(own)[own - heads :])
 
-    def matrix(self) -> Tensor:
+    def forward(self) -> Tensor:
         """[G, entries read · G]."""
         return torch.cat([p for p in (self.first_weight, self.summary_weight, self.weight) if p is not None], 1)
 
@@ -48,19 +48,20 @@ class KeyValueHistory:
         batch, heads, length, size = k_BGTd.shape
         self.entries["slots", layer] = torch.cat((k_BGTd, v_BGTd), -1).transpose(0, 1).reshape(heads, -1)
         if router is not None:
-            mixed = router.matrix() @ self._gather(self.reads.by_layer[layer])
+            mixed = router() @ self._gather(self.reads.by_layer[layer], k_BGTd.device)
             k_BGTd, v_BGTd = mixed.view(heads, batch, length, 2 * size).transpose(0, 1).split(size, -1)
         if layer in self.reads.chunks:
             chunk, sources, rows = self.reads.chunks[layer]
-            summary = self.summaries.weight(chunk) @ self._gather(sources)
+            weight = self.summaries.weight(chunk)
+            summary = weight @ self._gather(sources, weight.device)
             self.entries.update(zip(rows, summary.view(len(rows), heads, -1), strict=True))
         for entry in self.reads.dropped[layer]:
             self.entries.pop(entry, None)
         return k_BGTd, v_BGTd
 
-    def _gather(self, entries: list[Entry]) -> Tensor:
-        """The entries, stacked, [entries · G, B·T·2d]."""
-        return torch.cat([self.entries[entry] for entry in entries])
+    def _gather(self, entries: list[Entry], device: torch.device) -> Tensor:
+        """The entries, stacked, [entries · G, B·T·2d]. Layers may lie on several devices."""
+        return torch.cat([self.entries[entry].to(device) for entry in entries])
 
 
 class KeyValueLayer(PreNormLayer):

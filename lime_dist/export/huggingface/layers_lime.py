@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from .configuration_lime import LimeConfig
 
+# A module that is called without an input returns its weight. Weights are reached only so: with `device_map`, a weight that
+# lies on another device or on disk exists in its module only while the module is called.
+
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + ε) over the last dimension, computed in at least float32."""
@@ -28,8 +31,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_normalise(x, self.eps) * self.weight
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        return self.weight if x is None else rms_normalise(x, self.eps) * self.weight
+
+
+class Projection(nn.Linear):
+    """A matrix product without bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        return self.weight if x is None else super().forward(x)
 
 
 class MLP(nn.Module):
@@ -54,8 +67,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.k_proj = Projection(config.hidden_size, config.num_key_value_heads * self.head_dim)
+        self.v_proj = Projection(config.hidden_size, config.num_key_value_heads * self.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
         self.router = router
 
@@ -81,6 +94,7 @@ class ForwardPass:
         attention_mask: None; [B, S], 0 for padding; or a complete mask [B, 1, T, S].
         position_ids: [B, T]; None: counted from the first token that is not padding.
         cache: a `transformers` cache, or None.
+        output_attentions: collect the weights of attention in ``attentions``, [B, H, T, S] by layer.
     """
 
     def __init__(
@@ -90,7 +104,9 @@ class ForwardPass:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Any,
+        output_attentions: bool = False,
     ) -> None:
+        self.attentions: list[Tensor] | None = [] if output_attentions else None
         self.length, self.device, self.cache = hidden_BTD.shape[1], hidden_BTD.device, cache
         self.past = int(cache.get_seq_length()) if cache is not None else 0
         self.complete_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
@@ -114,16 +130,38 @@ class ForwardPass:
         if self.cache is not None:
             k_BGTd, v_BGTd = self.cache.update(k_BGTd, v_BGTd, layer)
         mask, is_causal = self._mask_for(k_BGTd.shape[2])
-        out_BHTd = F.scaled_dot_product_attention(
-            q_BHTd, k_BGTd, v_BGTd, mask, is_causal=is_causal, enable_gqa=q_BHTd.shape[1] != k_BGTd.shape[1]
-        )
+        mask = None if mask is None else mask.to(q_BHTd.device)
+        if self.attentions is not None:
+            out_BHTd = self._attend_and_keep_weights(self.attentions, q_BHTd, k_BGTd, v_BGTd, mask, is_causal)
+        else:
+            out_BHTd = F.scaled_dot_product_attention(
+                q_BHTd, k_BGTd, v_BGTd, mask, is_causal=is_causal, enable_gqa=q_BHTd.shape[1] != k_BGTd.shape[1]
+            )
         return attention.o_proj(out_BHTd.transpose(1, 2).flatten(2))
+
+    def _attend_and_keep_weights(
+        self, kept: list[Tensor], q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Attention by its definition; `scaled_dot_product_attention` does not return the weights."""
+        k_BHSd, v_BHSd = (x.repeat_interleave(q_BHTd.shape[1] // x.shape[1], 1) for x in (k_BGTd, v_BGTd))
+        scores_BHTS = q_BHTd @ k_BHSd.transpose(-1, -2) * q_BHTd.shape[-1] ** -0.5
+        if is_causal:
+            mask = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=scores_BHTS.device).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            scores_BHTS = scores_BHTS.masked_fill(~mask, float("-inf"))
+        elif mask is not None:
+            scores_BHTS = scores_BHTS + mask
+        accumulation_dtype = torch.promote_types(scores_BHTS.dtype, torch.float32)
+        weights_BHTS = scores_BHTS.softmax(-1, dtype=accumulation_dtype).to(q_BHTd.dtype)
+        kept.append(weights_BHTS)
+        return weights_BHTS @ v_BHSd
 
     def _rotate(self, x_BHTd: Tensor) -> Tensor:
         half = x_BHTd.shape[-1] // 2
-        x = x_BHTd.to(self.cos.dtype)
+        cos, sin = self.cos.to(x_BHTd.device), self.sin.to(x_BHTd.device)
+        x = x_BHTd.to(cos.dtype)
         rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return (x * self.cos + rotated * self.sin).to(x_BHTd.dtype)
+        return (x * cos + rotated * sin).to(x_BHTd.dtype)
 
     def _mask_for(self, keys: int) -> tuple[Tensor | None, bool]:
         """The mask over ``keys`` keys, or None; and whether attention applies a causal mask itself. Same for all layers."""
@@ -146,7 +184,23 @@ class ForwardPass:
         return allowed.unsqueeze(1), False
 
 
-class PreNormLayer(nn.Module):
+class CheckpointedLayer(nn.Module):
+    """A layer of which a part can be computed again in the backward pass (``model.gradient_checkpointing_enable()``)."""
+
+    gradient_checkpointing = False  # `transformers` sets both
+    _gradient_checkpointing_func: Any
+
+    def checkpointed(self, part: Any, run: ForwardPass, *tensors: Tensor) -> Tensor:
+        """``part(run, *tensors)``, whose activations are not kept if gradient checkpointing is on.
+
+        The part must not write to the layer history, because it is computed twice.
+        """
+        if self.gradient_checkpointing and self.training and run.cache is None and run.attentions is None:
+            return self._gradient_checkpointing_func(part, run, *tensors)
+        return part(run, *tensors)
+
+
+class PreNormLayer(CheckpointedLayer):
     """Pre-norm attention and SwiGLU."""
 
     def __init__(self, config: LimeConfig, layer: int, router: nn.Module | None) -> None:
@@ -159,5 +213,8 @@ class PreNormLayer(nn.Module):
 
     def finish(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, run: ForwardPass) -> Tensor:
         """The layer's output from its input, queries and keys before rotation, and values."""
+        return self.checkpointed(self._finish, run, x_BTD, q_BHTd, k_BGTd, v_BGTd)
+
+    def _finish(self, run: ForwardPass, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
         x_BTD = x_BTD + run.attend(self.layer, self.self_attn, q_BHTd, k_BGTd, v_BGTd)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

@@ -20,9 +20,9 @@ class LimePreTrainedModel(PreTrainedModel):
     config: LimeConfig
     config_class = LimeConfig
     base_model_prefix = "model"
-    _no_split_modules = ["LimeModel"]  # layers read what other layers wrote: keep them on one device
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
 
 class BaseModel(LimePreTrainedModel):
@@ -34,6 +34,7 @@ class BaseModel(LimePreTrainedModel):
         self.layers = nn.ModuleList(self.make_layers(config))
         self.history = self.make_summaries(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         self.post_init()
 
     def make_layers(self, config: LimeConfig) -> list[nn.Module]:
@@ -64,6 +65,7 @@ class BaseModel(LimePreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -71,9 +73,15 @@ class BaseModel(LimePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+            past_key_values, use_cache = None, False  # layers are computed again, which would write to the cache again
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
-        run = ForwardPass(self.config, x, attention_mask, position_ids, past_key_values)
+        run = ForwardPass(self.config, x, attention_mask, position_ids, past_key_values, bool(output_attentions))
         x, history = self.first_input(x), self.open_history()
         states: list[Tensor] = []
         for layer in self.layers:
@@ -85,6 +93,7 @@ class BaseModel(LimePreTrainedModel):
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*states, x) if output_hidden_states else None,
+            attentions=None if run.attentions is None else tuple(run.attentions),
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -99,6 +108,7 @@ class BaseForCausalLM(LimePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -122,6 +132,7 @@ class BaseForCausalLM(LimePreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -140,6 +151,7 @@ class BaseForCausalLM(LimePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -148,6 +160,7 @@ class BaseForCausalLM(LimePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         causal = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
-        )
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )  # fmt: skip
         return causal.to_tuple() if return_dict is False else causal
