@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lime_dist.config.registry import SCHEDULES
 from lime_dist.distributed import quiet, start_processes
-from lime_dist.model.decoder import apply_head, embed
+from lime_dist.model.decoder import apply_norm, embed
 from lime_dist.pipeline.clock import Clock
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
@@ -43,9 +43,8 @@ class TupleModule(LimePipelineModule):
             hidden, history = inputs
         for layer in self._layers():
             hidden, history = copying_layer(layer, hidden, history)
-        if self.computes_logits:
-            norm, head = functions[-2:]
-            return apply_head(config, norm, head, hidden)
+        if self.holds_head:
+            return apply_norm(config, functions[-2], hidden)
         return hidden, history
 
 

@@ -106,8 +106,7 @@ def activation_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize:
     """Bytes that autograd keeps of a decoder layer of one micro-batch from its forward to its backward pass: the layer's
     input and what is made from it. The history's own memory (`history_bytes`), parameters and rotary tables do not count.
 
-    The number is exact for the CPU without compilation (tests/model/test_cost.py counts), except for bf16 stages with
-    ``routes: hidden`` that summarise a chunk which began on another stage: there it is up to 3 % too high.
+    The number is exact for the CPU without compilation (tests/model/test_cost.py counts).
 
     Args:
         itemsize: bytes per element of the run's precision; norms and softmax statistics are never kept below float32.
@@ -134,8 +133,20 @@ def embedding_activation_bytes(num_tokens: int) -> int:
 def head_activation_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:
     """Bytes that norm, output projection and loss keep on the last stage."""
     hidden, accumulated = config.hidden_size, accumulation_itemsize(itemsize)
-    norm = (
-        accumulated * (hidden + 1) + 2 * itemsize * hidden
-    )  # input, root mean square; output before and after the weight
-    loss = accumulated * config.vocab_size + 8  # log-probabilities, labels
-    return num_tokens * (norm + loss) + accumulated  # and the number of tokens
+    norm = itemsize * hidden + accumulated  # input, root mean square
+    loss = itemsize * hidden  # gradient of the hidden state
+    return num_tokens * (norm + loss) + accumulated * config.vocab_size * hidden  # gradient of the projection
+
+
+LOGITS_OF_A_PIECE = 1 << 26
+"""Logits that the loss computes at a time: few enough to take little memory, enough to keep a GPU busy, and to make a pass over the
+projection's gradient for every piece cheap."""
+PIECE_UNIT = 128
+"""The tokens of a piece are a multiple of this, for the matrix products."""
+
+
+def loss_piece_tokens(vocab_size: int, num_tokens: int) -> int:
+    """Tokens whose logits exist at the same time."""
+    pieces = -(-num_tokens * vocab_size // LOGITS_OF_A_PIECE)
+    even = -(-num_tokens // pieces)
+    return min(num_tokens, -(-even // PIECE_UNIT) * PIECE_UNIT)

@@ -136,9 +136,14 @@ def _checkpoint_contexts(
     return nullcontext(), nullcontext() if history is None else history.recomputing()
 
 
+def apply_norm(config: ModelConfig, norm: nn.Module, hidden: Tensor) -> Tensor:
+    """What the output projection takes, [B, T, D], from the output of the last decoder layer."""
+    return cast(Tensor, norm(architecture_of(config).last_output(hidden)))
+
+
 def apply_head(config: ModelConfig, norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [B, T, V] from the output of the last decoder layer. The head is an output projection or a tied embedding."""
-    normed_BTD = norm(architecture_of(config).last_output(hidden))
+    normed_BTD = apply_norm(config, norm, hidden)
     return head.logits(normed_BTD) if isinstance(head, Embedding) else head(normed_BTD)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lime_dist.model.functions import Rotate, rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + ε) · weight over the last dimension, computed in at least float32."""
@@ -22,13 +24,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalise(x, self.eps) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + ε) over the last dimension, computed in at least float32."""
-    accumulation_dtype = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(accumulation_dtype), x.shape[-1:], None, eps).to(x.dtype)
+    return rms_norm(x, None, eps)
 
 
 Rotary = tuple[Tensor, Tensor]
@@ -47,20 +48,18 @@ def rotary_table(length: int, head_size: int, theta: float, dtype: torch.dtype, 
 
 def rotate(x_BHTd: Tensor, rotary: Rotary) -> Tensor:
     """Apply rotary position embedding (arXiv 2104.09864) to [B, H, T, d]; the table has T positions."""
-    cos, sin = rotary
-    half = x_BHTd.shape[-1] // 2
-    x = x_BHTd.to(cos.dtype)
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + rotated * sin).to(x_BHTd.dtype)
+    return Rotate.apply(x_BHTd, *rotary)
 
 
 def causal_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
-    """Causal softmax attention; K/V head g serves the H/G query heads from g·H/G on; returns [B, T, H·d]."""
+    """Causal softmax attention; K/V head g serves the H/G query heads from g·H/G on; returns [B, T, H·d].
+
+    On CUDA, the kernels for float32 and float64 need as many K/V heads as query heads.
+    """
     group = q_BHTd.shape[1] // k_BGTd.shape[1]
-    if group > 1:
-        k_BGTd = k_BGTd.repeat_interleave(group, dim=1)
-        v_BGTd = v_BGTd.repeat_interleave(group, dim=1)
-    out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True)
+    if group > 1 and q_BHTd.is_cuda and q_BHTd.dtype in (torch.float32, torch.float64):
+        k_BGTd, v_BGTd, group = k_BGTd.repeat_interleave(group, 1), v_BGTd.repeat_interleave(group, 1), 1
+    out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True, enable_gqa=group > 1)
     return out_BHTd.transpose(1, 2).flatten(2)
 
 

@@ -120,8 +120,8 @@ class Activations:
 def transformer_activations(config: ModelConfig) -> Activations:
     """What attention and SwiGLU keep of a layer."""
     return Activations(
-        # Queries, keys and values per query head, output; gate, silu(gate), up, their product.
-        per_token=4 * config.hidden_size + 4 * config.intermediate_size,
+        # Queries, keys, values, output; gate, silu(gate), up, their product.
+        per_token=2 * config.hidden_size + 2 * config.key_value_heads * config.head_size + 4 * config.intermediate_size,
         accumulated_per_token=config.num_attention_heads,  # log of the sum of exponentials
     )
 
@@ -129,13 +129,6 @@ def transformer_activations(config: ModelConfig) -> Activations:
 def norm_activations(config: ModelConfig) -> Activations:
     """What the two RMSNorms of a pre-norm layer keep."""
     return Activations(
-        per_token=2 * 2 * config.hidden_size,  # outputs before and after the weight
-        accumulated_per_token=2 * (config.hidden_size + 1),  # inputs, root mean squares
+        per_token=2 * 2 * config.hidden_size,  # inputs, outputs
+        accumulated_per_token=2,  # root mean squares
     )
-
-
-def received_hidden_bytes(config: ModelConfig, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-    """Bytes that a pre-norm stage keeps of a received hidden state: its first layer keeps a float32 copy of a bf16 one."""
-    if checkpointing or accumulation_itemsize(itemsize) == itemsize:
-        return 0
-    return num_tokens * itemsize * config.hidden_size

@@ -112,7 +112,7 @@ class LimeEngine(PipelineEngine):
             self.clock.measuring(VALIDATION),
         ):
             loss = float(self.eval_batch(batches, num_micro_batches=micro_batches))
-        self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # free the last logits
+        self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # free the last ones
         return loss
 
     def micro_batch_losses(self) -> list[float]:
@@ -209,11 +209,11 @@ class LimeEngine(PipelineEngine):
         if self.is_last_stage():
             self.loss = self._add_loss(outputs, self.pipe_buffers["labels"][buffer_id])
 
-    def _add_loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    def _add_loss(self, outputs_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Return the loss of a micro-batch on the last stage, and add it to the step's total."""
         shares = self._counted_shares
         share = shares.training if torch.is_grad_enabled() else shares.validation
-        loss: Tensor = self.module.loss_fn(logits_BTV, labels_BT, share)
+        loss: Tensor = self.module.loss_fn(outputs_BTD, labels_BT, share)
         self.fwd_outputs.append(loss.detach())
         self.total_loss = loss.detach().clone() if self.total_loss is None else self.total_loss + loss.detach()
         return loss

@@ -172,11 +172,11 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     if checkpointing and len(layers) > 1:
         peaks.append(again + block + 2 * feed_forward - freed)  # SwiGLU of the layer before, in the same block
     if last:
-        logits = tokens * model.vocab_size
+        logits = cost.loss_piece_tokens(model.vocab_size, tokens) * model.vocab_size
         peaks += [
-            2 * logits * accumulation_bytes,
-            logits * (size - accumulation_bytes) + embedding,
-        ]  # loss; output projection
+            2 * logits * accumulation_bytes + stream,  # loss: logits of a piece, log-probabilities; the normed state
+            embedding + 2 * stream,  # gradients of the projection and of the normed state, times the factor of the mean
+        ]
     if layers.start == 0:
         peaks.append(embedding - everything)
     else:  # the gradient of the payload, summed in at least float32, then packed

@@ -23,7 +23,7 @@ from lime_dist.model.blocks import compile_layers
 from lime_dist.model.cost import payload_shape
 from lime_dist.model.decoder import (
     LayerSpec,
-    apply_head,
+    apply_norm,
     decoder_layers,
     embed,
     layer_name,
@@ -31,7 +31,7 @@ from lime_dist.model.decoder import (
     run_layers,
 )
 from lime_dist.model.history import LayerHistory
-from lime_dist.model.layers import language_model_loss
+from lime_dist.model.loss import projected_loss
 from lime_dist.model.summaries import ChunkSummary
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack
@@ -42,7 +42,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 class LimePipelineModule(PipelineModule):
     """The layers of this rank's stage. The input is tokens [B, T] on the first stage, a payload [B, T, …] on the others; the
-    output is logits [B, T, V] on the last stage, a payload on the others.
+    output is a payload, on the last stage the hidden state [B, T, D] after the last norm, from which ``loss_fn`` computes logits and
+    loss a piece at a time.
 
     Attributes:
         wire_dtype: dtype of payloads and their gradients on their way between stages.
@@ -61,7 +62,7 @@ class LimePipelineModule(PipelineModule):
         width, _ = batch_split(config, dist.get_world_size())
         grid = process_grid(config.parallel.pipeline_stages, width, config.parallel.topology)
         with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
-            super().__init__(layers, topology=grid, loss_fn=language_model_loss)
+            super().__init__(layers, topology=grid, loss_fn=self._loss)
         self.dtype = DTYPES[config.precision]
         self.wire_dtype = DTYPES[config.pipeline.wire_dtype or config.precision]
         self.layout = stage_layout(config.model, self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
@@ -75,7 +76,7 @@ class LimePipelineModule(PipelineModule):
         return self.stage_id == 0
 
     @property
-    def computes_logits(self) -> bool:
+    def holds_head(self) -> bool:
         """Whether the stage ends with the last norm and the head."""
         return self.stage_id == self.num_stages - 1
 
@@ -98,7 +99,7 @@ class LimePipelineModule(PipelineModule):
 
     def _layers(self) -> Sequence[nn.Module]:
         """The stage's decoder layers with the chunk summaries between them."""
-        first, last = int(self.embeds_tokens), 2 * int(self.computes_logits)
+        first, last = int(self.embeds_tokens), 2 * int(self.holds_head)
         return cast(Sequence[nn.Module], self.forward_funcs[first : len(self.forward_funcs) - last])
 
     def payload_shape(self, boundary: int, batch: int, length: int) -> tuple[int, ...]:
@@ -127,10 +128,13 @@ class LimePipelineModule(PipelineModule):
         else:
             hidden = unpack(inputs.to(self.dtype), config.model.hidden_size, history)
         hidden, released = run_layers(self._layers(), hidden, history, config.parallel.activation_checkpointing)
-        if not self.computes_logits:
+        if not self.holds_head:
             return pack(hidden, released, history).to(self.wire_dtype)
-        norm, head = functions[-2:]
-        return apply_head(config.model, norm, head, hidden)
+        return apply_norm(config.model, functions[-2], hidden)
+
+    def _loss(self, hidden_BTD: Tensor, labels_BT: Tensor, counted_share: float | None) -> Tensor:
+        """The loss of a micro-batch on the last stage. The head is an output projection or a tied embedding."""
+        return projected_loss(hidden_BTD, cast(Tensor, self.forward_funcs[-1].weight), labels_BT, counted_share)
 
 
 Arguments = tuple[ModelConfig, int, torch.device, torch.dtype]

@@ -47,7 +47,13 @@ def test_parameter_counts_of_the_paper(name: str, billions: float) -> None:
 
     With the vocabulary of GPT-2, without the rows that our configurations add."""
     digits = len(str(billions).partition(".")[2])
-    assert round(count_parameters(load_config(CONFIGS / f"paper/{name}.yaml", ["model.vocab_size=50257"]).model) / 1e9, digits) == billions
+    assert (
+        round(
+            count_parameters(load_config(CONFIGS / f"paper/{name}.yaml", ["model.vocab_size=50257"]).model) / 1e9,
+            digits,
+        )
+        == billions
+    )
 
 
 @pytest.mark.parametrize("model", ["llama", "lime_static", "lime_dynamic", "lime_kv", "hyper_dynamic"])

@@ -12,7 +12,6 @@ from lime_dist.model.transformer import (
     norm_activations,
     norm_parameters,
     projection_parameters,
-    received_hidden_bytes,
     shared_parameter_group,
     transformer_activations,
     transformer_flops,
@@ -69,7 +68,8 @@ class Llama(WithoutHistory, Architecture):
         return kept.nbytes(num_tokens, itemsize)
 
     def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        return received_hidden_bytes(self.config, num_tokens, itemsize, checkpointing)
+        """The received hidden state is the first layer's input."""
+        return 0
 
     @property
     def export_format(self) -> ExportFormat:

@@ -20,7 +20,6 @@ from lime_dist.model.transformer import (
     norm_activations,
     norm_parameters,
     projection_parameters,
-    received_hidden_bytes,
     transformer_activations,
     transformer_flops,
 )
@@ -135,12 +134,9 @@ class HiddenLime(Lime):
         kept = Activations(per_token=self.config.hidden_size)  # the layer's input
         if not checkpointing:
             kept = transformer_activations(self.config) + norm_activations(self.config) + self._read_activations(layer)
+            kept += Activations(per_token=self.config.hidden_size)  # the normed input before the norm's weight
         kept += self._router_activations(layer) + self._summary_activations(layer)
-        copies = 0
-        if layer in self.chunks and not checkpointing and accumulation_itemsize(itemsize) != itemsize:
-            # The chunk's states, of which layers keep float32 copies.
-            copies = itemsize * num_tokens * self.config.hidden_size * len(self.chunks[layer].layers)
-        return kept.nbytes(num_tokens, itemsize) + copies
+        return kept.nbytes(num_tokens, itemsize)
 
     def _read_activations(self, layer: int) -> Activations:
         """What a layer with a router keeps of its read."""
@@ -178,8 +174,7 @@ class HiddenLime(Lime):
         live = live_entries(self.policy, boundary, self.config.num_hidden_layers)
         slots = sum(not entry.is_summary for entry in live)
         kept = itemsize * len(live) * hidden + accumulated * slots  # entries; roots of the states' mean squares
-        kept += 0 if accumulated == itemsize else accumulated * slots * hidden  # float32 copies of the states
-        return num_tokens * kept + received_hidden_bytes(self.config, num_tokens, itemsize, checkpointing)
+        return num_tokens * kept
 
     def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         """Dynamic: weights and their gradients of one layer. Static: mixtures of a block and their gradients."""

@@ -22,7 +22,6 @@ from lime_dist.model.transformer import (
     norm_activations,
     norm_parameters,
     projection_parameters,
-    received_hidden_bytes,
     transformer_activations,
     transformer_flops,
 )
@@ -145,13 +144,12 @@ class KeyValueLime(Lime):
         if checkpointing:
             return Activations(per_token=hidden).nbytes(num_tokens, itemsize)
         kept = transformer_activations(self.config) + norm_activations(self.config)
-        if self.config.num_attention_heads == self.config.key_value_heads:
-            kept += Activations(per_token=hidden)  # mixed keys, in one piece of memory with the values
+        kept += Activations(per_token=self.entry_width // 2)  # mixed keys, in one piece of memory with the values
         return kept.nbytes(num_tokens, itemsize)
 
     def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """The payload lands in the history's own memory."""
-        return received_hidden_bytes(self.config, num_tokens, itemsize, checkpointing)
+        """The payload lands in the history's own memory. Its hidden state is the first layer's input."""
+        return 0
 
     def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         """Gradients of the block's slots; with checkpointing also their mixtures, which are computed again."""
