@@ -93,7 +93,7 @@ def _sum_of_losses(
 
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits [N, V] in ``dtype``. On CUDA they are not rounded to the type of the factors."""
-    if hidden_ND.is_cuda and hidden_ND.dtype != dtype:
+    """Logits [N, V] in ``dtype``. On a GPU they are not rounded to the type of the factors."""
+    if hidden_ND.device.type != "cpu" and hidden_ND.dtype != dtype:
         return torch.mm(hidden_ND, weight_VD.t(), out_dtype=dtype)
     return F.linear(hidden_ND, weight_VD).to(dtype)
