@@ -118,6 +118,8 @@ def train(config: Config, verbose: bool) -> str | None:
         held.enter_context(console.logging(directory / "console.log"))
         with quiet(verbose):
             engine, optimizer = build_engine(config, verbose, data.counted_shares)
+        if engine.module.compile_obstacle is not None:
+            console.say(engine.module.compile_obstacle)
         resumed = resume(config, data, optimizer, console)
         files = together(lambda: open_run_files(directory, config, resumed.state.step))
         if files.metrics is not None and (damaged := files.metrics.damaged):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,23 +91,42 @@ class PreNormLayer(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
-def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
+def compile_layers(layers: Iterable[nn.Module], device: torch.device, setting: bool | Literal["auto"]) -> str | None:
     """Compile the `compiled_parts` of decoder layers in place, each as one graph, with torch's inductor.
 
     Layers of the same class share the compiled code. Every input shape is compiled once.
 
+    Args:
+        setting: ``train.compile``; ``auto`` compiles for CUDA, where torch can.
+
+    Returns:
+        In one line, why nothing was compiled, although ``auto`` would have compiled; else None.
+
     Raises:
-        LimeError: torch cannot compile on this machine.
+        LimeError: torch cannot compile on this machine, and ``setting`` is true.
     """
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-    try:
-        compiled(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+    if setting is False or (setting == "auto" and device.type != "cuda"):
+        return None
+    if (reason := compile_obstacle(device)) is not None:
+        problem = f"torch cannot compile for {device} here ({reason})"
+        if setting == "auto":
+            return f"layers run uncompiled, which is slower: {problem}; install Triton, or set train.compile=false"
         raise LimeError(
-            f"train.compile=true: torch cannot compile for {device} here ({reason}); install a C++ compiler (CPU) or "
-            "Triton (GPU), or leave out train.compile"
-        ) from None
+            f"train.compile=true: {problem}; install a C++ compiler (CPU) or Triton (GPU), or leave out train.compile"
+        )
     for layer in layers:
         for part in cast("tuple[str, ...]", layer.compiled_parts):
-            setattr(layer, part, compiled(getattr(layer, part)))
+            setattr(layer, part, _compiled(getattr(layer, part)))
+    return None
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """The first line of the error with which torch fails to compile for a device; None if it can."""
+    try:
+        _compiled(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+_compiled = partial(torch.compile, fullgraph=True, dynamic=False)

@@ -54,10 +54,10 @@ def rotate(x_BHTd: Tensor, rotary: Rotary) -> Tensor:
 def causal_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
     """Causal softmax attention; K/V head g serves the H/G query heads from g·H/G on; returns [B, T, H·d].
 
-    On CUDA, the kernels for float32 and float64 need as many K/V heads as query heads.
+    On a GPU, the kernels for float32 and float64 need as many K/V heads as query heads.
     """
     group = q_BHTd.shape[1] // k_BGTd.shape[1]
-    if group > 1 and q_BHTd.is_cuda and q_BHTd.dtype in (torch.float32, torch.float64):
+    if group > 1 and q_BHTd.device.type != "cpu" and q_BHTd.dtype in (torch.float32, torch.float64):
         k_BGTd, v_BGTd, group = k_BGTd.repeat_interleave(group, 1), v_BGTd.repeat_interleave(group, 1), 1
     out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True, enable_gqa=group > 1)
     return out_BHTd.transpose(1, 2).flatten(2)

@@ -46,6 +46,7 @@ class LimePipelineModule(PipelineModule):
     loss a piece at a time.
 
     Attributes:
+        compile_obstacle: why layers run uncompiled although the configuration would compile them, in one line; else None.
         wire_dtype: dtype of payloads and their gradients on their way between stages.
     """
 
@@ -67,8 +68,8 @@ class LimePipelineModule(PipelineModule):
         self.wire_dtype = DTYPES[config.pipeline.wire_dtype or config.precision]
         self.layout = stage_layout(config.model, self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
         self.exported_parameters = self._exported_parameters(specs)
-        if config.train.compile:
-            compile_layers((layer for layer in self._layers() if not isinstance(layer, ChunkSummary)), device)
+        layers_to_compile = (layer for layer in self._layers() if not isinstance(layer, ChunkSummary))
+        self.compile_obstacle = compile_layers(layers_to_compile, device, config.train.compile)
 
     @property
     def embeds_tokens(self) -> bool:

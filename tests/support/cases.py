@@ -23,7 +23,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
     from lime_dist.train.build import build_engine
 
     config = make_config(values, "a test")
-    if config.train.compile:
+    if config.train.compile is True:
         torch._dynamo.reset()  # a process compiles a function only for a limited number of settings
     with quiet():
         shares = CountedShares(**SHARES) if config.data.answer_token is not None else CountedShares()

@@ -59,9 +59,10 @@ class TrainConfig(Section):
         "its recent median; `null` never returns",
     )
     log_interval: int = Field(10, ge=1, description="steps between console lines, and between numbers from all stages")
-    compile: bool = Field(
-        False,
-        description="compile parts of each layer with `torch.compile`; needs a C++ compiler (CPU) or Triton (GPU)",
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="compile parts of each layer with `torch.compile`, which fuses their elementwise operations; needs a C++ compiler "
+        "(CPU) or Triton (GPU). `auto` compiles on CUDA where torch can, and says so where it cannot",
     )
 
     @model_validator(mode="after")
