@@ -211,7 +211,8 @@ class Trace(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name in FREE:
             return result
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        inputs = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if name in FILLS:
             inputs = []

@@ -29,9 +29,10 @@ visited, S_ℓ is no longer needed, and g_ℓ overwrites it:
     visit(0, g_0)             g_0       g_1       g_2      ∂w_00 from S_0 (unused: no router);     returns ∂S_0
 
 Follow ∂S_0. Layer 2 contributes w_20·g_2, but visit(2) only leaves g_2 in place 2. visit(1) leaves g_1 in place 1. visit(0)
-finds all that it needs in the buffer: it leaves g_0 in place 0, computes the sum w_00·g_0 + w_10·g_1 + w_20·g_2 in at least
-float32, rounds it once, and returns it as the gradient of layer 0's keys and values. Nothing is accumulated in between, so
-small contributions are not lost to rounding in low precision, however many layers read the slot.
+finds all that it needs in the buffer: it leaves g_0 in place 0 and returns w_00·g_0 + w_10·g_1 + w_20·g_2 as the gradient of layer
+0's keys and values. This sum is a matrix product for every run of neighbouring readers, at most a few. A product sums in at
+least float32 and rounds once, so small contributions are not lost to rounding in low precision, however many layers read the
+slot.
 
 ``routes: hidden`` keeps its entries through backward and has a second buffer, in at least float32, for their gradients. The
 backward of ``project(ℓ)`` adds w_ℓe·g_ℓ to the gradient of every entry e that layer ℓ reads; the backward of ``write(ℓ)``,
@@ -73,7 +74,7 @@ from torch import Tensor
 
 from lime_dist.model.layout import Block, Chunk, Reader, StageLayout
 from lime_dist.model.policies import Entry
-from lime_dist.model.products import add_product, product_of_rows
+from lime_dist.model.products import add_product, product, product_of_rows
 
 
 class LayerHistory:
@@ -94,7 +95,7 @@ class LayerHistory:
         memory: [lead + all entries].
         entries: [positions, *slot_shape]: every entry that this stage holds.
         dependency: the scalar that orders the operations on this history in the autograd graph.
-        accumulation_dtype: type of sums: that of the entries, at least float32.
+        accumulation_dtype: type of sums in several steps: that of the entries, at least float32.
         weights: [reader rows, reader heads, positions, entry heads]: the weights of all readers, 0 where nothing is read.
     """
 
@@ -221,9 +222,9 @@ class LayerHistory:
         """Set the gradient of the weights of readers for runs of positions from the gradient of the readers' mixtures,
         [rows · reader heads, elements]."""
         for run in runs:
-            product = product_of_rows(gradient, self._flat(self.entries, run))
+            of_run = product_of_rows(gradient, self._flat(self.entries, run))
             num_entries = run.stop - run.start
-            self._stacked_gradient[rows, :, run] = product.view(
+            self._stacked_gradient[rows, :, run] = of_run.view(
                 rows.stop - rows.start, -1, num_entries, self.entry_heads
             )
 
@@ -232,11 +233,20 @@ class LayerHistory:
         return buffer[positions].view((positions.stop - positions.start) * self.entry_heads, -1)
 
     def _sum_over_runs(
-        self, weights_of: Callable[[slice], Tensor], buffer: Tensor, runs: Sequence[slice], total: Tensor | None = None
+        self,
+        weights_of: Callable[[slice], Tensor],
+        buffer: Tensor,
+        runs: Sequence[slice],
+        total: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Add weights_of(run) @ (the run's positions in ``buffer``) over all runs, to ``total`` in place if there is one."""
+        """The sum of weights_of(run) @ (the run's positions in ``buffer``) over all runs: added to ``total`` in place, or else
+        in ``out`` or in a new tensor."""
         for run in runs:
-            total = add_product(weights_of(run), self._flat(buffer, run), total)
+            matrix = self._flat(buffer, run)
+            total = (
+                product(weights_of(run), matrix, out) if total is None else add_product(weights_of(run), matrix, total)
+            )
         assert total is not None
         return total
 

@@ -13,16 +13,20 @@ SPLIT = 1 << 15
 pieces to keep the whole GPU busy, although the product itself has few elements."""
 
 
-def add_product(weights: Tensor, matrix: Tensor, total: Tensor | None = None) -> Tensor:
+def product(weights: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """weights @ matrix with the type of the factors, in ``out`` if given. Every element is summed in at least float32 and rounded
+    once."""
+    return torch.mm(weights, matrix, out=out)
+
+
+def add_product(weights: Tensor, matrix: Tensor, total: Tensor) -> Tensor:
     """Add weights @ matrix to ``total``, in place and in the precision of ``total``.
 
     Args:
         weights: [readers · heads, entries · heads].
         matrix: [entries · heads, elements].
-        total: [readers · heads, elements]; None: return the product as a new tensor with the type of ``matrix``.
+        total: [readers · heads, elements].
     """
-    if total is None:
-        return weights @ matrix
     if total.dtype == matrix.dtype:
         return total.addmm_(weights, matrix)
     if matrix.device.type != "cpu":  # the factors stay in low precision; the product and the sum have that of the total

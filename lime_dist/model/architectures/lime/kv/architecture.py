@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lime_dist.config.precision import accumulation_itemsize
 from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes
 from lime_dist.model.architectures.lime.lime import Lime, router_name
 from lime_dist.model.layout import BLOCK, StageLayout
@@ -156,7 +155,7 @@ class KeyValueLime(Lime):
         shared = set.intersection(*(set(self.policy.reads(layer)) for layer in block))
         has_older = any(entry.layer < block.start for entry in shared)
         again = itemsize if checkpointing and has_older else 0
-        return len(block) * self.entry_width * num_tokens * (accumulation_itemsize(itemsize) + again)
+        return len(block) * self.entry_width * num_tokens * (itemsize + again)
 
     def entries_moved(self, layer: int) -> float:
         """Its slot is written, and its mixture written and read. Of older entries it reads its block's share."""

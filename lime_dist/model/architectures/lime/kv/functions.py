@@ -33,9 +33,7 @@ class Mix(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         gradient, dependency_gradient = gradients
         # All newer layers have been visited: autograd runs their backward first, because they depend on this one.
-        slot_gradient = ctx.history.visit(ctx.layer, gradient)
-        # The only rounding: the sum over all readers was made in at least float32.
-        key, value = slot_gradient.to(gradient.dtype).unbind(1)
+        key, value = ctx.history.visit(ctx.layer, gradient).unbind(1)
         return dependency_gradient, key.transpose(0, 1), value.transpose(0, 1), None, None
 
 
@@ -103,7 +101,7 @@ class Unpack(torch.autograd.Function):
         payload_gradient = hidden_gradient.new_empty(ctx.payload_shape)
         flat = payload_gradient.view(-1)
         flat[: hidden_gradient.numel()] = hidden_gradient.reshape(-1)
-        flat[hidden_gradient.numel() :] = ctx.history.received_gradient().view(-1)
+        ctx.history.received_gradient(flat[hidden_gradient.numel() :].view(-1, *ctx.history.slot_shape))
         return payload_gradient, None, None
 
 

@@ -4,7 +4,7 @@
 gradient of an entry is Σ_r W[r, e]ᵀ·g_r over its readers r, where g_r is the gradient of M_r. Backward visits readers from last
 to first; a visited reader leaves g_r in the place of its own entry, which nobody reads any more. Forward reads what older
 layers left, backward what newer layers left, in the same memory. The gradient of an entry is a sum of a few products, one per
-run of readers, in at least float32, and is rounded once.
+run of readers. Each product sums in at least float32 and is rounded once.
 
 A chunk's summary is a reader like a layer: it mixes the slots of its chunk with A_m, and its entry is the mixture itself.
 """
@@ -120,7 +120,8 @@ class KeyValueHistory(LayerHistory):
         rows = self.layout.places(chunk.rows)
         for row in chunk.rows:
             self._claim(row)
-        self._flat(self.entries, rows.runs[0]).copy_(self._mixture(rows, self.layout.places(chunk.sources)))
+        place = self._flat(self.entries, rows.runs[0])
+        self._mixture(rows, self.layout.places(chunk.sources), out=place)
 
     @property
     def sent_shape(self) -> tuple[int, ...]:
@@ -139,7 +140,7 @@ class KeyValueHistory(LayerHistory):
         self._sent_gradient = gradient
 
     def visit(self, layer: int, gradient: Tensor) -> Tensor:
-        """Take g_ℓ, leave it in the place of S_ℓ, and return the gradient of S_ℓ in ``accumulation_dtype``.
+        """Take g_ℓ, leave it in the place of S_ℓ, and return the gradient of S_ℓ.
 
         All newer readers have been visited: their places hold the gradients of their mixtures. Both gradients are
         [G, 2, N, d].
@@ -158,14 +159,17 @@ class KeyValueHistory(LayerHistory):
 
         # 3. What the block's slots get from later stages and from the readers that read all of them: one product per run,
         #    computed when the block's last layer is visited, the first one in backward.
-        of_block = self._newer_gradients.get(
-            block, partial(self._shared_gradient, block.own, block.readers, [Entry(one) for one in block.layers])
-        )
-        total = of_block[block.own.index_of(position)]
+        total: Tensor | None = None
+        entries = [Entry(one) for one in block.layers]
+        if block.readers.runs or self._come_back(entries):
+            of_block = self._newer_gradients.get(
+                block, partial(self._shared_gradient, block.own, block.readers, entries)
+            )
+            total = of_block[block.own.index_of(position)].view(self.entry_heads, -1)
 
         # 4. Add what S_ℓ gets from its other readers: layer ℓ itself, whose g_ℓ step 2 left here, newer layers of the block,
         #    and newer readers that read only some of the block's slots.
-        self._add_gradient_of_readers(total, own, layout.readers_alone[layer])
+        total = self._gradient_of_readers(own, layout.readers_alone[layer], total)
 
         # 5. The block's first layer is the last one in backward: the places of the block's slots now hold g of all its
         #    layers. Older entries are still there, so the weights that the block shares get their gradients.
@@ -173,7 +177,7 @@ class KeyValueHistory(LayerHistory):
             for run in block.own.runs:
                 self._set_weight_gradient(self._weight_rows(run), block.older.runs, self._flat(self.gradients, run))
             self._newer_gradients.drop()
-        return total
+        return total.view(self.slot_shape)
 
     def visit_summary(self, chunk: Chunk) -> None:
         """Compute the gradient of U_m and, from it, that of A_m; leave the gradient of U_m in the places of its rows.
@@ -185,22 +189,20 @@ class KeyValueHistory(LayerHistory):
         for row in chunk.rows:
             self._visit_once(row)
         rows = layout.places(chunk.rows)
-        # All rows of a summary have the same readers, so that nothing is left for `_add_gradient_of_readers`.
-        gradient = self._shared_gradient(rows, layout.shared_readers(chunk.rows), chunk.rows).to(self.entries.dtype)
-        gradient = gradient.view(len(rows) * self.entry_heads, -1)
-        self._set_weight_gradient(self._weight_rows(rows.runs[0]), layout.places(chunk.sources).runs, gradient)
-        self._flat(self.gradients, rows.runs[0]).copy_(gradient)
+        place = self._flat(self.gradients, rows.runs[0])
+        # All rows of a summary have the same readers, so that nothing is left for `_gradient_of_readers`.
+        self._shared_gradient(rows, layout.shared_readers(chunk.rows), chunk.rows, place)
+        self._set_weight_gradient(self._weight_rows(rows.runs[0]), layout.places(chunk.sources).runs, place)
 
-    def received_gradient(self) -> Tensor:
-        """[entries received, G, 2, N, d]: the gradient to send back over the boundary before this stage, once all layers
+    def received_gradient(self, out: Tensor) -> None:
+        """Write the gradient to send back over the boundary before this stage, [entries received, G, 2, N, d], once all layers
         have been visited."""
         layout = self.layout
         shared = layout.shared_readers(layout.received)
-        total = self._shared_gradient(layout.places(layout.received), shared, layout.received)
+        self._shared_gradient(layout.places(layout.received), shared, layout.received, out.flatten(0, 1).flatten(1))
         for position, entry in enumerate(layout.received):
             place = slice(position, position + 1)
-            self._add_gradient_of_readers(total[position], place, layout.other_readers(entry, shared))
-        return total
+            self._gradient_of_readers(place, layout.other_readers(entry, shared), out[position].flatten(1))
 
     # -- products -----------------------------------------------------------------------------------------------------
 
@@ -216,39 +218,50 @@ class KeyValueHistory(LayerHistory):
         """The weights of some readers for some entries as a matrix: rows (reader, head), columns (entry, head)."""
         reader_runs = [readers] if isinstance(readers, slice) else readers.runs
         entry_runs = [entries] if isinstance(entries, slice) else entries.runs
-        parts = [torch.cat([self.weights[self._weight_rows(r), :, e] for e in entry_runs], 2) for r in reader_runs]
-        return torch.cat(parts).flatten(0, 1).flatten(1)
+        parts = [_joined([self.weights[self._weight_rows(r), :, e] for e in entry_runs], 2) for r in reader_runs]
+        return _joined(parts, 0).flatten(0, 1).flatten(1)
 
-    def _mixture(self, readers: Places | slice, entries: Places, total: Tensor | None = None) -> Tensor:
-        """What readers mix of entries, rows (reader, head); added to ``total`` in place."""
-        return self._sum_over_runs(partial(self._weights_between, readers), self.entries, entries.runs, total)
+    def _mixture(
+        self, readers: Places | slice, entries: Places, total: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """What readers mix of entries, rows (reader, head); added to ``total`` in place, or else in ``out``."""
+        return self._sum_over_runs(partial(self._weights_between, readers), self.entries, entries.runs, total, out)
 
-    def _shared_gradient(self, places: Places, readers: Places, entries: Sequence[Entry]) -> Tensor:
+    def _come_back(self, entries: Sequence[Entry]) -> bool:
+        """Whether later stages have sent back a gradient of some of these entries."""
+        return self._sent_gradient is not None and any(entry in self.layout.sent for entry in entries)
+
+    def _shared_gradient(
+        self, places: Places, readers: Places, entries: Sequence[Entry], out: Tensor | None = None
+    ) -> Tensor:
         """What entries get from later stages and from the readers on this stage that read all of them.
 
+        Args:
+            out: rows (entry, head), in the order of ``places``; None: a new tensor.
+
         Returns:
-            [entries, G, 2, N, d] in the order of ``places``, in ``accumulation_dtype``.
+            [entries, G, 2, N, d] in the order of ``places``.
         """
         shape = (len(places), *self.slot_shape)
-        sent = [] if self._sent_gradient is None else [entry for entry in entries if entry in self.layout.sent]
-        flat: Tensor | None = (
-            None  # the first product creates the tensor, unless something else must be in it or its type
-        )
-        if sent or not readers.runs or self.accumulation_dtype != self.entries.dtype:
-            zeros = self.entries.new_zeros(shape, dtype=self.accumulation_dtype)
-            flat = zeros.view(len(places) * self.entry_heads, -1)
-        for entry in sent:
-            assert flat is not None and self._sent_gradient is not None
-            index = places.index_of(self.layout.position[entry])
-            flat.view(shape)[index] = self._sent_gradient[self.layout.sent.index(entry)]
-        return self._gradient_of_readers(places, readers, flat).view(shape)
+        total: Tensor | None = None  # the first product fills the memory, unless something else must be in it
+        if self._come_back(entries) or not readers.runs:
+            total = self.entries.new_empty(shape).flatten(0, 1).flatten(1) if out is None else out
+            by_place = total.view(shape).zero_()
+            for entry in entries:
+                if self._sent_gradient is not None and entry in self.layout.sent:
+                    index = places.index_of(self.layout.position[entry])
+                    by_place[index] = self._sent_gradient[self.layout.sent.index(entry)]
+        return self._gradient_of_readers(places, readers, total, out).view(shape)
 
-    def _add_gradient_of_readers(self, total: Tensor, place: slice, readers: Places) -> None:
-        """Add to the gradient of one entry what it gets from some readers on this stage."""
-        self._gradient_of_readers(place, readers, total.view(self.entry_heads, -1))
-
-    def _gradient_of_readers(self, entries: Places | slice, readers: Places, total: Tensor | None) -> Tensor:
-        """Σ_r W[r, e]ᵀ·g_r, rows (entry, head), added to ``total`` in place; every g_r lies in its reader's place."""
+    def _gradient_of_readers(
+        self, entries: Places | slice, readers: Places, total: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        """Σ_r W[r, e]ᵀ·g_r, rows (entry, head), added to ``total`` in place, or else in ``out``; every g_r lies in its reader's
+        place."""
         return self._sum_over_runs(
-            lambda run: self._weights_between(run, entries).t(), self.gradients, readers.runs, total
+            lambda run: self._weights_between(run, entries).t(), self.gradients, readers.runs, total, out
         )
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
