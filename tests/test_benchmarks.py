@@ -28,15 +28,15 @@ def test_the_copying_form_equals_full(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_roofline_counts_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """FLOPs of products and history equal the formulas; a product's bytes are those of its factors and its result."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import roofline
+    import kernels
 
     config = load_config(None, ["model.num_hidden_layers=5", "model.hidden_size=32", "model.intermediate_size=48",
                                 "model.num_attention_heads=4", "model.num_key_value_heads=2"]).model  # fmt: skip
     batch, length = 2, 16
-    kernels = roofline.step_kernels(config, batch, length, torch.bfloat16, False)
+    started = kernels.step_kernels(config, batch, length, torch.bfloat16, False)
     per_token = {
-        part: sum(kernel.flops for kernel in kernels if kernel.part == part) / (batch * length)
-        for part in roofline.PARTS
+        part: sum(kernel.flops for kernel in started if kernel.part == part) / (batch * length)
+        for part in kernels.PARTS
     }
     attention = 3.5 * 2 * config.hidden_size * length * config.num_hidden_layers
     masked = 3.5 * 2 * config.hidden_size * config.num_hidden_layers  # the formula also counts half of the diagonal
@@ -44,7 +44,7 @@ def test_the_roofline_counts_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert per_token["attention"] == attention and per_token["elementwise"] == 0 < per_token["history"]
     assert sum(per_token.values()) == pytest.approx(expected)
 
-    with roofline.Trace() as trace:
+    with kernels.Trace() as trace:
         left, right = torch.empty(4, 8, device="meta"), torch.empty(8, 16, device="meta")
         total = (left @ right).t()
         total += left[:1, :1].expand(16, 4)

@@ -79,7 +79,8 @@ class Places:
 
 @dataclass(frozen=True)
 class Block:
-    """What the layers of a block have in common, so that it is one product for all of them.
+    """What the layers of a block have in common, so that it is one product for all of them. A single layer has nothing in
+    common.
 
     Attributes:
         own: positions of the layers' slots.
@@ -216,6 +217,8 @@ class StageLayout:
 
     def _block(self, layers: range) -> Block:
         own = [Entry(layer) for layer in layers]
+        if len(layers) == 1:
+            return Block(layers, self.places(own), Places(()), Places(()))
         shared = frozenset.intersection(*(frozenset(self.reads[layer]) for layer in layers))
         older = self.places(entry for entry in shared if entry.layer < layers[0])
         return Block(layers, self.places(own), older, self.shared_readers(own))

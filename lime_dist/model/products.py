@@ -63,14 +63,16 @@ def split_product(left: Tensor, right: Tensor, size: int) -> Tensor:
         left[:, :whole].unflatten(1, (-1, size)).transpose(0, 1),
         right[:, :whole].unflatten(1, (-1, size)).permute(1, 2, 0),
     )
-    total = _batched_product(*pieces, dtype).sum(0)
+    total = batched_product(*pieces, dtype).sum(0)
     if whole < left.shape[1]:
-        total += _batched_product(left[None, :, whole:], right[None, :, whole:].mT, dtype)[0]
+        total += batched_product(left[None, :, whole:], right[None, :, whole:].mT, dtype)[0]
     return total
 
 
-def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """torch.bmm with a result of type ``dtype``."""
-    if left.device.type != "cpu" and left.dtype != dtype:
+def batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch.bmm with sums and result in ``dtype``. Elsewhere than on a CPU, factors of lower precision are not converted."""
+    if left.dtype == dtype:
+        return torch.bmm(left, right)
+    if left.device.type != "cpu":
         return torch.bmm(left, right, out_dtype=dtype)
     return torch.bmm(left.to(dtype), right.to(dtype))

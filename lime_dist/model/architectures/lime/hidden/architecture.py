@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from lime_dist.model.history import LayerHistory
 
-BLOCK_ROWS = 32
-"""Most rows (layer, head) of a block: their mixtures are in memory."""
+BLOCK_ROWS, BLOCK_HEADS = 32, 8
+"""Most rows (layer, head) of a block: their mixtures are in memory. With more than ``BLOCK_HEADS`` heads, writing and reading
+these mixtures would move more memory than reading dozens of older entries again for every layer: a block is one layer then."""
 
 
 class HiddenLime(Lime):
@@ -69,7 +70,8 @@ class HiddenLime(Lime):
 
     @property
     def max_block_layers(self) -> int:
-        return max(1, min(BLOCK, BLOCK_ROWS // self.config.num_attention_heads))
+        heads = self.config.num_attention_heads
+        return min(BLOCK, BLOCK_ROWS // heads) if heads <= BLOCK_HEADS else 1
 
     @property
     def entry_width(self) -> int:
@@ -177,12 +179,12 @@ class HiddenLime(Lime):
         return num_tokens * kept
 
     def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """Dynamic: weights and their gradients of one layer. Static: mixtures of a block and their gradients."""
+        """Dynamic: weights and their gradients of one layer. Static: mixtures of a block of several layers and their gradients."""
         reads = [set(self.policy.reads(layer)) for layer in block]
         heads, accumulated = self.config.num_attention_heads, accumulation_itemsize(itemsize)
         if self.is_dynamic:
             return 2 * heads * len(reads[-1]) * num_tokens * accumulated
-        has_older = any(entry.layer < block.start for entry in set.intersection(*reads))
+        has_older = len(block) > 1 and any(entry.layer < block.start for entry in set.intersection(*reads))
         return 2 * len(block) * heads * self.config.hidden_size * num_tokens * itemsize if has_older else 0
 
     def entries_moved(self, layer: int) -> float:

@@ -8,8 +8,10 @@ it from later stages, is left to autograd. A summary is U = Σ a_i·X_i over the
 A layer that reads E entries takes H·E·N·D multiply-adds to mix and 2·N·D² to project. (Projecting before mixing would take
 2·E·N·D².) Static weights are known before the layers run, so what a block reads from older entries is one product per run of
 positions, and so are the gradients of those entries and of the weights. A block has at most `architecture.BLOCK_ROWS` rows (layer,
-head), because its mixtures [rows, N, D] are in memory, twice in backward. Dynamic weights exist only once the layer's own
-state does, so such a layer reads all of its entries alone. Backward computes mixtures again instead of keeping them.
+head), because its mixtures [rows, N, D] are in memory, twice in backward. A mixture is as large as H entries, so with many heads
+blocks do not pay, and every layer reads all of its entries alone. So does a layer with dynamic weights, which exist only once
+its own state does. Backward computes mixtures again instead of keeping them. The factors of all products keep their type; the
+gradients of entries are summed in at least float32.
 
 Besides, the history takes E·N·D elements for the entries and, while backward runs, E·N·D in at least float32 for their
 gradients. `history.py` draws an example of who writes and reads them.
@@ -170,7 +172,7 @@ class HiddenHistory(LayerHistory):
         weights, parts = self._read_alone(layer, weights)
         for tokens in token_slices(self.entries, heads):
             mixture = mix_slice(self.entries, weights, parts, tokens, older)
-            out[:, tokens] = torch.bmm(mixture, projections_HcD.transpose(1, 2))
+            torch.bmm(mixture, projections_HcD.transpose(1, 2), out=out[:, tokens])
         # 3. Forget the block after its last layer. A recomputed layer keeps it: its backward comes next and uses it.
         if not self.is_recomputing and layer == self.layout.blocks[layer].layers[-1]:
             self._older_mixtures.drop()

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lime_dist.model.products import product_of_rows
+from lime_dist.model.products import add_product, batched_product, product_of_rows
 
 SLICE_ELEMENTS = 1 << 19
-SLICE_ELEMENTS_GPU = 1 << 26
-"""Elements of a mixture [H, n, D] that are computed at a time. On a CPU they fit a cache; on a GPU they are enough to keep it
-busy (not measured there)."""
+SLICE_ELEMENTS_GPU = 1 << 27
+"""Elements of a mixture [H, n, D] that are computed at a time. On a CPU they fit a cache. On a GPU, slices that fit its cache would
+mean kernels that take less time than their launch (benchmarks/RESULTS.md); these are small enough not to need much memory."""
 SLICE_TOKENS = 64
 """Least number of tokens in a slice, so that the matrix products do not become too thin."""
 
@@ -34,16 +34,25 @@ def token_slices(entries_END: Tensor, num_heads: int) -> Iterator[slice]:
 
 def mix_slice(entries_END: Tensor, weights: Tensor, parts: Parts, tokens: slice, older_HND: Tensor | None) -> Tensor:
     """The mixture [H, n, D] for one slice of tokens: what the block read from older entries plus what the layer reads alone."""
-    mixed = None if older_HND is None else older_HND[:, tokens]
+    size = entries_END.shape[-1]
+    mixed_HX = None if older_HND is None else older_HND[:, tokens].flatten(1)  # X = n·D
+    if weights.dim() == 2:
+        for columns, run in parts:
+            states_EX = entries_END[run, tokens].flatten(1)
+            if mixed_HX is None:
+                mixed_HX = weights[:, columns] @ states_EX
+            elif older_HND is None:
+                mixed_HX.addmm_(weights[:, columns], states_EX)
+            else:  # a new tensor, since the block keeps its mixture
+                mixed_HX, older_HND = torch.addmm(mixed_HX, weights[:, columns], states_EX), None
+        assert mixed_HX is not None
+        return mixed_HX.view(len(weights), -1, size)
+    mixed_HnD: Tensor | None = None
     for columns, run in parts:
-        states_EnD = entries_END[run, tokens]
-        if weights.dim() == 2:
-            part = (weights[:, columns] @ states_EnD.flatten(1)).view(-1, *states_EnD.shape[1:])
-        else:
-            part = torch.bmm(weights[tokens, :, columns], states_EnD.transpose(0, 1)).transpose(0, 1)
-        mixed = part if mixed is None else mixed + part
-    assert mixed is not None
-    return mixed
+        part = torch.bmm(weights[tokens, :, columns], entries_END[run, tokens].transpose(0, 1)).transpose(0, 1)
+        mixed_HnD = part if mixed_HnD is None else mixed_HnD + part
+    assert mixed_HnD is not None
+    return mixed_HnD
 
 
 def spread_slice(
@@ -67,9 +76,9 @@ def spread_slice(
         if weights.dim() == 2:
             flat = gradient_HnD.flatten(1)
             weight_gradient[:, columns] += product_of_rows(flat, states_EnD.flatten(1))
-            target_EnD += (weights[:, columns].t().to(dtype) @ flat.to(dtype)).view_as(target_EnD)
+            add_product(weights[:, columns].t(), flat, target_EnD.view(len(target_EnD), -1))
         else:
             gradient_nHD = gradient_HnD.transpose(0, 1)
-            weights_nEH = weights[tokens, :, columns].transpose(1, 2).to(dtype)
+            weights_nEH = weights[tokens, :, columns].transpose(1, 2)
             weight_gradient[tokens, :, columns] = torch.bmm(gradient_nHD, states_EnD.permute(1, 2, 0))
-            target_EnD += torch.bmm(weights_nEH, gradient_nHD.to(dtype)).transpose(0, 1)
+            target_EnD += batched_product(weights_nEH, gradient_nHD, dtype).transpose(0, 1)

@@ -153,7 +153,7 @@ class KeyValueLime(Lime):
     def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         """Gradients of the block's slots; with checkpointing also their mixtures, which are computed again."""
         shared = set.intersection(*(set(self.policy.reads(layer)) for layer in block))
-        has_older = any(entry.layer < block.start for entry in shared)
+        has_older = len(block) > 1 and any(entry.layer < block.start for entry in shared)
         again = itemsize if checkpointing and has_older else 0
         return len(block) * self.entry_width * num_tokens * (itemsize + again)
 
