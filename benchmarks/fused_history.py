@@ -40,6 +40,16 @@ def layer_entries(layout: StageLayout, layer: int) -> int:
 
 
 def summary_entries(layout: StageLayout, chunk: Chunk) -> int:
-    """Entries that a summary reads or writes: the summary, its gradient, and the gradient of its weights."""
-    readers = len(layout.shared_readers(chunk.rows))
-    return (len(chunk.layers) + chunk.num_rows) * 2 + readers + chunk.num_rows
+    """Entries that a summary reads or writes; what a block of summaries shares counts for its oldest one."""
+    block = layout.summary_blocks[chunk.index]
+    # The summary; the gradient of its weights; its own gradient.
+    moved = (
+        (len(chunk.layers) + chunk.num_rows) * 2
+        + len(layout.other_readers(chunk.rows[0], block.readers))
+        + chunk.num_rows
+    )
+    if block.readers.runs:
+        moved += chunk.num_rows
+        if chunk.layers.start == block.layers.start:
+            moved += len(block.readers) + len(block.own)
+    return moved

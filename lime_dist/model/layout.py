@@ -21,6 +21,8 @@ from lime_dist.model.policies import Entry, HistoryPolicy
 
 BLOCK = 8
 """Most layers of a block: with fewer the products are too thin, with more too much is read layer by layer."""
+SUMMARY_BLOCK = 4
+"""Most summaries whose gradients from newer readers are one product."""
 
 
 def live_entries(policy: HistoryPolicy, boundary: int, num_layers: int) -> tuple[Entry, ...]:
@@ -222,6 +224,20 @@ class StageLayout:
         shared = frozenset.intersection(*(frozenset(self.reads[layer]) for layer in layers))
         older = self.places(entry for entry in shared if entry.layer < layers[0])
         return Block(layers, self.places(own), older, self.shared_readers(own))
+
+    @cached_property
+    def summary_blocks(self) -> dict[int, Block]:
+        """By index of a chunk: the block of up to `SUMMARY_BLOCK` summaries whose newer readers are read once for all of them."""
+        blocks: dict[int, Block] = {}
+        for begin in range(0, len(self.chunks), SUMMARY_BLOCK):
+            chunks = self.chunks[begin : begin + SUMMARY_BLOCK]
+            rows = [row for chunk in chunks for row in chunk.rows]
+            layers = range(chunks[0].layers.start, chunks[-1].layers.stop)
+            shared = self.shared_readers(rows) if len(chunks) > 1 else Places(())
+            blocks.update(
+                dict.fromkeys((c.index for c in chunks), Block(layers, self.places(rows), Places(()), shared))
+            )
+        return blocks
 
     @cached_property
     def read_alone(self) -> dict[int, Places]:

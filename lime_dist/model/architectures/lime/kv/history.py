@@ -50,6 +50,7 @@ class KeyValueHistory(LayerHistory):
         self.gradients = torch.zeros_like(self.entries) if keep else self.entries
         self._sent_gradient: Tensor | None = None
         self._newer_gradients = BlockTensor()
+        self._newer_summary_gradients = BlockTensor()
 
     # -- called by the stage and its layers ---------------------------------------------------------------------------
 
@@ -188,10 +189,21 @@ class KeyValueHistory(LayerHistory):
         layout = self.layout
         for row in chunk.rows:
             self._visit_once(row)
-        rows = layout.places(chunk.rows)
+        rows, block = layout.places(chunk.rows), layout.summary_blocks[chunk.index]
         place = self._flat(self.gradients, rows.runs[0])
-        # All rows of a summary have the same readers, so that nothing is left for `_gradient_of_readers`.
-        self._shared_gradient(rows, layout.shared_readers(chunk.rows), chunk.rows, place)
+        others = layout.other_readers(chunk.rows[0], block.readers)  # all rows of a summary have the same readers
+        if block.readers.runs:
+            entries = [row for row in self.layout.own if self.layout.position[row] in block.own.positions]
+            of_block = self._newer_summary_gradients.get(
+                block, partial(self._shared_gradient, block.own, block.readers, entries)
+            )
+            begin = block.own.index_of(rows.positions[0])
+            place.copy_(of_block[begin : begin + len(rows)].view_as(place))
+            self._gradient_of_readers(rows, others, place)
+        else:
+            self._shared_gradient(rows, others, chunk.rows, place)
+        if chunk.layers.start == block.layers.start:
+            self._newer_summary_gradients.drop()
         self._set_weight_gradient(self._weight_rows(rows.runs[0]), layout.places(chunk.sources).runs, place)
 
     def received_gradient(self, out: Tensor) -> None:
