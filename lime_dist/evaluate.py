@@ -20,6 +20,8 @@ def evaluate(
     samples: int | None,
     sequence_length: int | None,
     all_tokens: bool = False,
+    device: str | None = None,
+    batch_size: int = 1,
 ) -> float:
     """Mean cross-entropy in nats per token over the first samples of a split, in order, in float32. For a run that was trained
     on answers only (``data.answer_token``), over the tokens of answers.
@@ -28,11 +30,17 @@ def evaluate(
         samples: number of samples; None: as many as the run validated on (or all, if there are fewer); 0: all.
         sequence_length: tokens per sample; None: the run's.
         all_tokens: count all tokens, also for a run that was trained on answers only.
+        device: where to compute; None: on the GPU if there is one.
+        batch_size: number of samples at once.
 
     Raises:
         LimeError: the model or the data cannot be read, or do not match.
     """
-    for flag, value, least in (("--samples", samples, 0), ("--sequence-length", sequence_length, 1)):
+    for flag, value, least in (
+        ("--samples", samples, 0),
+        ("--sequence-length", sequence_length, 1),
+        ("--batch-size", batch_size, 1),
+    ):
         if value is not None and value < least:
             raise LimeError(f"{flag} {value}: must be at least {least}")
     from lime_dist.config.schema import DataConfig
@@ -56,8 +64,9 @@ def evaluate(
     samples = samples or available
     answers = None if all_tokens else find_answers(split, training.get("answer_token"))
     share = answers.share(split, length, samples) if answers is not None else None
-    exported = open_verified(model, certificate)
-    loss = mean_loss(exported.logits, validation_batches(split, length, samples, answers), counted_share=share)
+    exported = open_verified(model, certificate, device)
+    batches = validation_batches(split, length, samples, answers)
+    loss = mean_loss(exported.logits, batches, counted_share=share, batch_size=batch_size)
     print(f"{samples:,} {split_name} samples of {length} tokens of {data}")
     print(f"loss {loss:.6f} nats per {'answer ' if answers else ''}token, perplexity {math.exp(loss):.4f}")
     return loss
@@ -87,9 +96,11 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="count all tokens, also for a run that was trained on answers only (data.answer_token)",
     )
+    parser.add_argument("--device", help="where to compute, such as cpu or cuda:1 (default: the GPU, if there is one)")
+    parser.add_argument("--batch-size", type=int, default=1, help="number of samples at once (default: 1)")
     options = parser.parse_args(arguments)
     given = (options.model, options.data, options.split, options.samples, options.sequence_length, options.all_tokens)
-    evaluate(*given)
+    evaluate(*given, options.device, options.batch_size)
 
 
 if __name__ == "__main__":

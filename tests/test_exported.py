@@ -20,7 +20,7 @@ from lime_dist import evaluate, generate
 from lime_dist.checkpoint import export
 from lime_dist.data.indexed import IndexedDataset, IndexedWriter
 from lime_dist.errors import LimeError
-from lime_dist.export.exported import open_export, verify
+from lime_dist.export.exported import ExportedModel, open_export, verify
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
@@ -53,6 +53,31 @@ def test_the_loss_is_the_trainers(
     assert first == f"8 validation samples of 16 tokens of {dataset}"
     assert float(second.split()[1]) == pytest.approx(loss, rel=1e-5)
     assert evaluate.evaluate(out, dataset, "validation", 8, 16) == pytest.approx(loss, rel=1e-6)
+
+
+def test_device_and_batch_size(trained: tuple[Path, float], dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss does not depend on them, and logits stay on the device of the model."""
+    out, loss = trained
+    sizes, devices = [], set()
+    original = ExportedModel.logits
+
+    def watched(exported: ExportedModel, tokens: torch.Tensor) -> torch.Tensor:
+        logits = original(exported, tokens)
+        sizes.append(len(tokens))
+        devices.add((logits.device.type, exported.model.device.type))
+        return logits
+
+    monkeypatch.setattr(ExportedModel, "logits", watched)
+    evaluate.main(["--model", str(out), "--data", str(dataset), "--device", "cpu", "--batch-size", "3"])
+    assert sizes == [3, 3, 2] and devices == {("cpu", "cpu")}
+    assert evaluate.evaluate(out, dataset, "validation", 8, 16, batch_size=3) == pytest.approx(loss, rel=1e-6)
+    with pytest.raises(LimeError, match="--batch-size 0: must be at least 1"):
+        evaluate.main(["--model", str(out), "--data", str(dataset), "--batch-size", "0"])
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(LimeError, match=f"--device {device} cannot be used: .*; give for example cpu or cuda:0"):
+            evaluate.main(["--model", str(out), "--data", str(dataset), "--device", device])
+    on_meta = ExportedModel(out, {}, open_export(out).model.to("meta"), None)
+    assert original(on_meta, torch.zeros(1, 4, dtype=torch.long)).device.type == "meta", "nothing is copied back"
 
 
 def test_a_megatron_pair_of_the_same_documents(

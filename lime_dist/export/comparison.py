@@ -87,22 +87,31 @@ def validation_batches(
 
 
 def mean_loss(
-    logits: Logits, batches: Iterator[Batch], limit: int | None = None, counted_share: float | None = None
+    logits: Logits,
+    batches: Iterator[Batch],
+    limit: int | None = None,
+    counted_share: float | None = None,
+    batch_size: int = 1,
 ) -> float:
-    """Mean cross-entropy in nats per token over samples of equal length.
+    """Mean cross-entropy in nats per token over samples of equal length. It is computed where the logits are.
 
     Args:
+        batches: one sample each.
+        batch_size: number of samples that the model gets at once.
         limit: use at most this many samples; None: all.
         counted_share: share of the labels that count (are not -100); None: all labels count.
 
     Raises:
         LimeError: the loss is NaN.
     """
-    losses = []
+    total, samples, limited = 0.0, 0, islice(batches, limit)
     with torch.no_grad():
-        for tokens, labels in islice(batches, limit):
-            losses.append(language_model_loss(logits(tokens), labels, counted_share).item())
-    loss = sum(losses) / len(losses)
+        while group := list(islice(limited, batch_size)):
+            tokens, labels = (torch.cat(parts) for parts in zip(*group, strict=True))
+            of_batch = logits(tokens)
+            loss = language_model_loss(of_batch, labels.to(of_batch.device), counted_share).item()
+            total, samples = total + loss * len(group), samples + len(group)
+    loss = total / samples
     if loss != loss:
         raise LimeError("the loss is not a number: the model's weights or its activations are not finite")
     return loss

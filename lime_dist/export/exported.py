@@ -31,8 +31,9 @@ class ExportedModel:
     tokenizer: Any
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Tokens [B, T], on any device -> logits [B, T, V] on the same device."""
-        return self.model(tokens_BT.to(self.model.device), use_cache=False).logits.to(tokens_BT.device)
+        """Tokens [B, T], on any device -> logits [B, T, V] on the model's device."""
+        logits: Tensor = self.model(tokens_BT.to(self.model.device), use_cache=False).logits
+        return logits
 
 
 def open_export(path: str | Path) -> ExportedModel:
@@ -45,11 +46,25 @@ def open_export(path: str | Path) -> ExportedModel:
     return open_verified(folder, verify(folder))
 
 
-def open_verified(folder: Path, certificate: dict[str, Any]) -> ExportedModel:
-    """Load an export that `verify` has checked, onto the GPU if there is one."""
+def open_verified(folder: Path, certificate: dict[str, Any], device: str | None = None) -> ExportedModel:
+    """Load an export that `verify` has checked.
+
+    Args:
+        device: where to, such as cpu or cuda:1; None: onto the GPU if there is one.
+
+    Raises:
+        LimeError: there is no such device.
+    """
     import torch
 
-    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LimeError(f"--device {device} cannot be used: {reason}; give for example cpu or cuda:0") from None
+    model = load_model(folder).to(device)
     return ExportedModel(folder, certificate, model, load_tokenizer(folder))
 
 
