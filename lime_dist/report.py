@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from lime_dist.commands import CommandParser
+from lime_dist.data.dataset import read_dataset_json
 from lime_dist.errors import LimeError, run_command
 from lime_dist.model.architecture import architecture_of
 from lime_dist.monitor.charts import COLOURS, Line, bar_chart, heat_map, legend, line_chart
@@ -64,7 +65,7 @@ def make_page(runs: Sequence[RunFolder]) -> str:
     title = ", ".join(names)
     parts = [
         "<h1>" + escape(title) + "</h1>",
-        section("Final figures", figures(runs, names)),
+        section("Final figures", figures(runs, names) + vocabulary_caution(runs)),
         section("Loss", loss_curves(runs, names)),
         section("Where the time went", time_split(runs, names)),
         section("What layers read", '<div class="maps">' + "\n".join(map(router_picture, runs, names)) + "</div>"),
@@ -97,15 +98,56 @@ def figures(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
                 f"{losses[-1][0]:.4f}" if losses else "",
                 f"{best[0]:.4f} (step {best[1]:,})" if best else "",
                 f"{math.exp(best[0]):,.1f}" if best and best[0] < 50 else "",
+                f"{bits:.4f}" if best and (bits := bits_per_byte(run, best[0])) is not None else "",
                 f"{median(rate):,.0f}" if rate else "",
                 f"{sum(seconds):,.0f}" if seconds else "",
             ]
         )
     header = [
-        "run", "model", "layers", "steps", "tokens", "loss", "validation loss", "best", "its perplexity", "tokens/s, median",
-        "seconds of steps",
+        "run", "model", "layers", "steps", "tokens", "loss", "validation loss", "best", "its perplexity", "bits per byte",
+        "tokens/s, median", "seconds of steps",
     ]  # fmt: skip
     return table(header, rows, "number")
+
+
+def bits_per_byte(run: RunFolder, loss: float) -> float | None:
+    """A validation loss in bits per byte of text, which does not depend on the vocabulary.
+
+    Returns:
+        None: the shards are not where the run read them or do not say how long their text is, or losses count answers only.
+    """
+    facts = validation_facts(run)
+    if run.settings.get("data.answer_token") is not None or not facts.get("tokens") or not facts.get("text_bytes"):
+        return None
+    return loss / math.log(2) * float(facts["tokens"]) / float(facts["text_bytes"])
+
+
+def validation_facts(run: RunFolder) -> dict[str, Any]:
+    """What dataset.json says of the validation split of a run's data; {} if it cannot be read."""
+    try:
+        facts = read_dataset_json(str(run.settings.get("data.path")))["splits"]["validation"]
+    except (LimeError, KeyError, TypeError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def tokenizer_of(run: RunFolder) -> str:
+    """What identifies the tokenizer of a run: its hash, or the size of the vocabulary if the shards cannot be read."""
+    try:
+        return str(read_dataset_json(str(run.settings.get("data.path")))["tokenizer_hash"])
+    except (LimeError, KeyError):
+        return f"vocabulary of {run.settings.get('model.vocab_size')}"
+
+
+def vocabulary_caution(runs: Sequence[RunFolder]) -> str:
+    """A note if losses and perplexities of these runs cannot be compared."""
+    sizes = {run.settings.get("model.vocab_size") for run in runs}
+    if len({tokenizer_of(run) for run in runs}) == 1 and len(sizes) == 1:
+        return ""
+    return note(
+        "These runs have different vocabularies: their losses and perplexities are per token of their own and cannot be compared. "
+        "Bits per byte of the validation text can, if the text is the same."
+    )
 
 
 def loss_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> str:

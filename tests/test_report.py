@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -370,3 +372,25 @@ def test_pictures_are_png_files(tmp_path: Path) -> None:
         [[255, 0, 0], [0, 255, 0]],
         [[0, 0, 255], [9, 8, 7]],
     ]
+
+
+def test_bits_per_byte_and_a_caution_where_vocabularies_differ(
+    monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    """Perplexities of different vocabularies cannot be compared; bits per byte of the same text can."""
+    run = read_run(runs["llama"])
+    best = min(record["validation_loss"] for record in run.validations)
+    facts = json.loads((dataset / "dataset.json").read_text())["splits"]["validation"]
+    wanted = best / math.log(2) * facts["tokens"] / facts["text_bytes"]
+    assert report.bits_per_byte(run, best) == pytest.approx(wanted)
+    text = make(monkeypatch, tmp_path / "page.html", runs["llama"], runs["chunked"])
+    assert f"{wanted:.4f}" in Page(text).words and "different vocabularies" not in text
+    other = tmp_path / "other"
+    shutil.copytree(runs["llama"], other)
+    settings_file = other / "config.yaml"
+    settings_file.write_text(settings_file.read_text().replace("vocab_size: 320", "vocab_size: 640"))
+    assert "different vocabularies" in make(monkeypatch, tmp_path / "page.html", runs["llama"], other)
+    for broken in ("path: nowhere", "answer_token: 5"):
+        key = broken.partition(":")[0]
+        settings = {**run.settings, f"data.{key}": broken.partition(": ")[2]}
+        assert report.bits_per_byte(replace(run, settings=settings), best) is None

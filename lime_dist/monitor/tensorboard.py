@@ -42,6 +42,11 @@ LAYOUT = {
         "training and validation": ["Multiline", ["train/loss", "validation/loss"]],
         "learning rates": ["Multiline", ["train/learning_rate", "train/router_learning_rate"]],
     },
+    "training": {
+        "gradient norm": ["Multiline", ["train/gradient_norm"]],
+        "tokens per second": ["Multiline", ["speed/tokens_per_second"]],
+        "share of the devices' peak": ["Multiline", ["speed/mfu"]],
+    },
     "stages": {
         title: ["Multiline", [rf"stage\d+/{name}"]]
         for title, name in {
@@ -56,6 +61,12 @@ LAYOUT = {
     },
 }  # fmt: skip
 """Charts of the custom scalars tab; their tags are regular expressions."""
+COLUMNS = (
+    "model.architecture", "model.hidden_size", "model.lime.history.policy", "model.lime.routes", "model.num_hidden_layers",
+    "optimizer.lr", "optimizer.name", "optimizer.router_lr", "optimizer.warmup_steps", "optimizer.weight_decay",
+    "parallel.pipeline_stages", "precision", "train.global_batch_size", "train.seed", "train.steps",
+)  # fmt: skip
+"""Settings that are columns of the table of runs, in the order in which TensorBoard sorts them. The others would come before."""
 MAX_NATS = 80.0
 """A larger loss is drawn with the perplexity of this one, because its own overflows float32."""
 
@@ -77,7 +88,10 @@ class TensorBoardLog:
         self._flushed = time.monotonic()
         self._add(Event(file_version="brain.Event:2"))
         self.rewind(resumed_step)
-        experiment, start, _ = hparams(_settings(config_text), {TAGS["validation_loss"]: None})
+        settings = _settings(config_text)
+        columns = {key: settings[key] for key in COLUMNS if key in settings}
+        experiment, _, _ = hparams(columns, {TAGS["validation_loss"]: None})
+        _, start, _ = hparams(settings, {TAGS["validation_loss"]: None})
         for summary in (text("config", f"```yaml\n{config_text}```"), custom_scalars(LAYOUT), experiment, start):
             self._add(Event(summary=summary, step=resumed_step))
 

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lime_dist.config.load import make_config
 from lime_dist.monitor.pictures import picture, router_pictures
+from lime_dist.monitor.tensorboard import COLUMNS
 from lime_dist.pipeline.clock import KINDS, Clock
 from lime_dist.plan.stage_times import boundary_bytes
 
@@ -146,7 +147,9 @@ def test_settings_and_layout_are_where_tensorboard_looks(events: EventAccumulato
     from tensorboard.plugins.hparams import plugin_data_pb2
 
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["loss", "stages", "boundaries", "layers"]
+    assert [category.title for category in layout.category] == ["loss", "training", "stages", "boundaries", "layers"]
+    grouped = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    assert {"speed/tokens_per_second", "speed/mfu", "train/gradient_norm"} <= grouped
 
     scalars = events.Tags()["scalars"]
     for category in layout.category:
@@ -158,6 +161,10 @@ def test_settings_and_layout_are_where_tensorboard_looks(events: EventAccumulato
     assert start.hparams["model.architecture"].string_value == "lime"
     experiment = plugin_data_pb2.HParamsPluginData.FromString(contents["_hparams_/experiment"]).experiment
     assert [metric.name.tag for metric in experiment.metric_infos] == ["validation/loss"]
+    columns = [info.name for info in experiment.hparam_infos]
+    assert columns == sorted(columns) == list(COLUMNS), "TensorBoard sorts them"
+    assert columns[0] == "model.architecture" and {"optimizer.lr", "model.num_hidden_layers"} <= set(columns[:6])
+    assert set(columns) < set(start.hparams), "the other settings are recorded too"
 
 
 def test_the_console_says_where_the_time_went(watched: tuple[Path, str]) -> None:
