@@ -15,20 +15,21 @@ import time
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from data_tools import TOOL_VERSION
 from data_tools.pretokenize.duplicates import HashUnit, find_duplicates, hashed
 from data_tools.pretokenize.encoding import EncodeUnit, Layout
-from data_tools.pretokenize.manifest import Manifest, Result, finish, is_complete
+from data_tools.pretokenize.manifest import Manifest, Result, finish, is_complete, recorded_commit
 from data_tools.pretokenize.pool import UnitPool
-from data_tools.pretokenize.units import Selection, Unit, plan_units
+from data_tools.pretokenize.units import Selection, Unit, plan_hash, plan_units
 from data_tools.sources.documents import check_conditions, documents
 from data_tools.sources.filters import Filter
-from data_tools.sources.inputs import InputFile, fingerprint, list_inputs
+from data_tools.sources.inputs import HubInputFile, InputFile, fingerprint, list_inputs
 from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer.round_trip import first_failure
-from lime_dist.data.files import lock_folder, remove
+from lime_dist.data.files import lock_folder, remove, write_atomic
 from lime_dist.errors import LimeError
 
 TOKENIZER_FOLDER, SCRATCH, DUPLICATES = "tokenizer", ".scratch", ".duplicates"
@@ -63,7 +64,9 @@ def check_round_trip(given: str, files: list[InputFile], selection: Selection, t
 
 def pretokenize(options: argparse.Namespace) -> None:
     """Run the command: reuse a complete dataset, or start or resume one and finish it."""
-    files, tokenizer, output = list_inputs(options.input), Tokenizer(options.tokenizer), Path(options.output)
+    tokenizer, output = Tokenizer(options.tokenizer), Path(options.output)
+    begun = None if options.fresh else recorded_commit(output, options.input)
+    files = list_inputs(options.input, begun)
     selection = Selection(
         options.text_column, tuple(dict.fromkeys(map(Filter.parse, options.where))), options.on_error == "stop"
     )
@@ -77,7 +80,7 @@ def pretokenize(options: argparse.Namespace) -> None:
     )
     if options.bos and tokenizer.bos_id < 0:
         raise LimeError(f"--bos: the tokenizer in {options.tokenizer} has no bos; omit --bos")
-    header = {
+    header: dict[str, Any] = {
         "settings": {
             "tokenizer_hash": tokenizer.hash,
             "text_column": options.text_column,
@@ -88,6 +91,8 @@ def pretokenize(options: argparse.Namespace) -> None:
         },
         "inputs": [fingerprint(file) for file in files],
     }
+    if isinstance(files[0], HubInputFile):
+        header["hub"] = {"input": options.input, "commit": files[0].commit}
     with lock_folder(output):
         killed = [*output.glob(f"{SCRATCH}-*"), *output.glob(".*.tmp"), *(output / TOKENIZER_FOLDER).glob(".*.tmp")]
         for left in killed:  # by a killed run, which was writing them
@@ -104,17 +109,19 @@ def pretokenize(options: argparse.Namespace) -> None:
         check_round_trip(options.input, files, selection, tokenizer)
         tokenizer.copy_to(output / TOKENIZER_FOLDER)
         units = plan_units(files, options.text_column, options.shard_tokens)
-        results = manifest.load(len(units))
+        plan = plan_hash(units)
+        results = manifest.load(len(units), plan)
         if results:
             print(f"{len(results)} of {len(units)} units are finished and intact; continuing with the rest")
         todo = [unit for unit in units if unit.index not in results]
         if todo and options.drop_duplicates:
-            mark_duplicates(duplicates, units, selection, options.workers)
+            mark_duplicates(duplicates, plan, units, selection, options.workers)
         # A unique name: whatever an orphaned worker of a killed run still writes cannot end up among our shards.
         scratch = output / f"{SCRATCH}-{os.getpid()}-{time.time_ns()}"
         scratch.mkdir()
 
         def publish(result: Result) -> None:
+            result = {**result, "plan": plan}
             manifest.publish(result, scratch)
             results[result["unit"]] = result
 
@@ -131,9 +138,13 @@ def pretokenize(options: argparse.Namespace) -> None:
         shutil.rmtree(duplicates, ignore_errors=True)
 
 
-def mark_duplicates(folder: Path, units: list[Unit], selection: Selection, workers: int) -> None:
+def mark_duplicates(folder: Path, plan: str, units: list[Unit], selection: Selection, workers: int) -> None:
     """Hash the units that are not hashed yet, then compare all hashes; the result is written to ``folder``."""
+    marker = folder / "plan"
+    if marker.exists() and marker.read_text() != plan:
+        shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
+    write_atomic(marker, plan.encode())
     todo = [unit for unit in units if not hashed(folder, unit)]
     if todo:
         UnitPool(HashUnit(folder, selection), workers, "hashing").run(units, todo, lambda unit: None)

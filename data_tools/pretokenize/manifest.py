@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from lime_dist.errors import LimeError
 
 UNITS_FILE = "units.ndjson"  # not .jsonl: it must not be read as input if the dataset lies inside an input folder
 NAMED_REJECTIONS = 20
+COMPARED = ("settings", "inputs")
+"""The parts of the header on which the shards depend."""
+
 COUNTED = ("rows", "null", "empty", "filtered", "duplicates")
 Result = dict[str, Any]  # what encoding.EncodeUnit returns
 
@@ -49,7 +53,7 @@ class Manifest:
             for path in [path for split in SPLITS for path in folder.glob(f"{split}-*-*.*")]:
                 path.unlink()
         recorded = self._recorded_header()
-        if recorded is not None and recorded != header:
+        if recorded is not None and any(recorded.get(key) != header[key] for key in COMPARED):
             raise LimeError(
                 f"{folder}: was made with {_differences(recorded, header)}; give another --output, or --fresh to "
                 "replace it"
@@ -78,9 +82,17 @@ class Manifest:
             return None, []
         return objects[0], [line for line in objects[1:] if type(line.get("unit")) is int]
 
-    def load(self, units: int) -> dict[int, Result]:
-        """Return the results of the units whose shards all match the recorded hashes, and keep only these in the file."""
-        results = {result["unit"]: result for result in self._read()[1] if 0 <= result["unit"] < units}
+    def load(self, units: int, plan: str) -> dict[int, Result]:
+        """Return the results of the units whose shards all match the recorded hashes, and keep only these in the file.
+
+        Args:
+            plan: `units.plan_hash`; results of another plan do not count. Earlier versions did not record it.
+        """
+        results = {
+            result["unit"]: result
+            for result in self._read()[1]
+            if 0 <= result["unit"] < units and result.get("plan", plan) == plan
+        }
         verified = {unit: result for unit, result in sorted(results.items()) if self._holds(result)}
         self.write(verified.values())
         return verified
@@ -110,6 +122,15 @@ class Manifest:
             file.write(json_line(result))
             file.flush()
             os.fsync(file.fileno())
+
+
+def recorded_commit(folder: Path, given: str) -> str | None:
+    """The commit of the hub dataset ``given`` with which an output folder was begun; None if it was not."""
+    headers = [header for _, header in read_json_lines(folder / UNITS_FILE)[0][:1]]
+    with suppress(LimeError):  # a missing or damaged file says nothing
+        headers.append(read_json(folder / DATASET_FILE, ""))
+    records = (header.get("hub") for header in headers)
+    return next((one["commit"] for one in records if isinstance(one, dict) and one.get("input") == given), None)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_tools.common import progress_bar, start_worker
 from data_tools.pretokenize.units import Unit
+from data_tools.sources.inputs import RemoteDamage
 from lime_dist.errors import LimeError
 
 COUNTERS = 3  # per unit: text bytes, tokens, process
@@ -72,10 +73,18 @@ def _start(parent: int, task: Task[Any], shared: Any) -> None:
 def _run(unit: Unit) -> Any:
     progress = Progress(_worker["shared"], unit.index)
     attempts = ATTEMPTS if any(file.is_remote for file, _ in unit.parts) else 1
+    damage = ""
     for attempt in range(1, attempts + 1):
         progress.begin()
         try:
             return _worker["task"](unit, progress)
+        except RemoteDamage as error:
+            if str(error) == damage:
+                raise LimeError(
+                    f"{unit}: {damage}, twice; nothing of it is kept: run the same command again, or download the file, compare its "
+                    "SHA-256 and give it as a local one"
+                ) from None
+            damage = str(error)
         except (LimeError, Stopped):
             raise
         except Exception as error:  # network errors come from several libraries
@@ -88,6 +97,7 @@ def _run(unit: Unit) -> Any:
                     "run the same command again"
                 ) from None
             time.sleep(2.0**attempt)
+    raise LimeError(f"{unit}: {damage}, after {attempts} attempts; run the same command again")
 
 
 class RememberingContext(SpawnContext):

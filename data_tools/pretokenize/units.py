@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -81,6 +83,12 @@ def plan_units(files: list[InputFile], text_column: str, shard_tokens: int) -> l
             parts.append((file, groups_of_part))
         held += size
     return [*units, Unit(len(units), tuple(parts), held)]
+
+
+def plan_hash(units: list[Unit]) -> str:
+    """What identifies a plan: results of units belong together only if they have the same one."""
+    plan = [[(file.name, groups) for file, groups in unit.parts] for unit in units]
+    return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
 def unit_documents(unit: Unit, selection: Selection, tally: Tally) -> Iterator[str]:

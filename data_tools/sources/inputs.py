@@ -6,7 +6,6 @@ import glob
 import gzip
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.sources.hub import hub_dataset
+from data_tools.sources.hub_requests import HubFile
 from data_tools.sources.walk import ALL, is_folder, matching_files, special_file
 from lime_dist.errors import LimeError
 
@@ -27,7 +28,7 @@ INPUT_HELP = (
 )
 COMPRESSION_RATIO = 4  # expected for gz and zst; only used for estimates
 PROBES, PROBE_BYTES = 64, 1 << 20
-_HUB = re.compile(r"hub:(?P<name>[^@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<configuration>.+))?")
+FOOTER_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,45 @@ class InputFile:
         return self.size * (COMPRESSION_RATIO if self.name.endswith((".gz", ".zst")) else 1)
 
 
-def list_inputs(given: str) -> list[InputFile]:
+@dataclass(frozen=True)
+class HubInputFile(InputFile):
+    """A file of a hub dataset at a commit; ``path`` is its address.
+
+    Attributes:
+        known_size: in bytes.
+        sha256: of its content, None if the hub does not know it.
+    """
+
+    known_size: int
+    sha256: str | None
+    commit: str
+
+    def open(self) -> IO[bytes]:
+        """Open the file for reading bytes, seekable."""
+        return HubFile.open(self.path, self.known_size)
+
+    @property
+    def size(self) -> int:  # type: ignore[override]  # known here, found out there
+        """The file's size in bytes."""
+        return self.known_size
+
+
+class RemoteDamage(LimeError):
+    """A remote file that cannot be decoded as it has arrived. It is not believed until it has arrived so twice."""
+
+
+def list_inputs(given: str, commit: str | None = None) -> list[InputFile]:
     """List the files of a folder (recursively), a glob, one file or a hub dataset, sorted by name; each real file once.
+
+    Args:
+        commit: the commit of a hub dataset to use, whatever its revision is by now.
 
     Raises:
         LimeError: there are none, or a link, a folder or a special file is in the way.
     """
     kinds, place = ", ".join(SUFFIXES), Path(given)
     if given.startswith("hub:"):
-        files = _hub_files(given)
+        files = _hub_files(given, commit)
     elif os.path.lexists(place) and not is_folder(place):
         files = [InputFile(given, place.name)]
     elif place.is_dir():
@@ -120,31 +151,18 @@ def _each_once(files: list[InputFile]) -> list[InputFile]:
     return sorted((several[0] for several in names.values()), key=lambda file: file.name)
 
 
-def _hub_files(given: str) -> list[InputFile]:
-    """The files of a hub dataset's training split, as `datasets` lists them; their URLs pin one commit."""
-    match = _HUB.fullmatch(given)
-    if match is None:
-        raise LimeError(f"--input {given}: give hub:OWNER/NAME[@REVISION][:CONFIGURATION]")
-    import datasets
-
-    try:
-        builder = datasets.load_dataset_builder(match["name"], name=match["configuration"], revision=match["revision"])
-        paths = [str(path) for path in (builder.config.data_files or {}).get("train", [])]
-    except Exception as error:  # hub errors come from half a dozen libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LimeError(
-            f"--input {given}: {reason}; check the name, the configuration and the network, or give local files"
-        ) from None
-    local_folder = f"{Path(match['name']).absolute()}/"  # if the dataset is a folder on this machine
-    names = [path.split("://")[-1].removeprefix(local_folder) for path in paths]
-    return [InputFile(path, name) for path, name in zip(paths, names, strict=True)]
+def _hub_files(given: str, commit: str | None) -> list[InputFile]:
+    dataset = hub_dataset(given, commit)
+    return [HubInputFile(file.address, file.path, file.size, file.sha256, dataset.commit) for file in dataset.files]
 
 
 def fingerprint(file: InputFile) -> dict[str, Any]:
     """Name, size in bytes and SHA-256 of a file; above 64 MiB, the SHA-256 covers 64 evenly spread pieces of 1 MiB.
 
-    Remote files get no SHA-256: their name holds the commit, and hashing would mean downloading them twice.
+    That of a remote file is what the hub says, so that nothing is downloaded for it.
     """
+    if isinstance(file, HubInputFile):
+        return {"name": file.name, "bytes": file.size, "sha256": file.sha256}
     if file.is_remote:
         return {"name": file.name, "bytes": file.size}
     digest, size = hashlib.sha256(), file.size
@@ -157,18 +175,32 @@ def fingerprint(file: InputFile) -> dict[str, Any]:
 
 
 def row_group_bytes(file: InputFile, text_column: str) -> list[int]:
-    """Uncompressed bytes of text in each row group of a parquet file; [] if its footer cannot be read."""
-    try:
-        with open_parquet(file) as reader:
-            paths = [reader.schema.column(i).path for i in range(len(reader.schema))]
-            if not paths:
+    """Uncompressed bytes of text in each row group of a parquet file; [] if the footer of a local file cannot be read.
+
+    Raises:
+        LimeError: the footer of a remote file cannot be read, in several attempts.
+    """
+    for attempt in range(FOOTER_ATTEMPTS):
+        try:
+            return _row_group_bytes(file, text_column)
+        except (pa.ArrowException, OSError) as error:
+            if not file.is_remote:
                 return []
-            column = paths.index(text_column) if text_column in paths else 0
-            groups = (reader.metadata.row_group(i) for i in range(reader.metadata.num_row_groups))
-            return [group.column(column).total_uncompressed_size for group in groups]
-    except (pa.ArrowException, OSError) as error:
-        raise_if_unreachable(file, error)
-        return []
+            if attempt == FOOTER_ATTEMPTS - 1:
+                raise LimeError(
+                    f"{file.name}: its footer cannot be read ({error}); run the same command again"
+                ) from None
+    raise AssertionError("unreachable")
+
+
+def _row_group_bytes(file: InputFile, text_column: str) -> list[int]:
+    with open_parquet(file) as reader:
+        paths = [reader.schema.column(i).path for i in range(len(reader.schema))]
+        if not paths:
+            return []
+        column = paths.index(text_column) if text_column in paths else 0
+        groups = (reader.metadata.row_group(i) for i in range(reader.metadata.num_row_groups))
+        return [group.column(column).total_uncompressed_size for group in groups]
 
 
 @contextmanager
@@ -192,7 +224,17 @@ def is_utf8(text: str) -> bool:
 
 
 def raise_if_unreachable(file: InputFile, error: BaseException) -> None:
-    """Re-raise network errors: unlike pyarrow's and gzip's own errors, they say nothing about a file's content."""
-    damage = isinstance(error, (pa.ArrowInvalid, gzip.BadGzipFile)) or not isinstance(error, OSError)
-    if file.is_remote and not damage:
+    """Re-raise an error of reading a remote file: no row is given up because of what a network has made of it.
+
+    Raises:
+        OSError: the file cannot be read now.
+        RemoteDamage: it has arrived, and is damaged.
+    """
+    if not file.is_remote:
+        return
+    # `HubFile` reports its own network errors; what pyarrow calls an OSError then is damage.
+    if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and not isinstance(file, HubInputFile):
         raise error
+    raise RemoteDamage(
+        f"{file.name}: has arrived damaged ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
+    )

@@ -1,13 +1,10 @@
-"""Protects the selection of documents: conditions, duplicates, splits, order within a shard, and hub datasets."""
+"""Protects the selection of documents: conditions, duplicates, splits, and order within a shard."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -187,53 +184,12 @@ def test_zstandard_in_several_frames_and_damaged(tmp_path: Path) -> None:
     assert "cannot be read from here on" in str(tally.rejected[0])
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Path:
-    """A dataset repository laid out as FineWeb-Edu: two configurations over parquet files with its columns."""
-    root = tmp_path / "fineweb-edu"
-    for path, texts in [("data/CC-MAIN-2013-20/train-00000.parquet", ["p", "q"]), ("sample/10BT/000.parquet", ["s"])]:
-        (root / path).parent.mkdir(parents=True)
-        rows = [
-            {
-                "text": text, "id": f"<urn:uuid:{text}>", "dump": "CC-MAIN-2013-20", "url": "u", "file_path": "s3://f",
-                "language": "en", "language_score": 0.9, "token_count": 3, "score": 3.2, "int_score": 3,
-            }
-            for text in texts
-        ]  # fmt: skip
-        pq.write_table(pa.Table.from_pylist(rows), root / path)
-    (root / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
-        "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
-    )
-    return root
-
-
-def test_a_hub_dataset_is_found_by_its_configuration(hub: Path, run: Run) -> None:
-    assert [file.name for file in list_inputs(f"hub:{hub}:sample-10BT")] == ["sample/10BT/000.parquet"]
-    facts = run(f"hub:{hub}", "--where", "score>=3", "--validation-fraction", "0")
-    assert facts["splits"]["train"]["documents"] == 2
-    for given, says in [
-        (f"hub:{hub}:no", "'no' not found.*check the name, the configuration"),
-        ("hub:", "give hub:OWNER/NAME"),
-    ]:
-        with pytest.raises(LimeError, match=says):
-            list_inputs(given)
-
-
-def test_an_unreachable_hub_is_a_one_line_error() -> None:
-    code = "from data_tools.sources.inputs import list_inputs; from lime_dist.errors import run_command\n"
-    code += "run_command(lambda: list_inputs('hub:HuggingFaceFW/fineweb-edu:sample-10BT'))"
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # avoids half a minute of retries
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=offline)
-    assert done.returncode == 2 and "check the name, the configuration and the network" in done.stderr
-    assert done.stderr.count("error:") == 1
-
-
 def test_files_behind_urls_are_read_and_a_network_error_is_not_damage(
-    hub: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A failed read is retried and finally raises an error; it never counts as a bad row."""
-    path = hub / "sample" / "10BT" / "000.parquet"
+    path = tmp_path / "000.parquet"
+    pq.write_table(pa.table({"text": ["s"]}), path)
     remote = Unit(0, ((InputFile(f"file://{path}", "000.parquet"), None),), 1)
     attempts = []
 

@@ -1,0 +1,239 @@
+"""Protects reading from the Hugging Face hub: shards equal those of a local copy, whatever the network answers in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.hub import Fault, Hub
+
+from data_tools.pretokenize.__main__ import main as pretokenize
+from data_tools.pretokenize.manifest import Manifest
+from data_tools.sources import hub_requests
+from data_tools.sources.documents import documents
+from data_tools.sources.inputs import fingerprint, list_inputs
+from data_tools.sources.tally import Tally
+from lime_dist.errors import LimeError
+
+NAME = "HuggingFaceFW/fineweb-edu"
+README = """---
+license: odc-by
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*/*
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*
+---
+# A data set
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """What is in the repository: two files of data, one sample, and what is neither."""
+    root = tmp_path / "repository"
+    for number, path in enumerate(["data/CC-1/a.parquet", "data/CC-2/b.parquet", "sample/10BT/000.parquet"]):
+        (root / path).parent.mkdir(parents=True)
+        texts = [f"text {i} of file {number} {'with some words ' * 20}" for i in range(300)]
+        table = pa.table({"text": texts, "score": [float(i % 5) for i in range(300)]})
+        pq.write_table(table, root / path, row_group_size=50, write_page_checksum=True, compression="none")
+    (root / "README.md").write_text(README)
+    (root / "figures.csv").write_text("1,2\n")
+    return root
+
+
+@pytest.fixture
+def hub(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub(NAME) as server:
+        server.commit(data)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield server
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that this process makes between requests, which are left out."""
+    made: list[float] = []
+    monkeypatch.setattr(hub_requests.time, "sleep", made.append)
+    return made
+
+
+def run(given: object, tokenizer: Path, output: Path, *options: str) -> dict[str, Any]:
+    pretokenize(
+        ["--input", str(given), "--tokenizer", str(tokenizer), "--output", str(output), "--workers", "1",
+         "--shard-tokens", "20000", *options]
+    )  # fmt: skip
+    return json.loads((output / "dataset.json").read_text())
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".idx")}
+
+
+def read(given: str) -> list[str]:
+    tally = Tally()
+    texts = [text for *_, text in documents(list_inputs(given), "text", tally)]
+    assert not tally.rejected
+    return texts
+
+
+def test_configurations_and_the_files_they_mean(hub: Hub, data: Path, pauses: list[float]) -> None:
+    assert [file.name for file in list_inputs(f"hub:{NAME}:sample-10BT")] == ["sample/10BT/000.parquet"]
+    files = list_inputs(f"hub:{NAME}")
+    assert [file.name for file in files] == ["data/CC-1/a.parquet", "data/CC-2/b.parquet"]
+    local = {file.name: fingerprint(file) for file in list_inputs(str(data))}
+    assert [fingerprint(file) for file in files] == [local[file.name] for file in files], (
+        "the hub's SHA-256, without a download"
+    )
+    assert read(f"hub:{NAME}@{hub.main}:sample-10BT") == read(str(data / "sample"))
+    assert not hub.leaked_tokens and not pauses
+    (data / "README.md").unlink()
+    hub.commit(data)
+    assert len(list_inputs(f"hub:{NAME}")) == 3, "without configurations all files"
+
+
+def test_a_local_folder_of_the_same_name_is_not_the_dataset(
+    hub: Hub, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / NAME / "data").mkdir(parents=True)
+    pq.write_table(pa.table({"text": ["another text"]}), tmp_path / NAME / "data" / "a.parquet")
+    (tmp_path / NAME / "README.md").write_text(README)
+    monkeypatch.chdir(tmp_path)
+    assert len(read(f"hub:{NAME}")) == 600
+    for given in (f"hub:{tmp_path / NAME}", "hub:./data", "hub:a/b/c"):
+        with pytest.raises(LimeError, match="give hub:OWNER/NAME.*; for a folder of this machine leave out hub:"):
+            list_inputs(given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        *((kind, "/content/") for kind in ("page", "whole", "short", "truncate", "status")),
+        *(
+            (kind, where)
+            for kind in ("page", "status")
+            for where in ("/resolve/.*parquet", "/tree/", "/revision/", "README")
+        ),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_is_asked_again(
+    hub: Hub, data: Path, pauses: list[float], kind: str, where: str
+) -> None:
+    hub.faults.append(Fault(kind, where, times=2))
+    assert read(f"hub:{NAME}:sample-10BT") == read(str(data / "sample"))
+    assert hub.faults[0].times == 0 and pauses == [1.0, 2.0]
+
+
+def test_a_rate_limit_is_waited_for(
+    hub: Hub, data: Path, pauses: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for headers in ((("RateLimit", '"api";r=0;t=123'),), (("Retry-After", "7"),), ()):
+        hub.faults.append(Fault("status", "/tree/", status=429, headers=headers))
+    assert len(list_inputs(f"hub:{NAME}")) == 2
+    assert pauses == [124.0, 8.0, 60.0]
+    assert "hub: the rate limit is used up; waiting 124 s for its reset" in capsys.readouterr().err
+    hub.faults.append(Fault("status", "/tree/", status=429, headers=(("Retry-After", "400"),), times=9))
+    with pytest.raises(LimeError, match="rate limit is used up; set HF_TOKEN"):
+        list_inputs(f"hub:{NAME}")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("hub:no/body", "RepoNotFound; there is no such dataset, or it needs a token with access: set HF_TOKEN"),
+        (f"hub:{NAME}@gone", "RevisionNotFound; check the name, the revision and the configuration"),
+        (f"hub:{NAME}:none", "no configuration 'none'; it has default, sample-10BT; check"),
+    ],
+)
+def test_what_does_not_exist_ends_at_once(hub: Hub, pauses: list[float], given: str, says: str) -> None:
+    with pytest.raises(LimeError) as refused:
+        list_inputs(given)
+    assert says in str(refused.value) and "\n" not in str(refused.value) and not pauses
+
+
+def test_an_unreachable_hub_is_one_line(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(LimeError) as refused:
+        list_inputs(f"hub:{NAME}")
+    assert "refused, 7 times; try again when the network is better" in str(refused.value) and "\n" not in str(
+        refused.value
+    )
+    assert sum(pauses) == 63 and capfd.readouterr() == ("", "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(LimeError, match="HF_HUB_OFFLINE is set"):
+        list_inputs(f"hub:{NAME}")
+
+
+def test_shards_equal_those_of_a_local_copy_through_faults(
+    hub: Hub, data: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    local = run(data / "data", tokenizer_folder, tmp_path / "local", "--drop-duplicates")
+    hub.faults += [Fault(kind, "/content/.*") for kind in ("page", "flip", "short")]
+    remote = run(f"hub:{NAME}", tokenizer_folder, tmp_path / "remote", "--drop-duplicates")
+    assert shards(tmp_path / "remote") == shards(tmp_path / "local") and not any(fault.times for fault in hub.faults)
+    assert remote["counts"] == local["counts"] and remote["hub"] == {"input": f"hub:{NAME}", "commit": hub.main}
+
+
+def test_damage_that_stays_is_an_error_and_nothing_of_it_is_kept(
+    hub: Hub, data: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    local = run(data / "data", tokenizer_folder, tmp_path / "local")
+    whole = (data / "data/CC-2/b.parquet").read_bytes()
+    broken = bytearray(whole)
+    place = broken.index(b"text 120 of")
+    broken[place : place + 4] = b"XXXX"
+    (data / "data/CC-2/b.parquet").write_bytes(broken)
+    commit = hub.commit(data)
+    with pytest.raises(LimeError, match=r"b.parquet: has arrived damaged .*, twice; nothing of it is kept"):
+        run(f"hub:{NAME}", tokenizer_folder, tmp_path / "remote")
+    assert not (tmp_path / "remote" / "dataset.json").exists()
+    hub.commits[commit]["data/CC-2/b.parquet"] = whole  # the network's fault, after all
+    assert run(f"hub:{NAME}", tokenizer_folder, tmp_path / "remote")["counts"] == local["counts"]
+    assert shards(tmp_path / "remote") == shards(tmp_path / "local")
+
+
+def test_a_restart_goes_on_with_the_commit_that_it_began_with(
+    hub: Hub, data: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output, publish, begun = tmp_path / "out", Manifest.publish, hub.main
+    run(data / "data", tokenizer_folder, tmp_path / "local")
+
+    def interrupted(self: Manifest, result: dict[str, Any], scratch: Path) -> None:
+        publish(self, result, scratch)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(f"hub:{NAME}", tokenizer_folder, output)
+    pq.write_table(pa.table({"text": ["new"], "score": [1.0]}), data / "data/CC-1/a.parquet")
+    hub.commit(data)
+    capsys.readouterr()
+    assert run(f"hub:{NAME}", tokenizer_folder, output)["hub"]["commit"] == begun
+    assert f"hub: {NAME} at commit {begun}" in capsys.readouterr().out
+    assert shards(output) == shards(tmp_path / "local")
+    kept = hub.commits.pop(begun)
+    with pytest.raises(LimeError, match=f"begun with commit {begun}, which the hub no longer has .*add --fresh"):
+        run(f"hub:{NAME}", tokenizer_folder, output)
+    hub.commits[begun] = kept
+    (data / "data/CC-1/a.parquet").write_bytes(kept["data/CC-1/a.parquet"])
+    (data / "README.md").write_text(README + "more words\n")
+    newest = hub.commit(data)
+    assert newest != begun
+    run(f"hub:{NAME}@{newest}", tokenizer_folder, output)
+    assert "dataset complete, reused" in capsys.readouterr().out, "only the README has changed"

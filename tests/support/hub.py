@@ -1,0 +1,161 @@
+"""A stand-in for the Hugging Face hub on loopback: one dataset, its commits, signed addresses of content, and faults on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+PAGE = 2  # entries of a page of the tree
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next ``times`` requests whose path matches ``where``.
+
+    kind: "status" (with ``headers``), "page" (an HTML page with status 200), "whole" (the range is ignored), "short" (an orderly
+    end after half of the bytes, and no length), "truncate" (the same, against the length announced), "flip" (one byte is wrong).
+    """
+
+    kind: str
+    where: str = "/content/"
+    times: int = 1
+    status: int = 503
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Hub:
+    """The server; a context manager. ``commit`` makes what is in a folder the newest commit of main."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.commits, self.main = name, dict[str, dict[str, bytes]](), ""
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.leaked_tokens = 0
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._content = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.url, self.content_url = (f"http://127.0.0.1:{one.server_port}" for one in (self._server, self._content))
+
+    def __enter__(self) -> Hub:
+        for server in (self._server, self._content):
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in (self._server, self._content):
+            server.shutdown()
+            server.server_close()
+
+    def commit(self, folder: Path) -> str:
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        self.main = hashlib.sha1(
+            repr(sorted((name, git_hash(data)) for name, data in files.items())).encode()
+        ).hexdigest()
+        self.commits[self.main] = files
+        return self.main
+
+    def count(self, where: str) -> int:
+        return sum(re.search(where, path) is not None for path in self.requests)
+
+    def fault(self, path: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.where, path):
+                fault.times -= 1
+                return fault
+        return None
+
+
+def git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def send(self, status: int, body: bytes, length: bool = True, **headers: str) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            if length:
+                self.send_header("Content-Length", str(len(body)))
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(body)
+            self.close_connection = True
+
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            path, query = unquote(url.path), parse_qs(url.query)
+            hub.requests.append(path)
+            fault = hub.fault(path)
+            if fault is not None and fault.kind == "status":
+                self.send(fault.status, b"", **dict(fault.headers))
+            elif fault is not None and fault.kind == "page":
+                self.send(200, b"<!DOCTYPE html><title>Sign in to the network</title>", Content_Type="text/html")
+            elif path.startswith("/content/"):
+                self.content(path, fault)
+            elif path.startswith((f"/api/datasets/{hub.name}/", f"/datasets/{hub.name}/resolve/")):
+                self.repository(path, query)
+            else:
+                self.send(401, b"", X_Error_Code="RepoNotFound")
+
+        def repository(self, path: str, query: dict[str, list[str]]) -> None:
+            what, revision, *rest = path.split(f"/{hub.name}/", 1)[1].split("/", 2)
+            sha = hub.main if revision == "main" else revision
+            files = hub.commits.get(sha)
+            if files is None:
+                self.send(404, b"", X_Error_Code="RevisionNotFound")
+            elif what == "revision":
+                self.send(200, json.dumps({"id": hub.name, "sha": sha}).encode())
+            elif what == "tree":
+                start = int(query.get("cursor", ["0"])[0])
+                names = sorted(files)
+                entries = [self.entry(name, files[name]) for name in names[start : start + PAGE]]
+                more = f'<{hub.url}{urlsplit(self.path).path}?recursive=true&cursor={start + PAGE}>; rel="next"'
+                headers = {"Link": more} if start + PAGE < len(names) else {}
+                self.send(200, json.dumps(entries).encode(), **headers)
+            elif rest[0] not in files:
+                self.send(404, b"", X_Error_Code="EntryNotFound")
+            elif rest[0].endswith(".md"):
+                self.send(200, files[rest[0]])
+            else:
+                self.send(302, b"", Location=f"{hub.content_url}/content/{sha}/{rest[0]}")
+
+        def entry(self, name: str, data: bytes) -> dict[str, Any]:
+            entry = {"type": "file", "oid": git_hash(data), "size": len(data), "path": name}
+            large = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}}
+            return entry if name.endswith(".md") else entry | large
+
+        def content(self, path: str, fault: Fault | None) -> None:
+            hub.leaked_tokens += "Authorization" in self.headers
+            _, _, sha, name = path.split("/", 3)
+            data, kind = hub.commits[sha][name], fault.kind if fault is not None else ""
+            given = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if given is None or kind == "whole":
+                self.send(200, data)
+                return
+            first, end = int(given[1]), int(given[2]) + 1
+            body = data[first:end]
+            if kind == "flip":
+                middle = len(body) // 2
+                body = body[:middle] + bytes([body[middle] ^ 255]) + body[middle + 1 :]
+            headers = {"Content_Range": f"bytes {first}-{end - 1}/{len(data)}"}
+            if kind == "truncate":
+                headers["Content_Length"] = str(len(body))
+            if kind in ("truncate", "short"):
+                self.send(206, body[: len(body) // 2], length=False, **headers)
+            else:
+                self.send(206, body, **headers)
+
+    return Handler
