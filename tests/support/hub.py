@@ -35,6 +35,7 @@ class Hub:
 
     def __init__(self, name: str) -> None:
         self.name, self.commits, self.main = name, dict[str, dict[str, bytes]](), ""
+        self.served: dict[str, bytes] = {}  # content that is not what the commit says
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.leaked_tokens = 0
@@ -140,7 +141,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def content(self, path: str, fault: Fault | None) -> None:
             hub.leaked_tokens += "Authorization" in self.headers
             _, _, sha, name = path.split("/", 3)
-            data, kind = hub.commits[sha][name], fault.kind if fault is not None else ""
+            data, kind = hub.served.get(name, hub.commits[sha][name]), fault.kind if fault is not None else ""
             given = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
             if given is None or kind == "whole":
                 self.send(200, data)
