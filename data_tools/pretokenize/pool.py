@@ -21,7 +21,7 @@ from data_tools.sources.inputs import RemoteDamage
 from lime_dist.errors import LimeError
 
 COUNTERS = 3  # per unit: text bytes, tokens, process
-ATTEMPTS = 6  # for a unit with remote files; the pauses between them add up to a minute
+MOST_DAMAGE = 5  # different ones that a unit of remote files may show before one shows twice
 Result = TypeVar("Result")
 Returned = TypeVar("Returned", covariant=True)
 
@@ -71,33 +71,18 @@ def _start(parent: int, task: Task[Any], shared: Any) -> None:
 
 
 def _run(unit: Unit) -> Any:
-    progress = Progress(_worker["shared"], unit.index)
-    attempts = ATTEMPTS if any(file.is_remote for file, _ in unit.parts) else 1
-    damage = ""
-    for attempt in range(1, attempts + 1):
+    progress, damage = Progress(_worker["shared"], unit.index), set[str]()
+    while True:
         progress.begin()
         try:
             return _worker["task"](unit, progress)
         except RemoteDamage as error:
-            if str(error) == damage:
+            if str(error) in damage or len(damage) == MOST_DAMAGE:
                 raise LimeError(
-                    f"{unit}: {damage}, twice; nothing of it is kept: run the same command again, or download the file, compare its "
-                    "SHA-256 and give it as a local one"
+                    f"{unit}: {error}, twice; nothing of it is kept: run the same command again, or download the file, compare "
+                    "its SHA-256 and give it as a local one"
                 ) from None
-            damage = str(error)
-        except (LimeError, Stopped):
-            raise
-        except Exception as error:  # network errors come from several libraries
-            if attempts == 1:
-                raise
-            if attempt == attempts:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise LimeError(
-                    f"{unit}: cannot be read ({reason}) after {attempts} attempts; finished shards are kept, "
-                    "run the same command again"
-                ) from None
-            time.sleep(2.0**attempt)
-    raise LimeError(f"{unit}: {damage}, after {attempts} attempts; run the same command again")
+            damage.add(str(error))
 
 
 class RememberingContext(SpawnContext):

@@ -217,7 +217,7 @@ def write_corpus(output: Path, max_megabytes: float, workers: int) -> dict[str, 
     if total < min(MIN_CORPUS, 0.9e6 * max_megabytes):
         raise LimeError(
             f"{output}: only {total / 1e6:.1f} MB of documentation found on this machine; first install the project's "
-            "requirements (torch, deepspeed, datasets) into this Python environment"
+            "requirements (torch, deepspeed, pyarrow) into this Python environment"
         )
     manifest = {
         "format": FORMAT,

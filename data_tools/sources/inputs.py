@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ FOOTER_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read: ``path`` is local or a URL; ``name`` identifies it within the input, in outputs and messages."""
+    """A file to read: ``path`` is where it lies; ``name`` identifies it within the input, in outputs and messages."""
 
     path: str
     name: str
@@ -43,29 +42,14 @@ class InputFile:
         """True for parquet, False for JSONL."""
         return self.name.endswith(".parquet")
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether the file may be read over a network, where a failed read may succeed a moment later."""
-        return "://" in self.path
-
     def open(self) -> IO[bytes]:
         """Open the file for reading bytes, seekable."""
-        if not self.is_remote:
-            return open(self.path, "rb")
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(self.path)
-        return system.open(path, "rb")
+        return open(self.path, "rb")
 
     @cached_property
     def size(self) -> int:
         """The file's size in bytes."""
-        if not self.is_remote:
-            return Path(self.path).stat().st_size
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(self.path)
-        return int(system.size(path))
+        return Path(self.path).stat().st_size
 
     @property
     def text_bytes(self) -> int:
@@ -126,7 +110,7 @@ def list_inputs(given: str, commit: str | None = None) -> list[InputFile]:
     usable = sorted((file for file in files if file.name.endswith(SUFFIXES)), key=lambda file: file.name)
     if not usable:
         raise LimeError(f"--input {given}: no {kinds} among {len(files)} files; give text in one of these formats")
-    return usable if usable[0].is_remote else _each_once(usable)
+    return usable if isinstance(usable[0], HubInputFile) else _each_once(usable)
 
 
 def _files_below(root: Path, pattern: Sequence[str]) -> list[InputFile]:
@@ -163,8 +147,6 @@ def fingerprint(file: InputFile) -> dict[str, Any]:
     """
     if isinstance(file, HubInputFile):
         return {"name": file.name, "bytes": file.size, "sha256": file.sha256}
-    if file.is_remote:
-        return {"name": file.name, "bytes": file.size}
     digest, size = hashlib.sha256(), file.size
     with file.open() as stream:
         for probe in range(PROBES):
@@ -184,7 +166,7 @@ def row_group_bytes(file: InputFile, text_column: str) -> list[int]:
         try:
             return _row_group_bytes(file, text_column)
         except (pa.ArrowException, OSError) as error:
-            if not file.is_remote:
+            if not isinstance(file, HubInputFile):
                 return []
             if attempt == FOOTER_ATTEMPTS - 1:
                 raise LimeError(
@@ -206,7 +188,7 @@ def _row_group_bytes(file: InputFile, text_column: str) -> list[int]:
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
     """Open a parquet file. Page checksums, if the file has them, detect damage that would decode to different text."""
-    by_name = not file.is_remote and is_utf8(file.path)  # pyarrow takes no other names
+    by_name = not isinstance(file, HubInputFile) and is_utf8(file.path)  # pyarrow takes no other names
     reader = pq.ParquetFile(file.path if by_name else file.open(), page_checksum_verification=True)
     try:
         yield reader
@@ -223,18 +205,8 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def raise_if_unreachable(file: InputFile, error: BaseException) -> None:
-    """Re-raise an error of reading a remote file: no row is given up because of what a network has made of it.
-
-    Raises:
-        OSError: the file cannot be read now.
-        RemoteDamage: it has arrived, and is damaged.
-    """
-    if not file.is_remote:
-        return
-    # `HubFile` reports its own network errors; what pyarrow calls an OSError then is damage.
-    if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and not isinstance(file, HubInputFile):
-        raise error
-    raise RemoteDamage(
-        f"{file.name}: has arrived damaged ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
-    )
+def raise_if_remote(file: InputFile, error: BaseException) -> None:
+    """Raise a RemoteDamage if a file that cannot be decoded has come over a network: no row is given up because of that."""
+    if isinstance(file, HubInputFile):
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise RemoteDamage(f"{file.name}: has arrived damaged ({reason})")

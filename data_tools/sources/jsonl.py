@@ -13,7 +13,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from data_tools.sources.filters import Filter, Kind, nested
-from data_tools.sources.inputs import InputFile, raise_if_unreachable
+from data_tools.sources.inputs import InputFile, raise_if_remote
 from data_tools.sources.tally import Rejection, Tally, first_line, names
 
 FIRST_ROWS = 100
@@ -48,7 +48,7 @@ def read_jsonl(
                 if text is not None:
                     yield row, text
     except (EOFError, OSError, zlib.error) as error:
-        raise_if_unreachable(file, error)
+        raise_if_remote(file, error)
         reason = f"cannot be read from here on ({first_line(error)})"
         tally.rejected.append(Rejection(file.name, row + 1, reason, rows=0))
 
@@ -65,7 +65,7 @@ def mismatched_condition(file: InputFile, filters: tuple[Filter, ...]) -> str:
                     if value is not None:
                         problems[condition].append(condition.mismatch(Kind.of(value), type(value).__name__))
     except (EOFError, OSError, zlib.error) as error:
-        raise_if_unreachable(file, error)
+        raise_if_remote(file, error)
     return next((reasons[0] for reasons in problems.values() if reasons and all(reasons)), "")
 
 

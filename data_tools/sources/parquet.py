@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_tools.sources.filters import Filter, Kind, nested
-from data_tools.sources.inputs import InputFile, open_parquet, raise_if_unreachable
+from data_tools.sources.inputs import InputFile, open_parquet, raise_if_remote
 from data_tools.sources.tally import Rejection, Tally, first_line, names
 
 ROWS_AT_ONCE = 256
@@ -35,7 +35,7 @@ def read_parquet(
         try:
             reader = stack.enter_context(open_parquet(file))
         except (pa.ArrowException, OSError) as error:
-            raise_if_unreachable(file, error)
+            raise_if_remote(file, error)
             tally.rejected.append(Rejection(file.name, 0, f"not readable as parquet ({first_line(error)})", rows=0))
             return
         meta = reader.metadata
@@ -67,7 +67,7 @@ def read_parquet(
                         if text is not None:
                             yield row, text
             except (pa.ArrowException, OSError) as error:
-                raise_if_unreachable(file, error)
+                raise_if_remote(file, error)
                 lost = ends[group + 1] - row
                 tally.rows += lost
                 reason = f"row group {group} is damaged, {lost} rows are lost ({first_line(error)})"
@@ -114,7 +114,7 @@ def mismatched_condition(file: InputFile, filters: tuple[Filter, ...]) -> str:
         with open_parquet(file) as reader:
             kinds = [(one, _column_type(reader.schema_arrow, one.column)) for one in filters]
     except (pa.ArrowException, OSError) as error:
-        raise_if_unreachable(file, error)
+        raise_if_remote(file, error)
         return ""  # reported when it is read
     problems = (one.mismatch(_kind(kind), str(kind)) for one, kind in kinds if not isinstance(kind, str))
     return next(filter(None, problems), "")

@@ -184,44 +184,6 @@ def test_zstandard_in_several_frames_and_damaged(tmp_path: Path) -> None:
     assert "cannot be read from here on" in str(tally.rejected[0])
 
 
-def test_files_behind_urls_are_read_and_a_network_error_is_not_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A failed read is retried and finally raises an error; it never counts as a bad row."""
-    path = tmp_path / "000.parquet"
-    pq.write_table(pa.table({"text": ["s"]}), path)
-    remote = Unit(0, ((InputFile(f"file://{path}", "000.parquet"), None),), 1)
-    attempts = []
-
-    class Task:
-        def __call__(self, unit: Unit, progress: Progress) -> list[str]:
-            attempts.append(len(attempts))
-            if len(attempts) < 3:
-                path.rename(path.with_suffix(".away"))
-            tally = Tally()
-            try:
-                texts = [text for _, text in pool_documents(unit, tally)]
-            finally:
-                if len(attempts) < 3:
-                    path.with_suffix(".away").rename(path)
-            assert not tally.rejected
-            return texts
-
-    def pool_documents(unit: Unit, tally: Tally) -> Any:
-        from data_tools.sources.documents import read_file
-
-        return read_file(unit.parts[0][0], "text", tally)
-
-    shared = multiprocessing.get_context("spawn").RawArray("q", 1 + pool.COUNTERS)
-    monkeypatch.setattr(pool.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(pool, "_worker", {"task": Task(), "shared": shared})
-    assert pool._run(remote) == ["s"] and len(attempts) == 3
-    path.unlink()
-    attempts.extend(range(10))
-    with pytest.raises(LimeError, match=r"unit 0 \(000.parquet\): cannot be read .*after 6 attempts"):
-        pool._run(remote)
-
-
 def test_an_empty_validation_split_is_said(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(20)))
     warning = (
