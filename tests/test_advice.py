@@ -19,7 +19,8 @@ KEY = re.compile(
     rf"(?<![\w./])(?:{'|'.join(name for name, _ in sections() if name and '.' not in name)})(?:\.[a-z_]+)+"
 )
 OTHER_PROGRAMS = {
-    "--help": "", "--num_gpus": "deepspeed", "--master_addr": "launcher", "--logdir": "tensorboard",
+    "--help": "", "--logdir": "tensorboard", "--master_addr": "launcher",
+    **dict.fromkeys(("--num_gpus", "--master_port", "--include", "--force_multi"), "deepspeed"),
 }  # fmt: skip
 """Flags of other programs, or of every parser, with a word that stands beside them."""
 OTHER_NAMES = (

@@ -141,7 +141,7 @@ def pretokenize(options: argparse.Namespace) -> None:
 def mark_duplicates(folder: Path, plan: str, units: list[Unit], selection: Selection, workers: int) -> None:
     """Hash the units that are not hashed yet, then compare all hashes; the result is written to ``folder``."""
     marker = folder / "plan"
-    if marker.exists() and marker.read_text() != plan:
+    if marker.exists() and marker.read_bytes() != plan.encode():
         shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
     write_atomic(marker, plan.encode())

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -41,6 +40,21 @@ class HubFileFacts:
     sha256: str | None
     git_hash: str
     address: str
+
+
+def whole_content(file: HubFileFacts) -> bytes:
+    """The content of a small file, which is compared with its hash.
+
+    Raises:
+        HubError: it cannot be had.
+    """
+
+    def check(body: bytes) -> None:
+        git_hash = hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
+        if file.sha256 != hashlib.sha256(body).hexdigest() if file.sha256 else file.git_hash != git_hash:
+            raise ValueError(f"its content has not the hash that the hub says of {file.path}")
+
+    return get(file.address, check=check).body
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,7 @@ def _patterns(tree: dict[str, HubFileFacts], configuration: str | None) -> list[
     configurations: dict[str, dict[str, Any]] = {}
     paths = list(tree)
     if (readme := tree.get("README.md")) is not None:
-        text = get(readme.address, check=partial(_check_git_hash, readme)).body.decode("utf-8", "replace")
+        text = whole_content(readme).decode("utf-8", "replace")
         front = _FRONT_MATTER.match(text)
         try:
             listed = (yaml.safe_load(front[1]) or {}).get("configs") if front else None
@@ -133,11 +147,6 @@ def _patterns(tree: dict[str, HubFileFacts], configuration: str | None) -> list[
     if not globs:
         return _guessed_patterns(paths) if data_files is None else []
     return [_glob(pattern) for pattern in globs]
-
-
-def _check_git_hash(file: HubFileFacts, body: bytes) -> None:
-    if hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest() != file.git_hash:
-        raise ValueError(f"{file.path} is not the file of this commit")
 
 
 def _guessed_patterns(paths: list[str]) -> list[re.Pattern[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.sources.hub import hub_dataset
-from data_tools.sources.hub_requests import HubFile
+from data_tools.sources.hub import HubFileFacts, hub_dataset, whole_content
+from data_tools.sources.hub_requests import HubError, HubFile
 from data_tools.sources.walk import ALL, is_folder, matching_files, special_file
 from lime_dist.errors import LimeError
 
@@ -59,25 +60,24 @@ class InputFile:
 
 @dataclass(frozen=True)
 class HubInputFile(InputFile):
-    """A file of a hub dataset at a commit; ``path`` is its address.
+    """A file of a hub dataset at a commit; ``path`` is its address."""
 
-    Attributes:
-        known_size: in bytes.
-        sha256: of its content, None if the hub does not know it.
-    """
-
-    known_size: int
-    sha256: str | None
+    facts: HubFileFacts
     commit: str
 
     def open(self) -> IO[bytes]:
         """Open the file for reading bytes, seekable."""
-        return HubFile.open(self.path, self.known_size)
+        if self.facts.sha256 is not None:
+            return HubFile.open(self.path, self.facts.size)
+        try:  # a small file in git itself, for which the hub need not know ranges
+            return io.BytesIO(whole_content(self.facts))
+        except HubError as error:
+            raise LimeError(f"{error}; run the same command again") from None
 
     @property
     def size(self) -> int:  # type: ignore[override]  # known here, found out there
         """The file's size in bytes."""
-        return self.known_size
+        return self.facts.size
 
 
 class RemoteDamage(LimeError):
@@ -137,7 +137,7 @@ def _each_once(files: list[InputFile]) -> list[InputFile]:
 
 def _hub_files(given: str, commit: str | None) -> list[InputFile]:
     dataset = hub_dataset(given, commit)
-    return [HubInputFile(file.address, file.path, file.size, file.sha256, dataset.commit) for file in dataset.files]
+    return [HubInputFile(file.address, file.path, file, dataset.commit) for file in dataset.files]
 
 
 def fingerprint(file: InputFile) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def fingerprint(file: InputFile) -> dict[str, Any]:
     That of a remote file is what the hub says, so that nothing is downloaded for it.
     """
     if isinstance(file, HubInputFile):
-        return {"name": file.name, "bytes": file.size, "sha256": file.sha256}
+        return {"name": file.name, "bytes": file.size, "sha256": file.facts.sha256 or file.facts.git_hash}
     digest, size = hashlib.sha256(), file.size
     with file.open() as stream:
         for probe in range(PROBES):

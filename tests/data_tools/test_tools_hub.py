@@ -103,6 +103,14 @@ def test_configurations_and_the_files_they_mean(hub: Hub, data: Path, pauses: li
     assert len(list_inputs(f"hub:{NAME}")) == 3, "without configurations all files"
 
 
+def test_small_files_in_git_itself_are_read_whole_and_checked(hub: Hub, data: Path, pauses: list[float]) -> None:
+    (data / "data/CC-3").mkdir()
+    (data / "data/CC-3/c.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(5)))
+    hub.commit(data)
+    hub.faults.append(Fault("page", "jsonl", times=3))
+    assert read(f"hub:{NAME}")[-5:] == [f"line {i}" for i in range(5)] and pauses == [1.0, 2.0, 4.0]
+
+
 def test_a_local_folder_of_the_same_name_is_not_the_dataset(
     hub: Hub, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +127,7 @@ def test_a_local_folder_of_the_same_name_is_not_the_dataset(
 @pytest.mark.parametrize(
     ("kind", "where"),
     [
-        *((kind, "/content/") for kind in ("page", "whole", "short", "truncate", "status")),
+        *((kind, "/content/") for kind in ("page", "whole", "short", "truncate", "status", "expired")),
         *(
             (kind, where)
             for kind in ("page", "status")
@@ -130,7 +138,7 @@ def test_a_local_folder_of_the_same_name_is_not_the_dataset(
 def test_an_answer_that_is_not_what_was_asked_for_is_asked_again(
     hub: Hub, data: Path, pauses: list[float], kind: str, where: str
 ) -> None:
-    hub.faults.append(Fault(kind, where, times=2))
+    hub.faults.append(Fault("status", where, 2, 403) if kind == "expired" else Fault(kind, where, times=2))
     assert read(f"hub:{NAME}:sample-10BT") == read(str(data / "sample"))
     assert hub.faults[0].times == 0 and pauses == [1.0, 2.0]
 
@@ -185,6 +193,8 @@ def test_shards_equal_those_of_a_local_copy_through_faults(
     hub.faults += [Fault(kind, "/content/.*") for kind in ("page", "flip", "short")]
     remote = run(f"hub:{NAME}", tokenizer_folder, tmp_path / "remote", "--drop-duplicates")
     assert shards(tmp_path / "remote") == shards(tmp_path / "local") and not any(fault.times for fault in hub.faults)
+    asked = [hub.count(f"^/api/.*/{what}/") for what in ("revision", "tree")]
+    assert asked == [1, 3], "by the parent alone: a page of the tree has two of the five files"
     assert remote["counts"] == local["counts"] and remote["hub"] == {"input": f"hub:{NAME}", "commit": hub.main}
 
 

@@ -110,7 +110,7 @@ def test_finished_documents_are_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(LimeError, match="holds documents with other settings; give another --output, or --fresh"):
         main([*given, "--operands", "5"])
     with pytest.raises(LimeError, match="little more than 8[0-9] different questions"):
-        main([*given, "--fresh", "--operands", "2", "--largest", "8", "--documents", "100000"])
+        main([*given[:-1], "100000", "--fresh", "--operands", "2", "--largest", "8"])
     assert (tmp_path / "documents.jsonl").read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {
         ".lock",
         "documents.jsonl",

@@ -13,6 +13,10 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 PAGE = 2  # entries of a page of the tree
+SMALL = (
+    ".md",
+    ".jsonl",
+)  # in git itself: answered by the hub, which ignores ranges; all others are at signed addresses
 
 
 @dataclass
@@ -128,7 +132,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send(200, json.dumps(entries).encode(), **headers)
             elif rest[0] not in files:
                 self.send(404, b"", X_Error_Code="EntryNotFound")
-            elif rest[0].endswith(".md"):
+            elif rest[0].endswith(SMALL):
                 self.send(200, files[rest[0]])
             else:
                 self.send(302, b"", Location=f"{hub.content_url}/content/{sha}/{rest[0]}")
@@ -136,7 +140,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def entry(self, name: str, data: bytes) -> dict[str, Any]:
             entry = {"type": "file", "oid": git_hash(data), "size": len(data), "path": name}
             large = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}}
-            return entry if name.endswith(".md") else entry | large
+            return entry if name.endswith(SMALL) else entry | large
 
         def content(self, path: str, fault: Fault | None) -> None:
             hub.leaked_tokens += "Authorization" in self.headers
