@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lime_dist.config.schema import ModelConfig
+from lime_dist.model import layers as layers_module
 from lime_dist.model.architecture import architecture_of, stage_layout
 from lime_dist.model.decoder import decoder_layers, open_history, run_layers
 
@@ -67,7 +69,7 @@ def step_kernels(
         batch, length, *architecture_of(config).hidden_shape, dtype=dtype, device=meta, requires_grad=True
     )
     history = open_history(config, stage_layout(config, 0, config.num_hidden_layers), batch * length, dtype, meta)
-    with Trace() as trace, OneKernelEach(trace):
+    with Trace() as trace, OneKernelEach(trace), mock.patch.object(layers_module, "rms_norm", norm_on_cuda):
         out, _ = run_layers(layers, hidden, history, activation_checkpointing)
         del history
         out.backward(torch.empty_like(out))
@@ -157,6 +159,11 @@ def in_history() -> bool:
             return True
         frame = caller
     return False
+
+
+def norm_on_cuda(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """What the model calls for an RMSNorm on CUDA."""
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 class OneKernelEach(TorchFunctionMode):

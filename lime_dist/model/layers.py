@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lime_dist.model.functions import Rotate, rms_norm
+from lime_dist.model.norm_rotation import Rotate, rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lime_dist.model import cost
-from lime_dist.model.functions import rms_norm
 from lime_dist.model.layers import language_model_loss, rotary_table, rotate
 from lime_dist.model.loss import projected_loss
+from lime_dist.model.norm_rotation import rms_norm
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 TOKENS, VOCABULARY, HIDDEN = (3, 50), 37, 16
