@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--checkpoint",
         required=True,
         type=user_path,
-        help="a run folder, its checkpoints folder, or one global_stepN folder",
+        help="a run folder, its checkpoints folder, one global_stepN folder, or checkpoints/best",
     )
     parser.add_argument("--output", required=True, type=user_path, help="folder to create")
     parser.add_argument(

@@ -17,7 +17,7 @@ from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
 from lime_dist.model.optimizer_states import States, optimizer_states
 
-MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST, LATEST, BEST = "manifest.json", "latest", "best"
 FORMAT = "lime_dist checkpoint 1"
 CHECKPOINT_NAME = re.compile(r"global_step(0|[1-9][0-9]{0,17})")
 """Name of the folder of a checkpoint; the group is its step."""
@@ -85,6 +85,16 @@ def read_latest(directory: Path) -> tuple[str | None, str | None]:
     if CHECKPOINT_NAME.fullmatch(name) is None:
         return None, f"names no checkpoint ({name[:40]!r})"
     return name, None
+
+
+def read_best(directory: Path) -> tuple[int, float] | None:
+    """Step and validation loss of the best checkpoint, as ``best`` says; None: there is none that is still there."""
+    try:
+        step, loss = (directory / BEST).read_text(encoding="utf-8").split()[:2]
+        best = int(step.removeprefix("global_step")), float(loss)
+    except (OSError, ValueError):
+        return None
+    return best if (directory / f"global_step{best[0]}").is_dir() else None
 
 
 def make_manifest(

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lime_dist.checkpoint.manifest import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest, read_manifest
+from lime_dist.checkpoint.manifest import BEST, CHECKPOINT_NAME, LATEST, MANIFEST, read_best, read_latest, read_manifest
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.files import sha256_file
 from lime_dist.data.state import TrainState
@@ -37,7 +37,7 @@ def find_checkpoint(path: Path) -> Path:
     """The folder ``global_stepN`` of the checkpoint that ``path`` stands for.
 
     Args:
-        path: such a folder; or a run folder or its ``checkpoints``, for the checkpoint that ``latest`` names or, without
+        path: such a folder; the file ``best`` beside it, for the one with the lowest validation loss; or a run folder or its ``checkpoints``, for the checkpoint that ``latest`` names or, without
             ``latest`` or if it is damaged, which is said on stderr, the one with most steps.
 
     Raises:
@@ -45,6 +45,11 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / MANIFEST).is_file():
         return path
+    if path.name == BEST and path.is_file():
+        best = read_best(path.parent)
+        if best is None:
+            raise LimeError(f"{path}: names no checkpoint that is there; a run with train.keep_best=true writes it")
+        return path.parent / f"global_step{best[0]}"
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     name, problem = read_latest(folder)
     if name is not None:

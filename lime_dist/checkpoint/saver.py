@@ -12,6 +12,7 @@ costs.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -30,11 +31,11 @@ from lime_dist.checkpoint.folder import (
     publish,
     write_tensors,
 )
-from lime_dist.checkpoint.manifest import LATEST, make_manifest
+from lime_dist.checkpoint.manifest import BEST, LATEST, make_manifest, read_best
 from lime_dist.checkpoint.optimizer import CheckpointedOptimizer
 from lime_dist.checkpoint.store import saved_steps
 from lime_dist.config.schema import Config
-from lime_dist.data.files import free_name, remove
+from lime_dist.data.files import free_name, remove, write_atomic
 from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree, is_main_process
@@ -130,6 +131,21 @@ class Saver:
         """Save a checkpoint: `begin` and `finish`."""
         self.begin(state)
         return self.finish()
+
+    def improves(self, validation_loss: float) -> bool:
+        """Whether a validation loss is lower than that of the best checkpoint, the same answer on all ranks."""
+        best: list[tuple[int, float] | None] = [read_best(self.directory)]
+        dist.broadcast_object_list(best, src=0)
+        return math.isfinite(validation_loss) and (best[0] is None or validation_loss < best[0][1])
+
+    def mark_best(self, state: TrainState, validation_loss: float) -> None:
+        """Name the saved checkpoint of ``state`` as the best one; it is kept until another takes its place.
+
+        Raises:
+            LimeError: the file ``best`` cannot be written.
+        """
+        text = f"{folder_name(state.step)} {validation_loss!r}\n"
+        self._on_main_process(state, lambda: write_atomic(self.directory / BEST, text.encode()))
 
     def begin(self, state: TrainState) -> None:
         """Write this rank's file, or copy the state and start a thread that writes it. `finish` must follow.
@@ -248,8 +264,9 @@ def _prune(directory: Path, newest: int, keep_last: int | None, keep_every: int 
     if keep_last is None or not is_main_process():
         return []
     problems = []
+    best = read_best(directory)
     for step in [step for step in saved_steps(directory) if step <= newest][:-keep_last]:
-        if keep_every is None or step % keep_every:
+        if (keep_every is None or step % keep_every) and (best is None or step != best[0]):
             try:
                 problems.append(delete(directory / folder_name(step)))
             except OSError as error:

@@ -64,11 +64,13 @@ def train(run: Run, state: TrainState) -> Outcome:
                 _draw_routers(run, state)
             if _due(settings.evaluation_interval, state.step) and run.evaluation_micro_batches:
                 validated = (state.step, validate(run, state))
-            state = step_end.finish(state, loss)
+            now = validated[1] if validated is not None and validated[0] == state.step else None
+            state = step_end.finish(state, loss, now)
         if step_end.stopped_by is None:
             step_end.save_last(state)
             if run.evaluation_micro_batches and (validated is None or validated[0] != state.step):
                 validated = (state.step, validate(run, state))
+                step_end.keep_best(state, validated[1])
     run.console.close()
     last_loss = validated[1] if validated and step_end.stopped_by is None else None
     return Outcome(state, last_loss, step_end.stopped_by, measurements.time_split())

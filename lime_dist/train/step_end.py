@@ -71,7 +71,7 @@ class StepEnd:
                 f"the last one because {cause}; look at these samples or lower optimizer.lr; {HOW_TO_RESUME}",
             )
 
-    def finish(self, state: TrainState, loss: float) -> TrainState:
+    def finish(self, state: TrainState, loss: float, validation_loss: float | None = None) -> TrainState:
         """Exchange the status of all ranks, save if it is time, stop if asked to; returns the state to continue from.
 
         Raises:
@@ -90,13 +90,32 @@ class StepEnd:
             state = self._go_back(state, loss)
         interval = run.config.train.checkpoint_interval
         stop = joint.stop
-        if interval and state.step % interval == 0 and not joint.spike:
+        best = not joint.spike and self._is_best(state, validation_loss)
+        if (best or (interval and state.step % interval == 0)) and not joint.spike:
             self._save(state)
+            if best and validation_loss is not None:
+                self.keep_best(state, validation_loss)
             stop = stop or self._exchange(state).stop  # a signal may have come while ranks were saving
         if stop:
             self._stop(state, stop)
         self._consumed_before = state.consumed_samples
         return state
+
+    def keep_best(self, state: TrainState, validation_loss: float) -> None:
+        """Name the checkpoint of ``state`` as the best, if it is on disk and none has a lower validation loss."""
+        self._settle(state)
+        if self._saved_step == state.step and self._is_best(state, validation_loss):
+            try:
+                self._run.saver.mark_best(state, validation_loss)
+            except LimeError as error:
+                self._report_not_saved(state, error, last=False)
+
+    def _is_best(self, state: TrainState, validation_loss: float | None) -> bool:
+        """Whether the run keeps its best checkpoint and this validation loss is the lowest so far."""
+        if not self._run.config.train.keep_best or validation_loss is None:
+            return False
+        with self._watching("comparing validation losses at", state):
+            return self._run.saver.improves(validation_loss)
 
     def save_last(self, state: TrainState) -> None:
         """Make sure that the last state is on disk.

@@ -47,6 +47,11 @@ class TrainConfig(Section):
     keep_every: int | None = Field(
         None, ge=1, description="also keep every checkpoint whose step is a multiple of this; `null` keeps no others"
     )
+    keep_best: bool = Field(
+        False,
+        description="save whenever the validation loss is the lowest so far, and always keep that checkpoint; "
+        "`checkpoints/best` names it",
+    )
     max_consecutive_skips: int = Field(
         10,
         ge=1,
