@@ -23,8 +23,8 @@ from lime_dist.model.architecture import architecture_of, stage_layout
 from lime_dist.model.decoder import decoder_layers, open_history, run_layers
 
 PARTS = ("products", "attention", "elementwise", "history")
-HISTORY_FILES = ("history.py", "token_slices.py", "functions.py", "products.py")
-"""Names of the files of `lime_dist.model` whose operations belong to the layer history."""
+HISTORY_FILES = ("history.py", "token_slices.py", "products.py", "kv/functions.py", "hidden/functions.py")
+"""Ends of the paths in `lime_dist.model` of the files whose operations belong to the layer history."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def norm_on_cuda(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class OneKernelEach(TorchFunctionMode):
-    """Runs attention and RMSNorm as one operation each way, which the meta device would take apart."""
+    """Takes the model's path for CUDA, with attention and RMSNorm as one operation each way, which the meta device would take apart."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -180,6 +180,8 @@ class OneKernelEach(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention:
             q_BHTd, k_BHTd, v_BHTd = args
             return torch.ops.aten._scaled_dot_product_flash_attention(q_BHTd, k_BHTd, v_BHTd, 0.0, True)[0]
+        if getattr(getattr(func, "__self__", None), "__name__", "") == "is_cuda":
+            return True
         if func is torch.nn.functional.rms_norm:
             return OneKernelNorm.apply(args[0], kwargs["weight"], self._trace)
         return func(*args, **kwargs)
