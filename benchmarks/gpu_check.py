@@ -7,6 +7,7 @@ memory       peak of live bytes of a step, over what the plan says
 kernels      kernels a layer, and how often the host waits for the device in a step
 step_cost    a step of each history policy over LLaMA's (step_cost.py)
 cluster      tokens/s and MFU of the configurations in configs/cluster, cut to one stage and to the memory at hand
+compiled     with train.compile: the comparison with the CPU, and the speed of a cluster configuration
 
 Without a GPU all of it runs on the CPU with small sizes; what needs GPUs says so. Each section is a process with a time limit.
 A section that passed is not repeated by the same command on the same machine and code; one that failed is.
@@ -61,9 +62,10 @@ SECTIONS = {
     "shared": Section("Two processes on one device over gloo equal the CPU", 120),
     "nccl": Section("Two processes on two GPUs over NCCL equal the CPU", 150, gpus=2),
     "memory": Section("Peak memory over the plan", 90),
-    "kernels": Section("Kernels a layer, and host waits a step", 90),
-    "step_cost": Section("Step over LLaMA's", 120, engine=False),
+    "kernels": Section("Kernels a layer, and host waits a step", 120),
+    "step_cost": Section("Step over LLaMA's", 180, engine=False),
     "cluster": Section("Cluster configurations cut to one stage", 120),
+    "compiled": Section("Compiled layers equal the CPU", 180, gpus=1),
 }
 TOTAL = 600.0
 """Seconds after which no section is started."""

@@ -6,8 +6,9 @@ from pathlib import Path
 from statistics import median
 
 from gpu_check_engine import planned_bytes, trainer
-from gpu_check_machine import ROOT, Sizes, device, memory_at_hand
+from gpu_check_machine import ROOT, Sizes, device, memory_at_hand, on_gpu
 from gpu_check_report import Report
+from gpu_check_trace import traced
 from step_cost import step_flops
 
 from lime_dist import load_config
@@ -28,7 +29,8 @@ def measure(report: Report, sizes: Sizes) -> None:
 
     start_processes()
     report.header = [
-        "configuration", "layers", "micro-batch", "parameters, M", "s/step", "tokens/s", "MFU", "measured / planned memory",
+        "configuration", "layers", "micro-batch", "parameters, M", "s/step", "tokens/s", "MFU", "device busy",
+        "measured / planned memory",
     ]  # fmt: skip
     measured: dict[str, str] = {}
     best = 0.0
@@ -48,6 +50,7 @@ def measure(report: Report, sizes: Sizes) -> None:
             for _ in range(WARM_UP):
                 run.step()
             seconds = median(run.seconds(sizes.steps))
+            busy = f"{traced(run.step).busy:.0%}" if on_gpu() else "no GPU"
             ratio = run.peak_bytes() / run.planned_bytes
             parameters = sum(parameter.numel() for parameter in run.optimizer.parameters.values())
         tokens = config.train.global_batch_size * config.data.sequence_length
@@ -55,7 +58,7 @@ def measure(report: Report, sizes: Sizes) -> None:
         best = max(best, mfu)
         report.add(
             path.stem, str(config.model.num_hidden_layers), str(config.train.micro_batch_size), f"{parameters / 1e6:.0f}",
-            f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{mfu:.1%}", f"{ratio:.3f}",
+            f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{mfu:.1%}", busy, f"{ratio:.3f}",
         )  # fmt: skip
     report.notes = [
         f"One stage's layers with embedding and head; {sizes.cluster_micro_batches} micro-batches a step. MFU is relative to "

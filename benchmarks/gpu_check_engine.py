@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from equality import rank_batches
+import torch.distributed as dist
+from equality import Batch, rank_batches
 from gpu_check_machine import on_gpu, synchronise
 from training_step import LiveBytes
 
@@ -25,18 +26,20 @@ if TYPE_CHECKING:  # DeepSpeed chooses its accelerator when it is imported
 
 @dataclass(frozen=True)
 class Trainer:
-    """An engine of one stage, and what it needs for a step."""
+    """An engine of one stage, and what it needs for a step.
+
+    Attributes:
+        batches: the micro-batches of a step, in pinned memory on a GPU, as from the loader.
+    """
 
     config: Config
     engine: LimeEngine
     optimizer: StageOptimizer
+    batches: list[Batch]
 
     def step(self, micro_batches: int | None = None) -> None:
         """Run one step and wait for it; ``micro_batches`` as in `LimeEngine.train_step`."""
-        batches = rank_batches(self.config, 0, 0, 1, self.config.train.micro_batch_size)
-        if on_gpu():  # as the loader does
-            batches = ((tokens.pin_memory(), labels.pin_memory()) for tokens, labels in batches)
-        self.engine.train_step(batches, micro_batches)
+        self.engine.train_step(iter(self.batches), micro_batches)
         synchronise()
 
     def seconds(self, steps: int) -> list[float]:
@@ -91,14 +94,38 @@ def trainer(config: Config) -> Iterator[Trainer]:
     """Build an engine; its memory is free after the block."""
     from lime_dist.train.build import build_engine
 
-    with quiet():
-        engine, optimizer = build_engine(config)
-    parts = [Trainer(config, engine, optimizer)]
-    del engine, optimizer
+    batches = list(rank_batches(config, 0, 0, 1, config.train.micro_batch_size))
+    if on_gpu():
+        batches = [(tokens.pin_memory(), labels.pin_memory()) for tokens, labels in batches]
+    with groups_of_an_engine():
+        with quiet():
+            engine, optimizer = build_engine(config)
+        parts = [Trainer(config, engine, optimizer, batches)]
+        del engine, optimizer
+        try:
+            yield parts[0]
+        finally:
+            parts.clear()
+            gc.collect()
+            if on_gpu():
+                torch.cuda.empty_cache()
+
+
+@contextmanager
+def groups_of_an_engine() -> Iterator[None]:
+    """Destroy the process groups that are made within: with NCCL each takes memory of the GPU."""
+    new_group, made = dist.new_group, []
+
+    def remembered(*arguments: Any, **options: Any) -> Any:
+        group = new_group(*arguments, **options)
+        made.append(group)
+        return group
+
+    dist.new_group = remembered
     try:
-        yield parts[0]
+        yield
     finally:
-        parts.clear()
-        gc.collect()
-        if on_gpu():
-            torch.cuda.empty_cache()
+        dist.new_group = new_group
+        for group in reversed(made):
+            if group is not dist.GroupMember.NON_GROUP_MEMBER:
+                dist.destroy_process_group(group)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-
 from equality import train_stage
+from gpu_check_engine import trainer
 from gpu_check_errors import EVALUATION_MICRO_BATCH_SIZE, KINDS, STEPS, Comparison
 from gpu_check_machine import Sizes, exact_float32
 from gpu_check_models import compared
 from gpu_check_report import Report
 
 from lime_dist.config.schema import Config
-from lime_dist.distributed import quiet, start_processes
+from lime_dist.distributed import start_processes
 
 CHECKPOINTED = {"lime chunked", "hidden chunked"}
 
@@ -46,13 +45,6 @@ def explain() -> str:
 
 def compare(config: Config) -> tuple[list[str], list[str]]:
     """Train on this process's device and compare."""
-    from lime_dist.train.build import build_engine
-
     comparison = Comparison(config)
-    with quiet():
-        engine, optimizer = build_engine(config)
-    try:
-        return comparison.check([train_stage(engine, optimizer, config, STEPS, EVALUATION_MICRO_BATCH_SIZE)])
-    finally:
-        del engine, optimizer
-        gc.collect()
+    with trainer(config) as run:
+        return comparison.check([train_stage(run.engine, run.optimizer, config, STEPS, EVALUATION_MICRO_BATCH_SIZE)])

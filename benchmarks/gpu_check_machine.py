@@ -49,20 +49,20 @@ def _model(**keys: int) -> list[str]:
 FULL = Sizes(
     models=list(MODELS),
     equality=_model(
-        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, sequence_length=64,
+        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, sequence_length=32,
     ),
     pipeline=_model(
         vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, sequence_length=64,
+        num_key_value_heads=2, sequence_length=32,
     ),
     shape=_model(
-        vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=8,
+        vocab_size=8192, hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8,
         sequence_length=1024,
     ),
     step_cost=[
-        "--layers", "16", "--kv-heads", "16", "4", "--hidden", "2048", "--heads", "16", "--vocabulary", "8192", "--length",
-        "2048", "--repeats", "3", "--dtype", "bf16", "--variants", "full", "first_last", "chunked", "hyper", "hidden-chunked",
+        "--layers", "20", "--kv-heads", "16", "4", "--hidden", "2048", "--heads", "16", "--vocabulary", "8192",
+        "--length", "2048", "--repeats", "3", "--dtype", "bf16", "--variants", "full", "first_last", "chunked",
     ],
     cluster=[],
     cluster_micro_batches=8,

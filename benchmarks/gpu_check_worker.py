@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from equality import train_stage
+from gpu_check_engine import groups_of_an_engine
 from gpu_check_errors import EVALUATION_MICRO_BATCH_SIZE, STEPS
 from gpu_check_machine import exact_float32
 
@@ -31,7 +30,7 @@ def main() -> None:
     for index, text in enumerate(settings["configs"]):
         config = make_config(yaml.safe_load(text), "the check")
         print(f"rank {rank}: configuration {index}", flush=True)
-        with groups_of_a_case():
+        with groups_of_an_engine():
             with quiet():
                 engine, optimizer = build_engine(config)
             result = train_stage(engine, optimizer, config, STEPS, EVALUATION_MICRO_BATCH_SIZE)
@@ -41,26 +40,6 @@ def main() -> None:
             dist.barrier()
     (folder / f"{rank}.json").write_text("{}")
     dist.barrier()
-
-
-@contextmanager
-def groups_of_a_case() -> Iterator[None]:
-    """Destroy the process groups that are made within: with NCCL each takes memory of the GPU."""
-    new_group, made = dist.new_group, []
-
-    def remembered(*arguments: Any, **options: Any) -> Any:
-        group = new_group(*arguments, **options)
-        made.append(group)
-        return group
-
-    dist.new_group = remembered
-    try:
-        yield
-    finally:
-        dist.new_group = new_group
-        for group in reversed(made):
-            if group is not dist.GroupMember.NON_GROUP_MEMBER:
-                dist.destroy_process_group(group)
 
 
 def on_cpu(value: Any) -> Any:
