@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch.utils.tensorboard.summary import histogram, scalar
 
 from lime_dist.config.schema import ModelConfig
@@ -40,9 +40,17 @@ def router_pictures(config: ModelConfig, weights: Weights, chosen: int) -> list[
 
 
 def picture(tag: str, cells: Sequence[Sequence[float]]) -> Summary:
-    """A map as an image: rows are the readers, columns what they read; dark cells are read most. A cell is a square."""
-    pixels, _ = coloured(cells)
+    """A map as an image: rows are the readers, columns what they read; dark cells are read most. A cell is a square.
+
+    TensorBoard shows the axes and the scale as the picture's description.
+    """
+    pixels, top = coloured(cells)
     size = max(MIN_CELL, SIDE // max(len(pixels), len(pixels[0])))
     rows = [b"".join(pixel * size for pixel in row) for row in pixels for _ in range(size)]
     image = Summary.Image(height=len(rows), width=len(rows[0]) // 3, colorspace=3, encoded_image_string=png(rows))
-    return Summary(value=[Summary.Value(tag=tag, image=image)])
+    axes = (
+        f"rows: {len(pixels)} readers, from 0 at the top; columns: {len(pixels[0])} layers that they read, from 0 on the left; "
+        f"colour: mean |weight| from 0 (white) to {top:.3g} and above (dark blue)"
+    )
+    metadata = SummaryMetadata(summary_description=axes)
+    return Summary(value=[Summary.Value(tag=tag, image=image, metadata=metadata)])

@@ -137,6 +137,8 @@ def test_the_map_is_drawn_cell_by_cell(events: EventAccumulator, dataset: Path, 
     assert {(row, column) for row, column in np.argwhere(dark).tolist()} == {(0, 0), (1, 0), (2, 1), (3, 2), (4, 3)}
     assert (known[~dark] == 255).all()
     assert made["self_retrieval/layer3"].simple_value == 0 and made["entropy/layer0"].simple_value == 0
+    told = made["routers/layers"].metadata.summary_description
+    assert told.startswith("rows: 5 readers, from 0 at the top; columns: 5 layers") and "to 0.5 and above" in told
     heads = made["routers/heads_of_layer2"].image
     assert (heads.width / heads.height) == pytest.approx(5 / 2, abs=0.1)
     assert picture("wide", [[0.0] * 300]).value[0].image.height == 4, "a cell has a minimum size"
