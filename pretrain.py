@@ -249,6 +249,8 @@ def announce(run: Run, data: RunData, state: TrainState) -> None:
             say(f"{entry.path}: {share}")
     if engine.placement.several:
         say(describe_placement(engine.grid.topology(), engine.placement.hosts))
+    if engine.transfer_ctas is not None:
+        say(f"a transfer between stages occupies at most {engine.transfer_ctas} CTAs (pipeline.transfer_ctas)")
     if state.step >= settings.steps:
         say(f"nothing to train: {state.step} steps are done and train.steps={settings.steps}")
 

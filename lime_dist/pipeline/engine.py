@@ -23,11 +23,13 @@ from lime_dist.config.deepspeed import deepspeed_config
 from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.errors import PeerLost
+from lime_dist.model.history import LayerHistory
 from lime_dist.pipeline.clock import INSTRUCTIONS, VALIDATION, WAITING, Clock
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.placement import gather_placement
 from lime_dist.pipeline.process_groups import tied_communicators
 from lime_dist.pipeline.transfer import TransferStats
+from lime_dist.pipeline.warm_up import needs_warm_up, run_on_zeros
 from lime_dist.pipeline.watchdog import Watchdog
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -40,6 +42,8 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 class GradientOptimizer(Protocol):
     """What the engine needs of an optimizer."""
+
+    def warm_up(self) -> None: ...
 
     def reduce_gradients(self, loss: Tensor | None) -> None: ...
 
@@ -56,6 +60,7 @@ class LimeEngine(PipelineEngine):
 
     optimizer: GradientOptimizer
     total_loss: Tensor | None
+    fwd_outputs: list[Tensor]
 
     def __init__(
         self,
@@ -76,6 +81,7 @@ class LimeEngine(PipelineEngine):
         self.placement = gather_placement()
         self.watchdog = Watchdog(config.pipeline.timeout, self.device)
         self._shape: tuple[int, int] | None = None
+        self.fwd_outputs = []
 
     def start_after(self, step: int) -> None:
         """Number the next training step ``step + 1``."""
@@ -83,6 +89,27 @@ class LimeEngine(PipelineEngine):
 
     def _broadcast_model(self) -> None:
         """Nothing to do: initial values are a function of seed and name. (The stock method fails on scalar parameters.)"""
+
+    @property
+    def needs_warm_up(self) -> bool:
+        """Whether this stage has something to load or to compile before its first transfer (`lime_dist.pipeline.warm_up`)."""
+        return needs_warm_up(self.num_stages, self.device, self.lime_config.train.compile)
+
+    def warm_up(self) -> None:
+        """Run a micro-batch of zeros through this stage, in training and in evaluation, and an update. No state changes.
+
+        All ranks must call it together, between steps.
+        """
+        for is_training, work in ((True, "a training step"), (False, "an evaluation")):
+            with self.watching(f"warming up for {work}", ranks=()):
+                run_on_zeros(self, is_training)
+        with self.watching("warming up for the update"):
+            self.optimizer.warm_up()
+
+    def payload_memory(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
+        """Memory to receive a payload into, and the history that the memory is part of, if it is."""
+        shape = self.module.payload_shape(self.stage_id, batch, length)
+        return torch.empty(shape, dtype=self.module.wire_dtype, device=self.device), None
 
     def train_step(self, batches: Batches | None, micro_batches: int | None = None) -> float:
         """Run one training step and return the mean loss over the global batch (nats per token), on every rank.
@@ -118,6 +145,11 @@ class LimeEngine(PipelineEngine):
     def micro_batch_losses(self) -> list[float]:
         """Losses of the last step's micro-batches on the last stage; empty on the others."""
         return [loss.item() for loss in self.fwd_outputs] if self.is_last_stage() else []
+
+    @property
+    def transfer_ctas(self) -> int | None:
+        """CTAs to which a transfer between stages is limited; None: it is not, or uses none."""
+        return None
 
     def transfer_stats(self) -> dict[str, TransferStats]:
         """Transfers of this stage so far, by direction; the stock engine does not count them."""
@@ -161,7 +193,7 @@ class LimeEngine(PipelineEngine):
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """The stock loop, but every instruction is watched and timed."""
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
-        self.fwd_outputs: list[Tensor] = []
+        self.fwd_outputs = []
         counts: dict[str, int] = {}
         for instructions in pipe_schedule:
             for instruction in instructions:

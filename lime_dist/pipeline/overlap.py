@@ -23,6 +23,7 @@ from lime_dist.model.history import LayerHistory
 from lime_dist.pipeline.clock import TRANSFER, Clock
 from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
+from lime_dist.pipeline.process_groups import limits_ctas, transfer_options
 from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, RECV_GRAD, make_schedule
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 from lime_dist.pipeline.stage_schedule import EvaluationStage, TrainingStage
@@ -76,9 +77,10 @@ class OverlapEngine(LimeEngine):
     def _connect(self, stage: int) -> None:
         """Connect both directions of the boundary behind ``stage``, for all replicas. All ranks must call this together."""
         limit = group_timeout(self.lime_config.pipeline.timeout)
+        ctas = self.lime_config.pipeline.transfer_ctas
         for ranks in self.grid.pipe_groups:
             ends = [ranks[stage], ranks[stage + 1]]
-            there, back = (dist.new_group(ends, timeout=limit) for _ in range(2))
+            there, back = (dist.new_group(ends, timeout=limit, pg_options=transfer_options(ctas)) for _ in range(2))
             if self.global_rank == ends[0]:
                 self._to_next, self._from_next = self._sender(ends[1], there), Receiver(ends[1], back)
             if self.global_rank == ends[1]:
@@ -93,6 +95,10 @@ class OverlapEngine(LimeEngine):
 
     def _sender(self, peer: int, group: dist.ProcessGroup) -> Sender:
         return Sender(peer, group, is_queued=dist.get_backend(group) == dist.Backend.NCCL)
+
+    @property
+    def transfer_ctas(self) -> int | None:
+        return self.lime_config.pipeline.transfer_ctas if self.num_stages > 1 and limits_ctas() else None
 
     def transfer_stats(self) -> dict[str, TransferStats]:
         """What this stage has sent and received since the engine was made, by direction. The first and the last stage have two of the four."""
@@ -149,7 +155,7 @@ class OverlapEngine(LimeEngine):
             if sender is not None:
                 sender.release()  # the device has come to the end of the last step
         if self._from_previous is not None:
-            self._from_previous.begin(count, payloads_ahead, lambda: self.module.landing(*shape))
+            self._from_previous.begin(count, payloads_ahead, lambda: self.payload_memory(*shape))
         if isinstance(pipe_schedule, TrainingStage):
             payload_window = configured.payload_window(self.stage_id)
             if self._from_next is not None:
@@ -162,6 +168,9 @@ class OverlapEngine(LimeEngine):
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.module.wire_dtype, device=self.device)
+
+    def payload_memory(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
+        return self.module.landing(batch, length)
 
     # -- instructions -------------------------------------------------------------------------------------------------
 

@@ -46,3 +46,18 @@ def stage_process_groups(module: LimePipelineModule) -> ProcessGroups:
         tied={name: comm["group"] for name, comm in tied.items()},
         tied_copies=frozenset(name for name, comm in tied.items() if module.global_rank != min(comm["ranks"])),
     )
+
+
+def limits_ctas() -> bool:
+    """Whether the CTAs of a transfer can be limited: the processes communicate with NCCL."""
+    return bool(dist.get_backend() == dist.Backend.NCCL)
+
+
+def transfer_options(ctas: int | None) -> Any:
+    """Options of one process group of a stage boundary, which limit the CTAs of a transfer; None: the default options. Every group
+    needs options of its own, in which torch notes its name and its ranks."""
+    if ctas is None or not limits_ctas():
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = ctas
+    return options

@@ -50,6 +50,10 @@ class Outcome:
 def train(run: Run, state: TrainState) -> Outcome:
     """Train from ``state`` until ``train.steps`` or a signal; the last state is saved. All ranks must call it."""
     settings = run.config.train
+    if state.step < settings.steps and run.engine.needs_warm_up:
+        begin = time.perf_counter()
+        run.engine.warm_up()
+        run.console.say(f"every stage is warmed up by a micro-batch of zeros, in {time.perf_counter() - begin:.1f} s")
     recent = _Recent()
     validated: tuple[int, float] | None = None
     measurements = Measurements(run, _peak_flops(run))

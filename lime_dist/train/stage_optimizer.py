@@ -202,6 +202,17 @@ class StageOptimizer:
             return math.sqrt(total.item())
 
     @torch.no_grad()
+    def warm_up(self) -> None:
+        """Take a step that changes nothing but the gradients, which it clears: it runs the kernels of a step, and connects the
+        ranks. The update is made on one parameter of each shape, whose weights, gradients and states are zero."""
+        kept = self.parameter_groups, self.step_count, self.skipped_steps, self.gradient_norm, self.stage_gradient_norm
+        self.flat_gradients.zero_()
+        self.reduce_gradients()
+        self.parameter_groups = [group.of_zeros() for group in self.parameter_groups]
+        self.step()
+        self.parameter_groups, self.step_count, self.skipped_steps, self.gradient_norm, self.stage_gradient_norm = kept
+
+    @torch.no_grad()
     def step(self) -> bool:
         """Clip by the global norm, update, and clear the gradients.
 

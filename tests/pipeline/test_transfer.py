@@ -1,14 +1,18 @@
-"""Protects how long the sender of a payload holds it: until its send is over, and no longer than it can know."""
+"""Protects what a transfer takes of a device: how long the sender of a payload holds it, and how many CTAs NCCL may use."""
 
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
+from lime_dist import load_config
+from lime_dist.errors import LimeError
 from lime_dist.pipeline import transfer
+from lime_dist.pipeline.overlap import OverlapEngine
 from lime_dist.pipeline.transfer import Sender
 
 
@@ -97,3 +101,40 @@ def test_gloo_waits_for_the_oldest_of_a_full_window(monkeypatch: pytest.MonkeyPa
     assert link.held == [1, 2]
     link.sender.drain()
     assert link.log == ["wait 0", "wait 1", "wait 2"] and link.held == []
+
+
+class Options:
+    """What `torch.distributed.ProcessGroupNCCL.Options` has, which only builds of torch with NCCL offer."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(max_ctas=32, min_ctas=1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "given", "limit"), [("nccl", "4", 4), ("nccl", "16", 16), ("nccl", "null", None), ("gloo", "4", None)]
+)
+def test_ctas_of_the_groups_of_a_boundary(
+    monkeypatch: pytest.MonkeyPatch, backend: str, given: str, limit: int | None
+) -> None:
+    """Both groups of each replica, each with options of its own; gloo has none."""
+    made: list[Options | None] = []
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda *_: backend)
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda ranks, timeout, pg_options: made.append(pg_options))
+    stranger: Any = SimpleNamespace(
+        lime_config=load_config(None, [f"pipeline.transfer_ctas={given}"]),
+        grid=SimpleNamespace(pipe_groups=[[0, 1, 2], [3, 4, 5]]),
+        global_rank=2,
+        num_stages=3,
+        device=torch.device("cpu"),
+    )
+    OverlapEngine._connect(stranger, 0)
+    assert [options and options.config.max_ctas for options in made] == [limit] * 4
+    assert len({id(options) for options in made}) == (4 if limit else 1)
+    assert cast(Any, OverlapEngine.transfer_ctas).fget(stranger) == limit
+
+
+def test_ctas_that_nccl_does_not_know_are_refused() -> None:
+    for given in ("0", "65"):
+        with pytest.raises(LimeError, match="pipeline.transfer_ctas"):
+            load_config(None, [f"pipeline.transfer_ctas={given}"])

@@ -63,6 +63,13 @@ class PipelineConfig(Section):
     wire_dtype: Literal["bf16"] | None = Field(
         None, description="type of payloads and their gradients between stages; `null` uses that of `precision`"
     )
+    transfer_ctas: int | None = Field(
+        4,
+        ge=1,
+        le=64,
+        description="most CTAs (thread blocks) that a transfer between stages occupies on a GPU, also while it waits for its peer "
+        "(NCCL); `null` leaves the number to NCCL, which takes up to 16 over NVLink",
+    )
     timeout: float = Field(
         600.0, gt=0, le=1e6, description="seconds without progress after which a stage ends the job (hang detection)"
     )

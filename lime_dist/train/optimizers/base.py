@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from lime_dist.config.schema import OptimizerConfig
@@ -48,6 +48,23 @@ class ParameterGroup:
     states: Mapping[str, Tensor]
     weight_decay: float
     lr: float = 0.0
+
+    def of_zeros(self) -> ParameterGroup:
+        """A group of one parameter of each shape of this one; weights, gradients and states are zero, in memory of their own."""
+        spans: dict[tuple[int, ...], Span] = {}
+        names: dict[tuple[int, ...], str] = {}
+        end = 0
+        for name, span in self.spans.items():
+            if span.shape not in spans:
+                begin, end = end, end + span.end - span.begin
+                spans[span.shape], names[span.shape] = Span(begin, end, span.shape), name
+        return replace(
+            self,
+            spans={names[shape]: span for shape, span in spans.items()},
+            weight=self.weight.new_zeros(end),
+            gradient=self.gradient.new_zeros(end),
+            states={name: state.new_zeros(end) for name, state in self.states.items()},
+        )
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The part of one of the flat tensors that belongs to a parameter, in the parameter's shape; writable."""
