@@ -56,7 +56,7 @@ class Launches(TorchDispatchMode):
 def state_of(engine: Any, optimizer: Any) -> dict[str, Any]:
     """Every number and every tensor that a training has, the tensors as bytes."""
     state: dict[str, Any] = {"rng": torch.get_rng_state()}
-    for owner in (engine, optimizer, engine.clock):
+    for owner in (engine, optimizer):
         state |= {f"{type(owner).__name__}.{name}": value for name, value in vars(owner).items()}
     for name, parameter in optimizer.parameters.items():
         state |= {name: parameter.data, f"{name} gradient": parameter.grad, f"{name} place": parameter.data_ptr()}
