@@ -43,7 +43,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 class GradientOptimizer(Protocol):
     """What the engine needs of an optimizer."""
 
-    def warm_up(self) -> None: ...
+    def warm_up(self, loss: Tensor | None) -> None: ...
 
     def reduce_gradients(self, loss: Tensor | None) -> None: ...
 
@@ -104,7 +104,7 @@ class LimeEngine(PipelineEngine):
             with self.watching(f"warming up for {work}", ranks=()):
                 run_on_zeros(self, is_training)
         with self.watching("warming up for the update"):
-            self.optimizer.warm_up()
+            self.optimizer.warm_up(torch.zeros((), device=self.device) if self.is_last_stage() else None)
 
     def payload_memory(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
         """Memory to receive a payload into, and the history that the memory is part of, if it is."""

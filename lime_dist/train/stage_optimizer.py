@@ -202,12 +202,16 @@ class StageOptimizer:
             return math.sqrt(total.item())
 
     @torch.no_grad()
-    def warm_up(self) -> None:
+    def warm_up(self, loss: Tensor | None = None) -> None:
         """Take a step that changes nothing but the gradients, which it clears: it runs the kernels of a step, and connects the
-        ranks. The update is made on one parameter of each shape, whose weights, gradients and states are zero."""
+        ranks. The update is made on one parameter of each shape, whose weights, gradients and states are zero.
+
+        Args:
+            loss: any finite scalar, on the last stage.
+        """
         kept = self.parameter_groups, self.step_count, self.skipped_steps, self.gradient_norm, self.stage_gradient_norm
         self.flat_gradients.zero_()
-        self.reduce_gradients()
+        self.reduce_gradients(loss)
         self.parameter_groups = [group.of_zeros() for group in self.parameter_groups]
         self.step()
         self.parameter_groups, self.step_count, self.skipped_steps, self.gradient_norm, self.stage_gradient_norm = kept

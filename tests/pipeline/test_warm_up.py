@@ -16,10 +16,14 @@ from support.workers import WorkerGroup
 from lime_dist.pipeline.warm_up import needs_warm_up
 
 LAUNCHED_LATER = {
-    "aten._fused_adamw_.default": "the warm-up updates one parameter of each shape: the kernel is the same for every number of them",
-    "aten.copy_.default": "numbers of elements likewise",
-    "aten.fill_.Scalar": "the number of the step",
+    "aten._fused_adamw_.default": "the warm-up updates one parameter of each shape; the kernel is the same for any number of elements",
+    "aten._local_scalar_dense.default": "the host reads the loss",
+    "aten.add.Tensor": "DeepSpeed's engine adds the step's loss to its own sum",
+    "aten.div_.Tensor": "the loss is averaged over replicas",
     "aten.mul_.Tensor": "gradients are scaled only if their norm is too large",
+    "c10d.allreduce_.default": "the loss is averaged over replicas",
+    "c10d.barrier.default": "DeepSpeed's engine waits for all ranks before an evaluation",
+    "c10d.broadcast_.default": "the last stage tells the others the loss",
 }
 """What a step launches for the first time after its passes, and why. By then all receives of the step are over, so nothing that
 spins on this stage's device waits for a peer that waits for this stage."""
@@ -50,7 +54,6 @@ CASES = {
     "hidden dynamic": (3, settings(3, "bf16", lime={"routes": "hidden", "router": "dynamic"})),
     "hyper": (3, settings(3, "bf16", architecture="hyper")),
     "llama, two replicas": (4, settings(2, "bf16", zero_stage=1, architecture="llama")),
-    "stock": (3, settings(3, "bf16") | {"pipeline": {"schedule": "stock"}}),
     "wire": (3, settings(3, "fp32") | {"pipeline": {"wire_dtype": "bf16"}}),
 }
 
@@ -62,9 +65,16 @@ def test_a_step_launches_nothing_new(workers: Callable[[int], WorkerGroup], case
     size, values = CASES[case]
     for stage, result in enumerate(workers(size).run("support.launches.warm_up", values=values)):
         assert result["changed"] == []
+        assert result["losses"] and result["parameters"]
         assert result["passes"] > 10 and result["new in passes"] == [], stage
         assert set(result["new in the rest"]) <= LAUNCHED_LATER.keys(), stage
-        assert result["losses"] and result["parameters"]
+
+
+def test_a_warm_up_of_the_stock_engine_changes_nothing(workers: Callable[[int], WorkerGroup]) -> None:
+    """Between the passes it exchanges shapes, with blocking transfers."""
+    values = settings(2, "bf16") | {"pipeline": {"schedule": "stock"}}
+    for result in workers(2).run("support.launches.warm_up", values=values):
+        assert result["changed"] == [] and result["losses"] and result["parameters"]
 
 
 @pytest.mark.slow

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from support.transfers import build, losses_of
+from support.transfers import build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.equality import rank_batches
 
-ALLOCATIONS = re.compile(r"aten\.(new_)?empty")
+NO_KERNELS = re.compile(r"aten\.((new_)?empty|promote_types)|c10d\.(send|recv)")
 INSTRUCTIONS_OF_PASSES = ("LoadMicroBatch", "ForwardPass", "BackwardPass", "Send", "Recv")
 
 Launch = tuple[str, tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]]
@@ -22,7 +23,8 @@ Launch = tuple[str, tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]]
 
 
 class Launches(TorchDispatchMode):
-    """The operations that run, by what the engine does meanwhile. Views and allocations launch nothing."""
+    """The operations that run, by what the engine does meanwhile. Views, allocations and types launch nothing, and transfers are
+    not the warm-up's: both ends connect when an engine is made."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class Launches(TorchDispatchMode):
         engine.watching = noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and not ALLOCATIONS.match(str(func)):
+        if not func.is_view and not NO_KERNELS.match(str(func)):
             tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
             self.by_work[self._work].add(
                 (str(func), tuple((str(x.dtype), tuple(x.shape), x.stride()) for x in tensors))
@@ -76,13 +78,14 @@ def _content(value: Any) -> Any:
     return [_content(each) for each in value] if isinstance(value, list) else value
 
 
-def steps(config: Any, engine: Any, count: range) -> list[float]:
-    """Losses of steps, and of an evaluation after them."""
-    losses = losses_of(config, engine, count)
+def step(config: Any, engine: Any, number: int, launches: Launches | None = None) -> list[float]:
+    """Losses of a step, and of an evaluation after it."""
     replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
     size = config.train.micro_batch_size
-    parts = config.train.global_batch_size // size // width
-    return [*losses, engine.evaluate(rank_batches(config, 100, replica, width, size), parts)]
+    training, evaluation = (list(rank_batches(config, each, replica, width, size)) for each in (number, 100))
+    with launches or nullcontext():
+        loss = engine.train_step(iter(training))
+        return [loss, engine.evaluate(iter(evaluation), len(evaluation))]
 
 
 def warm_up(values: dict[str, Any]) -> dict[str, Any]:
@@ -95,16 +98,15 @@ def warm_up(values: dict[str, Any]) -> dict[str, Any]:
         engine.warm_up()
     warm = set.union(*launches.take())
     changed = _difference(before, state_of(engine, optimizer))
-    with launches:
-        losses = steps(config, engine, range(1))
+    losses = step(config, engine, 0, launches)
     passes, rest = launches.take()
     before = state_of(engine, optimizer)
     engine.warm_up()
     changed += _difference(before, state_of(engine, optimizer))
-    losses += steps(config, engine, range(1, 2))
+    losses += step(config, engine, 1)
     after = state_of(engine, optimizer)
     config, engine, optimizer = build(values)
-    cold = steps(config, engine, range(1)) + steps(config, engine, range(1, 2))
+    cold = step(config, engine, 0) + step(config, engine, 1)
     cold_state = state_of(engine, optimizer)
     return {
         "changed": changed,
@@ -129,5 +131,5 @@ def compilations(values: dict[str, Any]) -> tuple[int, int]:
     counters.clear()
     engine.warm_up()
     warm = counters["stats"]["unique_graphs"]
-    steps(config, engine, range(1))
+    step(config, engine, 0)
     return warm, counters["stats"]["unique_graphs"] - warm
