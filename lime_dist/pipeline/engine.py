@@ -93,7 +93,7 @@ class LimeEngine(PipelineEngine):
     @property
     def needs_warm_up(self) -> bool:
         """Whether this stage has something to load or to compile before its first transfer (`lime_dist.pipeline.warm_up`)."""
-        return needs_warm_up(self.num_stages, self.device, self.lime_config.train.compile)
+        return needs_warm_up(self.num_stages, self.device, self.lime_config.train.compile is True)
 
     def warm_up(self) -> None:
         """Run a micro-batch of zeros through this stage, in training and in evaluation, and an update. No state changes.
