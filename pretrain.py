@@ -205,14 +205,15 @@ def assemble(
 
     replica = engine.grid.get_data_parallel_rank()
     reads_data = engine.is_first_stage() or engine.is_last_stage()
-    validation = data.validation_batches(replica)
+    gpu = None if engine.device.type == "cpu" else engine.device
+    validation = data.validation_batches(replica, gpu)
     return Run(
         config=config,
         engine=engine,
         optimizer=optimizer,
         order=data.order,
         batch_sizes=data.batch_sizes,
-        train_batches=data.train_batches(replica, resumed.state.consumed_samples) if reads_data else None,
+        train_batches=data.train_batches(replica, resumed.state.consumed_samples, gpu) if reads_data else None,
         validation_batches=validation if reads_data else None,
         evaluation_micro_batches=0 if validation is None else len(validation),
         saver=Saver(checkpoint_folder(config), config, data.identity, optimizer, engine.stage_id, replica),

@@ -183,7 +183,7 @@ def train_stage(
     before = {name: optimizer.state(name)["weight"].clone() for name in optimizer.local_names()}
     update = optimizer.step
 
-    def recorded_update() -> bool:
+    def recorded_update() -> Tensor:
         if "gradients" not in result:
             result["gradients"] = {name: optimizer.gradient(name).clone() for name in optimizer.local_names()}
         return update()

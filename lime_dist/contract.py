@@ -35,7 +35,6 @@ Entries = Mapping[str, tuple[str, str]]
 ENGINE: Entries = {
     "_INSTRUCTION_MAP": (ATTRIBUTE, "maps each instruction class to the method that executes it; ours replaces methods"),
     "_aggregate_total_loss": ("(self)", "overridden: the mean loss in at least float32, on every rank"),
-    "_bcast_pipe_scalar": ("(self, data, src_rank, dtype)", "overridden: broadcasts in at least float32"),
     "_broadcast_model": ("(self)", "overridden: initial values need no broadcast, and it fails on scalars"),
     "_exec_backward_pass": ("(self, buffer_id)", "overridden: one backward pass for the one payload"),
     "_exec_forward_pass": ("(self, buffer_id)", "overridden: no clone of the payload, no backward hook"),
@@ -52,14 +51,9 @@ ENGINE: Entries = {
     "_reserve_pipe_buffers": ("(self, num_buffers)", "called before a schedule, as the stock loop does"),
     "_train_schedule": ("(self)", "overridden: our schedule of a training step"),
     "__init__": ("(self, has_bool_tensors, *super_args, **super_kwargs)", "passes args, model, config, … on"),
-    "data_iterator": (INSTANCE, "what LoadMicroBatch reads; train_batch and eval_batch set it"),
+    "data_iterator": (INSTANCE, "what LoadMicroBatch reads; train_batch sets it"),
     "device": (INSTANCE, "of this process"),
     "dp_world_size": (INSTANCE, "number of replicas, for the mean loss"),
-    "eval_batch": (
-        "(self, data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches)",
-        "runs _inference_schedule without gradients and returns the aggregated loss",
-    ),
-    "fwd_outputs": (INSTANCE, "the losses of an evaluation's micro-batches; eval_batch reads it"),
     "global_rank": (INSTANCE, "of this process"),
     "global_samples": (INSTANCE, "counted by our _exec_optimizer_step, as by the stock one"),
     "global_steps": (INSTANCE, "counted by our _exec_optimizer_step, as by the stock one"),
@@ -80,7 +74,7 @@ ENGINE: Entries = {
     "reset_activation_shape": ("(self)", "makes the stock engine announce shapes again after the batch size has changed"),
     "stage_id": (INSTANCE, "of this rank"),
     "timers": (INSTANCE, "replaced: the stock ones keep two CUDA events per step and never free them"),
-    "total_loss": (INSTANCE, "sum over micro-batches; train_batch and eval_batch reset it to None"),
+    "total_loss": (INSTANCE, "sum over micro-batches; train_batch resets it to None"),
     "train_batch": ("(self, data_iter)", "runs _train_schedule and returns the aggregated loss"),
     "train_batch_size": ("(self)", "the configured global batch size"),
 }  # fmt: skip

@@ -33,10 +33,12 @@ ORDER_BLOCK = 1024
 def read_batch(split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None = None) -> Batch:
     """Tokens and labels, int64 [b, T] each, of ``samples`` [b]. Labels are the tokens shifted by one; with ``answers``, labels
     outside answers are IGNORED."""
-    return _read(split, samples, sequence_length, answers)[0]
+    return _read(split, samples, sequence_length, answers, None)[0]
 
 
-def _read(split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None) -> _Read:
+def _read(
+    split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None, pinned_for: torch.device | None
+) -> _Read:
     """A micro-batch and its checksum, which covers tokens as they are stored: a quarter of the bytes of int64."""
     rows, checksum = np.empty((len(samples), sequence_length + 1), dtype=np.int64), 0
     for row, sample in zip(rows, samples.tolist(), strict=True):
@@ -45,7 +47,15 @@ def _read(split: Samples, samples: np.ndarray, sequence_length: int, answers: An
         checksum = zlib.crc32(stored.data, checksum)
     rows_bt1 = torch.from_numpy(rows)
     labels_bt = rows_bt1[:, 1:] if answers is None else torch.from_numpy(answers.labels(rows))
-    return (rows_bt1[:, :-1].contiguous(), labels_bt.contiguous()), checksum
+    batch = rows_bt1[:, :-1].contiguous(), labels_bt.contiguous()
+    return (batch if pinned_for is None else _pinned(batch, pinned_for)), checksum
+
+
+def _pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch in pinned memory, from which a GPU copies while its host goes on. (A thread's current device is GPU 0 unless it
+    says otherwise, and pinning memory makes a context there.)"""
+    with torch.get_device_module(device).device(device):
+        return batch[0].pin_memory(), batch[1].pin_memory()
 
 
 class _ReadAhead:
@@ -105,6 +115,9 @@ class TrainBatches:
     step when the last micro-batch of the step is returned. Setting it jumps to the step that starts there. A thread reads a
     few micro-batches ahead.
 
+    Args:
+        pinned_for: the thread puts micro-batches into pinned memory for copies to this GPU; None: it does not.
+
     Attributes:
         checksums: CRC-32 of the tokens of each micro-batch returned in the newest step. The first and the last stage of a
             replica read the same tokens, so their checksums are equal.
@@ -124,11 +137,13 @@ class TrainBatches:
         data_parallel_size: int,
         consumed_samples: int = 0,
         answers: Answers | None = None,
+        pinned_for: torch.device | None = None,
     ) -> None:
         available = split.num_samples(sequence_length)
         if order.num_samples != available:
             raise ValueError(f"the order is over {order.num_samples} samples, but the split has {available}")
         self._split, self._order, self._sequence_length, self._answers = split, order, sequence_length, answers
+        self._pinned_for = pinned_for
         self._batch_sizes = BatchSizes(batch_sizes) if isinstance(batch_sizes, int) else batch_sizes
         self._layout = (micro_batch_size, data_parallel_rank, data_parallel_size)
         rank_positions(consumed_samples, self._batch_sizes.at(consumed_samples), *self._layout)  # check the batch size
@@ -166,7 +181,7 @@ class TrainBatches:
     def __next__(self) -> Batch:
         if self._reader is None:
             place = (self._consumed_samples, self._batch_sizes, self._layout)
-            stream = _stream(self._split, self._order, self._sequence_length, *place, self._answers)
+            stream = _stream(self._split, self._order, self._sequence_length, *place, self._answers, self._pinned_for)
             self._reader = _ReadAhead(stream, max(1, GROUP_SAMPLES // self._layout[0]))
         try:
             batch, checksum = self._reader.get()
@@ -189,6 +204,7 @@ def _stream(
     batch_sizes: BatchSizes,
     layout: tuple[int, int, int],
     answers: Answers | None,
+    pinned_for: torch.device | None,
 ) -> Iterator[_Read]:
     while True:
         positions: list[np.ndarray] = []
@@ -197,7 +213,7 @@ def _stream(
             positions.append(rank_positions(consumed, size, *layout))
             consumed += size
         for samples in order.samples_at(np.concatenate(positions)):
-            yield _read(split, samples, sequence_length, answers)
+            yield _read(split, samples, sequence_length, answers, pinned_for)
 
 
 class ValidationBatches:
@@ -219,6 +235,7 @@ class ValidationBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
         answers: Answers | None = None,
+        pinned_for: torch.device | None = None,
     ) -> None:
         wide = micro_batch_size * data_parallel_size
         available = split.num_samples(sequence_length)
@@ -236,6 +253,7 @@ class ValidationBatches:
                 "(--validation-fraction of data_tools.pretokenize, data.validation_fraction of a .bin/.idx pair)"
             )
         self._split, self._sequence_length, self._answers = split, sequence_length, answers
+        self._pinned_for = pinned_for
         self._samples = rank_positions(0, evaluation_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
 
     def __len__(self) -> int:
@@ -243,4 +261,4 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for samples in self._samples:
-            yield read_batch(self._split, samples, self._sequence_length, self._answers)
+            yield _read(self._split, samples, self._sequence_length, self._answers, self._pinned_for)[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lime_dist.config.schema import Config
 from lime_dist.config.sections.train import EVALUATION_SAMPLES
 from lime_dist.data.answers import MEASURED_SAMPLES, Answers, CountedShares, find_answers
@@ -51,15 +53,17 @@ class RunData:
         train = config.train.model_copy(update={"evaluation_samples": self.evaluation_samples})
         return config.model_copy(update={"train": train})
 
-    def train_batches(self, replica: int, consumed_samples: int) -> TrainBatches:
-        """The training stream of a replica, from the step after ``consumed_samples`` samples on."""
+    def train_batches(
+        self, replica: int, consumed_samples: int, pinned_for: torch.device | None = None
+    ) -> TrainBatches:
+        """The training stream of a replica, from the step after ``consumed_samples`` samples on, pinned for a GPU."""
         return TrainBatches(
             self.training, self.order, self.sequence_length, self.batch_sizes, self.micro_batch_size, replica,
-            self.replicas, consumed_samples, self.answers,
+            self.replicas, consumed_samples, self.answers, pinned_for,
         )  # fmt: skip
 
-    def validation_batches(self, replica: int) -> ValidationBatches | None:
-        """The validation micro-batches of a replica; None: the run has no validation.
+    def validation_batches(self, replica: int, pinned_for: torch.device | None = None) -> ValidationBatches | None:
+        """The validation micro-batches of a replica, pinned for a GPU; None: the run has no validation.
 
         Raises:
             LimeError: the samples do not divide among the replicas, or the split has too few.
@@ -68,7 +72,7 @@ class RunData:
             return None
         return ValidationBatches(
             self.validation, self.sequence_length, self.evaluation_samples, self.micro_batch_size, replica,
-            self.replicas, self.answers,
+            self.replicas, self.answers, pinned_for,
         )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Clock:
         self._event = None if device.type == "cpu" else torch.get_device_module(device).Event
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._kind: str | None = None
-        self._marks: list[tuple[Any, str | None]] = []  # a time or an event, and the kind that began there
+        self._marks: deque[tuple[Any, str | None]] = deque()  # a time or an event, and the kind that began there
 
     @contextmanager
     def measuring(self, kind: str) -> Iterator[None]:
@@ -70,11 +70,9 @@ class Clock:
         self._kind = kind
 
     def totals(self) -> dict[str, float]:
-        """Seconds by kind since the clock was made. Waits until the device has finished the queued work."""
-        if self._event is not None and self._marks:
-            self._marks[-1][0].synchronize()
-        for (begin, kind), (end, _) in pairwise(self._marks):
+        """Seconds by kind since the clock was made, as far as the device has come. It does not wait for the device."""
+        while len(self._marks) > 1 and (self._event is None or self._marks[1][0].query()):
+            (begin, kind), (end, _) = self._marks.popleft(), self._marks[0]
             if kind is not None:
-                self._seconds[kind] += begin.elapsed_time(end) / 1e3 if self._event is not None else end - begin
-        del self._marks[:-1]
+                self._seconds[kind] += end - begin if self._event is None else begin.elapsed_time(end) / 1e3
         return dict(self._seconds)

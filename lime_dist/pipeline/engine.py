@@ -47,7 +47,11 @@ class GradientOptimizer(Protocol):
 
     def reduce_gradients(self, loss: Tensor | None) -> None: ...
 
-    def step(self) -> bool: ...
+    def step(self) -> Tensor:
+        """Queue the update; returns gradient norms [2], of the model and of the stage."""
+
+    def settle(self, norms: Sequence[float]) -> bool:
+        """Take the norms that have been read."""
 
 
 class LimeEngine(PipelineEngine):
@@ -61,6 +65,7 @@ class LimeEngine(PipelineEngine):
     optimizer: GradientOptimizer
     total_loss: Tensor | None
     fwd_outputs: list[Tensor]
+    _norms: Tensor
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class LimeEngine(PipelineEngine):
         self.watchdog = Watchdog(config.pipeline.timeout, self.device)
         self._shape: tuple[int, int] | None = None
         self.fwd_outputs = []
+        self._micro_batch_losses: list[float] = []
 
     def start_after(self, step: int) -> None:
         """Number the next training step ``step + 1``."""
@@ -123,8 +129,13 @@ class LimeEngine(PipelineEngine):
         self._use_shape(self.lime_config.train.micro_batch_size)
         self.micro_batches = micro_batches or self.gradient_accumulation_steps()
         with self.watching(f"the mean loss of step {self.global_steps + 1}"):
-            loss = float(self.train_batch(batches))
-        self.clock.totals()  # float() has synchronised the device, so this does not wait; it frees the clock's events
+            mean = self.train_batch(batches)
+            wanted = [mean, self._norms, *([torch.stack(self.fwd_outputs)] if self.fwd_outputs else [])]
+            # The step's only wait for the device, after all its work has been queued.
+            values: list[float] = torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in wanted]).tolist()
+        loss, norms, self._micro_batch_losses = values[0], values[1:3], values[3:]
+        self.optimizer.settle(norms)
+        self.clock.totals()  # frees the events of the clock, which the device has passed
         return loss
 
     def evaluate(self, batches: Batches | None, micro_batches: int, micro_batch_size: int | None = None) -> float:
@@ -138,13 +149,17 @@ class LimeEngine(PipelineEngine):
             self.watching(f"the mean loss of the evaluation after step {self.global_steps}"),
             self.clock.measuring(VALIDATION),
         ):
-            loss = float(self.eval_batch(batches, num_micro_batches=micro_batches))
+            self.module.eval()
+            self.micro_batches, self.data_iterator, self.total_loss = micro_batches, batches, None
+            with torch.no_grad():
+                self._exec_schedule(self._inference_schedule(micro_batches))
+                loss = float(self._aggregate_total_loss())
         self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # free the last ones
         return loss
 
     def micro_batch_losses(self) -> list[float]:
         """Losses of the last step's micro-batches on the last stage; empty on the others."""
-        return [loss.item() for loss in self.fwd_outputs] if self.is_last_stage() else []
+        return self._micro_batch_losses
 
     @property
     def transfer_ctas(self) -> int | None:
@@ -266,26 +281,23 @@ class LimeEngine(PipelineEngine):
         self.optimizer.reduce_gradients(self.total_loss)
 
     def _exec_optimizer_step(self, lr_kwargs: object = None) -> None:
-        self.optimizer.step()
+        self._norms = self.optimizer.step()
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
 
     def _aggregate_total_loss(self) -> Tensor:
         """Mean loss of the global batch, on every rank."""
-        loss = torch.zeros((), device=self.device)
+        accumulation_dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
+        loss = torch.zeros((), dtype=accumulation_dtype, device=self.device)
         with self.clock.measuring(WAITING):
             if self.is_last_stage():
                 assert self.total_loss is not None
-                loss = self.total_loss / self.micro_batches
+                loss = (self.total_loss / self.micro_batches).to(accumulation_dtype)
                 if self.is_data_parallel:
                     dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())
                     loss /= self.dp_world_size
-            return self._bcast_pipe_scalar(loss)
-
-    def _bcast_pipe_scalar(self, data: Tensor, src_rank: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Broadcast in the parameters' precision, in at least float32; the stock method always uses float32."""
-        accumulation_dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
-        return super()._bcast_pipe_scalar(data, src_rank, accumulation_dtype)
+            dist.broadcast(loss, self._rank_of(self.num_stages - 1), group=self.mpu.get_pipe_parallel_group())
+            return loss
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,

@@ -176,11 +176,12 @@ class OverlapEngine(LimeEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         micro_batch = self._in_flight.setdefault(buffer_id, MicroBatch())
+        assert self.data_iterator is not None
         tokens, labels = next(self.data_iterator)
         if self.is_first_stage():
-            micro_batch.inputs = tokens.to(self.device)
+            micro_batch.inputs = tokens.to(self.device, non_blocking=True)
         if self.is_last_stage():
-            micro_batch.labels = labels.to(self.device)
+            micro_batch.labels = labels.to(self.device, non_blocking=True)
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
         assert self._from_previous is not None

@@ -88,7 +88,7 @@ class Measurements:
             step_seconds=self._step_seconds,
             seconds={kind: totals[kind] - self._totals[kind] for kind in KINDS},
             bytes=self._bytes,
-            gradient_norm=run.optimizer.stage_gradient_norm.item(),
+            gradient_norm=run.optimizer.stage_gradient_norm,
             memory=peak_memory(run.optimizer.flat_weights.device),
             peak_flops=self._peak_flops,
         )

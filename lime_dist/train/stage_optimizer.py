@@ -18,7 +18,7 @@ computed, each owner updates its part, and replicas exchange the new weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -62,7 +62,7 @@ class StageOptimizer:
         skipped_steps: steps whose update was skipped because the gradient norm was not finite.
         gradient_norm: global norm of the newest step, before clipping.
         not_finite: what made the newest skipped update impossible, among the parameters that this rank owns.
-        stage_gradient_norm: this stage's part of it, a scalar on the device.
+        stage_gradient_norm: this stage's part of it.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class StageOptimizer:
         self.skipped_steps = 0
         self.gradient_norm = 0.0
         self.not_finite = NotFinite()
-        self.stage_gradient_norm = torch.zeros(())
+        self.stage_gradient_norm = 0.0
         self._replicas = dist.get_world_size(process_groups.replicas)
         self.is_sharded = zero_stage == 1 and self._replicas > 1
         self._owner = dist.get_rank(process_groups.replicas) if self.is_sharded else 0
@@ -189,17 +189,18 @@ class StageOptimizer:
                 target = dist.get_global_rank(self._process_groups.replicas, owner)
                 dist.reduce(self.flat_gradients[begin:end], target, group=self._process_groups.replicas)
 
-    def global_norm(self) -> float:
-        """2-norm of the gradient of the whole model, the same number on every rank; a tied weight counts once."""
+    def norms(self) -> Tensor:
+        """2-norms of the gradient of the whole model and of this stage, float64 [2] on the device. The first is the same number
+        on every rank; a tied weight counts once."""
         total = torch.zeros((), dtype=torch.float64, device=self.flat_gradients.device)
         for name in self.owned_names():
             total += torch.linalg.vector_norm(self.gradient(name), dtype=torch.float64) ** 2
         with self._clock.measuring(WAITING) if self._clock is not None else nullcontext():
             if self.is_sharded:
                 dist.all_reduce(total, group=self._process_groups.replicas)
-            self.stage_gradient_norm = total.sqrt()
+            of_stage = total.clone()
             dist.all_reduce(total, group=self._process_groups.pipeline)
-            return math.sqrt(total.item())
+            return torch.stack((total, of_stage)).pow(0.5)  # `sqrt` of MKL is not always rounded correctly
 
     @torch.no_grad()
     def warm_up(self, loss: Tensor | None = None) -> None:
@@ -209,42 +210,57 @@ class StageOptimizer:
         Args:
             loss: any finite scalar, on the last stage.
         """
-        kept = self.parameter_groups, self.step_count, self.skipped_steps, self.gradient_norm, self.stage_gradient_norm
+        kept = self.parameter_groups
         self.flat_gradients.zero_()
         self.reduce_gradients(loss)
         self.parameter_groups = [group.of_zeros() for group in self.parameter_groups]
         self.step()
-        self.parameter_groups, self.step_count, self.skipped_steps, self.gradient_norm, self.stage_gradient_norm = kept
+        self.parameter_groups = kept
 
     @torch.no_grad()
-    def step(self) -> bool:
-        """Clip by the global norm, update, and clear the gradients.
+    def step(self) -> Tensor:
+        """Clip by the global norm, update, and clear the gradients. If the norm is not finite, nothing changes.
+
+        The host does not wait: the device decides what to clip and whether to update. Call `settle` before the next step.
 
         Returns:
-            False, and nothing is changed, if the norm is not finite.
+            `norms`.
         """
-        self.gradient_norm = self.global_norm()
-        applied = math.isfinite(self.gradient_norm)
-        if applied:
-            scale = self._config.max_grad_norm / (self.gradient_norm + 1e-6)
-            begin, end = self._ranges[self._owner]
-            if scale < 1:
-                self.flat_gradients[begin:end] *= scale
-            lr, router_lr = self.learning_rates()
-            for group in self.parameter_groups:
-                group.lr = router_lr if group.group == "routers" else lr
-            self._optimizer.update(self.parameter_groups, self.step_count + 1)
-            self._publish()
+        norms = self.norms()
+        finite = norms[0].isfinite()
+        skip = finite.logical_not().to(torch.float32)
+        scale = torch.where(finite, (self._config.max_grad_norm / (norms[0] + 1e-6)).clamp(max=1), 1.0)
+        begin, end = self._ranges[self._owner]
+        self.flat_gradients[begin:end] *= scale
+        lr, router_lr = self.learning_rates()
+        for group in self.parameter_groups:
+            group.lr = router_lr if group.group == "routers" else lr
+        self._optimizer.update(self.parameter_groups, self.step_count + 1, skip)
+        self._publish()
+        self.flat_gradients[begin:end] *= skip  # 0, unless `settle` has to find what is not finite
+        self.flat_gradients[:begin].zero_()
+        self.flat_gradients[end:].zero_()
+        return norms
+
+    @torch.no_grad()
+    def settle(self, norms: Sequence[float]) -> bool:
+        """Take note of a step whose ``norms`` have been read. Any rank may call it alone.
+
+        Returns:
+            Whether the step updated the parameters.
+        """
+        self.gradient_norm, self.stage_gradient_norm = norms
+        if math.isfinite(self.gradient_norm):
             self.step_count += 1
-        else:
-            self.skipped_steps += 1
-            names = self.owned_names()
-            self.not_finite = NotFinite(
-                gradients=tuple(name for name in names if not self.gradient(name).isfinite().all()),
-                weights=tuple(name for name in names if not self._view(self.flat_weights, name).isfinite().all()),
-            )
+            return True
+        self.skipped_steps += 1
+        names = self.owned_names()
+        self.not_finite = NotFinite(
+            gradients=tuple(name for name in names if not self.gradient(name).isfinite().all()),
+            weights=tuple(name for name in names if not self._view(self.flat_weights, name).isfinite().all()),
+        )
         self.flat_gradients.zero_()
-        return applied
+        return False
 
     def _publish(self) -> None:
         """Copy masters to the weights of every replica."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_gpu import NAME
+from support.fake_gpu import NAME, Wait
 from support.models import MODELS
 from support.on_gpu import Case
 from support.workers import WorkerGroup
@@ -111,10 +112,14 @@ def results() -> list[Any]:
 
 @pytest.mark.parametrize("index", range(len(ROWS)), ids=[", ".join(map(str, row.values())) for row in ROWS])
 def test_training_evaluation_and_checkpoint(results: list[Any], index: int) -> None:
-    """Everything that the optimizer holds is on the device, and everything that a checkpoint writes is not."""
+    """The host waits once a step and once an evaluation, when it reads what it must know. Everything that the optimizer holds is on
+    the device, and everything that a checkpoint writes is not."""
     result = results[index]
     assert isinstance(result, dict), result
     assert result["stage"] == STAGES[ROWS[index]["stage"]][0]
+    assert result["step"] == [Wait("copy to the host", "pipeline/engine.py: train_step")]
+    assert result["evaluation"] == [Wait("read", "pipeline/engine.py: evaluate")]
+    assert result["after the last wait"] == result["after the evaluation"] == 0, "the host waits when all is queued"
     assert result["devices"] == {NAME} and result["snapshot"] <= {"cpu"}
     assert result["snapshot"] or ROWS[index]["replicas"] == 2, "a replica may own nothing"
 
@@ -122,3 +127,22 @@ def test_training_evaluation_and_checkpoint(results: list[Any], index: int) -> N
 @pytest.mark.parametrize("index", range(len(EXPORTS)), ids=list(EXPORTS))
 def test_exported_models(results: list[Any], index: int) -> None:
     assert results[len(ROWS) + index] == {NAME}
+
+
+def test_a_whole_run(dataset: Path, tmp_path: Path) -> None:
+    """As pretrain.py does it, with the loader that pins, records, router pictures, a validation and a checkpoint."""
+    values = values_of({**ROWS[0], "architecture": "lime kv", "stage": "only", "replicas": 1, "checkpointing": False})
+    values["model"]["vocab_size"] = 320
+    values["data"]["path"] = str(dataset)
+    values["run"] = {"directory": str(tmp_path / "run")}
+    values["train"] |= {"steps": 3, "evaluation_samples": 4, "evaluation_interval": 0, "log_interval": 1}
+    group = WorkerGroup(1)
+    try:
+        ((waits,),) = group.run("support.on_gpu.play", cases=[Case("run", values, 0, 1)])
+    finally:
+        group.close()
+    assert isinstance(waits, dict), waits
+    print(waits)
+    assert waits.pop(Wait("copy to the host", "pipeline/engine.py: train_step")) == 3
+    assert waits.pop(Wait("read", "pipeline/engine.py: evaluate")) == 1
+    assert all("checkpoint/saver.py" in wait.where or wait.what == "all_gather_object" for wait in waits), waits

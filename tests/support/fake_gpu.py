@@ -322,7 +322,7 @@ def install() -> None:
         dist.destroy_process_group()
     new_group = dist.distributed_c10d.new_group  # `dist.new_group` belongs to the worker, which knows other groups only
     dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
-    dist.all_gather_object = _all_gather_object
+    dist.all_gather_object, dist.gather_object = _all_gather_object, _gather_object
     Tensor.pin_memory = _pin_memory
     Tensor.is_pinned = lambda tensor, device=None: tensor.untyped_storage()._cdata in _pinned
     to = torch.nn.Module.to
@@ -362,6 +362,12 @@ def _all_gather_object(gathered: list[Any], own: Any, group: Any = None) -> None
     """All ranks have the same."""
     _wait("all_gather_object")
     gathered[:] = [own] * len(gathered)
+
+
+def _gather_object(own: Any, gathered: list[Any] | None = None, dst: int = 0, group: Any = None) -> None:
+    """All ranks have the same. (The program gathers over a group of CPUs.)"""
+    if gathered is not None:
+        gathered[:] = [own] * len(gathered)
 
 
 def _pin_memory(tensor: Tensor, device: Any = None) -> Tensor:

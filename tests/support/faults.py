@@ -11,7 +11,7 @@ from benchmarks.equality import rank_batches
 from lime_dist.config.load import make_config
 
 
-def poisoned_step(zero_stage: int) -> dict[str, Any]:
+def poisoned_step(zero_stage: int, optimizer: dict[str, Any] | None = None) -> dict[str, Any]:
     """Run three steps; in the second, one gradient of the last stage of one replica is infinite."""
     from lime_dist.distributed import quiet
     from lime_dist.train.build import build_engine
@@ -28,34 +28,42 @@ def poisoned_step(zero_stage: int) -> dict[str, Any]:
             "data": {"sequence_length": 4},
             "train": {"global_batch_size": 4, "micro_batch_size": 2},
             "parallel": {"pipeline_stages": 2, "zero_stage": zero_stage},
+            "optimizer": optimizer or {},
         },
         "a test",
     )
     with quiet():
-        engine, optimizer = build_engine(config)
-    weights, applied = [optimizer.flat_weights.clone()], []
-    update, reduce = optimizer.step, optimizer.reduce_gradients
+        engine, updater = build_engine(config)
 
-    def recorded() -> bool:
-        applied.append(update())
+    def state() -> list[torch.Tensor]:
+        return [tensor.clone() for group in updater.parameter_groups for tensor in group.states.values()] + [
+            updater.flat_weights.clone()
+        ]
+
+    states: list[list[torch.Tensor]] = [state()]
+    applied: list[bool] = []
+    settle, reduce = updater.settle, updater.reduce_gradients
+
+    def recorded(norms: list[float]) -> bool:
+        applied.append(settle(norms))
         return applied[-1]
 
     def poisoned(loss: Any) -> None:
         if len(applied) == 1 and engine.is_last_stage() and engine.grid.get_data_parallel_rank() == 1:
-            optimizer.gradient("model.norm.weight")[-1] = math.inf
+            updater.gradient("model.norm.weight")[-1] = math.inf
         reduce(loss)
 
-    optimizer.step, optimizer.reduce_gradients = recorded, poisoned
+    updater.settle, updater.reduce_gradients = recorded, poisoned
     for step in range(3):
         replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
         engine.train_step(rank_batches(config, step, replica, width, config.train.micro_batch_size))
-        weights.append(optimizer.flat_weights.clone())
+        states.append(state())
     return {
         "applied": applied,
-        "unchanged": torch.equal(weights[1], weights[2]),
-        "moved": not torch.equal(weights[0], weights[1]) and not torch.equal(weights[2], weights[3]),
-        "skipped": optimizer.skipped_steps,
-        "updates": optimizer.step_count,
+        "unchanged": all(map(torch.equal, states[1], states[2])),
+        "moved": not torch.equal(states[0][-1], states[1][-1]) and not torch.equal(states[2][-1], states[3][-1]),
+        "skipped": updater.skipped_steps,
+        "updates": updater.step_count,
     }
 
 
@@ -91,5 +99,5 @@ def one_tensor_over_four_replicas(zero_stage: int) -> list[float]:
     optimizer = make_stage_optimizer(config, {"model.norm.weight": parameter}, groups)
     (parameter * (1 + dist.get_rank())).sum().backward()
     optimizer.reduce_gradients()
-    assert optimizer.step()
+    assert optimizer.settle(optimizer.step().tolist())
     return parameter.tolist()

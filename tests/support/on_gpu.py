@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import gc
 import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
 from support.exports import exported_in_memory, perturbed
-from support.fake_gpu import DEVICE, NAME, FakeGpu, playing
+from support.fake_gpu import DEVICE, NAME, FakeGpu, Wait, playing
 from support.transfers import build
+from torch import Tensor
 
 from benchmarks.equality import rank_batches
 from lime_dist.checkpoint.saver import _snapshot
 from lime_dist.config.load import make_config
+
+BEFORE_TRAINING = (
+    "model/init.py",
+    "distributed.py",
+    "pipeline/module.py",
+    "pipeline/placement.py",
+    "monitor/peak.py",
+    "a test",
+)
+"""Places that wait before the first step."""
 
 
 class Case(NamedTuple):
@@ -48,17 +63,32 @@ def train(gpu: FakeGpu, values: dict[str, Any]) -> dict[str, Any]:
     config, engine, optimizer = build(values)
     replica, width, size = engine.grid.get_data_parallel_rank(), engine.dp_world_size, config.train.micro_batch_size
     gpu.reset()
-    engine.train_step(rank_batches(config, 0, replica, width, size))
+    engine.train_step(_pinned(rank_batches(config, 0, replica, width, size)))
     result = {"stage": engine.stage_id, "step": list(gpu.waits), "after the last wait": gpu.queued, "peak": gpu.peak}
     gpu.reset()
-    engine.evaluate(rank_batches(config, 1, replica, width, size), engine.micro_batches)
-    result["evaluation"] = list(gpu.waits)
+    engine.evaluate(_pinned(rank_batches(config, 1, replica, width, size)), engine.micro_batches)
+    result["evaluation"], result["after the evaluation"] = list(gpu.waits), gpu.queued
     tensors = [optimizer.flat_weights, optimizer.flat_gradients, optimizer.masters, *optimizer.parameters.values()]
     tensors += [state for group in optimizer.parameter_groups for state in group.states.values()]
     result["devices"] = {tensor.device.type for tensor in tensors}
     copies = [copy for states in _snapshot(optimizer).values() for copy in states.values()]
     result["snapshot"] = {tensor.device.type for tensor in copies}
     return result
+
+
+def run(gpu: FakeGpu, values: dict[str, Any]) -> Counter[Wait]:
+    """The waits of a whole run as pretrain.py does it."""
+    import pretrain
+
+    with redirect_stdout(StringIO()):
+        pretrain.train(make_config(values, "a test"), verbose=False)
+    return Counter(wait for wait in gpu.waits if not wait.where.startswith(BEFORE_TRAINING))
+
+
+def _pinned(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """As the loader yields them for a GPU."""
+    for tokens, labels in batches:
+        yield tokens.pin_memory(), labels.pin_memory()
 
 
 def export(gpu: FakeGpu, values: dict[str, Any]) -> set[str]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.folders import numbers, values
 from support.workers import WorkerGroup
+from torch import Tensor
 
 from lime_dist.config.load import load_config, make_config
 from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS
@@ -26,7 +27,7 @@ from lime_dist.model.architecture import Group
 from lime_dist.pipeline.optimizer_memory import parameter_bytes
 from lime_dist.plan.forecast import Machine, forecast
 from lime_dist.train.learning_rates.base import LearningRate
-from lime_dist.train.optimizers.base import Optimizer, ParameterGroup
+from lime_dist.train.optimizers.base import Optimizer, ParameterGroup, assign
 
 Workers = Callable[[int], WorkerGroup]
 
@@ -40,16 +41,16 @@ class ScaledMomentum(Optimizer):
     def states(self, name: str, group: Group) -> tuple[str, ...]:
         return ("momentum",) if group == "matrices" else ()
 
-    def update(self, groups: Sequence[ParameterGroup], step: int) -> None:
+    def update(self, groups: Sequence[ParameterGroup], step: int, skip: Tensor) -> None:
         for group in groups:
             if not group.states:
-                group.weight.sub_(group.lr * group.gradient)
+                assign(group.weight, group.weight - group.lr * group.gradient, skip)
                 continue
-            group.states["momentum"].mul_(self._beta).add_(group.gradient)
+            assign(group.states["momentum"], self._beta * group.states["momentum"] + group.gradient, skip)
             for name, span in group.spans.items():
                 assert len(span.shape) == 2
                 weight, momentum = group.view(group.weight, name), group.view(group.states["momentum"], name)
-                weight.sub_(group.lr * momentum / momentum.norm())
+                assign(weight, weight - group.lr * momentum / momentum.norm(), skip)
 
 
 class Straight(LearningRate):
@@ -117,6 +118,12 @@ def test_two_stages_of_two_replicas_equal_one_process(workers: Workers) -> None:
     assert expected["losses"][-1] < expected["losses"][0]
     rates = [lr for lr, _ in expected["rates"]]
     assert rates[:3] == [0.005, 0.01, 0.01] and rates[4] == pytest.approx(1e-6 + (0.01 - 1e-6) * 6 / 8)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_gradient_that_is_not_finite_changes_nothing(workers: Workers, zero_stage: int) -> None:
+    for result in run(workers(4), "support.faults.poisoned_step", zero_stage=zero_stage, optimizer=NEW):
+        assert result == {"applied": [True, False, True], "unchanged": True, "moved": True, "skipped": 1, "updates": 2}
 
 
 def test_a_checkpoint_holds_its_states_and_loads_on_other_layouts(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lime_dist.config.registry import OPTIMIZERS
 from lime_dist.config.schema import OptimizerConfig
 from lime_dist.model.architecture import Group
 from lime_dist.train.optimizers.base import Optimizer, ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @OPTIMIZERS.register("adamw")
@@ -20,7 +24,7 @@ class AdamW(Optimizer):
     def states(self, name: str, group: Group) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def update(self, groups: Sequence[ParameterGroup], step: int) -> None:
+    def update(self, groups: Sequence[ParameterGroup], step: int, skip: Tensor) -> None:
         import torch  # not at the top of the file: plans read `states` and do not import torch
         from torch.optim.adamw import adamw
 
@@ -34,6 +38,7 @@ class AdamW(Optimizer):
                 max_exp_avg_sqs=[],
                 state_steps=[torch.full((), step - 1.0, device=group.weight.device)],  # adamw counts this update itself
                 fused=True,
+                found_inf=skip,
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,

@@ -90,11 +90,20 @@ class Optimizer(Protocol):
         """
 
     @abstractmethod
-    def update(self, groups: Sequence[ParameterGroup], step: int) -> None:
-        """Update weights and states in place.
+    def update(self, groups: Sequence[ParameterGroup], step: int, skip: Tensor) -> None:
+        """Update weights and states in place, or leave all of them as they are, without waiting for the device.
 
         Args:
             groups: the parameters that this rank owns; empty if it owns none. A rule for whole matrices takes each in its
                 shape from `ParameterGroup.view`.
             step: 1 for the first update.
+            skip: float32 scalar on the device. 1: gradients are not finite, and nothing may change; 0: update. `assign` and
+                torch's fused optimizers (``found_inf``) take it.
         """
+
+
+def assign(target: Tensor, value: Tensor, skip: Tensor) -> None:
+    """Set ``target`` to ``value`` in place, unless ``skip`` is 1."""
+    import torch  # not at the top of the file: plans read `Optimizer.states` and do not import torch
+
+    target.copy_(torch.where(skip > 0, target, value))
