@@ -54,6 +54,7 @@ ENGINE: Entries = {
     "data_iterator": (INSTANCE, "what LoadMicroBatch reads; train_batch sets it"),
     "device": (INSTANCE, "of this process"),
     "dp_world_size": (INSTANCE, "number of replicas, for the mean loss"),
+    "fwd_outputs": (INSTANCE, "the losses of the micro-batches; the stock engine keeps them under the same name"),
     "global_rank": (INSTANCE, "of this process"),
     "global_samples": (INSTANCE, "counted by our _exec_optimizer_step, as by the stock one"),
     "global_steps": (INSTANCE, "counted by our _exec_optimizer_step, as by the stock one"),
