@@ -6,23 +6,20 @@ The commit is resolved first. Everything else is asked for at that commit, so th
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import logging
 import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import quote
 
-import yaml
+import httpx2
 
-from data_tools.sources.hub_requests import HubError, Missing, endpoint, get
+from data_tools.sources.hub_requests import HubError, Missing, get, use_patient_client
 from lime_dist.errors import LimeError
 
 HUB = re.compile(r"hub:(?P<name>[^@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<configuration>.+))?")
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-_NEXT = re.compile(r"<([^>]+)>;\s*rel=\"next\"")
-_FRONT_MATTER = re.compile(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,13 @@ def whole_content(file: HubFileFacts) -> bytes:
         HubError: it cannot be had.
     """
 
-    def check(body: bytes) -> None:
+    def check(answer: httpx2.Response) -> None:
+        body = answer.content
         git_hash = hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
         if file.sha256 != hashlib.sha256(body).hexdigest() if file.sha256 else file.git_hash != git_hash:
             raise ValueError(f"its content has not the hash that the hub says of {file.path}")
 
-    return get(file.address, check=check).body
+    return get(file.address, check).content
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,18 @@ def hub_dataset(given: str, commit: str | None = None) -> HubDataset:
         raise LimeError(
             f"--input {given}: give hub:OWNER/NAME[@REVISION][:CONFIGURATION]; for a folder of this machine leave out hub:"
         )
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    import huggingface_hub
+
+    if huggingface_hub.is_offline_mode():
         raise LimeError(f"--input {given}: HF_HUB_OFFLINE is set; unset it, or give local files")
-    name, revision = match["name"], match["revision"] or "main"
+    name = match["name"]
+    use_patient_client()
     try:
-        sha = _resolve(name, commit or revision)
-        tree = {file.path: file for file in _tree(name, sha)}
-        patterns = _patterns(tree, match["configuration"])
+        with _quiet_libraries():
+            sha = str(huggingface_hub.HfApi().dataset_info(name, revision=commit or match["revision"] or "main").sha)
+            paths = _training_paths(name, sha, match["configuration"])
+            tree = {file.path: file for file in _tree(name, sha)}
+        files = tuple(tree[path] for path in sorted(paths))
     except Missing as error:
         if commit is not None:
             raise LimeError(
@@ -96,67 +99,62 @@ def hub_dataset(given: str, commit: str | None = None) -> HubDataset:
         raise LimeError(f"--input {given}: {error}; check the name, the revision and the configuration") from None
     except HubError as error:
         raise LimeError(f"--input {given}: {error}") from None
-    files = tuple(tree[path] for path in sorted(tree) if any(pattern.fullmatch(path) for pattern in patterns))
     print(f"hub: {name} at commit {sha}, {len(files):,} files, {sum(file.size for file in files) / 1e6:,.1f} MB")
     return HubDataset(name, sha, files)
 
 
-def _resolve(name: str, revision: str) -> str:
-    answer = get(f"{endpoint()}/api/datasets/{name}/revision/{quote(revision, safe='')}", check=json.loads)
-    return str(json.loads(answer.body)["sha"])
+def _training_paths(name: str, commit: str, configuration: str | None) -> list[str]:
+    """The paths of a configuration's training split, as `datasets` knows them.
+
+    Raises:
+        HubError: `datasets` does not know the configuration or cannot read the description of the dataset.
+    """
+    import datasets
+
+    place = f"hf://datasets/{name}"  # never a local folder of that name
+    try:
+        with (
+            tempfile.TemporaryDirectory() as empty
+        ):  # a dataset in the cache must not stand in for one that cannot be read
+            builder = datasets.load_dataset_builder(place, name=configuration, revision=commit, cache_dir=empty)
+            paths = [str(path) for path in (builder.config.data_files or {}).get("train", [])]
+    except HubError:
+        raise
+    except Exception as error:  # those of `datasets` come from half a dozen libraries
+        raise Missing((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")) from None
+    root = f"{place}@{commit}/"
+    if others := [path for path in paths if not path.startswith(root)]:
+        raise HubError(
+            f"{others[0]} is not a file of {name} at commit {commit}; download it and give it as a local one"
+        )
+    return [path.removeprefix(root) for path in paths]
 
 
 def _tree(name: str, commit: str) -> Iterator[HubFileFacts]:
-    url: str | None = f"{endpoint()}/api/datasets/{name}/tree/{commit}?recursive=true"
-    while url:
-        answer = get(url, check=json.loads)
-        for entry in json.loads(answer.body):
-            if entry["type"] == "file":
-                path, lfs = entry["path"], entry.get("lfs") or {}
-                address = f"{endpoint()}/datasets/{name}/resolve/{commit}/{quote(path)}"
-                yield HubFileFacts(path, int(entry["size"]), lfs.get("oid"), str(entry["oid"]), address)
-        following = _NEXT.search(answer.headers.get("Link") or "")
-        url = following[1] if following else None
+    import huggingface_hub
+
+    kind = "dataset"
+    for file in huggingface_hub.HfApi().list_repo_tree(name, repo_type=kind, revision=commit, recursive=True):
+        if isinstance(file, huggingface_hub.RepoFile):
+            address = huggingface_hub.hf_hub_url(name, file.path, repo_type=kind, revision=commit)
+            yield HubFileFacts(file.path, file.size, file.lfs.sha256 if file.lfs else None, file.blob_id, address)
 
 
-def _patterns(tree: dict[str, HubFileFacts], configuration: str | None) -> list[re.Pattern[str]]:
-    """What the files of the training split are called, from the README's configurations, or as `datasets` guesses."""
-    configurations: dict[str, dict[str, Any]] = {}
-    paths = list(tree)
-    if (readme := tree.get("README.md")) is not None:
-        text = whole_content(readme).decode("utf-8", "replace")
-        front = _FRONT_MATTER.match(text)
-        try:
-            listed = (yaml.safe_load(front[1]) or {}).get("configs") if front else None
-            configurations = {str(one["config_name"]): one for one in listed or []}
-        except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
-            raise HubError(f"the configurations in README.md cannot be read ({type(error).__name__})") from None
-    if not configurations and configuration is None:
-        return _guessed_patterns(paths)
-    defaults = [one for one in configurations if one == "default" or configurations[one].get("default")]
-    chosen = configuration or (list(configurations)[0] if len(configurations) == 1 else (defaults or [""])[0])
-    if chosen not in configurations:
-        known = ", ".join(list(configurations)[:10]) or "none"
-        wanted = f"no configuration {configuration!r}" if configuration else "no default configuration"
-        raise Missing(f"{wanted}; it has {known}{', …' if len(configurations) > 10 else ''}")
-    data_files = configurations[chosen].get("data_files")
-    items = data_files if isinstance(data_files, list) else [data_files]
-    globs = [one for one in items if isinstance(one, str)]
-    for one in (one for one in items if isinstance(one, dict) and one.get("split") == "train"):
-        globs += one["path"] if isinstance(one["path"], list) else [one["path"]]
-    if not globs:
-        return _guessed_patterns(paths) if data_files is None else []
-    return [_glob(pattern) for pattern in globs]
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Leave out progress bars and warnings; what counts comes as an exception."""
+    import datasets
+    import huggingface_hub
 
-
-def _guessed_patterns(paths: list[str]) -> list[re.Pattern[str]]:
-    """All files, or those whose names contain "train", if any does."""
-    train = re.compile(r"(.*[/._ -])?train(ing)?([/._ 0-9-].*)?")
-    return [train] if any(train.fullmatch(path) for path in paths) else [re.compile(".*")]
-
-
-def _glob(pattern: str) -> re.Pattern[str]:
-    """A pattern of file names: ``*`` and ``?`` stay inside a folder, ``**`` does not."""
-    words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern.removeprefix("./"))
-    return re.compile("".join(words.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts))
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # counts at another host, which may be out of reach
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -5,19 +5,15 @@ A proxy can answer with status 200 and a page of its own, or ignore a range. Suc
 
 from __future__ import annotations
 
-import http.client
 import io
 import os
 import re
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from email.message import Message
+from collections.abc import Callable
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+
+import httpx2
 
 from lime_dist.errors import LimeError
 
@@ -37,140 +33,137 @@ class Missing(HubError):
     """There is no such dataset, revision or file."""
 
 
-class _Passing(Exception):
-    """An answer that another attempt may replace."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The content of an answer, with its headers, and the address at which it was in the end."""
-
-    body: bytes
-    headers: Mapping[str, str]
-    address: str
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Leave redirects to `_ask`: the token must not reach another host."""
-
-
-_opener = urllib.request.build_opener(_NoRedirect)
-
-
-def endpoint() -> str:
-    """The hub's address, HF_ENDPOINT or its own."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
-@dataclass(frozen=True)
-class Range:
-    """Bytes [first, end) of a file of ``size`` bytes."""
-
-    first: int
-    end: int
-    size: int
-
-    def __str__(self) -> str:
-        return f"bytes {self.first}-{self.end - 1}/{self.size}"
-
-
-def get(
-    url: str, part: Range | None = None, known: str | None = None, check: Callable[[bytes], object] | None = None
-) -> Answer:
-    """Get what lies at an address, or a part of it.
-
-    Args:
-        known: where an earlier answer for this address was found, which is tried first.
-        check: raises a ValueError for a content that cannot be the right one.
-
-    Raises:
-        HubError: it is not there, needs a token, or cannot be had in several attempts.
-    """
-    attempt, waited = 1, 0.0
-    while True:
-        try:
-            answer = _ask(url, known or url, part)
-            if check is not None:
-                check(answer.body)
-            return answer
-        except (_Passing, ValueError) as error:
-            known = None
-            reason, pause = str(error), 2.0 ** (attempt - 1)
-            if attempt == ATTEMPTS:
-                raise HubError(
-                    f"{_short(url)}: {reason}, {ATTEMPTS} times; try again when the network is better"
-                ) from None
-            attempt += 1
-        except _Limited as error:
-            pause = error.seconds
-            waited += pause
-            if waited > LONGEST_WAIT:
-                raise HubError(
-                    f"{_short(url)}: the hub's rate limit is used up; set HF_TOKEN for a higher one"
-                ) from None
-            print(f"hub: the rate limit is used up; waiting {pause:.0f} s for its reset", file=sys.stderr, flush=True)
-        time.sleep(pause)
-
-
 class _Limited(Exception):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds = seconds
 
 
-def _ask(url: str, asked: str, part: Range | None) -> Answer:
-    ranged = {} if part is None else {"Range": f"bytes={part.first}-{part.end - 1}"}
-    for _ in range(5):
-        token = _token() if urlsplit(asked).netloc == urlsplit(endpoint()).netloc else None
-        headers = {"User-Agent": "lime_dist", **ranged, **({"Authorization": f"Bearer {token}"} if token else {})}
+def _patiently(url: httpx2.URL, ask: Callable[[int], httpx2.Response]) -> httpx2.Response:
+    """Call ``ask`` with the number of the attempt, until it raises neither a ValueError nor an error of the network.
+
+    Raises:
+        HubError: that is so in all attempts, or the rate limit stays used up.
+    """
+    what, attempt, waited = url.path.lstrip("/"), 1, 0.0
+    while True:
         try:
-            with _opener.open(urllib.request.Request(asked, headers=headers), timeout=TIMEOUT) as answer:
-                status, given, body = answer.status, answer.headers, answer.read()
-        except urllib.error.HTTPError as error:
-            status, given, body = error.code, error.headers, b""
-            if status in (301, 302, 303, 307, 308) and given.get("Location"):
-                asked = urljoin(asked, given["Location"])
-                continue
-        except (OSError, http.client.HTTPException) as error:
-            raise _Passing(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
-        _check(url, asked, status, given, body)
-        if part is not None:
-            got = given.get("Content-Range") or "no range"
-            if status != 206 or got != str(part) or len(body) != part.end - part.first:
-                raise _Passing(f"asked for {part}, got status {status}, {got} and {len(body)} bytes")
-        elif status != 200:
-            raise _Passing(f"status {status}")
-        return Answer(body, dict(given.items()), asked)
-    raise HubError(f"{_short(url)}: redirects without end")
+            return ask(attempt)
+        except (ValueError, httpx2.HTTPError) as error:
+            reason, pause = str(error) or type(error).__name__, 2.0 ** (attempt - 1)
+            if attempt == ATTEMPTS:
+                raise HubError(f"{what}: {reason}, {ATTEMPTS} times; try again when the network is better") from None
+            attempt += 1
+        except _Limited as error:
+            pause = error.seconds
+            waited += pause
+            if waited > LONGEST_WAIT:
+                raise HubError(f"{what}: the hub's rate limit is used up; set HF_TOKEN for a higher one") from None
+            print(f"hub: the rate limit is used up; waiting {pause:.0f} s for its reset", file=sys.stderr, flush=True)
+        time.sleep(pause)
 
 
-def _check(url: str, asked: str, status: int, headers: Message, body: bytes) -> None:
-    code = headers.get("X-Error-Code") or ""
-    if status == 429:
-        reset = headers.get("Retry-After") or (_RESET.search(headers.get("RateLimit") or "") or ["", ""])[1]
-        raise _Limited(float(reset) + 1 if str(reset).isdigit() else 60.0)
-    if status in TRANSIENT or (asked != url and status in (400, 403, 410)):  # a signed address that has expired
-        raise _Passing(f"status {status}")
-    if status in (401, 403):
-        raise HubError(
-            f"{_short(url)}: {code or f'status {status}'}; there is no such dataset, or it needs a token with access: set HF_TOKEN"
-        )
-    if status == 404:
-        raise Missing(f"{_short(url)}: {code or 'not found'}")
-    if status >= 400:
-        raise HubError(f"{_short(url)}: status {status} {code}".rstrip())
+class PatientClient(httpx2.Client):
+    """The client that `huggingface_hub` and `datasets` use: their requests are asked again here, not there."""
+
+    def __init__(self) -> None:
+        super().__init__(follow_redirects=True, timeout=TIMEOUT)
+
+    def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """Send a request until it is answered."""
+
+        def ask(_: int) -> httpx2.Response:
+            answer = self.send_once(request, **options)
+            path = request.url.path
+            try:
+                if path.startswith("/api/") and answer.status_code == 200 and not options.get("stream"):
+                    answer.json()
+                if "/resolve/" in path and answer.status_code == 200 and "X-Repo-Commit" not in answer.headers:
+                    raise ValueError("the answer is not the hub's")
+            except ValueError:
+                answer.close()
+                raise
+            return answer
+
+        return _patiently(request.url, ask)
+
+    def send_once(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """Send a request.
+
+        Raises:
+            HubError: there is no such dataset or revision, or it needs a token.
+        """
+        answer = super().send(request, **options)
+        try:
+            _check(answer)
+        except Exception:
+            answer.close()
+            raise
+        return answer
 
 
-def _token() -> str | None:
+def use_patient_client() -> None:
+    """Make `huggingface_hub` and `datasets` use a `PatientClient` in this process."""
     import huggingface_hub
 
-    token = huggingface_hub.get_token()
-    return None if token is None else str(token)
+    if not isinstance(huggingface_hub.get_session(), PatientClient):
+        huggingface_hub.set_client_factory(PatientClient)
 
 
-def _short(url: str) -> str:
-    return urlsplit(url).path.lstrip("/")
+def _check(answer: httpx2.Response) -> None:
+    status, what, code = answer.status_code, answer.request.url.path.lstrip("/"), answer.headers.get("X-Error-Code", "")
+    if status == 429:
+        reset = answer.headers.get("Retry-After") or (_RESET.search(answer.headers.get("RateLimit", "")) or ["", ""])[1]
+        raise _Limited(float(reset) + 1 if reset.isdigit() else 60.0)
+    if status in TRANSIENT or (
+        status in (400, 403, 410) and not _is_hub(answer.url)
+    ):  # a signed address that has expired
+        raise ValueError(f"status {status}")
+    if status in (401, 403):
+        raise HubError(
+            f"{what}: {code or f'status {status}'}; there is no such dataset, or it needs a token with access: set HF_TOKEN"
+        )
+    if status == 404 and code in ("RepoNotFound", "RevisionNotFound"):
+        raise Missing(f"{what}: {code}")
+
+
+def _is_hub(url: httpx2.URL) -> bool:
+    from huggingface_hub import constants
+
+    return url.netloc == httpx2.URL(constants.ENDPOINT).netloc
+
+
+def get(
+    address: str, check: Callable[[httpx2.Response], None], part: str | None = None, known: str | None = None
+) -> httpx2.Response:
+    """Get the content at an address of the hub.
+
+    Args:
+        check: raises a ValueError for an answer that cannot be the right one.
+        part: the range to ask for, as the header names it.
+        known: where an earlier answer for this address was found, which is tried first.
+
+    Raises:
+        HubError: it is not there, needs a token, or cannot be had in several attempts.
+    """
+    import huggingface_hub
+
+    use_patient_client()
+    client = huggingface_hub.get_session()
+
+    def ask(attempt: int) -> httpx2.Response:
+        url = httpx2.URL(known if known and attempt == 1 else address)
+        headers = {"Accept-Encoding": "identity", **({"Range": part} if part else {})}
+        headers |= huggingface_hub.utils.build_hf_headers(library_name="lime_dist") if _is_hub(url) else {}
+        answer = client.send_once(client.build_request("GET", url, headers=headers))
+        if 400 <= answer.status_code < 500 and answer.status_code != 416:
+            raise Missing(
+                f"{url.path.lstrip('/')}: {answer.headers.get('X-Error-Code') or f'status {answer.status_code}'}"
+            )
+        check(answer)
+        return answer
+
+    return _patiently(httpx2.URL(address), ask)
 
 
 class HubFile(io.RawIOBase):
@@ -207,11 +200,18 @@ class HubFile(io.RawIOBase):
         end = min(self._size, self._place + len(buffer))
         if self._place >= end:
             return 0
+        wanted = f"bytes {self._place}-{end - 1}/{self._size}"
+
+        def check(answer: httpx2.Response) -> None:
+            status, got, size = answer.status_code, answer.headers.get("Content-Range"), len(answer.content)
+            if status != 206 or got != wanted or size != end - self._place:
+                raise ValueError(f"asked for {wanted}, got status {status}, {got or 'no range'} and {size} bytes")
+
         try:
-            answer = get(self._address, Range(self._place, end, self._size), self._known)
+            answer = get(self._address, check, f"bytes={self._place}-{end - 1}", self._known)
         except HubError as error:
             raise LimeError(f"{error}; finished shards are kept, run the same command again") from None
-        self._known = answer.address
-        buffer[: len(answer.body)] = answer.body
+        self._known = str(answer.url)
+        buffer[: len(answer.content)] = answer.content
         self._place = end
-        return len(answer.body)
+        return len(answer.content)

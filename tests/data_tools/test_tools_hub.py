@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfFileSystem, constants
 from support.hub import Fault, Hub
 
 from data_tools.pretokenize.__main__ import main as pretokenize
@@ -52,13 +54,25 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with Hub(NAME) as server:
         server.commit(data)
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        use_hub(monkeypatch, server.url, tmp_path)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         yield server
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, folder: Path, offline: bool = False) -> None:
+    """Set what the libraries take from the environment once, when they are imported, and an empty cache."""
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    for name, value in (("HF_ENDPOINT", url), ("HF_HUB_OFFLINE", offline), ("HF_CACHE_HOME", str(folder / "cache"))):
+        monkeypatch.setattr(datasets.config, name, value)
+    HfFileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -161,7 +175,7 @@ def test_a_rate_limit_is_waited_for(
     [
         ("hub:no/body", "RepoNotFound; there is no such dataset, or it needs a token with access: set HF_TOKEN"),
         (f"hub:{NAME}@gone", "RevisionNotFound; check the name, the revision and the configuration"),
-        (f"hub:{NAME}:none", "no configuration 'none'; it has default, sample-10BT; check"),
+        (f"hub:{NAME}:none", "BuilderConfig 'none' not found. Available: ['default', 'sample-10BT']; check"),
     ],
 )
 def test_what_does_not_exist_ends_at_once(hub: Hub, pauses: list[float], given: str, says: str) -> None:
@@ -171,17 +185,16 @@ def test_what_does_not_exist_ends_at_once(hub: Hub, pauses: list[float], given: 
 
 
 def test_an_unreachable_hub_is_one_line(
-    pauses: list[float], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    pauses: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path)
     with pytest.raises(LimeError) as refused:
         list_inputs(f"hub:{NAME}")
     assert "refused, 7 times; try again when the network is better" in str(refused.value) and "\n" not in str(
         refused.value
     )
     assert sum(pauses) == 63 and capfd.readouterr() == ("", "")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
     with pytest.raises(LimeError, match="HF_HUB_OFFLINE is set"):
         list_inputs(f"hub:{NAME}")
 

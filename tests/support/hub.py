@@ -8,9 +8,9 @@ import re
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 PAGE = 2  # entries of a page of the tree
 SMALL = (
@@ -96,7 +96,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(len(body)))
             self.send_header("Connection", "close")
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
             self.close_connection = True
 
         def do_GET(self) -> None:
@@ -110,10 +111,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send(200, b"<!DOCTYPE html><title>Sign in to the network</title>", Content_Type="text/html")
             elif path.startswith("/content/"):
                 self.content(path, fault)
+            elif path == "/api/agent-harnesses":
+                self.send(200, b'{"standardEnvVars": [], "harnesses": {}}')
             elif path.startswith((f"/api/datasets/{hub.name}/", f"/datasets/{hub.name}/resolve/")):
                 self.repository(path, query)
             else:
                 self.send(401, b"", X_Error_Code="RepoNotFound")
+
+        do_HEAD = do_POST = do_GET
 
         def repository(self, path: str, query: dict[str, list[str]]) -> None:
             what, revision, *rest = path.split(f"/{hub.name}/", 1)[1].split("/", 2)
@@ -124,22 +129,43 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif what == "revision":
                 self.send(200, json.dumps({"id": hub.name, "sha": sha}).encode())
             elif what == "tree":
-                start = int(query.get("cursor", ["0"])[0])
-                names = sorted(files)
-                entries = [self.entry(name, files[name]) for name in names[start : start + PAGE]]
-                more = f'<{hub.url}{urlsplit(self.path).path}?recursive=true&cursor={start + PAGE}>; rel="next"'
-                headers = {"Link": more} if start + PAGE < len(names) else {}
-                self.send(200, json.dumps(entries).encode(), **headers)
+                self.tree(files, rest[0] if rest else "", query)
+            elif what == "paths-info":
+                wanted = set(parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode()).get("paths", []))
+                known = [entry for entry in self.entries(files) if entry["path"] in wanted]
+                self.send(200, json.dumps(known).encode())
             elif rest[0] not in files:
-                self.send(404, b"", X_Error_Code="EntryNotFound")
+                self.send(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
             elif rest[0].endswith(SMALL):
-                self.send(200, files[rest[0]])
+                self.send(200, files[rest[0]], ETag=f'"{git_hash(files[rest[0]])}"', X_Repo_Commit=sha)
             else:
-                self.send(302, b"", Location=f"{hub.content_url}/content/{sha}/{rest[0]}")
+                self.send(302, b"", Location=f"{hub.content_url}/content/{sha}/{rest[0]}", X_Repo_Commit=sha)
+
+        def tree(self, files: dict[str, bytes], folder: str, query: dict[str, list[str]]) -> None:
+            recursive, start = "recursive" in query, int(query.get("cursor", ["0"])[0])
+            prefix = f"{folder}/" if folder else ""
+            inside = [entry for entry in self.entries(files) if entry["path"].startswith(prefix)]
+            inside = [entry for entry in inside if recursive or "/" not in entry["path"][len(prefix) :]]
+            if folder and not inside:
+                self.send(404, b"", X_Error_Code="EntryNotFound")
+                return
+            more = urlencode({**{key: value[0] for key, value in query.items()}, "cursor": start + PAGE})
+            link = {"Link": f'<{hub.url}{urlsplit(self.path).path}?{more}>; rel="next"'}
+            page = json.dumps(inside[start : start + PAGE]).encode()
+            self.send(200, page, **(link if start + PAGE < len(inside) else {}))
+
+        def entries(self, files: dict[str, bytes]) -> list[dict[str, Any]]:
+            """What the API says of all files and folders."""
+            folders = {str(parent) for name in files for parent in list(PurePosixPath(name).parents)[:-1]}
+            listed = [
+                {"type": "directory", "oid": git_hash(name.encode()), "size": 0, "path": name} for name in folders
+            ]
+            listed += [self.entry(name, data) for name, data in files.items()]
+            return sorted(listed, key=lambda entry: str(entry["path"]))
 
         def entry(self, name: str, data: bytes) -> dict[str, Any]:
             entry = {"type": "file", "oid": git_hash(data), "size": len(data), "path": name}
-            large = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}}
+            large = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
             return entry if name.endswith(SMALL) else entry | large
 
         def content(self, path: str, fault: Fault | None) -> None:
