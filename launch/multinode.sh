@@ -143,14 +143,16 @@ stop_hosts() { # stop_hosts PID
   kill -TERM "$1" || true
 }
 # The first host that ssh does not reach, or that cannot use the port of the job, with the reason. `deepspeed` would say it with a
-# traceback, and processes of other hosts would wait for minutes.
+# traceback, and processes of other hosts would wait for minutes. ssh gets the options that pdsh gives it.
 host_problem() {
   local host check status
   for host in $hosts; do
     check=true
     if [[ "$host" == "$first" ]]; then check="$bin/python -I $root/lime_dist/hostfile.py port ${MASTER_PORT:-29500}"; fi
     (
-      ssh -n -oBatchMode=yes -oConnectTimeout=10 "$host" "$check" >/dev/null 2>"$file.$host" && status=0 || status=$?
+      # shellcheck disable=SC2086 # several words
+      ssh -n -oBatchMode=yes -oConnectTimeout=10 $PDSH_SSH_ARGS_APPEND "$host" "$check" >/dev/null 2>"$file.$host" &&
+        status=0 || status=$?
       echo "$status" >"$file.$host.status"
     ) &
   done
@@ -166,15 +168,11 @@ host_problem() {
 }
 
 unset CUDA_VISIBLE_DEVICES # `deepspeed` would react to it
-status=0 problem=""
+status=0
 if $over_ssh; then
   problem="$(host_problem)"
-  if [[ -n "$problem" ]]; then
-    "${command[@]}" 2>"$file.errors" || fail "$problem"
-    cat "$file.errors" >&2
-  else
-    run_stoppable stop_hosts "${command[@]}" || status=$?
-  fi
+  [[ -z "$problem" ]] || fail "$problem"
+  run_stoppable stop_hosts "${command[@]}" || status=$?
 else
   while IFS='=' read -r name value; do if [[ -n "$name" ]]; then export "$name=$value"; fi; done <<<"$listed"
   run_stoppable stop_child "${command[@]}" || status=$?

@@ -20,7 +20,6 @@ from pathlib import Path
 HOST = re.compile(r"[A-Za-z0-9_.:@-]+")
 """Names of hosts. ssh and pdsh give other characters a meaning, such as several hosts in ``node[1-4]``."""
 
-
 PORT_IN_USE = 3
 """Exit status of the command ``port``."""
 
@@ -67,18 +66,22 @@ def is_here(host: str) -> bool:
     except OSError:
         return False
     for kind, address in addresses:
-        with socket.socket(kind) as probe:
-            try:
+        try:  # the kernel may lack the kind, as where IPv6 is off
+            with socket.socket(kind) as probe:
                 probe.bind(address)
-            except OSError:
-                continue
-            return True
+        except OSError:
+            continue
+        return True
     return False
 
 
 def port_problem(port: int) -> str | None:
     """Why the first process of a job cannot listen on a port of this machine, and what to do; None: it can."""
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+    try:
+        probe = socket.socket(socket.AF_INET6)
+    except OSError:  # IPv6 is off
+        probe = socket.socket(socket.AF_INET)
+    with probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
         try:
             probe.bind(("", port))

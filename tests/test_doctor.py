@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from lime_dist.doctor import checks, environment, facts, network
 from lime_dist.doctor.facts import Facts
 from lime_dist.doctor.findings import Finding, Job, size
 from lime_dist.doctor.hosts import forwarded_variables, read_hostfile
-from lime_dist.doctor.preflight import preflight
+from lime_dist.doctor.preflight import preflight, why_not_writable
 from lime_dist.doctor.ring import Link, bandwidth
 from lime_dist.doctor.transferred_bytes import bytes_between_hosts
 from lime_dist.errors import LimeError
@@ -275,6 +276,15 @@ def test_variables_that_are_not_forwarded(tmp_path: Path) -> None:
     assert not list(environment.not_forwarded({}, files))
 
 
+def test_the_doctor_forwards_what_the_launcher_forwards() -> None:
+    """`FORWARDED` repeats what launch/multinode.sh sends. (`deepspeed` itself sends PYTHON….)"""
+    script = (ROOT / "launch/multinode.sh").read_text()
+    beginnings, names = re.findall(r'"\$name" =~ \^\(([A-Z_|]+)\)(?:_|\$)', script)
+    sent = [*(f"{beginning}_X" for beginning in beginnings.split("|")), *names.split("|")]
+    assert "CUDA_X" in sent and "LIME_BACKEND" in sent
+    assert list(forwarded_variables(dict.fromkeys([*sent, "SECRET"], "1"), [])) == sent
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -399,6 +409,21 @@ def test_the_doctor_refuses_what_pretrain_refuses(
     refusals, _ = preflight(config, processes=2)
     assert len(refusals) == 1 and words in refusals[0], refusals
     assert workers(2).run("support.runs.run", values=config.model_dump(mode="json")) == refusals * 2
+
+
+def test_a_run_folder_below_one_that_this_user_may_not_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It cannot even be looked up. (root may search everything, so the refusal is played.)"""
+    (tmp_path / "closed").mkdir()
+    look_up, access = os.stat, os.access
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if "/closed/" in os.fspath(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return look_up(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("closed") and access(path, mode))
+    assert "Permission denied" in str(why_not_writable(tmp_path / "closed/team/run"))
 
 
 def test_a_pair_with_tokens_beyond_the_vocabulary_is_refused_before_the_run(tmp_path: Path) -> None:

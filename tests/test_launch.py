@@ -75,7 +75,7 @@ def write(folder: Path, **programs: str) -> Path:
 def environment(tmp_path: Path) -> dict[str, str]:
     """An environment with a fake virtual environment, a fake Slurm and an empty home."""
     write(tmp_path / "venv/bin", python=PYTHON, deepspeed=DEEPSPEED)
-    programs = write(tmp_path / "bin", srun=SRUN, scontrol=SCONTROL, pdsh="#!/bin/sh\n")
+    programs = write(tmp_path / "bin", srun=SRUN, scontrol=SCONTROL, pdsh="#!/bin/sh\n", ssh="#!/bin/sh\n")
     key = subprocess.check_output(
         ["bash", "-c", "source launch/common.sh && requirements_key && echo"], cwd=ROOT, text=True
     )
@@ -158,6 +158,8 @@ def test_what_is_sent_to_the_hosts(environment: dict[str, str]) -> None:
         "LIME_EXPORT": "LD_LIBRARY_PATH", "DS_ACCELERATOR": "cpu", "LIME_BACKEND": "gloo", "SECRET": "s", "MASTER_ADDR": "10.0.0.1",
         "MASTER_PORT": "4242", "PDSH_SSH_ARGS_APPEND": "-p 2222",
     }  # fmt: skip
+    ssh = '#!/bin/sh\ncase "$*" in *"-p 2222"*) exit 0 ;; esac\necho "no answer at port 22" >&2\nexit 255\n'
+    write(Path(environment["REQUEUED"]).parent / "bin", ssh=ssh)
     done = run(environment, "multinode.sh", "launch/hostfile.example", CONFIG, "--verbose", "train.steps=3", **more)
     assert done.returncode == 0, done.stderr
     _, command, pdsh, *variables = done.stdout.splitlines()
@@ -292,8 +294,9 @@ def test_a_single_remote_host_is_the_one_that_trains(real: dict[str, str], tmp_p
 @pytest.mark.parametrize("address", ["", "127.0.0.1"])
 @pytest.mark.parametrize("hosts", [["gone", "b"], ["a", "gone"], ["gone"]])
 def test_a_host_that_does_not_answer(real: dict[str, str], tmp_path: Path, hosts: list[str], address: str) -> None:
+    """It ends the script before anything is started, on any host."""
     (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
-    write(tmp_path / "bin", pdsh="#!/bin/sh\necho 'pdsh failed' >&2; exit 1\n")
+    write(tmp_path / "bin", pdsh=f"#!/bin/sh\ntouch {tmp_path}/started\n")
     more = {"MASTER_ADDR": address} if address else {}
     done = run(real, "multinode.sh", str(tmp_path / "hosts"), CONFIG, **more)
     assert done.returncode == 2
@@ -301,6 +304,7 @@ def test_a_host_that_does_not_answer(real: dict[str, str], tmp_path: Path, hosts
         "error: gone cannot be reached with ssh (ssh: connect to host gone port 22: No route to host); python -m "
         "lime_dist.doctor checks the hosts\n"
     )
+    assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import socket
@@ -15,6 +16,7 @@ import pytest
 
 from lime_dist.distributed import free_port
 from lime_dist.errors import LimeError
+from lime_dist.hostfile import is_here, port_problem
 from lime_dist.launchers import check_devices
 from lime_dist.rendezvous import check_rendezvous
 
@@ -50,6 +52,23 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch, listener: socket.socket)
     check_rendezvous(0)
     job(monkeypatch, 0, free_port())
     check_rendezvous(0)
+
+
+def test_a_kernel_without_ipv6(monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
+    """`socket.has_ipv6` speaks of Python, not of the kernel, and names may still have IPv6 addresses."""
+    make, free = socket.socket, free_port()
+
+    def make_without_ipv6(kind: int = socket.AF_INET, *arguments: int) -> socket.socket:
+        if kind == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        return make(kind, *arguments)
+
+    names = [(kind, 0, 0, "", (name, 0)) for kind, name in ((socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1"))]
+    monkeypatch.setattr(socket, "socket", make_without_ipv6)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: names)
+    assert port_problem(free) is None
+    assert "cannot be used" in str(port_problem(listener.getsockname()[1]))
+    assert is_here("localhost")
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,9 @@ def find_checkpoint(path: Path) -> Path:
     """The folder ``global_stepN`` of the checkpoint that ``path`` stands for.
 
     Args:
-        path: such a folder; the file ``best`` beside it, for the one with the lowest validation loss; or a run folder or its ``checkpoints``, for the checkpoint that ``latest`` names or, without
-            ``latest`` or if it is damaged, which is said on stderr, the one with most steps.
+        path: such a folder; the file ``best`` beside it, for the one with the lowest validation loss; or a run folder or its
+            ``checkpoints``, for the checkpoint that ``latest`` names. Without ``latest``, it is the one with most steps; so it is
+            if ``latest`` is damaged, which is said on stderr.
 
     Raises:
         LimeError: there is no checkpoint.

@@ -9,13 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lime_dist.checkpoint.folder import (
-    file_name,
-    folder_name,
-    partial_folder,
-    publish,
-    write_tensors,
-)
+from lime_dist.checkpoint.folder import file_name, folder_name, partial_folder, publish, write_tensors
 from lime_dist.checkpoint.manifest import make_manifest
 from lime_dist.checkpoint.reading import Weights
 from lime_dist.config.schema import Config

@@ -19,7 +19,7 @@ from lime_dist.hostfile import HostfileError, parse_hostfile
 
 T = TypeVar("T")
 
-FORWARDED = re.compile(r"(NCCL|GLOO|TORCH|UCX|OMP)_|PYTHON|(DS_ACCELERATOR|LIME_BACKEND)$")
+FORWARDED = re.compile(r"(CUDA|GLOO|NCCL|OMP|PYTORCH|TORCH|UCX)_|PYTHON|(DS_ACCELERATOR|LIME_BACKEND)$")
 """Beginnings of the names of variables that `launch/multinode.sh` forwards to the hosts."""
 FORWARDED_BY_DEEPSPEED = re.compile(r"NCCL|PYTHON|UCX|MV2|MLFLOW")
 """Those that `deepspeed` forwards on its own (NCCL's only on GPUs)."""

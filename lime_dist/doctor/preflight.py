@@ -49,7 +49,7 @@ def preflight(config: Config, processes: int) -> tuple[list[str], list[str]]:
 def why_not_writable(directory: Path) -> str | None:
     """Why the run folder can neither be made nor written, or None."""
     existing = directory.absolute()
-    while not existing.exists():
+    while not os.path.exists(existing):  # False also below a folder that this user may not search
         existing = existing.parent
     if not existing.is_dir():
         reason = os.strerror(errno.ENOTDIR)
