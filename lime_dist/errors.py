@@ -21,6 +21,11 @@ class PeerLost(Exception):
     """Another process of the job is gone. The one-line message says who waited for whom, and in which operation."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_command(main: Callable[[], None], speaks: bool = True) -> None:
     """Run a command's ``main`` and turn its exceptions into exit statuses.
 

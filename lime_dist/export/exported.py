@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.data.files import read_json, sha256_file
-from lime_dist.errors import LimeError
+from lime_dist.errors import LimeError, first_line
 from lime_dist.model.architecture import BASELINE
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ def open_verified(folder: Path, certificate: dict[str, Any], device: str | None 
     try:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LimeError(f"--device {device} cannot be used: {reason}; give for example cpu or cuda:0") from None
+        raise LimeError(
+            f"--device {device} cannot be used: {first_line(error)}; give for example cpu or cuda:0"
+        ) from None
     model = load_model(folder).to(device)
     return ExportedModel(folder, certificate, model, load_tokenizer(folder))
 

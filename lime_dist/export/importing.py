@@ -19,7 +19,7 @@ from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.blend import open_training
 from lime_dist.data.files import read_json
 from lime_dist.data.identity import DataIdentity
-from lime_dist.errors import LimeError
+from lime_dist.errors import LimeError, first_line
 from lime_dist.export.comparison import TOLERANCE, Comparison, compare_logits, first_tokens
 from lime_dist.export.exported import CERTIFICATE, check_vocabulary, load_model, require_transformers, verify
 from lime_dist.export.model_files import LLAMA_TYPE, MODEL_TYPE, SHAPE_KEYS, model_description
@@ -96,8 +96,7 @@ def completed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     try:
         loaded = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     except Exception as error:  # transformers raises many types
-        reason = str(error).strip().splitlines()[0]
-        raise LimeError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from None
+        raise LimeError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from None
     missing = [key for key in ("architecture", *SHAPE_KEYS) if not hasattr(loaded, key)]
     if missing:
         raise LimeError(f"{folder / 'config.json'}: has no {missing[0]}; give a folder that save_pretrained wrote")
@@ -158,8 +157,7 @@ def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> Non
     try:
         original = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many types
-        reason = str(error).strip().splitlines()[0]
-        raise LimeError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from None
+        raise LimeError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from None
     rope = getattr(original, "rope_parameters", None) or {"rope_theta": getattr(original, "rope_theta", None)}
     fixed = {
         "rope_scaling": (values.get("rope_scaling"), None),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.errors import LimeError
+from lime_dist.errors import LimeError, first_line
 from lime_dist.model.layers import MLP, RMSNorm, Rotary, causal_attention, rotary_table, rotate
 
 
@@ -125,7 +125,7 @@ def compile_obstacle(device: torch.device) -> str | None:
     try:
         _compiled(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return None
 
 

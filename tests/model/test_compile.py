@@ -50,3 +50,11 @@ def test_an_obstacle_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(blocks, "_compiled", fail)
     assert blocks.compile_obstacle(CPU) == "InvalidCxxCompiler: no C++ compiler"
+
+
+def test_an_obstacle_without_a_message_has_the_name_of_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(function: object) -> object:
+        raise NotImplementedError
+
+    monkeypatch.setattr(blocks, "_compiled", fail)
+    assert blocks.compile_obstacle(CPU) == "NotImplementedError"
