@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 
@@ -149,7 +149,7 @@ def get(
     import huggingface_hub
 
     use_patient_client()
-    client = huggingface_hub.get_session()
+    client = cast(PatientClient, huggingface_hub.get_session())
 
     def ask(attempt: int) -> httpx2.Response:
         url = httpx2.URL(known if known and attempt == 1 else address)

@@ -237,7 +237,8 @@ class StageOptimizer:
             group.lr = router_lr if group.group == "routers" else lr
         self._optimizer.update(self.parameter_groups, self.step_count + 1, skip)
         self._publish()
-        self.flat_gradients[begin:end] *= skip  # 0, unless `settle` has to find what is not finite
+        # 0, unless `settle` has to find what is not finite. The sum makes 0 of a negative 0.
+        self.flat_gradients[begin:end].mul_(skip).add_(0.0)
         self.flat_gradients[:begin].zero_()
         self.flat_gradients[end:].zero_()
         return norms
