@@ -158,8 +158,9 @@ def test_generate_continues_the_prompt(trained: tuple[Path, float], capsys: pyte
     ],
 )
 def test_options_of_generate(options: list[str], line: str) -> None:
+    prompt = [] if "--prompt" in options else ["--prompt", "x"]
     with pytest.raises(LimeError, match=line):
-        generate.main(["--model", "nowhere", "--prompt", "x", *options])
+        generate.main(["--model", "nowhere", *prompt, *options])
 
 
 def test_a_tampered_export_is_one_line(trained: tuple[Path, float], dataset: Path, tmp_path: Path) -> None:

@@ -252,8 +252,8 @@ def exports(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 
 def call(exports: list[Path], dataset: Path, output: Path, *more: str) -> None:
-    given = ["--data", str(dataset), "--output", str(output), "--sequence-length", "64", *more]
-    analysis.main([*map(str, exports), *given])
+    length = [] if "--sequence-length" in more else ["--sequence-length", "64"]
+    analysis.main([*map(str, exports), "--data", str(dataset), "--output", str(output), *length, *more])
 
 
 def test_the_command_draws_all_models_side_by_side(
