@@ -196,15 +196,16 @@ def _refuse_mixed_devices(func: Any, tensors: list[Tensor]) -> None:
 _math_attention = F.scaled_dot_product_attention
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Takes the kernels of attention that CUDA would: flash attention for types of 16 bits, else the memory-efficient kernel."""
-    if not _is_here(query):
-        return _math_attention(query, key, value, **options)
-    causal = options["is_causal"]
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Takes the kernels of causal attention that CUDA would: flash attention for types of 16 bits, else the memory-efficient one."""
+    causal, mask = options.get("is_causal", False), options.pop("attn_mask", mask)
+    if not _is_here(query) or not causal or mask is not None:
+        return _math_attention(query, key, value, mask, **options)
     if query.dtype.itemsize == 2:
-        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal)[0]
-    assert query.shape[1] == key.shape[1], "CUDA would compute scores [T, T] for grouped heads of this type"
-    return aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, causal)[0]
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
+    if query.shape[1] != key.shape[1]:  # that kernel needs as many K/V heads as query heads
+        return _math_attention(query, key, value, **options)
+    return aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True)[0]
 
 
 # -- what torch asks of a device's module -------------------------------------------------------------------------------
