@@ -205,9 +205,15 @@ class Architecture(Protocol):
         """Bytes that a stage keeps of a received payload; see `cost.received_activation_bytes`."""
 
     @abstractmethod
-    def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """Bytes that a history needs in backward while it goes through a block of layers, beside its entries and the
-        gradients of all entries (`history_gradient_itemsize`)."""
+    def block_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
+        """Bytes that the history of a stage that holds ``layers`` needs in backward while it goes through a block of them, beside
+        its entries and the gradients of all entries (`history_gradient_itemsize`)."""
+
+    @abstractmethod
+    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
+        """Bytes of the largest temporary tensors in the backward pass of what the last layer of a block reads."""
 
     @abstractmethod
     def entries_moved(self, layer: int) -> float:

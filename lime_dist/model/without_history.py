@@ -42,7 +42,12 @@ class WithoutHistory:
     def summary_parameters(self, chunk: Chunk) -> int:
         raise NotImplementedError("there is no layer history")
 
-    def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+    def block_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
+        return 0
+
+    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
         return 0
 
     def entries_moved(self, layer: int) -> float:

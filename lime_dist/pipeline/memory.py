@@ -7,6 +7,7 @@ tensors; the allocator's reserve, libraries and the process itself come on top.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -160,17 +161,24 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     last, everything = layers.stop == model.num_hidden_layers, kept.activations(layers)
     freed = kept.head if last else 0
 
-    top = layers.stop - 1
-    again = 0
-    if checkpointing:
-        again = cost.activation_bytes(model, top, tokens, size, False) - kept.layers[top]
-    block = _block_bytes(config, kept, layers)
-    peaks = [
-        again + 2 * feed_forward + (stream if last else 0) - freed,  # SwiGLU of the last layer
-        again + block + 6 * stream - 4 * feed_forward - 2 * stream - freed,  # its attention
-    ]
-    if checkpointing and len(layers) > 1:
-        peaks.append(again + block + 2 * feed_forward - freed)  # SwiGLU of the layer before, in the same block
+    shape = architecture_of(model).hidden_shape
+    streams = tokens * math.prod(shape) * size if len(shape) > 1 else 0  # gradients of mixed residual streams
+    peaks = []
+    for block in reversed(_blocks(config, layers)):
+        top = block.stop - 1
+        again = cost.activation_bytes(model, top, tokens, size, False) - kept.layers[top] if checkpointing else 0
+        history = _history_bytes(config, kept, layers, block)
+        peaks += [
+            again + 2 * feed_forward + streams + (stream if last else 0) - freed,  # SwiGLU of the block's last layer
+            again + history + 6 * stream - 4 * feed_forward - 2 * stream - freed,  # its attention
+        ]
+        if read := architecture_of(model).read_gradient_bytes(
+            block, tokens, size
+        ):  # its read: three states, four gradients
+            peaks.append(history + read + 7 * stream - (0 if checkpointing else kept.layers[top]) - freed)
+        if checkpointing and len(block) > 1:
+            peaks.append(again + history + 2 * feed_forward + streams - freed)  # SwiGLU of the layer before
+        freed += sum(kept.layers[block.start : block.stop])
     if last:
         logits = cost.loss_piece_tokens(model.vocab_size, tokens) * model.vocab_size
         peaks += [
@@ -179,18 +187,36 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
         ]
     if layers.start == 0:
         peaks.append(embedding - everything)
-    else:  # the gradient of the payload, summed in at least float32, then packed
-        peaks.append(kept.crossing[layers.start] * accumulation_bytes // size + kept.payload[layers.start] - everything)
+    else:
+        peaks.append(_received_gradient_bytes(config, kept, layers) - everything)
     return max(0, *peaks)
 
 
-def _block_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
-    """What a history keeps in backward during the stage's last block, beside its entries."""
-    model, tokens = config.model, config.train.micro_batch_size * config.data.sequence_length
-    size, architecture = ITEM_BYTES[config.precision], architecture_of(model)
+def _received_gradient_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
+    """What a stage needs for the gradient of its payload, after all layers."""
+    model, start = config.model, layers.start
+    size, tokens = ITEM_BYTES[config.precision], config.train.micro_batch_size * config.data.sequence_length
+    gradient_size = architecture_of(model).history_gradient_itemsize(size)
+    if not gradient_size:  # it is computed where it is sent from
+        return kept.payload[start]
+    # The history's gradients, what is still kept, gradients of entries and of states, and three temporary tensors of the norm.
+    received = kept.crossing[start] * (2 * size + 3 * accumulation_itemsize(size)) // size
+    stream = tokens * model.hidden_size * size
+    return kept.history(layers) * gradient_size // size + kept.received[start] + received + stream
+
+
+def _blocks(config: Config, layers: range) -> list[range]:
+    """The blocks of a stage's history, ascending; without a history all layers."""
+    architecture = architecture_of(config.model)
     if architecture.policy is None:
-        return 0
-    block = block_ranges(layers, chunk_ends(model), architecture.max_block_layers)[-1]
+        return [layers]
+    return block_ranges(layers, chunk_ends(config.model), architecture.max_block_layers)
+
+
+def _history_bytes(config: Config, kept: MicroBatchBytes, layers: range, block: range) -> int:
+    """What a history keeps in backward while it goes through a block, beside its entries."""
+    size, architecture = ITEM_BYTES[config.precision], architecture_of(config.model)
+    tokens = config.train.micro_batch_size * config.data.sequence_length
     gradients = kept.history(layers) * architecture.history_gradient_itemsize(size) // size
     checkpointing = config.parallel.activation_checkpointing
-    return gradients + architecture.block_gradient_bytes(block, tokens, size, checkpointing)
+    return gradients + architecture.block_gradient_bytes(layers, block, tokens, size, checkpointing)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,8 +82,8 @@ class FakeGpu(TorchDispatchMode):
             self.wait("barrier")
         if not any(map(_is_here, tensors)) and not _names_device(kwargs.get("device")):
             return func(*args, **kwargs)
-        if func is aten._fused_sdp_choice.default:
-            return _attention_kernel(args[0])
+        if func is aten.silu_backward.default:  # torch's own shape function takes it apart
+            func, args = aten.empty_like.default, args[1:]
         if _is_composite(func):  # its parts come here one by one
             with self:
                 return func.decompose(*args, **kwargs)
@@ -96,6 +97,7 @@ class FakeGpu(TorchDispatchMode):
         _refuse_mixed_devices(func, tensors)
         try:
             with _tensors:
+                _tensors.cache_enabled = func is not aten.set_.source_Storage  # the cache would keep the storage
                 if not all(map(_is_here, tensors)):
                     args, kwargs = tree_map(_shape_only, (args, kwargs))
                 result = func(*args, **kwargs)
@@ -191,11 +193,19 @@ def _refuse_mixed_devices(func: Any, tensors: list[Tensor]) -> None:
         raise RuntimeError(f"{func}: tensors on {DEVICE} and on {', '.join(sorted(others))}, in {_place()}")
 
 
-def _attention_kernel(query: Tensor) -> int:
-    """The kernel that CUDA would take: flash attention needs a type of 16 bits."""
-    kernel = torch.nn.attention.SDPBackend
-    choice = kernel.FLASH_ATTENTION if query.dtype.itemsize == 2 else kernel.EFFICIENT_ATTENTION
-    return int(choice.value)
+_math_attention = F.scaled_dot_product_attention
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Takes the kernels of causal attention that CUDA would: flash attention for types of 16 bits, else the memory-efficient one."""
+    causal, mask = options.get("is_causal", False), options.pop("attn_mask", mask)
+    if not _is_here(query) or not causal or mask is not None:
+        return _math_attention(query, key, value, mask, **options)
+    if query.dtype.itemsize == 2:
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
+    if query.shape[1] != key.shape[1]:  # that kernel needs as many K/V heads as query heads
+        return _math_attention(query, key, value, **options)
+    return aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True)[0]
 
 
 # -- what torch asks of a device's module -------------------------------------------------------------------------------
@@ -303,6 +313,8 @@ _pinned: set[int] = set()
 _tensors = FakeTensorMode()
 """One for the process: the program keeps tables between models, and tensors of two modes do not mix."""
 _installed = False
+_kernels = torch.library.Library("aten", "IMPL")
+"""Operations that are one kernel on CUDA and that torch would take apart on a device without a kernel."""
 
 
 def install() -> None:
@@ -314,6 +326,7 @@ def install() -> None:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
+    _kernels.impl("silu_backward", lambda gradient, x: torch.empty_like(x), "PrivateUse1")
     FakeTensorMode.avoid_device_init = property(lambda self: True)
     FakeTensor.data_ptr = lambda tensor: tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.itemsize
     FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()
@@ -324,6 +337,7 @@ def install() -> None:
     dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
     dist.all_gather_object, dist.gather_object = _all_gather_object, _gather_object
     Tensor.pin_memory = _pin_memory
+    F.scaled_dot_product_attention = _attention
     Tensor.is_pinned = lambda tensor, device=None: tensor.untyped_storage()._cdata in _pinned
     to = torch.nn.Module.to
     torch.nn.Module.to = lambda module, *args, **kwargs: (

@@ -77,6 +77,15 @@ def train(gpu: FakeGpu, values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def peak(gpu: FakeGpu, values: dict[str, Any]) -> tuple[int, int]:
+    """The stage, and the most bytes that are alive in a training step."""
+    config, engine, _ = build(values)
+    replica, width, size = engine.grid.get_data_parallel_rank(), engine.dp_world_size, config.train.micro_batch_size
+    gpu.reset()
+    engine.train_step(_pinned(rank_batches(config, 0, replica, width, size)))
+    return engine.stage_id, gpu.peak
+
+
 def run(gpu: FakeGpu, values: dict[str, Any]) -> Counter[Wait]:
     """The waits of a whole run as pretrain.py does it."""
     import pretrain

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 BLOCK_ROWS, BLOCK_HEADS = 32, 8
 """Most rows (layer, head) of a block: their mixtures are in memory. With more than ``BLOCK_HEADS`` heads, writing and reading
 these mixtures would move more memory than reading dozens of older entries again for every layer: a block is one layer then."""
+SLICE_ELEMENTS_GPU = 1 << 27
+"""Elements of a mixture [H, n, D] that are computed at a time on a GPU. Slices that fit its cache would mean kernels that take less
+time than their launch (benchmarks/RESULTS.md); these are small enough not to need much memory."""
+SLICE_TOKENS = 64
+"""Least number of tokens in a slice, so that the matrix products do not become too thin."""
 
 
 class HiddenLime(Lime):
@@ -178,14 +183,42 @@ class HiddenLime(Lime):
         kept = itemsize * len(live) * hidden + accumulated * slots  # entries; roots of the states' mean squares
         return num_tokens * kept
 
-    def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """Dynamic: weights and their gradients of one layer. Static: mixtures of a block of several layers and their gradients."""
-        reads = [set(self.policy.reads(layer)) for layer in block]
-        heads, accumulated = self.config.num_attention_heads, accumulation_itemsize(itemsize)
+    def block_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
+        """Static weights: mixtures of a block of several layers and their gradients."""
+        if not self._reads_of_block(block):
+            return 0
+        return 2 * len(block) * self.config.num_attention_heads * self.config.hidden_size * num_tokens * itemsize
+
+    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
+        """A mixture of a slice of tokens, its gradient, and what it adds to the gradients of entries; dynamic weights and their
+        gradients."""
+        read = self.entries_read(block[-1])
+        if not read:
+            return 0
+        heads, hidden = self.config.num_attention_heads, self.config.hidden_size
+        accumulated = accumulation_itemsize(itemsize)
+        slice_tokens = min(num_tokens, max(SLICE_TOKENS, SLICE_ELEMENTS_GPU // (heads * hidden)))
+        of_slice = 2 * heads * hidden * slice_tokens * itemsize
         if self.is_dynamic:
-            return 2 * heads * len(reads[-1]) * num_tokens * accumulated
-        has_older = len(block) > 1 and any(entry.layer < block.start for entry in set.intersection(*reads))
-        return 2 * len(block) * heads * self.config.hidden_size * num_tokens * itemsize if has_older else 0
+            return (
+                heads * read * num_tokens * (itemsize + accumulated)
+                + of_slice
+                + read * hidden * slice_tokens * accumulated
+            )
+        converted = accumulated if itemsize < accumulated else 0  # else the product is added where the sum lies
+        older = len(self._reads_of_block(block))
+        return max(
+            of_slice + (read - older) * hidden * slice_tokens * converted, older * hidden * num_tokens * converted
+        )
+
+    def _reads_of_block(self, block: range) -> set[Entry]:
+        """The older entries that all layers of a block read together."""
+        if self.is_dynamic or len(block) == 1 or not any(self.reads(layer) for layer in block):
+            return set()
+        shared = set.intersection(*(set(self.policy.reads(layer)) for layer in block))
+        return {entry for entry in shared if entry.layer < block.start}
 
     def entries_moved(self, layer: int) -> float:
         """Its slot is written; its mixture, a state for every head, is written and read. With static weights it reads its

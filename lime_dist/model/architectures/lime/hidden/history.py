@@ -212,6 +212,7 @@ class HiddenHistory(LayerHistory):
                 mixture_gradients[:, tokens] = mixture_gradient
             # 4. g_ℓ goes on at once to the entries that the layer read alone, its own included, and to their weights.
             spread_slice(self.entries, self.gradients, weights, weight_gradient, parts, tokens, mixture_gradient)
+        del older, mixture, mixture_gradient, mixture_gradients  # step 5 needs memory, too
         # 5. After the block's first reading layer, the last one visited, the g of all its layers go on to older entries.
         if is_static and layer == self._first_readers[block]:
             self._spread_to_older(block)
@@ -256,13 +257,13 @@ class HiddenHistory(LayerHistory):
         """Add the gradients of the block's mixtures to those of the older entries, and set those of the weights."""
         if self._mixture_gradients is None:
             return
+        self._older_mixtures.drop()
         gradient = self._mixture_gradients.flatten(0, 1).flatten(1)
         matrix = self._matrix_of(block)
         for run in block.older.runs:
             self._set_weight_gradient(self._rows_of(block), [run], gradient)
             add_product(matrix[:, run].t(), gradient, self._flat(self.gradients, run))
         self._mixture_gradients = None
-        self._older_mixtures.drop()
 
     # -- what a layer reads alone -------------------------------------------------------------------------------------
 

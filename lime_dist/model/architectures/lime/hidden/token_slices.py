@@ -10,14 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lime_dist.model.architectures.lime.hidden.architecture import SLICE_ELEMENTS_GPU, SLICE_TOKENS
 from lime_dist.model.products import add_product, batched_product, product_of_rows
 
 SLICE_ELEMENTS = 1 << 19
-SLICE_ELEMENTS_GPU = 1 << 27
-"""Elements of a mixture [H, n, D] that are computed at a time. On a CPU they fit a cache. On a GPU, slices that fit its cache would
-mean kernels that take less time than their launch (benchmarks/RESULTS.md); these are small enough not to need much memory."""
-SLICE_TOKENS = 64
-"""Least number of tokens in a slice, so that the matrix products do not become too thin."""
+"""Elements of a mixture [H, n, D] that are computed at a time on a CPU, where they fit a cache. On a GPU it is
+`SLICE_ELEMENTS_GPU`."""
 
 Parts = list[tuple[slice, slice]]
 """Columns of a reader's weights, and the positions that they weigh."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes
 from lime_dist.model.architectures.lime.lime import Lime, router_name
-from lime_dist.model.layout import BLOCK, StageLayout
+from lime_dist.model.layout import BLOCK, SUMMARY_BLOCK, StageLayout
 from lime_dist.model.policies import Entry
 from lime_dist.model.transformer import (
     Activations,
@@ -150,12 +150,39 @@ class KeyValueLime(Lime):
         """The payload lands in the history's own memory. Its hidden state is the first layer's input."""
         return 0
 
-    def block_gradient_bytes(self, block: range, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """Gradients of the block's slots; with checkpointing also their mixtures, which are computed again."""
+    def block_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
+        """Gradients of the block's slots and of a group's summaries, where newer readers or later stages give them some together;
+        with checkpointing also the block's mixtures of older entries, which are computed again."""
         shared = set.intersection(*(set(self.policy.reads(layer)) for layer in block))
         has_older = len(block) > 1 and any(entry.layer < block.start for entry in shared)
-        again = itemsize if checkpointing and has_older else 0
-        return len(block) * self.entry_width * num_tokens * (itemsize + again)
+        slots = len(block) * (self._have_shared_gradient(layers, block) + (checkpointing and has_older))
+        return (slots + self._summaries_together(layers, block)) * self.entry_width * num_tokens * itemsize
+
+    def _have_shared_gradient(self, layers: range, block: range) -> bool:
+        """Whether all slots of a block have a newer reader on the stage, or some of them come back from later stages."""
+        slots = {Entry(layer) for layer in block}
+        newer = (self.policy.reads(layer) for layer in range(block.stop, layers.stop))
+        later = (self.policy.reads(layer) for layer in range(layers.stop, self.config.num_hidden_layers))
+        chunks = [set(chunk.sources) for end, chunk in self.chunks.items() if end in layers]
+        unfinished = [chunk.sources for end, chunk in self.chunks.items() if end >= layers.stop]
+        if len(block) > 1 and (any(slots <= chunk for chunk in chunks) or any(slots <= set(read) for read in newer)):
+            return True
+        return any(not slots.isdisjoint(read) for read in (*unfinished, *later))
+
+    def _summaries_together(self, layers: range, block: range) -> int:
+        """Rows of the group of summaries that backward goes through at a block."""
+        chunks = [self.chunks[end] for end in sorted(self.chunks) if end in layers]
+        for begin in range(0, len(chunks), SUMMARY_BLOCK):
+            group = chunks[begin : begin + SUMMARY_BLOCK]
+            if len(group) > 1 and group[0].layers.start <= block.start <= group[-1].layers[-1]:
+                return sum(chunk.num_rows for chunk in group)
+        return 0
+
+    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
+        """Products go into memory that is there."""
+        return 0
 
     def entries_moved(self, layer: int) -> float:
         """Its slot is written, and its mixture written and read. Of older entries it reads its block's share."""

@@ -1,0 +1,80 @@
+"""Protects that plans know what a GPU needs: the peak of live bytes in a step, on the GPU that computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from typing import Any
+
+import pytest
+from support.models import MODELS
+from support.on_gpu import Case
+from support.workers import WorkerGroup
+
+from lime_dist.config.load import make_config
+from lime_dist.plan.forecast import Machine, forecast
+
+ARCHITECTURES = [
+    "llama", "lime kv", "lime kv, chunked", "lime static", "lime dynamic", "hyper static", "hyper dynamic",
+]  # fmt: skip
+STAGES = [(0, 3), (1, 3), (2, 3), (0, 1)]
+"""Index, and number of stages."""
+PROCESSES = 2
+pytestmark = pytest.mark.slow  # all tests together
+
+
+def rows() -> Iterator[tuple[str, bool, str, int, int]]:
+    """Every architecture × checkpointing × precision, with the kinds of stage in turn, so that each architecture has each."""
+    for shift, architecture in enumerate(ARCHITECTURES):
+        for index, (checkpointing, precision) in enumerate(product([False, True], ["bf16", "fp32"])):
+            yield architecture, checkpointing, precision, *STAGES[(index + shift) % len(STAGES)]
+
+
+def values_of(architecture: str, checkpointing: bool, precision: str, stages: int) -> dict[str, Any]:
+    """A run in which constants are small. In float32, attention on a GPU keeps copies of K/V heads that several query heads share,
+    which plans leave out; so there are as many K/V heads as query heads."""
+    model = {**MODELS[architecture], "num_attention_heads": 8}
+    shared = precision == "bf16" and model.get("lime", {}).get("routes") != "hidden"
+    return {
+        "model": {
+            "architecture": "lime", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 7,
+            **model, "num_key_value_heads": 2 if shared else 8,
+        },
+        "data": {"sequence_length": 1024},
+        "train": {"global_batch_size": 8, "micro_batch_size": 4},
+        "parallel": {"pipeline_stages": stages, "activation_checkpointing": checkpointing},
+        "precision": precision,
+    }  # fmt: skip
+
+
+CASES = {
+    f"{architecture}, {precision}, {'checkpointed, ' if checkpointing else ''}stage {stage} of {stages}":
+    Case("peak", values_of(architecture, checkpointing, precision, stages), stage, stages)
+    for architecture, checkpointing, precision, stage, stages in rows()
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[str, Any]:
+    """By case: stage and bytes, or the traceback of what went wrong. Two processes play them."""
+
+    def share(first: int) -> dict[str, Any]:
+        names = list(CASES)[first::PROCESSES]
+        group = WorkerGroup(1)
+        try:
+            (results,) = group.run("support.on_gpu.play", cases=[CASES[name] for name in names])
+        finally:
+            group.close()
+        return dict(zip(names, results, strict=True))
+
+    with ThreadPoolExecutor() as threads:
+        return {name: peak for part in threads.map(share, range(PROCESSES)) for name, peak in part.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_knows_the_peak(peaks: dict[str, Any], name: str) -> None:
+    result, case = peaks[name], CASES[name]
+    assert isinstance(result, tuple), result
+    planned = forecast(make_config(case.values, "a test"), Machine(1e12, 1e18, 1e12, 0.0), case.size)
+    assert result == (case.rank, pytest.approx(planned.stages[case.rank].memory.peak, rel=0.05))
