@@ -325,7 +325,9 @@ def test_mistakes(exports: list[Path], dataset: Path, tmp_path: Path, monkeypatc
         call(exports, dataset, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
     with pytest.raises(LimeError, match="was tokenized with another tokenizer"):
-        monkeypatch.setattr(analysis, "TokenSplit", lambda *_: SimpleNamespace(tokenizer_hash="other", path=dataset))
+        monkeypatch.setattr(
+            analysis, "TokenSplit", lambda *_, **__: SimpleNamespace(tokenizer_hash="other", path=dataset)
+        )
         call(exports, dataset, out)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(LimeError, match=r"sklearn is not installed: pip install .*\[analysis\]"):
