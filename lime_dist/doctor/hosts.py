@@ -23,6 +23,8 @@ FORWARDED = re.compile(r"(CUDA|GLOO|NCCL|OMP|PYTORCH|TORCH|UCX)_|PYTHON|(DS_ACCE
 """Beginnings of the names of variables that `launch/multinode.sh` forwards to the hosts."""
 FORWARDED_BY_DEEPSPEED = re.compile(r"NCCL|PYTHON|UCX|MV2|MLFLOW")
 """Those that `deepspeed` forwards on its own (NCCL's only on GPUs)."""
+SET_BY_DEEPSPEED = {"PYTORCH_NVML_BASED_CUDA_CHECK"}
+"""Those that importing DeepSpeed sets, on every host alike."""
 SSH = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=5"]
 
 
@@ -48,7 +50,9 @@ def environment_files() -> list[Path]:
 
 def forwarded_variables(environment: Mapping[str, str], files: Sequence[Path]) -> dict[str, str]:
     """Variables that processes on the hosts will have, from the launcher and from the readable lines of its files."""
-    variables = {name: value for name, value in environment.items() if FORWARDED.match(name)}
+    variables = {
+        name: value for name, value in environment.items() if FORWARDED.match(name) and name not in SET_BY_DEEPSPEED
+    }
     for path in files:
         for line in path.read_text().splitlines():
             name, separator, value = line.strip().removeprefix("export ").partition("=")
