@@ -122,8 +122,8 @@ def test_answers_with_a_cache_are_those_of_whole_rows(exported: Path, shards: Pa
 
 
 def test_the_command(exported: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--model", str(exported), "--data", str(shards), "--samples", "20"]
-    exact_match.main([*command, "--show", "2"])
+    command = ["--model", str(exported), "--data", str(shards)]
+    exact_match.main([*command, "--samples", "20", "--show", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"20 validation documents of {shards}"
     assert lines[1] == "whole solution correct: 0, 0.00% (95 % interval 0.00% to 16.11%)"
