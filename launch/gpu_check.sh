@@ -49,4 +49,6 @@ else
   prepare
   python="$bin/python"
 fi
+# An interpreter of one's own need not have lime_dist installed.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" "$root/benchmarks/gpu_check.py" --output "$output" "${arguments[@]}"
