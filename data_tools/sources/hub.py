@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import httpx2
 
 from data_tools.sources.hub_requests import HubError, Missing, get, use_patient_client
-from lime_dist.errors import LimeError
+from lime_dist.errors import LimeError, first_line
 
 HUB = re.compile(r"hub:(?P<name>[^@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<configuration>.+))?")
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -121,7 +121,7 @@ def _training_paths(name: str, commit: str, configuration: str | None) -> list[s
     except HubError:
         raise
     except Exception as error:  # those of `datasets` come from half a dozen libraries
-        raise Missing((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")) from None
+        raise Missing(first_line(error).rstrip(".")) from None
     root = f"{place}@{commit}/"
     if others := [path for path in paths if not path.startswith(root)]:
         raise HubError(

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from data_tools.sources.hub import HubFileFacts, hub_dataset, whole_content
 from data_tools.sources.hub_requests import HubError, HubFile
+from data_tools.sources.tally import reason_of
 from data_tools.sources.walk import ALL, is_folder, matching_files, special_file
 from lime_dist.errors import LimeError
 
@@ -208,5 +209,5 @@ def is_utf8(text: str) -> bool:
 def raise_if_remote(file: InputFile, error: BaseException) -> None:
     """Raise a RemoteDamage if a file that cannot be decoded has come over a network: no row is given up because of that."""
     if isinstance(file, HubInputFile):
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = reason_of(error)
         raise RemoteDamage(f"{file.name}: has arrived damaged ({reason})")

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from data_tools.sources.filters import Filter, Kind, nested
 from data_tools.sources.inputs import InputFile, raise_if_remote
-from data_tools.sources.tally import Rejection, Tally, first_line, names
+from data_tools.sources.tally import Rejection, Tally, names, reason_of
 
 FIRST_ROWS = 100
 """Rows whose values tell the type of a column."""
@@ -49,7 +49,7 @@ def read_jsonl(
                     yield row, text
     except (EOFError, OSError, zlib.error) as error:
         raise_if_remote(file, error)
-        reason = f"cannot be read from here on ({first_line(error)})"
+        reason = f"cannot be read from here on ({reason_of(error)})"
         tally.rejected.append(Rejection(file.name, row + 1, reason, rows=0))
 
 
@@ -87,7 +87,7 @@ def _json_record(
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 (byte {error.start} of the line)"
     except (ValueError, RecursionError) as error:
-        return None, f"not JSON ({first_line(error)})"
+        return None, f"not JSON ({reason_of(error)})"
     if not isinstance(record, dict):
         return None, "not a JSON object"
     has = names(record)

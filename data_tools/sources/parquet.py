@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from data_tools.sources.filters import Filter, Kind, nested
 from data_tools.sources.inputs import InputFile, open_parquet, raise_if_remote
-from data_tools.sources.tally import Rejection, Tally, first_line, names
+from data_tools.sources.tally import Rejection, Tally, names, reason_of
 
 ROWS_AT_ONCE = 256
 KINDS = {
@@ -36,7 +36,7 @@ def read_parquet(
             reader = stack.enter_context(open_parquet(file))
         except (pa.ArrowException, OSError) as error:
             raise_if_remote(file, error)
-            tally.rejected.append(Rejection(file.name, 0, f"not readable as parquet ({first_line(error)})", rows=0))
+            tally.rejected.append(Rejection(file.name, 0, f"not readable as parquet ({reason_of(error)})", rows=0))
             return
         meta = reader.metadata
         first, end = row_groups or (0, meta.num_row_groups)
@@ -70,7 +70,7 @@ def read_parquet(
                 raise_if_remote(file, error)
                 lost = ends[group + 1] - row
                 tally.rows += lost
-                reason = f"row group {group} is damaged, {lost} rows are lost ({first_line(error)})"
+                reason = f"row group {group} is damaged, {lost} rows are lost ({reason_of(error)})"
                 tally.rejected.append(Rejection(file.name, row + 1, reason, rows=lost))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_tools.sources.filters import Filter
+from lime_dist.errors import first_line
 
 LONGEST_REASON = 200  # characters
 
@@ -89,7 +90,6 @@ def names(columns: Iterable[str]) -> str:
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1] + "…"
 
 
-def first_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of an error, short enough for a list of rejections."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:LONGEST_REASON] if lines else type(error).__name__
+    return first_line(error)[:LONGEST_REASON]

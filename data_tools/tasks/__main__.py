@@ -39,7 +39,6 @@ def add_task(commands: Any, name: str, about: str, option: str) -> argparse.Argu
         help=about,
         description=about,
         epilog=f"example:\n  python -m data_tools.tasks {name} --output data/{name}/text {option}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=expand, required=True, help=f"folder for {DOCUMENTS}")
     parser.add_argument("--documents", type=int, default=100_000, help="default 100000")

@@ -241,7 +241,6 @@ def add_arguments(commands: Any) -> None:
         epilog="examples:\n"
         "  python -m data_tools.tokenizer import --model llama/tokenizer.model --output data/tokenizer\n"
         "  python -m data_tools.tokenizer import --model gpt2/tokenizer.json --eos '<|endoftext|>' --output data/tokenizer",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(

@@ -187,7 +187,6 @@ def add_arguments(commands: Any) -> None:
         help=about,
         description=about,
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument("--input", type=expand, required=True, help=INPUT_HELP)

@@ -192,10 +192,6 @@ class TokenSplit:
         shorter = "lower data.sequence_length, " if self.num_tokens > 1 else ""
         return f"{shorter}raise {larger}, or set train.evaluation_samples=0 to train without validation"
 
-    def dropped_tokens(self, sequence_length: int) -> int:
-        """Tokens at the end of the split that do not fill a sample."""
-        return self.num_tokens - self.num_samples(sequence_length) * sequence_length - 1
-
     def sample(self, i: int, sequence_length: int) -> np.ndarray:
         """Tokens [iT : iT + T + 1] of the split with T = ``sequence_length``: a view if one shard holds them, else a copy.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -14,14 +16,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 def compiled_parts(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, setting: bool | str, obstacle: str | None
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, setting: Literal["auto"] | bool, obstacle: str | None
 ) -> tuple[int, str | None]:
     """Return how many methods would be compiled on a machine on which torch fails with ``obstacle``, and what is said."""
     layers = build_decoder(load_config(None, SIZE).model).model.layers
     made: list[object] = []
     monkeypatch.setattr(blocks, "compile_obstacle", lambda device: obstacle)
     monkeypatch.setattr(blocks, "_compiled", lambda part: made.append(part) or part)
-    said = blocks.compile_layers(layers, device, setting)  # type: ignore[arg-type]
+    said = blocks.compile_layers(layers, device, setting)
     return len(made), said
 
 
