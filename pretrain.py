@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    # These take seconds to import torch; here, Ctrl-C meanwhile is no traceback.
+    # Importing torch takes seconds. Here, `run_command` turns a Ctrl-C meanwhile into an exit status without a traceback.
     import torch
 
     from lime_dist.distributed import check_versions, start_processes

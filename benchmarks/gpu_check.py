@@ -139,7 +139,8 @@ def machine_facts() -> dict[str, str]:
     command = [sys.executable, str(BENCHMARKS / "gpu_check_machine.py")]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     if finished.returncode:
-        raise LimeError(f"torch cannot use this machine's devices: {finished.stderr.strip().splitlines()[-1]}")
+        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LimeError(f"torch cannot use this machine's devices: {last}")
     facts: dict[str, str] = json.loads(finished.stdout)
     return facts
 

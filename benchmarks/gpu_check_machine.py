@@ -8,11 +8,12 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from gpu_check_models import MODELS
+
+from lime_dist.versions import installed_version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -147,13 +148,6 @@ def machine_facts() -> dict[str, str]:
     facts["DeepSpeed"] = installed_version("deepspeed")
     facts["commit"] = _commit()
     return {name: value or "unknown" for name, value in facts.items()}
-
-
-def installed_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _cpu_name() -> str:

@@ -31,9 +31,6 @@ class StagedReceive:
             self._tensor.copy_(self._host)
         return finished
 
-    def is_completed(self) -> bool:
-        return bool(self._work.is_completed())
-
 
 def stage_on_host() -> None:
     """Make ``send``, ``recv``, ``isend`` and ``irecv`` of `torch.distributed` copy GPU tensors to and from host memory, from now

@@ -86,6 +86,8 @@ def port_problem(port: int) -> str | None:
         try:
             probe.bind(("", port))
             probe.listen()
+        except OverflowError:
+            return f"{port} is not a port; give 1 to 65535"
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 return (

@@ -25,7 +25,7 @@ def check_rendezvous(patience: float) -> None:
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
     address, given = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "")
-    if not address or not given.isdecimal():
+    if not address or not given.isdecimal() or not 0 < int(given) < 65536:
         raise LimeError(
             f"RANK is set, but MASTER_ADDR={address or ''} and MASTER_PORT={given} are not the address and the port of the first "
             "process; set them, or start with deepspeed or torchrun"
@@ -39,17 +39,16 @@ def check_rendezvous(patience: float) -> None:
 
 
 def _wait_for(address: str, port: int, patience: float) -> None:
-    until, reason = time.monotonic() + patience, "no answer"
+    until = time.monotonic() + patience
     while True:
         try:
             with socket.create_connection((address, port), timeout=5.0):
                 return
         except OSError as error:
-            reason = str(error.strerror or error)
-        if time.monotonic() > until:
-            raise LimeError(
-                f"{socket.gethostname()} does not reach the first process of the job at {address}:{port} ({reason}); set "
-                "MASTER_ADDR to an address of the first host that all hosts reach, and open the port; python -m "
-                "lime_dist.doctor checks the hosts"
-            )
+            if time.monotonic() > until:
+                raise LimeError(
+                    f"{socket.gethostname()} does not reach the first process of the job at {address}:{port} "
+                    f"({error.strerror or error}); set MASTER_ADDR to an address of the first host that all hosts reach, and open "
+                    "the port; python -m lime_dist.doctor checks the hosts"
+                ) from None
         time.sleep(0.2)

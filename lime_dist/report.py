@@ -131,18 +131,19 @@ def validation_facts(run: RunFolder) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def tokenizer_of(run: RunFolder) -> str:
-    """What identifies the tokenizer of a run: its hash, or the size of the vocabulary if the shards cannot be read."""
+def tokenizer_hash(run: RunFolder) -> str | None:
+    """The hash of the tokenizer of a run's data; None if it cannot be read, as of a blend or of shards that have moved."""
     try:
         return str(read_dataset_json(str(run.settings.get("data.path")))["tokenizer_hash"])
     except (LimeError, KeyError):
-        return f"vocabulary of {run.settings.get('model.vocab_size')}"
+        return None
 
 
 def vocabulary_caution(runs: Sequence[RunFolder]) -> str:
     """A note if losses and perplexities of these runs cannot be compared."""
     sizes = {run.settings.get("model.vocab_size") for run in runs}
-    if len({tokenizer_of(run) for run in runs}) == 1 and len(sizes) == 1:
+    hashes = {known for run in runs if (known := tokenizer_hash(run)) is not None}
+    if len(hashes) <= 1 and len(sizes) == 1:
         return ""
     return note(
         "These runs have different vocabularies: their losses and perplexities are per token of their own and cannot be compared. "

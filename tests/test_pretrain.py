@@ -71,6 +71,8 @@ def test_output_of_a_run(dataset: Path, tmp_path: Path) -> None:
     assert [line[20:] for line in logged] == [
         line for line in finished.stdout.splitlines() if line.strip() and line in {each[20:] for each in logged}
     ]
+    steps = {line for line in finished.stdout.splitlines() if line.startswith("step ")}
+    assert steps <= {line[20:] for line in logged}
     assert {line[20:30] for line in logged} >= {"lime: 4 la", "step 40/40"}
     times = [json.loads(line)["time"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert times == sorted(times) and times[0] > 1.6e9

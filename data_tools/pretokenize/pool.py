@@ -78,8 +78,9 @@ def _run(unit: Unit) -> Any:
             return _worker["task"](unit, progress)
         except RemoteDamage as error:
             if str(error) in damage or len(damage) == MOST_DAMAGE:
+                often = "twice" if str(error) in damage else f"after {MOST_DAMAGE} other damages"
                 raise LimeError(
-                    f"{unit}: {error}, twice; nothing of it is kept: run the same command again, or download the file, compare "
+                    f"{unit}: {error}, {often}; nothing of it is kept: run the same command again, or download the file, compare "
                     "its SHA-256 and give it as a local one"
                 ) from None
             damage.add(str(error))

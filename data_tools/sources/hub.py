@@ -40,7 +40,7 @@ class HubFileFacts:
 
 
 def whole_content(file: HubFileFacts) -> bytes:
-    """The content of a small file, which is compared with its hash.
+    """The content of a small file, which is compared with git's hash of it.
 
     Raises:
         HubError: it cannot be had.
@@ -49,7 +49,7 @@ def whole_content(file: HubFileFacts) -> bytes:
     def check(answer: httpx2.Response) -> None:
         body = answer.content
         git_hash = hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
-        if file.sha256 != hashlib.sha256(body).hexdigest() if file.sha256 else file.git_hash != git_hash:
+        if git_hash != file.git_hash:
             raise ValueError(f"its content has not the hash that the hub says of {file.path}")
 
     return get(file.address, check).content
@@ -121,7 +121,7 @@ def _training_paths(name: str, commit: str, configuration: str | None) -> list[s
     except HubError:
         raise
     except Exception as error:  # those of `datasets` come from half a dozen libraries
-        raise Missing(first_line(error).rstrip(".")) from None
+        raise HubError(f"{first_line(error).rstrip('.')}; check the configuration") from None
     root = f"{place}@{commit}/"
     if others := [path for path in paths if not path.startswith(root)]:
         raise HubError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pydantic import ValidationError
-
 from lime_dist.checkpoint.store import Checkpoint
 from lime_dist.config.flat import changed_keys
 from lime_dist.config.registry import LEARNING_RATES
@@ -30,10 +28,7 @@ def describe_changes(checkpoint: Checkpoint, config: Config) -> Iterator[str]:
     Args:
         config: the configuration of the run that resumes from it.
     """
-    try:
-        saved = Config.model_validate(checkpoint.manifest["config"])
-    except ValidationError:  # a checkpoint of another version, which loading has accepted: nothing can be compared
-        return
+    saved = Config.model_validate(checkpoint.manifest["config"])
     changes = changed_keys(saved, config)
     if saved.train.evaluation_samples is None:  # left open there, settled here
         changes.pop("train.evaluation_samples", None)

@@ -58,8 +58,8 @@ def diagnose(config_path: str, overrides: Sequence[str], hostfile: Path | None, 
     over_ssh = hostfile is not None
     slots = {platform.node(): config.parallel.pipeline_stages} if hostfile is None else read_hostfile(hostfile)
     given = os.environ.get("MASTER_PORT", "29500")
-    if not given.isdecimal():
-        raise LimeError(f"MASTER_PORT={given} is not a port; give a number, such as 29500")
+    if not given.isdecimal() or not 0 < int(given) < 65536:
+        raise LimeError(f"MASTER_PORT={given} is not a port; give 1 to 65535, such as 29500")
     port = int(given)
     files = environment_files() if over_ssh else []
     variables = forwarded_variables(os.environ, files)

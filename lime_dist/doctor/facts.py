@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from lime_dist.data.files import sha256_file
 from lime_dist.data.indexed import IndexedDataset, pair_paths
 from lime_dist.doctor.preflight import preflight
 from lime_dist.errors import LimeError
+from lime_dist.versions import installed_version
 
 PACKAGES = ("torch", "deepspeed", "numpy")
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def gather(
     addresses = {peer: _resolve(peer) for peer in peers}
     return Facts(
         host=host,
-        versions={"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions={"Python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         code=hash_code(ROOT),
         config="" if config is None else hash_config(config),
         config_problem=problem,
@@ -208,13 +208,6 @@ def existing_parent(path: Path) -> Path:
     while not path.is_dir():
         path = path.parent
     return path
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _interfaces() -> dict[str, list[str]]:

@@ -94,7 +94,7 @@ class Console:
         """Print the record of a step in one line, with the time of day.
 
         Args:
-            record: its loss, speed and step time are those of the steps since the last line.
+            record: its loss is the mean since the last line; its speed and step time are the median of recent steps.
         """
         left = (steps - record["step"]) * record["step_seconds"]
         self.say(

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from lime_dist.config.load import dump_config
 from lime_dist.config.schema import Config
 from lime_dist.data.files import write_atomic
 from lime_dist.distributed import world_size
+from lime_dist.versions import installed_version
 
 PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "datasets", "tensorboard")
 """Packages whose versions ``environment.txt`` lists."""
@@ -68,7 +68,7 @@ def describe_environment(step: int) -> str:
         f"host: {platform.node()}, {platform.platform()}, {os.cpu_count()} cores, {world_size()} processes",
         f"GPUs: {describe_gpus()}",
         f"python: {platform.python_version()}",
-        *(f"{name}: {_version(name)}" for name in PACKAGES),
+        *(f"{name}: {installed_version(name)}" for name in PACKAGES),
     ]
     return "\n".join(lines) + "\n"
 
@@ -99,10 +99,3 @@ def describe_gpus() -> str:
     names = [f"{each.name} ({each.total_memory / 1e9:.0f} GB)" for each in properties]
     counted = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
     return f"{counted}, CUDA {torch.version.cuda}"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -51,7 +51,7 @@ class GradientOptimizer(Protocol):
         """Queue the update; returns gradient norms [2], of the model and of the stage."""
 
     def settle(self, norms: Sequence[float]) -> bool:
-        """Take the norms that have been read."""
+        """Take note of a step whose ``norms`` have been read; returns whether it updated the parameters."""
 
 
 class LimeEngine(PipelineEngine):
@@ -184,7 +184,7 @@ class LimeEngine(PipelineEngine):
     def watching(self, work: str, ranks: Sequence[int] | None = None) -> Iterator[None]:
         """Watch an operation of this stage: the watchdog ends the process if it takes too long.
 
-        On a GPU most operations return before they have run; the time counts in which the device works on them.
+        On a GPU most operations return before they have run; so what is timed is the device's work on them.
 
         Args:
             work: describes the operation in messages.

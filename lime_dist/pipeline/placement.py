@@ -67,17 +67,17 @@ class Placement:
 
         Args:
             error: of a library, whose first line names an address.
-            ranks: that took part in the operation; None or none: all.
+            ranks: that took part in the operation; None or empty: all.
         """
         if ended := self._ended(own):
-            verb = "is" if len(ended) == 1 else "are"
-            return f"{_shortened([self.name(rank) for rank in ended], 'ranks')} {verb} gone: killed, or ended by an error of its own"
+            verb, whose = ("is", "its") if len(ended) == 1 else ("are", "their")
+            return f"{_shortened([self.name(rank) for rank in ended], 'ranks')} {verb} gone: killed, or ended by an error of {whose} own"
         line = error.splitlines()[0]
         address = next(iter(_ADDRESS.findall(line)), "").removeprefix("::ffff:")
         others = [rank for rank in (list(ranks or ()) or range(len(self.hosts))) if rank != own]
         there = [rank for rank in others if self.hosts[rank] == self.addresses.get(address)]
         named = _shortened([self.name(rank) for rank in there or others], "ranks")
-        return f"the connection to {named} broke: it is gone, or cannot be reached ({_reason(self.explain(line))})"
+        return f"the connection to {named} broke: the other end is gone, or cannot be reached ({_reason(self.explain(line))})"
 
     def _ended(self, own: int) -> list[int]:
         """The ranks of this host whose processes have ended. A connection breaks a little earlier, so wait for one to end."""

@@ -68,7 +68,7 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Parts:
-    """The seconds of a step by cause; their sum is the step. In all but computation, stages are idle on average.
+    """The seconds of a step by cause; their sum is the step. An average stage is idle in all parts but computation.
 
     The step is bound by computation if it takes longer without transfers than without passes; otherwise it is bound by links.
 
@@ -170,7 +170,7 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
 def whole_run(config: Config, machine: Machine, planned: Forecast) -> tuple[int, float]:
     """Samples that a run consumes, and the seconds of its steps without validations and checkpoints.
 
-    The steps of a batch ramp take seconds between those of its first and its last batch, in proportion to the samples.
+    The seconds of a step of a batch ramp are interpolated between those of its first and its last batch size.
 
     Args:
         planned: the forecast of a step with the whole batch.

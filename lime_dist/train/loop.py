@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ def train(run: Run, state: TrainState) -> Outcome:
     if state.step < settings.steps and run.engine.needs_warm_up:
         begin = time.perf_counter()
         run.engine.warm_up()
-        run.console.say(f"every stage is warmed up by a micro-batch of zeros, in {time.perf_counter() - begin:.1f} s")
+        run.console.say(f"warm-up: every stage ran a micro-batch of zeros, in {time.perf_counter() - begin:.1f} s")
     recent = _Recent()
     validated: tuple[int, float] | None = None
     measurements = Measurements(run, _peak_flops(run))
@@ -121,7 +122,8 @@ def _step(run: Run, state: TrainState, recent: _Recent, measurements: Measuremen
     run.records.write(record)
     run.console.advance()
     if logs:
-        typical, mean_loss = median(recent.seconds), fmean(recent.losses)
+        finite = [loss for loss in recent.losses if math.isfinite(loss)]
+        typical, mean_loss = median(recent.seconds), fmean(finite or recent.losses)
         line = {**record, "loss": mean_loss, "step_seconds": typical, "tokens_per_second": tokens / typical}
         run.console.step_line(line, settings.steps)
         recent.losses.clear()

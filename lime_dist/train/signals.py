@@ -25,7 +25,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._number = 0
-        self._interrupted = False
         self._before: dict[signal.Signals, Any] = {}
         self._launchers = launcher_links()
 
@@ -42,15 +41,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._interrupted:
-            os._exit(128 + signal.SIGINT)
-        self._interrupted = self._interrupted or number == signal.SIGINT
         if self._number != signal.SIGINT:  # after Ctrl-C, `deepspeed` sends SIGTERM
             self._number = number
+        elif number == signal.SIGINT:
+            os._exit(128 + signal.SIGINT)
 
     @property
     def received(self) -> int:
-        """The signal that asks the process to stop, else `LAUNCHER_GONE`, else 0."""
+        """The signal that asks the process to stop, else `LAUNCHER_GONE`, else 0. Processes whose launcher is gone would keep
+        training unsupervised, beside the run that replaces them."""
         if self._number:
             return self._number
         return LAUNCHER_GONE if any(parent_of(child) != parent for child, parent in self._launchers) else 0
@@ -58,4 +57,4 @@ class StopSignals:
 
 def reason(received: int) -> str:
     """What stopped the run, to follow "stopped by"."""
-    return "the end of its launcher" if received == LAUNCHER_GONE else signal.Signals(received).name
+    return "the end of its launcher or terminal" if received == LAUNCHER_GONE else signal.Signals(received).name

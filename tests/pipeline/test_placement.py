@@ -75,7 +75,7 @@ def test_who_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     several = Placement(["a", "a", "b"], {"10.0.0.2": "b", "10.0.0.1": "a"}, [running] * 3)
     line = several.lost(said, None, own=0)
     assert line.startswith(
-        "the connection to rank 2 on b broke: it is gone, or cannot be reached (Read error [10.0.0.2]"
+        "the connection to rank 2 on b broke: the other end is gone, or cannot be reached (Read error [10.0.0.2]"
     )
     assert "GLHF" not in line and "gloo" not in line and line.endswith("Connection reset by peer)")
     assert several.lost("Connection closed", [0, 1], own=0).startswith("the connection to rank 1 on a broke: ")

@@ -21,7 +21,7 @@ def test_signals_are_recorded_only_inside_the_context() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
-    assert reason(signal.SIGTERM) == "SIGTERM" and reason(LAUNCHER_GONE) == "the end of its launcher"
+    assert reason(signal.SIGTERM) == "SIGTERM" and reason(LAUNCHER_GONE) == "the end of its launcher or terminal"
 
 
 def test_ctrl_c_is_recorded_and_outlasts_the_launchers_signal() -> None:
