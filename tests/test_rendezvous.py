@@ -81,7 +81,9 @@ def test_a_first_host_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, ad
         check_rendezvous(0)
 
 
-@pytest.mark.parametrize(("address", "port"), [("", "29500"), ("127.0.0.1", ""), ("127.0.0.1", "x")])
+@pytest.mark.parametrize(
+    ("address", "port"), [("", "29500"), ("127.0.0.1", ""), ("127.0.0.1", "x"), ("127.0.0.1", "99999")]
+)
 def test_half_of_a_launcher(monkeypatch: pytest.MonkeyPatch, address: str, port: str) -> None:
     job(monkeypatch, 1, 0, address, MASTER_PORT=port)
     with pytest.raises(LimeError, match=f"^RANK is set, but MASTER_ADDR={address} and MASTER_PORT={port} are not"):

@@ -388,7 +388,10 @@ def test_bits_per_byte_and_a_caution_where_vocabularies_differ(
     other = tmp_path / "other"
     shutil.copytree(runs["llama"], other)
     settings_file = other / "config.yaml"
-    settings_file.write_text(settings_file.read_text().replace("vocab_size: 320", "vocab_size: 640"))
+    settings = settings_file.read_text()
+    settings_file.write_text(settings.replace(str(dataset), str(tmp_path / "moved")))
+    assert "different vocabularies" not in make(monkeypatch, tmp_path / "page.html", runs["llama"], other)
+    settings_file.write_text(settings.replace("vocab_size: 320", "vocab_size: 640"))
     assert "different vocabularies" in make(monkeypatch, tmp_path / "page.html", runs["llama"], other)
     for broken in ("path: nowhere", "answer_token: 5"):
         key = broken.partition(":")[0]
