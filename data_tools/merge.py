@@ -1,4 +1,4 @@
-"""Join pretokenized folders of the same tokenizer; files are hard-linked where the file system allows it."""
+"""Join pretokenized folders of the same tokenizer, or the parts of one; files are hard-linked where the file system allows it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from data_tools import TOOL_VERSION
 from data_tools.common import command_parser, disk_errors, progress_bar
 from data_tools.pretokenize.encoding import SPLITS
+from data_tools.pretokenize.manifest import Manifest, finish, is_complete
+from data_tools.pretokenize.parts import check_parts, is_part, read_part
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sync_folder, write_atomic
@@ -66,6 +68,11 @@ def merge(given: list[str], output: Path) -> None:
                 f"{folder}: is a Megatron .bin/.idx pair, which says neither its tokenizer nor its splits, so it cannot be "
                 "merged; list it under data.blend of the run instead"
             )
+    if parts := [folder for folder in folders if is_part(folder)]:
+        if whole := [folder for folder in folders if folder not in parts]:
+            raise LimeError(f"{whole[0]}: is no part of a dataset, but {parts[0]} is one; join parts first, and alone")
+        merge_parts(folders, output)
+        return
     descriptions = [read_dataset_json(folder) for folder in folders]
     for folder, one in zip(folders[1:], descriptions[1:], strict=True):
         for key in SAME:
@@ -106,6 +113,42 @@ def merge(given: list[str], output: Path) -> None:
     print(f"dataset written: {output / DATASET_FILE}")
 
 
+def merge_parts(folders: list[Path], output: Path) -> None:
+    """Join all parts of a dataset into what one run would have written.
+
+    Raises:
+        LimeError: a part is missing, not finished, or of another dataset; or ``output`` holds something else.
+    """
+    facts, results = (list(values) for values in zip(*map(read_part, folders), strict=True))
+    check_parts(folders, facts)
+    first = facts[0]
+    with lock_folder(output):
+        header = {key: first[key] for key in ("settings", "inputs", "hub") if key in first}
+        manifest = Manifest(output, header, fresh=False)
+        if is_complete(output):
+            print(f"dataset complete, reused: {output}")
+            return
+        shards = [
+            (folder, shard)
+            for folder, of_folder in zip(folders, results, strict=True)
+            for result in of_folder
+            for split in SPLITS
+            for shard in result["shards"][split]
+        ]
+        with progress_bar(sum(shard["bin_bytes"] + shard["idx_bytes"] for _, shard in shards), "merge") as bar:
+            for folder, shard in shards:
+                for source, target in zip(
+                    pair_paths(folder / shard["name"]), pair_paths(output / shard["name"]), strict=True
+                ):
+                    _link(source, target)
+                bar.update(shard["bin_bytes"] + shard["idx_bytes"])
+        tokenizer = Tokenizer(folders[0] / "tokenizer")
+        tokenizer.copy_to(output / "tokenizer")
+        sync_folder(output)
+        in_order = sorted((result for of_folder in results for result in of_folder), key=lambda result: result["unit"])
+        finish(manifest, in_order, tokenizer, first["source"], stop=False, max_rejected=first["max_rejected"])
+
+
 def _link(source: Path, target: Path) -> None:
     """Make a hard link, or a durable copy if the file systems differ."""
     target.unlink(missing_ok=True)
@@ -122,8 +165,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_parser(
         "merge",
         "Join folders that data_tools.pretokenize wrote with the same tokenizer. Shards are hard-linked if possible, otherwise\n"
-        "copied. To mix datasets by weight without joining them, list them under data.blend in the run's configuration.",
-        "python -m data_tools.merge data/fineweb data/cosmopedia --output data/both",
+        "copied. To mix datasets by weight without joining them, list them under data.blend in the run's configuration. Folders\n"
+        "that were written with --part become what one command would have written.",
+        "python -m data_tools.merge data/fineweb data/cosmopedia --output data/both\n"
+        "  python -m data_tools.merge data/part-* --output data/fineweb",
     )
     parser.add_argument(
         "folders", type=expand, metavar="DIR", nargs="+", help="finished folders, in the order in which to join them"

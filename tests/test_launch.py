@@ -132,6 +132,16 @@ def test_dry_runs(environment: dict[str, str], tmp_path: Path) -> None:
         ("multinode.sh", [CONFIG, CONFIG], "configs/quickstart.yaml: 'run:' is not 'HOST slots=N'"),
         ("multinode.sh", ["/dev/stdin", CONFIG], "/dev/stdin lists no host"),
         ("slurm.sbatch", [], "no config given; see bash launch/slurm.sbatch --help"),
+        (
+            "pretokenize.sbatch",
+            ["8", "work"],
+            "give PARTS FOLDER ARGUMENT ...; see bash launch/pretokenize.sbatch --help",
+        ),
+        (
+            "pretokenize.sbatch",
+            ["8", "work", "--input"],
+            "not in a job array; call sbatch --array=1-8 launch/pretokenize.sbatch",
+        ),
         ("slurm.sbatch", [CONFIG], "not in a Slurm job; call sbatch launch/slurm.sbatch CONFIG, or add --dry-run"),
     ],
 )
@@ -427,6 +437,17 @@ JOB = {"SLURM_JOB_ID": "20007", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "x[1-
 def requeued(environment: dict[str, str]) -> list[str]:
     path = Path(environment["REQUEUED"])
     return path.read_text().split() if path.exists() else []
+
+
+def test_a_task_of_an_array_writes_its_part(environment: dict[str, str]) -> None:
+    given = ["--input", "a b", "--tokenizer", "t"]
+    done = run(
+        environment, "pretokenize.sbatch", "8", "parts", *given, SLURM_ARRAY_TASK_ID="3", SLURM_CPUS_PER_TASK="4"
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.endswith(
+        f": -m data_tools.pretokenize --input a b --tokenizer t --output {ROOT}/parts/part-3 --part 3/8 --workers 4\n"
+    )
 
 
 def test_ranks_under_slurm(environment: dict[str, str]) -> None:

@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
         "If the command is killed, running it again finishes the rest. Messages count rows from 1.",
         "python -m data_tools.pretokenize --input data/embedded --tokenizer data/tokenizer --output data/shards\n"
         "  python -m data_tools.pretokenize --input hub:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer data/tokenizer \\\n"
-        "    --output data/fineweb --where 'score>=3' --where 'token_count>=64' --drop-duplicates",
+        "    --output data/fineweb --where 'score>=3' --where 'token_count>=64' --drop-duplicates\n"
+        "  python -m data_tools.pretokenize --input data/text --tokenizer data/tokenizer --output data/part-3 --part 3/8",
     )
     parser.add_argument("--input", type=expand, required=True, help=INPUT_HELP)
     parser.add_argument("--tokenizer", type=expand, required=True, help="folder made by data_tools.tokenizer")
@@ -56,6 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--max-rejected", type=float, default=0.01, help="fail if a larger share of rows or files is bad (default 0.01)"
+    )
+    parser.add_argument(
+        "--part",
+        metavar="NUMBER/COUNT",
+        help="write only this part of the shards, such as 3/8, into a folder of its own; data_tools.merge joins all parts into "
+        "what one command would have written",
     )
     parser.add_argument("--fresh", action="store_true", help="delete the folder's shards and start again")
     options = parser.parse_args(arguments)

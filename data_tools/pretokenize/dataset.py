@@ -21,6 +21,7 @@ from data_tools import TOOL_VERSION
 from data_tools.pretokenize.duplicates import HashUnit, find_duplicates, hashed
 from data_tools.pretokenize.encoding import EncodeUnit, Layout
 from data_tools.pretokenize.manifest import Manifest, Result, finish, is_complete, recorded_commit
+from data_tools.pretokenize.parts import PART_FILE, Part, finish_part, is_complete_part
 from data_tools.pretokenize.pool import UnitPool
 from data_tools.pretokenize.units import Selection, Unit, plan_hash, plan_units
 from data_tools.sources.documents import check_conditions, documents
@@ -64,6 +65,11 @@ def check_round_trip(given: str, files: list[InputFile], selection: Selection, t
 
 def pretokenize(options: argparse.Namespace) -> None:
     """Run the command: reuse a complete dataset, or start or resume one and finish it."""
+    part = Part.parse(options.part) if options.part else None
+    if part and options.drop_duplicates:
+        raise LimeError(
+            "--part: whether a document occurs twice can be said only of all parts together; leave out --drop-duplicates"
+        )
     tokenizer, output = Tokenizer(options.tokenizer), Path(options.output)
     begun = None if options.fresh else recorded_commit(output, options.input)
     files = list_inputs(options.input, begun)
@@ -90,6 +96,7 @@ def pretokenize(options: argparse.Namespace) -> None:
             "tool_version": TOOL_VERSION,
         },
         "inputs": [fingerprint(file) for file in files],
+        **({"part": str(part)} if part else {}),
     }
     if isinstance(files[0], HubInputFile):
         header["hub"] = {"input": options.input, "commit": files[0].commit}
@@ -98,19 +105,22 @@ def pretokenize(options: argparse.Namespace) -> None:
         for left in killed:  # by a killed run, which was writing them
             if (problem := remove(left)) is not None:
                 print(f"warning: cannot delete {problem}")
+        if options.fresh:
+            (output / PART_FILE).unlink(missing_ok=True)
         manifest, duplicates = Manifest(output, header, fresh=options.fresh), output / DUPLICATES
-        complete = is_complete(output)
+        complete = is_complete_part(output) if part else is_complete(output)
         if options.fresh or complete:  # complete: a kill may have left the folder behind
             shutil.rmtree(duplicates, ignore_errors=True)
         if complete:
-            print(f"dataset complete, reused: {output}")
+            print(f"{f'part {part}' if part else 'dataset'} complete, reused: {output}")
             return
         check_conditions(files, selection.filters)
         check_round_trip(options.input, files, selection, tokenizer)
         tokenizer.copy_to(output / TOKENIZER_FOLDER)
         units = plan_units(files, options.text_column, options.shard_tokens)
-        plan = plan_hash(units)
-        results = manifest.load(len(units), plan)
+        plan, count = plan_hash(units), len(units)
+        results = manifest.load(count, plan)
+        units = part.of(units) if part else units
         if results:
             print(f"{len(results)} of {len(units)} units are finished and intact; continuing with the rest")
         todo = [unit for unit in units if unit.index not in results]
@@ -134,6 +144,10 @@ def pretokenize(options: argparse.Namespace) -> None:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         in_order = [results[unit.index] for unit in units]
+        if part:
+            facts = {"source": options.input, "plan": plan, "units": count, "max_rejected": options.max_rejected}
+            finish_part(manifest, in_order, facts)
+            return
         finish(manifest, in_order, tokenizer, options.input, selection.stop_at_rejection, options.max_rejected)
         shutil.rmtree(duplicates, ignore_errors=True)
 

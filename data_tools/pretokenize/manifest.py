@@ -27,7 +27,7 @@ from lime_dist.errors import LimeError
 
 UNITS_FILE = "units.ndjson"  # not .jsonl: it must not be read as input if the dataset lies inside an input folder
 NAMED_REJECTIONS = 20
-COMPARED = ("settings", "inputs")
+COMPARED = ("settings", "inputs", "part")
 """The parts of the header on which the shards depend."""
 
 COUNTED = ("rows", "null", "empty", "filtered", "duplicates")
@@ -53,9 +53,9 @@ class Manifest:
             for path in [path for split in SPLITS for path in folder.glob(f"{split}-*-*.*")]:
                 path.unlink()
         recorded = self._recorded_header()
-        if recorded is not None and any(recorded.get(key) != header[key] for key in COMPARED):
+        if recorded is not None and any(recorded.get(key) != header.get(key) for key in COMPARED):
             raise LimeError(
-                f"{folder}: was made with {_differences(recorded, header)}; give another --output, or --fresh to "
+                f"{folder}: was made with {differences(recorded, header)}; give another --output, or --fresh to "
                 "replace it"
             )
 
@@ -133,9 +133,10 @@ def recorded_commit(folder: Path, given: str) -> str | None:
     return next((one["commit"] for one in records if isinstance(one, dict) and one.get("input") == given), None)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    then, now = old.get("settings") or {}, new["settings"]
-    changes = [f"{key}={then.get(key)} (now {now[key]})" for key in now if then.get(key) != now[key]]
+def differences(old: dict[str, Any], new: dict[str, Any], now_is: str = "now") -> str:
+    """In what two headers differ, in words: the value of ``old``, and in parentheses that of ``new`` after ``now_is``."""
+    then, now = ({"part": one.get("part"), **(one.get("settings") or {})} for one in (old, new))
+    changes = [f"{key}={then.get(key)} ({now_is} {now[key]})" for key in now if then.get(key) != now[key]]
     if changes:
         return ", ".join(changes)
     before = {file["name"]: file for file in old.get("inputs") or []}

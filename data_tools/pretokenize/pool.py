@@ -118,9 +118,10 @@ class UnitPool(Generic[Result]):
             LimeError: a worker died; published results stay.
         """
         context = RememberingContext()
-        shared = context.RawArray("q", 1 + COUNTERS * len(units))
+        shared = context.RawArray("q", 1 + COUNTERS * (1 + max(unit.index for unit in units)))
         counts = np.frombuffer(shared, dtype=np.int64)[1:].reshape(-1, COUNTERS)
-        sizes = np.asarray([unit.text_bytes for unit in units])
+        sizes = np.zeros(len(counts), dtype=np.int64)
+        sizes[[unit.index for unit in units]] = [unit.text_bytes for unit in units]
         waiting, running, begin = iter(todo), dict[Future[Result], Unit](), time.perf_counter()
         done_bytes = int(sizes.sum()) - sum(unit.text_bytes for unit in todo)
         workers = min(self._workers, len(todo))

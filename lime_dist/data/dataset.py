@@ -38,25 +38,28 @@ def read_dataset_json(folder: str | Path) -> dict[str, Any]:
             f"{folder}: no such folder, and no {folder}.bin; give the --output of data_tools.pretokenize, or the prefix of a "
             "Megatron .bin/.idx pair"
         )
-    hint = "give a folder that data_tools.pretokenize has finished, or run it again to finish this one"
+    hint = (
+        "give a folder that data_tools.pretokenize has finished, or run it again to finish this one; parts are joined by "
+        "data_tools.merge"
+    )
     description = read_json(folder / DATASET_FILE, hint)
     if description.get("format") != FORMAT:
         raise LimeError(f"{folder / DATASET_FILE}: format is {description.get('format')!r}, not {FORMAT!r}; {hint}")
     return description
 
 
-def check_shard_sizes(folder: Path, shard: dict[str, Any]) -> None:
-    """Check that both files of a listed shard exist and have the listed sizes.
+def check_shard_sizes(folder: Path, shard: dict[str, Any], listed_in: str = DATASET_FILE) -> None:
+    """Check that both files of a shard that the file ``listed_in`` lists exist and have the listed sizes.
 
     Raises:
         LimeError: one is missing or has another size.
     """
     for path, size in zip(pair_paths(folder / shard["name"]), (shard["bin_bytes"], shard["idx_bytes"]), strict=True):
         if not path.is_file():
-            raise LimeError(f"{path}: missing, though {DATASET_FILE} lists it; {REWRITE}")
+            raise LimeError(f"{path}: missing, though {listed_in} lists it; {REWRITE}")
         if path.stat().st_size != size:
             raise LimeError(
-                f"{path}: has {path.stat().st_size} bytes, but {DATASET_FILE} says {size}: truncated or changed; "
+                f"{path}: has {path.stat().st_size} bytes, but {listed_in} says {size}: truncated or changed; "
                 + REWRITE
             )
 

@@ -15,7 +15,11 @@ PAGES = [
     ROOT / "benchmarks/RESULTS.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-EXTERNAL_FLAGS = {"deepspeed": {"--num_gpus", "--hostfile"}, "torchrun": {"--nproc_per_node"}, "sbatch": {"--nodes"}}
+EXTERNAL_FLAGS = {
+    "deepspeed": {"--num_gpus", "--hostfile"},
+    "torchrun": {"--nproc_per_node"},
+    "sbatch": {"--nodes", "--array"},
+}
 """Flags of other projects' launchers, which stand before the name of our script."""
 OTHER_PROGRAMS = {"pip", "source", "printf", "tensorboard", "ruff", "mypy", "python3", "cd"}
 WITH_SUBCOMMANDS = {"data_tools.tokenizer", "data_tools.sources", "data_tools.tasks"}
