@@ -7,6 +7,8 @@
 #
 #   bash launch/test.sh tests/model -k router -x
 #
+# Two pytest processes share the files of tests; `-n 0` runs them in one, which a debugger needs.
+#
 # Variables:
 #
 #   LIME_VENV          the virtual environment (default: .venv in the repository)
@@ -34,4 +36,4 @@ echo "[2/4] ruff"
 echo "[3/4] mypy"
 "$bin/mypy"
 echo "[4/4] pytest"
-exec "$bin/python" -m pytest "$@"
+exec "$bin/python" -m pytest -n 2 --dist loadfile "$@"
