@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,19 @@ class OptimizerConfig(Section):
 
     name: OptimizerName = Field("adamw", description="update rule")
     schedule: LearningRateName = Field(
-        "cosine", description="course of the learning rates from the end of the warm-up to `min_lr`"
+        "cosine",
+        description="course of the learning rates after the warm-up: to `min_lr` along half a cosine or a straight line (`linear`); "
+        "`wsd` stays at the peak and decays at the end of the run; `constant` stays",
+    )
+    decay_share: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="`schedule: wsd`: the share of `train.steps`, at the end, over which learning rates decay",
+    )
+    decay_form: Literal["linear", "cosine", "sqrt"] = Field(
+        "sqrt",
+        description="`schedule: wsd`: form of the decay; with `sqrt`, 1 − √x of the way to `min_lr` is left after the part x of it",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of all parameters but routers")
     router_lr: float = Field(
