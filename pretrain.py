@@ -154,7 +154,7 @@ class Resumed:
 
     Attributes:
         state: of the checkpoint that was loaded; of a new run if there was none.
-        restore: loads the newest whole checkpoint, as at the start.
+        restore: loads the newest whole checkpoint, else that of ``run.start_from``, as at the start.
     """
 
     state: TrainState
@@ -162,7 +162,7 @@ class Resumed:
 
 
 def resume(config: Config, data: RunData, optimizer: StageOptimizer, console: Console) -> Resumed:
-    """Load the newest whole checkpoint of the run folder, if there is one.
+    """Load the newest whole checkpoint of the run folder, if there is one, else that of ``run.start_from``.
 
     Raises:
         LimeError: none of its checkpoints is whole, or it belongs to another run.
@@ -176,9 +176,13 @@ def resume(config: Config, data: RunData, optimizer: StageOptimizer, console: Co
     restore = partial(restore_newest, checkpoints, config, data.identity, optimizer, console.say)
     checkpoint, passed_over = restore()
     if checkpoint is not None:
-        console.say(f"resumed from step {checkpoint.state.step} ({checkpoint.path})")
-        for line in describe_changes(checkpoint, config):
-            console.say(line)
+        if checkpoint.weights_only:
+            console.say(f"started with the weights of {checkpoint.path}")
+        else:
+            verb = "started" if checkpoint.of_another_run else "resumed"
+            console.say(f"{verb} from step {checkpoint.state.step} ({checkpoint.path})")
+            for line in describe_changes(checkpoint, config):
+                console.say(line)
         return Resumed(checkpoint.state, restore)
     if passed_over:
         raise LimeError(no_whole_checkpoint(checkpoints))

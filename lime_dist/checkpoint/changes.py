@@ -38,7 +38,7 @@ def describe_changes(checkpoint: Checkpoint, config: Config) -> Iterator[str]:
     yield f"settings changed since step {step}:"
     for key, (old, new) in changes.items():
         yield f"  {key}: {old} → {new}"
-    for name, old_lr, new_lr in _learning_rates(saved, config, checkpoint.manifest["optimizer_steps"]):
+    for name, old_lr, new_lr in _learning_rates(saved, config, checkpoint.optimizer_steps):
         if abs(new_lr - old_lr) > JUMP * old_lr:
             yield f"warning: the {name} of step {step + 1} is {new_lr:.3g}; with the earlier settings it was {old_lr:.3g}"
     old_size, new_size = (

@@ -29,12 +29,15 @@ class DataComparison:
     notes: tuple[str, ...] = ()
 
 
-def compare_data(path: Path, manifest: dict[str, Any], config: Config, data: DataIdentity) -> DataComparison:
+def compare_data(
+    path: Path, manifest: dict[str, Any], config: Config, data: DataIdentity, key: str = "run.directory"
+) -> DataComparison:
     """Compare the data of a run with those that a checkpoint has read. Where they lie does not matter.
 
     Args:
         path, manifest: of the checkpoint.
         config, data: of the run.
+        key: the configuration key that led to the checkpoint.
     """
     saved = Config.model_validate(manifest["config"]).data
     there = DataIdentity.recorded(manifest["num_samples"], manifest.get("data"))
@@ -53,7 +56,7 @@ def compare_data(path: Path, manifest: dict[str, Any], config: Config, data: Dat
     if known and Counter(one.content for one in there.datasets) == Counter(one.content for one in data.datasets):
         advice = f"write {_source(saved, there, data)} to go on as it began"
     else:
-        advice = "give the data that it has read, or another run.directory"
+        advice = f"give the data that it has read, or another {key}"
     return DataComparison(
         f"{path} is of another run ({'; '.join(differences)}); {advice}, or {ACCEPT} to go on with these: the run then says "
         "what it reads again and what it leaves out"

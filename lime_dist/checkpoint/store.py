@@ -33,19 +33,40 @@ from lime_dist.data.state import TrainState
 from lime_dist.distributed import agree
 from lime_dist.model.optimizer_states import WEIGHT
 
-ADVICE = "give another run.directory, or the settings that the run was started with"
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A whole checkpoint on disk.
+
+    Attributes:
+        of_another_run: whether a new run starts from it (``run.start_from``), instead of the run that wrote it.
+        weights_only: whether that run takes nothing but its weights, and begins at step 0.
+    """
 
     path: Path
     manifest: dict[str, Any]
+    of_another_run: bool = False
+    weights_only: bool = False
 
     @property
     def state(self) -> TrainState:
-        return TrainState(**self.manifest["state"])
+        """Where a run goes on that loads it."""
+        return TrainState() if self.weights_only else TrainState(**self.manifest["state"])
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the optimizer of such a run has seen."""
+        return 0 if self.weights_only else int(self.manifest["optimizer_steps"])
+
+    @property
+    def key(self) -> str:
+        """The configuration key that led to it."""
+        return "run.start_from" if self.of_another_run else "run.directory"
+
+    @property
+    def advice(self) -> str:
+        """What to do if it does not fit."""
+        return f"give another {self.key}, or the settings that its run was started with"
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -68,7 +89,7 @@ def find_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
         lines.append(f"{directory / LATEST} {problem}; looking for the newest whole checkpoint")
     for step in _in_order(steps, named):
         path = directory / folder_name(step)
-        problem, manifest = _verify(path, step)
+        problem, manifest = verify(path, step)
         if problem is None:
             if step == named and step < steps[-1]:
                 lines.append(
@@ -91,15 +112,16 @@ def load(
         Lines about what a change of the data means.
 
     Raises:
-        LimeError: the checkpoint is of another model, optimizer or dataset. Nothing has been loaded then.
+        LimeError: the checkpoint is of another model, or, unless its weights alone are taken, of another optimizer or dataset.
+            Nothing has been loaded then.
     """
     index: dict[str, dict[str, Any]] = {}
     for entry in checkpoint.manifest["files"]:
         for name, shape in entry["parameters"].items():
             index[name] = {"file": entry["file"], "shape": shape}
     problem, compared = _mismatch(checkpoint, config, optimizer, index), DataComparison()
-    if problem is None:
-        compared = compare_data(checkpoint.path, checkpoint.manifest, config, data)
+    if problem is None and not checkpoint.weights_only:
+        compared = compare_data(checkpoint.path, checkpoint.manifest, config, data, checkpoint.key)
     agree(problem or compared.problem)
     opened: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     with torch.no_grad():
@@ -108,8 +130,11 @@ def load(
             if file not in opened:
                 opened[file] = _read(checkpoint.path / file)
             for key, target in optimizer.state(name).items():
-                target.copy_(opened[file][name][key])
-    optimizer.restore_finished(checkpoint.manifest["optimizer_steps"])
+                if checkpoint.weights_only and key != WEIGHT:
+                    target.zero_()
+                else:
+                    target.copy_(opened[file][name][key])
+    optimizer.restore_finished(checkpoint.optimizer_steps)
     return compared.notes
 
 
@@ -127,11 +152,15 @@ def why_not_resumable(directory: Path, config: Config, data: DataIdentity) -> st
         path = directory / folder_name(step)
         problem, manifest = read_manifest(path, step)
         if problem is None:
-            return (
-                _settings_mismatch(Checkpoint(path, manifest), config)
-                or compare_data(path, manifest, config, data).problem
-            )
+            return why_not_loadable(Checkpoint(path, manifest), config, data)
     return no_whole_checkpoint(directory) if steps else None
+
+
+def why_not_loadable(checkpoint: Checkpoint, config: Config, data: DataIdentity) -> str | None:
+    """Why a run with this configuration could not start from a checkpoint, or None, by its manifest alone."""
+    if (problem := _settings_mismatch(checkpoint, config)) is not None or checkpoint.weights_only:
+        return problem
+    return compare_data(checkpoint.path, checkpoint.manifest, config, data, checkpoint.key).problem
 
 
 def no_whole_checkpoint(directory: Path) -> str:
@@ -168,8 +197,12 @@ def _of_main_process(
     return steps, named, problem
 
 
-def _verify(path: Path, step: int) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with a checkpoint folder, the same answer on every rank; and its manifest."""
+def verify(path: Path, step: int | None) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with a checkpoint folder, the same answer on every rank; and its manifest. All ranks call it together.
+
+    Args:
+        step: that its name gives; None: none.
+    """
     problem, manifest = read_manifest(path, step)
     if problem is None:
         states = saved_states(manifest)
@@ -219,7 +252,7 @@ def _mismatch(
         return problem
     for name, parameter in optimizer.parameters.items():
         if name not in index or index[name]["shape"] != list(parameter.shape):
-            return f"{checkpoint.path} has no {name} of shape {list(parameter.shape)}; {ADVICE}"
+            return f"{checkpoint.path} has no {name} of shape {list(parameter.shape)}; {checkpoint.advice}"
     return None
 
 
@@ -228,19 +261,21 @@ def _settings_mismatch(checkpoint: Checkpoint, config: Config) -> str | None:
     try:
         saved = Config.model_validate(checkpoint.manifest["config"])
     except ValidationError:
-        return f"{checkpoint.path} was written with settings that this version does not know; {ADVICE}"
-    differences = [
-        f"{section}.{key}: {shown(there[key])} there, {shown(here[key])} here"
-        for section, there, here in (
-            ("model", _model_settings(saved), _model_settings(config)),
+        return f"{checkpoint.path} was written with settings that this version does not know; {checkpoint.advice}"
+    compared = [("model", _model_settings(saved), _model_settings(config))]
+    if not checkpoint.weights_only:
+        compared += [
             ("data", _order_settings(saved), _order_settings(config)),
             ("optimizer", {"name": saved.optimizer.name}, {"name": config.optimizer.name}),
-        )
+        ]
+    differences = [
+        f"{section}.{key}: {shown(there[key])} there, {shown(here[key])} here"
+        for section, there, here in compared
         for key in here
         if there[key] != here[key]
     ]
     if differences:
-        return f"{checkpoint.path} is of another run ({', '.join(differences)}); {ADVICE}"
+        return f"{checkpoint.path} is of another run ({', '.join(differences)}); {checkpoint.advice}"
     return None
 
 

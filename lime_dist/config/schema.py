@@ -55,6 +55,22 @@ class RunConfig(Section):
         description="folder for checkpoints, metrics and TensorBoard files; if it holds a checkpoint, the run resumes. "
         "`~` and `$NAME` are expanded in every path",
     )
+    start_from: UserPath | None = Field(
+        None,
+        description="checkpoint of another run with which a new run starts: its run folder, for the newest one, or `RUN@STEP`. "
+        "A run whose folder holds a checkpoint resumes from that one",
+    )
+    start_weights_only: bool = Field(
+        False,
+        description="take the weights alone from `start_from`, and begin at step 0 with new moments and the first samples; "
+        "else optimizer state, step and position in the data too",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_start(self) -> RunConfig:
+        if self.start_weights_only and self.start_from is None:
+            raise ValueError("run.start_weights_only=true needs run.start_from")
+        return self
 
 
 class MonitorConfig(Section):

@@ -6,7 +6,8 @@ import errno
 import os
 from pathlib import Path
 
-from lime_dist.checkpoint.store import why_not_resumable
+from lime_dist.checkpoint.source import why_not_startable
+from lime_dist.checkpoint.store import saved_steps, why_not_resumable
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.schema import Config
 from lime_dist.data.run_data import describe_evaluation, read_run_data
@@ -40,7 +41,10 @@ def preflight(config: Config, processes: int) -> tuple[list[str], list[str]]:
         if (validation := data.validation_batches(replica=0)) is not None:
             next(iter(validation))
         checkpoints = Path(config.run.directory) / "checkpoints"
-        refusals += [line for line in [why_not_resumable(checkpoints, config, data.identity)] if line is not None]
+        why_not = why_not_resumable(checkpoints, config, data.identity)
+        if not saved_steps(checkpoints):
+            why_not = why_not_startable(config, data.identity)
+        refusals += [] if why_not is None else [why_not]
     except LimeError as error:
         refusals.append(str(error))
     return refusals, notes

@@ -108,3 +108,26 @@ def load(values: dict[str, Any], directory: str) -> int:
             assert torch.equal(state[key], tensor), (name, key)
     assert optimizer.step_count == newest.state.step and newest.state.consumed_samples == 4 * newest.state.step
     return newest.state.step
+
+
+def start_from(values: dict[str, Any]) -> tuple[str, int, int, dict[str, float]]:
+    """Start a model from ``run.start_from``, twice, as after a spike.
+
+    Returns:
+        The error line; else empty, with the step at which the run begins, the number of updates, and the values of one weight and
+        of its optimizer states by their names.
+    """
+    from lime_dist.checkpoint.restore import restore_newest
+
+    config, optimizer, _ = _build(values, values["run"]["directory"])
+    for _ in range(2):
+        _fill(optimizer, 7)
+        try:
+            checkpoint, _ = restore_newest(
+                Path(config.run.directory), config, DataIdentity(NUM_SAMPLES), optimizer, lambda line: None
+            )
+        except LimeError as error:
+            return str(error), 0, 0, {}
+    assert checkpoint is not None
+    state = optimizer.state(optimizer.local_names()[0])
+    return "", checkpoint.state.step, optimizer.step_count, {key: tensor.mean().item() for key, tensor in state.items()}

@@ -179,7 +179,9 @@ def test_a_plan_counts_its_states(workers: Workers) -> None:
 def test_a_name_that_nobody_registered() -> None:
     with pytest.raises(LimeError, match="optimizer.name='scaled_momentum' must be 'adamw'"):
         load_config(None, ["optimizer.name=scaled_momentum"])
-    with pytest.raises(LimeError, match="optimizer.schedule='straight' must be 'cosine'"):
+    with pytest.raises(
+        LimeError, match="optimizer.schedule='straight' must be 'constant', 'cosine', 'linear' or 'wsd'"
+    ):
         load_config(None, ["optimizer.schedule=straight"])
 
 
