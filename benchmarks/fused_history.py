@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import architecture_of, stage_layout
-from lime_dist.model.layout import Chunk, StageLayout
+from lime_dist.model.chunks import Chunk
+from lime_dist.model.layout import StageLayout
 
 
 def fused_history_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int | None:

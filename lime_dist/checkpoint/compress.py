@@ -29,7 +29,7 @@ from lime_dist.errors import LimeError, run_command
 from lime_dist.export.comparison import mean_loss, validation_batches
 from lime_dist.model.architecture import CHUNKS, architecture_of
 from lime_dist.model.architectures.lime.kv.architecture import KeyValueLime
-from lime_dist.model.layout import Chunk, summarised_chunks
+from lime_dist.model.chunks import Chunk, summarised_chunks
 from lime_dist.model.policies import FullHistory, make_policy
 from lime_dist.paths import user_path
 

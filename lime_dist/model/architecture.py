@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lime_dist.config.registry import ARCHITECTURES
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.layout import Chunk, StageLayout, summarised_chunks
+from lime_dist.model.chunks import Chunk, summarised_chunks
+from lime_dist.model.crossing import ENTRIES, Crossing, Prices, crossings
+from lime_dist.model.layout import StageLayout
 from lime_dist.model.policies import HistoryPolicy
 
 if TYPE_CHECKING:
@@ -38,6 +40,12 @@ Sizes = dict[str, int]
 
 CHUNKS = "model.history.chunks."
 """Prefix of the exported names of chunk summaries."""
+
+
+def router_name(layer: int) -> str:
+    """Prefix of the exported names of a layer's router."""
+    return f"model.layers.{layer}.self_attn.router"
+
 
 BASELINE = "llama"
 """The architecture that plans compare with."""
@@ -125,6 +133,12 @@ class Architecture(Protocol):
     def receives_in_place(self) -> bool:
         """Whether a payload can be received into the memory of the history that it belongs to."""
 
+    @property
+    def mixtures_cross(self) -> bool:
+        """Whether partial mixtures may cross boundaries instead of entries: a mixture is a sum over entries with weights that are
+        known before its layer runs, and has the size of an entry."""
+        return False
+
     @abstractmethod
     def entries_read(self, layer: int) -> int:
         """Number of history entries that a layer mixes with a router's weights; 0: it has no router."""
@@ -142,6 +156,10 @@ class Architecture(Protocol):
     @abstractmethod
     def make_layer(self, layer: int) -> nn.Module:
         """Decoder layer ``layer``: called with the hidden state and the history (or None), returns the hidden state."""
+
+    def make_router(self, layer: int) -> nn.Module:
+        """The router of a layer, apart from the layer; with ``mixtures_cross`` only."""
+        raise NotImplementedError
 
     @abstractmethod
     def make_summary(self, chunk: Chunk) -> nn.Module:
@@ -190,10 +208,10 @@ class Architecture(Protocol):
     # -- costs --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def layer_flops(self, sequence_length: int, layers: range) -> list[Flops]:
+    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
         """FLOPs of matrix products per token, by layer of a stage that holds ``layers``.
 
-        Summaries count with the last layer of their chunk, gradients of received entries with the stage's first layer.
+        Summaries count with the last layer of their chunk, parts of later mixtures as `crossing.pairs_by_layer` says.
         """
 
     @abstractmethod
@@ -263,12 +281,24 @@ def architecture_of(config: ModelConfig) -> Architecture:
     return architecture
 
 
-def stage_layout(config: ModelConfig, start: int, stop: int) -> StageLayout | None:
+def stage_layout(config: ModelConfig, start: int, stop: int, prices: Prices = ENTRIES) -> StageLayout | None:
     """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
     architecture = architecture_of(config)
     if architecture.policy is None:
         return None
-    return StageLayout(architecture.policy, start, stop, config.num_hidden_layers, architecture.max_block_layers)
+    prices = prices if architecture.mixtures_cross else ENTRIES
+    return StageLayout(
+        architecture.policy, start, stop, config.num_hidden_layers, architecture.max_block_layers, prices
+    )
+
+
+def model_crossings(config: ModelConfig, prices: Prices = ENTRIES) -> Sequence[Crossing]:
+    """What crosses the boundary before each decoder layer 0 … L, beside the hidden state."""
+    architecture = architecture_of(config)
+    if architecture.policy is None:
+        return [Crossing()] * (config.num_hidden_layers + 1)
+    prices = prices if architecture.mixtures_cross else ENTRIES
+    return crossings(architecture.policy, config.num_hidden_layers, prices)
 
 
 @lru_cache(maxsize=64)

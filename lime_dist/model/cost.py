@@ -7,13 +7,12 @@ architecture comes from its object (`architecture.py`).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 from lime_dist.config.precision import accumulation_itemsize
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.architecture import Flops, architecture_of, chunk_ends
+from lime_dist.model.architecture import Flops, architecture_of, chunk_ends, model_crossings
+from lime_dist.model.crossing import ENTRIES, Prices
 from lime_dist.model.parameters import stage_parameters
-from lime_dist.model.policies import Entry
 
 # -- parameters -----------------------------------------------------------------------------------------------------------
 
@@ -26,13 +25,16 @@ def count_parameters(config: ModelConfig) -> int:
 # -- FLOPs ----------------------------------------------------------------------------------------------------------------
 
 
-def layer_flops(config: ModelConfig, sequence_length: int, layers: range | None = None) -> list[Flops]:
+def layer_flops(
+    config: ModelConfig, sequence_length: int, layers: range | None = None, prices: Prices = ENTRIES
+) -> list[Flops]:
     """FLOPs per token by layer of a stage that holds ``layers`` (by default all): projections, SwiGLU, attention, routing.
 
-    Summaries count with the last layer of their chunk, gradients of received entries with the stage's first layer.
+    Summaries count with the last layer of their chunk. What a stage adds to partial mixtures of later readers counts with the
+    layers of the stage (`crossing.pairs_by_layer`).
     """
     layers = range(config.num_hidden_layers) if layers is None else layers
-    return architecture_of(config).layer_flops(sequence_length, layers)
+    return architecture_of(config).layer_flops(sequence_length, layers, prices)
 
 
 def head_flops(config: ModelConfig) -> Flops:
@@ -44,27 +46,10 @@ def head_flops(config: ModelConfig) -> Flops:
 # -- entries and bytes ----------------------------------------------------------------------------------------------------
 
 
-def boundary_entries(config: ModelConfig, boundary: int) -> int:
-    """Entries of the history that cross the boundary before decoder layer ``boundary``, beside the hidden state."""
-    return _live_counts(config)[boundary]
-
-
-@lru_cache(maxsize=8)
-def _live_counts(config: ModelConfig) -> tuple[int, ...]:
-    """By boundary 0 … L: entries that cross it (the number of `live_entries`, for all boundaries at once)."""
-    counts = [0] * (config.num_hidden_layers + 1)
-    policy = architecture_of(config).policy
-    last_use: dict[Entry, int] = {}
-    if policy is not None:
-        for layer in range(config.num_hidden_layers):
-            last_use.update(dict.fromkeys(policy.reads(layer), layer))
-        for end, chunk in chunk_ends(config).items():
-            for entry in chunk.sources:
-                last_use[entry] = max(last_use[entry], end)
-    for entry, last in last_use.items():
-        for boundary in range(entry.layer + 1, last + 1):
-            counts[boundary] += 1
-    return tuple(counts)
+def boundary_entries(config: ModelConfig, boundary: int, prices: Prices = ENTRIES) -> int:
+    """Entries and partial mixtures that cross the boundary before decoder layer ``boundary``, beside the hidden state. A partial
+    mixture has the size of an entry."""
+    return len(model_crossings(config, prices)[boundary])
 
 
 def entries_made(config: ModelConfig, layer: int) -> int:
@@ -75,26 +60,29 @@ def entries_made(config: ModelConfig, layer: int) -> int:
     return 1 + (0 if chunk is None else chunk.num_rows)
 
 
-def payload_shape(config: ModelConfig, boundary: int, batch: int, length: int) -> tuple[int, ...]:
+def payload_shape(
+    config: ModelConfig, boundary: int, batch: int, length: int, prices: Prices = ENTRIES
+) -> tuple[int, ...]:
     """Shape of one micro-batch's payload over the boundary before decoder layer ``boundary``: [B, T, C] with a history,
     else the shape of the hidden state."""
     architecture = architecture_of(config)
     if architecture.policy is None:
         return batch, length, *architecture.hidden_shape
-    width = math.prod(architecture.hidden_shape) + boundary_entries(config, boundary) * architecture.entry_width
+    entries = boundary_entries(config, boundary, prices)
+    width = math.prod(architecture.hidden_shape) + entries * architecture.entry_width
     return batch, length, width
 
 
-def payload_bytes(config: ModelConfig, boundary: int, num_tokens: int, itemsize: int) -> int:
+def payload_bytes(config: ModelConfig, boundary: int, num_tokens: int, itemsize: int, prices: Prices = ENTRIES) -> int:
     """Bytes of one micro-batch's payload over that boundary; its gradient has as many."""
-    return math.prod(payload_shape(config, boundary, 1, num_tokens)) * itemsize
+    return math.prod(payload_shape(config, boundary, 1, num_tokens, prices)) * itemsize
 
 
-def history_bytes(config: ModelConfig, layers: range, num_tokens: int, itemsize: int) -> int:
-    """Bytes of one micro-batch's entries on a stage that holds ``layers``, and of their gradients in backward where these
-    have a buffer of their own."""
+def history_bytes(config: ModelConfig, layers: range, num_tokens: int, itemsize: int, prices: Prices = ENTRIES) -> int:
+    """Bytes of one micro-batch's entries and received partial mixtures on a stage that holds ``layers``, and of the gradients of
+    entries in backward where these have a buffer of their own."""
     architecture = architecture_of(config)
-    positions = boundary_entries(config, layers.start) + sum(entries_made(config, layer) for layer in layers)
+    positions = boundary_entries(config, layers.start, prices) + sum(entries_made(config, layer) for layer in layers)
     elements = positions * architecture.entry_width * num_tokens
     return elements * (itemsize + architecture.history_gradient_itemsize(itemsize))
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.architecture import CHUNKS, architecture_of, chunk_ends, stage_layout
-from lime_dist.model.blocks import PreNormLayer
+from lime_dist.model.architecture import CHUNKS, architecture_of, chunk_ends, router_name, stage_layout
+from lime_dist.model.blocks import PreNormLayer, Router
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.init import build
 from lime_dist.model.layers import Embedding, RMSNorm
@@ -87,13 +87,35 @@ def embed(config: ModelConfig, embedding: nn.Module, tokens_BT: Tensor) -> Tenso
     return architecture_of(config).first_input(embedding(tokens_BT))
 
 
+def later_readers(config: ModelConfig, layout: StageLayout | None) -> list[LayerSpec]:
+    """The routers of later layers and the summaries of later chunks whose weights a stage needs, because it adds to their partial
+    mixtures (`StageLayout.later_readers`)."""
+    if layout is None:
+        return []
+    architecture = architecture_of(config)
+    return [
+        *(LayerSpec(router_name(n), partial(architecture.make_router, n)) for n in layout.later_layers),
+        *(LayerSpec(f"{CHUNKS}{c.index}", partial(architecture.make_summary, c)) for c in layout.later_chunks),
+    ]
+
+
+def reader_weights(reader: nn.Module) -> Tensor:
+    """The weights of a router or of a chunk summary."""
+    return reader.weight if isinstance(reader, ChunkSummary) else cast(Tensor, cast(Router, reader).matrix())
+
+
 def run_layers(
-    layers: Sequence[nn.Module], hidden: Tensor, history: LayerHistory | None, activation_checkpointing: bool
+    layers: Sequence[nn.Module],
+    hidden: Tensor,
+    history: LayerHistory | None,
+    activation_checkpointing: bool,
+    later: Sequence[nn.Module] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """Run consecutive decoder layers and the chunk summaries between them.
 
     Args:
         activation_checkpointing: keep only the input of each layer, and compute the rest again in backward.
+        later: the modules of `later_readers`.
 
     Returns:
         The hidden state, and the tensors of the autograd graph that ``history.pack`` needs.
@@ -102,8 +124,9 @@ def run_layers(
     try:
         if history is not None:
             decoder_layers = [layer for layer in layers if not isinstance(layer, ChunkSummary)]
-            summaries = [layer.weight for layer in layers if isinstance(layer, ChunkSummary)]
-            history.open([cast(PreNormLayer, layer).routing() for layer in decoder_layers], summaries)
+            others = [*(layer for layer in layers if isinstance(layer, ChunkSummary)), *later]
+            routing = [cast(PreNormLayer, layer).routing() for layer in decoder_layers]
+            history.open(routing, [reader_weights(reader) for reader in others])
             chunks = iter(history.layout.chunks)
         for layer in layers:
             if isinstance(layer, ChunkSummary):

@@ -72,7 +72,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.model.layout import Block, Chunk, Reader, StageLayout
+from lime_dist.model.chunks import Chunk
+from lime_dist.model.layout import StageLayout
+from lime_dist.model.places import Block, Reader
 from lime_dist.model.policies import Entry
 from lime_dist.model.products import add_product, product, product_of_rows
 
@@ -121,7 +123,7 @@ class LayerHistory:
         self._weight_gradient_dtype = weight_gradient_dtype
         self._older_mixtures = BlockTensor()
         self._keep = keep
-        self._written: set[Entry] = set(layout.received)
+        self._written: set[Entry] = set(layout.incoming.entries)
         self._visited: set[Entry] = set()
 
     # -- called by the stage ------------------------------------------------------------------------------------------
@@ -135,13 +137,14 @@ class LayerHistory:
         """Take the entries of a payload; returns its hidden state [B, T, D]."""
         raise NotImplementedError
 
-    def open(self, routing: Sequence[Tensor | None], summaries: Sequence[Tensor]) -> None:
+    def open(self, routing: Sequence[Tensor | None], others: Sequence[Tensor]) -> None:
         """Take the weights of the stage's readers.
 
         Args:
             routing: for each layer, ascending, the weights with which it mixes entries; None if they are unknown before it
                 runs, or if it has no router.
-            summaries: A_m of the chunks that the stage summarises, ascending.
+            others: A_m of the chunks that the stage summarises, ascending; then the weights of the readers of later stages to
+                whose partial mixtures it adds (`StageLayout.later_readers`).
         """
         raise NotImplementedError
 
@@ -159,7 +162,8 @@ class LayerHistory:
         return [dependency]
 
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
-        """The payload [B, T, elements per token]: the hidden state, then the entries that cross the boundary."""
+        """The payload [B, T, elements per token]: the hidden state, then the entries and the partial mixtures that cross the
+        boundary."""
         raise NotImplementedError
 
     @contextmanager
@@ -196,14 +200,17 @@ class LayerHistory:
         if stacked is None:
             raise RuntimeError("the history has no gradients of router weights: no layer has run backward yet")
         return [
-            torch.cat([stacked[rows, :, run] for run in reader.columns], 2)
-            .flatten(0, 1)
-            .flatten(1)
-            .to(self.entries.dtype)
-            if present
-            else None
+            self._unstacked(stacked, reader, rows) if present else None
             for (reader, rows), present in zip(self._weighted_readers(), has_weights, strict=True)
         ]
+
+    def _unstacked(self, stacked: Tensor, reader: Reader, rows: slice) -> Tensor:
+        """A reader's part of a tensor like ``weights``, [rows · reader heads, entries read · entry heads]; 0 for entries that are
+        not on this stage."""
+        parts = self.entries.new_zeros(rows.stop - rows.start, stacked.shape[1], reader.num_columns, self.entry_heads)
+        for columns, run in reader.weight_columns:
+            parts[:, :, columns] = stacked[rows, :, run]
+        return parts.flatten(0, 1).flatten(1)
 
     # -- for subclasses -----------------------------------------------------------------------------------------------
 

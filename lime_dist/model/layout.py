@@ -1,4 +1,4 @@
-"""What follows from a policy: which entries cross a boundary, where a stage keeps its entries, and who reads them together.
+"""What follows from a policy and from what crosses boundaries: where a stage keeps its entries, and who reads them together.
 
 An *entry* is a slot or a row of a summary. A *position* is an entry's place in a stage's buffer. A *reader* mixes entries: it is
 a layer, or a row of a summary, which mixes the slots of its chunk; its position is that of its own entry. A *block* is up to
@@ -6,8 +6,10 @@ a layer, or a row of a summary, which mixes the slots of its chunk; its position
 older entries is one product per run of positions, and so are the gradients that all of their slots get from newer readers. What
 only some layers read, each of them reads alone, so nothing is multiplied by zero. `history.py` draws an example.
 
-Received entries have the first positions, in the order in which they crossed the boundary. The stage's own entries follow, those
-with the latest last reader first. Entries that are read for long thus lie together, and what a block reads forms few runs,
+What a stage receives has the first positions, in the order in which it crossed the boundary: entries, then partial mixtures
+(`crossing.py`). A partial mixture that only passes through is copied into the next payload, where the stage adds what it has to
+add; mixtures that begin on the stage are made there as well. The stage's own entries follow, those with the latest last reader
+first. Entries that are read for long thus lie together, and what a block reads forms few runs,
 whatever the policy.
 """
 
@@ -17,106 +19,15 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from lime_dist.model.chunks import Chunk, summarised_chunks
+from lime_dist.model.crossing import ENTRIES, Crossing, Prices, crossings, sources_of_readers
+from lime_dist.model.places import Block, LaterReaders, Places, Reader, contiguous_runs, paired_runs
 from lime_dist.model.policies import Entry, HistoryPolicy
 
 BLOCK = 8
 """Most layers of a block: with fewer the products are too thin, with more too much is read layer by layer."""
 SUMMARY_BLOCK = 4
 """Most summaries whose gradients from newer readers are one product."""
-
-
-def live_entries(policy: HistoryPolicy, boundary: int, num_layers: int) -> tuple[Entry, ...]:
-    """live(b): the entries that exist before layer ``boundary`` and that some layer ≥ ``boundary`` reads, or that the summary
-    of a chunk that is not finished yet needs; slots ascending, then summaries ascending."""
-    wanted = {entry for layer in range(boundary, num_layers) for entry in policy.reads(layer)}
-    wanted |= {
-        Entry(layer) for entry in wanted if entry.is_summary and entry.layer >= boundary for layer in entry.layers
-    }
-    return tuple(sorted((e for e in wanted if e.layer < boundary), key=lambda entry: (entry.is_summary, entry)))
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Layers whose summary some layer reads: U_m = A_m·[slots of the layers], ``num_rows`` rows."""
-
-    index: int
-    layers: range
-    num_rows: int
-
-    @property
-    def sources(self) -> list[Entry]:
-        return [Entry(layer) for layer in self.layers]
-
-    @property
-    def rows(self) -> list[Entry]:
-        return [Entry(self.layers[-1], True, row, len(self.layers)) for row in range(self.num_rows)]
-
-
-def summarised_chunks(policy: HistoryPolicy, num_layers: int) -> list[Chunk]:
-    """The chunks whose summary some layer reads, ascending."""
-    read = {entry for layer in range(num_layers) for entry in policy.reads(layer) if entry.is_summary}
-    num_rows = {entry.layers: max(e.row for e in read if e.layers == entry.layers) + 1 for entry in read}
-    return [
-        Chunk(i, layers, num_rows[layers]) for i, layers in enumerate(sorted(num_rows, key=lambda layers: layers.start))
-    ]
-
-
-@dataclass(frozen=True)
-class Places:
-    """Positions, ascending, and the maximal contiguous runs that they form."""
-
-    positions: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def index_of(self, position: int) -> int:
-        """The index of one of the positions."""
-        return self.positions.index(position)
-
-    @cached_property
-    def runs(self) -> list[slice]:
-        return contiguous_runs(self.positions)
-
-
-@dataclass(frozen=True)
-class Block:
-    """What the layers of a block have in common, so that it is one product for all of them. A single layer has nothing in
-    common.
-
-    Attributes:
-        own: positions of the layers' slots.
-        older: positions of the entries older than the block that every layer of it reads.
-        readers: positions of the newer readers that read every slot of the block.
-    """
-
-    layers: range
-    own: Places
-    older: Places
-    readers: Places
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What mixes entries: a layer (one row) or a chunk's summary (``num_rows`` rows).
-
-    Attributes:
-        rows: positions of the reader's own entries, contiguous.
-        columns: positions of the entries it reads, in the order of its weights' columns, as contiguous runs.
-    """
-
-    rows: slice
-    columns: list[slice]
-
-    @property
-    def weight_columns(self) -> list[tuple[slice, slice]]:
-        """For each run of ``columns``: the columns of the reader's weights, and the run's positions."""
-        pairs, begin = [], 0
-        for run in self.columns:
-            end = begin + run.stop - run.start
-            pairs.append((slice(begin, end), run))
-            begin = end
-        return pairs
 
 
 @dataclass(frozen=True)
@@ -128,47 +39,97 @@ class StageLayout:
     stop: int
     num_layers: int
     block: int = BLOCK
+    prices: Prices = ENTRIES
+
+    # -- what the stage receives, makes and sends ---------------------------------------------------------------------
 
     @cached_property
-    def reads(self) -> dict[int, tuple[Entry, ...]]:
-        """By layer of the stage: the entries that it reads, own slot last."""
-        return {layer: tuple(self.policy.reads(layer)) for layer in range(self.start, self.stop)}
+    def incoming(self) -> Crossing:
+        """What crosses the boundary before this stage."""
+        return crossings(self.policy, self.num_layers, self.prices)[self.start]
 
     @cached_property
-    def received(self) -> tuple[Entry, ...]:
-        return live_entries(self.policy, self.start, self.num_layers)
-
-    @cached_property
-    def sent(self) -> tuple[Entry, ...]:
-        return live_entries(self.policy, self.stop, self.num_layers)
+    def outgoing(self) -> Crossing:
+        """What crosses the boundary behind this stage."""
+        return crossings(self.policy, self.num_layers, self.prices)[self.stop]
 
     @cached_property
     def chunks(self) -> list[Chunk]:
         """The chunks whose summary this stage computes: those whose last layer it holds."""
-        chunks = summarised_chunks(self.policy, self.num_layers)
-        return [chunk for chunk in chunks if self.start <= chunk.layers[-1] < self.stop]
+        return [c for c in self._all_chunks if self.start <= c.layers[-1] < self.stop]
+
+    @cached_property
+    def later_chunks(self) -> list[Chunk]:
+        """The chunks to whose partial summaries this stage adds."""
+        return [c for c in self._all_chunks if c.rows[0] in self.outgoing.mixtures and self._mixed[c.rows[0]]]
+
+    @cached_property
+    def later_layers(self) -> list[int]:
+        """The layers of later stages to whose partial mixtures this stage adds, ascending."""
+        return [r.layer for r in self.outgoing.mixtures if not r.is_summary and self._mixed[r]]
+
+    @cached_property
+    def _all_chunks(self) -> list[Chunk]:
+        return summarised_chunks(self.policy, self.num_layers)
+
+    @cached_property
+    def _mixed(self) -> dict[Entry, tuple[Entry, ...]]:
+        """By reader of this stage, and of later stages whose partial mixtures it sends: the entries that it mixes here, in order.
+
+        They are those that the stage makes and, if the reader's mixture begins here, those that it receives.
+        """
+        sources, made = sources_of_readers(self.policy, self.num_layers), set(self._made)
+        available = made | set(self.incoming.entries)
+        begun = set(self.incoming.mixtures)
+        return {
+            reader: tuple(entry for entry in sources[reader] if entry in (made if reader in begun else available))
+            for reader in (*self._made, *self.outgoing.mixtures)
+        }
+
+    @cached_property
+    def _made(self) -> list[Entry]:
+        return [*map(Entry, range(self.start, self.stop)), *(row for chunk in self.chunks for row in chunk.rows)]
+
+    @cached_property
+    def reads(self) -> dict[int, tuple[Entry, ...]]:
+        """By layer of the stage: the entries that it mixes here, own slot last."""
+        return {layer: self._mixed[Entry(layer)] for layer in range(self.start, self.stop)}
+
+    def sources(self, chunk: Chunk) -> Places:
+        """Positions of the slots that the stage adds to the chunk's summary."""
+        return self.places(self._mixed[chunk.rows[0]])
+
+    # -- positions ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def own(self) -> tuple[Entry, ...]:
         """The entries that this stage makes, in the order of their positions."""
-        made = [Entry(layer) for layer in range(self.start, self.stop)]
-        made += [row for chunk in self.chunks for row in chunk.rows]
-        last_reader = {entry: entry.layer for entry in made}
-        for layer, entries in self.reads.items():
-            last_reader.update(dict.fromkeys(entries, layer))
-        for chunk in self.chunks:
-            for entry in chunk.sources:
-                last_reader[entry] = max(last_reader.get(entry, 0), chunk.layers[-1])
-        return tuple(sorted(made, key=lambda entry: (-last_reader[entry], entry)))
+        last_reader = {entry: entry.layer for entry in self._made}
+        for reader, entries in self._mixed.items():
+            last_reader.update((e, max(last_reader[e], reader.layer)) for e in entries if e in last_reader)
+        return tuple(sorted(self._made, key=lambda entry: (-last_reader[entry], entry)))
+
+    @property
+    def first_own(self) -> int:
+        """The first position of the stage's own entries."""
+        return len(self.incoming)
 
     @property
     def num_positions(self) -> int:
-        return len(self.received) + len(self.own)
+        return self.first_own + len(self.own)
 
     @cached_property
     def position(self) -> dict[Entry, int]:
         """By entry of this stage, received or made here."""
-        return {entry: place for place, entry in enumerate((*self.received, *self.own))}
+        return {
+            **{entry: place for place, entry in enumerate(self.incoming.entries)},
+            **{entry: self.first_own + place for place, entry in enumerate(self.own)},
+        }
+
+    @cached_property
+    def mixture_position(self) -> dict[Entry, int]:
+        """By reader: the position of its partial mixture, if that has been received."""
+        return {reader: len(self.incoming.entries) + place for place, reader in enumerate(self.incoming.mixtures)}
 
     def slot(self, layer: int) -> int:
         """Position of a layer's slot."""
@@ -182,18 +143,49 @@ class StageLayout:
     @cached_property
     def readers(self) -> list[Reader]:
         """The layers of the stage, ascending, then its chunks, ascending."""
-        layers = [self._reader([Entry(layer)], entries) for layer, entries in self.reads.items()]
-        return layers + [self._reader(chunk.rows, chunk.sources) for chunk in self.chunks]
+        rows = [[Entry(layer)] for layer in range(self.start, self.stop)] + [chunk.rows for chunk in self.chunks]
+        return [self._reader(own, contiguous_runs([self.position[entry] for entry in own])) for own in rows]
 
-    def _reader(self, rows: Sequence[Entry], columns: Sequence[Entry]) -> Reader:
-        (own,) = contiguous_runs([self.position[entry] for entry in rows])
-        return Reader(own, contiguous_runs([self.position[entry] for entry in columns]))
+    @cached_property
+    def later_readers(self) -> list[Reader]:
+        """`later_layers`, then `later_chunks`."""
+        rows = [[Entry(layer)] for layer in self.later_layers] + [chunk.rows for chunk in self.later_chunks]
+        return [self._reader(own, contiguous_runs([self.outgoing.mixtures.index(row) for row in own])) for own in rows]
+
+    def _reader(self, rows: Sequence[Entry], places: Sequence[slice]) -> Reader:
+        mixed = set(self._mixed[rows[0]])
+        columns = sources_of_readers(self.policy, self.num_layers)[rows[0]]
+        (own,) = places
+        runs = paired_runs([self.position[entry] if entry in mixed else None for entry in columns])
+        return Reader(own, len(columns), runs)
+
+    @cached_property
+    def passed_mixtures(self) -> list[tuple[slice, slice]]:
+        """The partial mixtures that are received and sent, in runs: their places among the mixtures sent, and their positions."""
+        return paired_runs([self.mixture_position.get(reader) for reader in self.outgoing.mixtures])
+
+    @cached_property
+    def come_back(self) -> frozenset[Entry]:
+        """The entries that get a gradient from later stages: their own, or that of partial mixtures that they are part of."""
+        return frozenset(self.outgoing.entries).union(*(self._mixed[reader] for reader in self.outgoing.mixtures))
+
+    @cached_property
+    def later_groups(self) -> list[LaterReaders]:
+        """The readers of later stages by what the stage adds to their mixtures."""
+        groups: dict[tuple[tuple[Entry, ...], bool], list[int]] = {}
+        for place, reader in enumerate(self.outgoing.mixtures):
+            if self._mixed[reader]:
+                key = self._mixed[reader], reader not in self.mixture_position
+                groups.setdefault(key, []).append(place)
+        return [
+            LaterReaders(Places(tuple(rows)), self.places(entries), begins)
+            for (entries, begins), rows in groups.items()
+        ]
 
     @cached_property
     def _sources(self) -> dict[Entry, frozenset[Entry]]:
-        """By reader (the entry whose position it has): what it reads."""
-        layers = {Entry(layer): frozenset(entries) for layer, entries in self.reads.items()}
-        return layers | {row: frozenset(chunk.sources) for chunk in self.chunks for row in chunk.rows}
+        """By reader of this stage (the entry whose position it has): what it mixes here."""
+        return {reader: frozenset(self._mixed[reader]) for reader in self._made}
 
     def readers_of(self, entry: Entry) -> frozenset[Entry]:
         """The readers on this stage of an entry, as the entries that they make."""
@@ -262,14 +254,3 @@ def block_ranges(layers: range, ends: Container[int], size: int) -> list[range]:
             ranges.append(range(first, layer + 1))
             first = layer + 1
     return ranges
-
-
-def contiguous_runs(numbers: Sequence[int]) -> list[slice]:
-    """Maximal slices of consecutive numbers, in the given order."""
-    runs: list[slice] = []
-    for number in numbers:
-        if runs and runs[-1].stop == number:
-            runs[-1] = slice(runs[-1].start, number + 1)
-        else:
-            runs.append(slice(number, number + 1))
-    return runs

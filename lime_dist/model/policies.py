@@ -37,7 +37,9 @@ class Entry(NamedTuple):
 
 
 class HistoryPolicy(Protocol):
-    """Which entries a layer mixes."""
+    """Which entries a layer mixes. Policies are values: equal ones are the same key of caches."""
+
+    def __hash__(self) -> int: ...
 
     def reads(self, layer: int) -> Sequence[Entry]:
         """The entries that layer ``layer`` mixes: ascending, unique, its own slot (``Entry(layer)``) last."""

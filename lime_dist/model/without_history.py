@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lime_dist.model.layout import Chunk, StageLayout
+from lime_dist.model.chunks import Chunk
+from lime_dist.model.layout import StageLayout
 
 if TYPE_CHECKING:
     import torch

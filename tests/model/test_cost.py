@@ -133,7 +133,7 @@ def test_bytes_of_history_and_payload(model: str, precision: torch.dtype) -> Non
         counted = 0
         if history is not None:
             counted = history.entries.nbytes
-            assert len(history.layout.sent) == cost.boundary_entries(config, boundary)
+            assert len(history.layout.outgoing.entries) == cost.boundary_entries(config, boundary)
             if config.lime.routes == "hidden":
                 counted += history.gradients.nbytes
         assert cost.history_bytes(config, range(boundary), tokens, precision.itemsize) == counted

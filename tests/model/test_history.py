@@ -18,10 +18,11 @@ from benchmarks.training_step import LiveBytes
 from lime_dist.config.schema import LimeConfig, ModelConfig
 from lime_dist.model.architectures.lime.hidden.history import HiddenHistory
 from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
+from lime_dist.model.chunks import summarised_chunks
 from lime_dist.model.decoder import build_decoder
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.layers import rms_normalise
-from lime_dist.model.layout import BLOCK, StageLayout, summarised_chunks
+from lime_dist.model.layout import BLOCK, StageLayout
 from lime_dist.model.policies import HistoryPolicy, make_policy
 
 HEADS, SIZE, TOKENS = 2, 4, 3

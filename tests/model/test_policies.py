@@ -9,10 +9,24 @@ import pytest
 from support.policies import POLICIES
 
 from lime_dist.config.schema import LimeConfig
-from lime_dist.model.layout import StageLayout, live_entries, summarised_chunks
+from lime_dist.model.chunks import summarised_chunks
+from lime_dist.model.crossing import crossings
+from lime_dist.model.layout import StageLayout
 from lime_dist.model.policies import Entry, make_policy
 
 LAYERS = 13
+
+
+def live_entries(policy: Any, boundary: int, num_layers: int) -> tuple[Entry, ...]:
+    """The entries that exist before layer ``boundary`` and that some layer ≥ ``boundary`` reads, or that the summary of a chunk
+    that is not finished yet needs; slots ascending, then summaries ascending. They are what crosses if mixtures do not."""
+    wanted = {entry for layer in range(boundary, num_layers) for entry in policy.reads(layer)}
+    wanted |= {
+        Entry(layer) for entry in wanted if entry.is_summary and entry.layer >= boundary for layer in entry.layers
+    }
+    live = tuple(sorted((e for e in wanted if e.layer < boundary), key=lambda entry: (entry.is_summary, entry)))
+    assert crossings(policy, num_layers)[boundary].entries == live
+    return live
 
 
 def make(history: dict[str, Any], **lime: Any) -> Any:
@@ -107,12 +121,14 @@ def test_layout(policy: str, block: int) -> None:
     for start in range(LAYERS):
         for stop in range(start + 1, LAYERS + 1):
             layout = StageLayout(rule, start, stop, LAYERS, block)
-            assert layout.received == live_entries(rule, start, LAYERS) and layout.sent == live_entries(
-                rule, stop, LAYERS
+            assert layout.incoming.entries == live_entries(
+                rule, start, LAYERS
+            ) and layout.outgoing.entries == live_entries(rule, stop, LAYERS)
+            assert [layout.position[entry] for entry in layout.incoming.entries] == list(
+                range(len(layout.incoming.entries))
             )
-            assert [layout.position[entry] for entry in layout.received] == list(range(len(layout.received)))
             assert sorted(layout.position.values()) == list(range(layout.num_positions))
-            assert set(layout.sent) <= set(layout.position)
+            assert set(layout.outgoing.entries) <= set(layout.position)
             for layer in range(start, stop):
                 of_layer = layout.blocks[layer]
                 assert layer in of_layer.layers and len(of_layer.layers) <= block

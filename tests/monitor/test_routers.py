@@ -14,7 +14,7 @@ from benchmarks.equality import perturb
 from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import architecture_of
-from lime_dist.model.layout import summarised_chunks
+from lime_dist.model.chunks import summarised_chunks
 from lime_dist.model.policies import Entry, make_policy
 from lime_dist.monitor.routers import entropy, has_map, head_map, router_map, self_retrieval, shares
 

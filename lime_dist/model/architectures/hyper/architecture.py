@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import Architecture, ExportFormat, Flops, Group, Sizes
+from lime_dist.model.crossing import Prices
 from lime_dist.model.transformer import (
     Activations,
     initialise_shared,
@@ -86,7 +87,7 @@ class Hyper(WithoutHistory, Architecture):
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    def layer_flops(self, sequence_length: int, layers: range) -> list[Flops]:
+    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
         rate, dynamic = self.config.hyper.rate, self.config.hyper.dynamic
         mixing = 2 * 2 * rate * self.config.hidden_size * (rate + 1 + (rate + 2 if dynamic else 0))
         return [transformer_flops(self.config, sequence_length) + Flops(mixing, 2 * mixing)] * len(layers)

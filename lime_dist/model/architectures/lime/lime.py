@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.architecture import CHUNKS, Architecture, Group, chunk_ends
-from lime_dist.model.layout import Chunk
+from lime_dist.model.architecture import CHUNKS, Architecture, Group, chunk_ends, router_name
+from lime_dist.model.chunks import Chunk
 from lime_dist.model.policies import Entry, HistoryPolicy, make_policy
 from lime_dist.model.transformer import shared_parameter_group
 
@@ -124,11 +124,6 @@ class Lime(Architecture):
             "reads": [_runs(self.policy.reads(layer), chunks) for layer in range(self.config.num_hidden_layers)],
             "chunks": [[chunk.layers.start, chunk.layers.stop, chunk.num_rows] for chunk in chunks],
         }
-
-
-def router_name(layer: int) -> str:
-    """Prefix of the exported names of a layer's router."""
-    return f"model.layers.{layer}.self_attn.router"
 
 
 def _runs(entries: Sequence[Entry], chunks: Sequence[Chunk]) -> list[list[Any]]:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lime_dist.config.precision import accumulation_itemsize
-from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes
-from lime_dist.model.architectures.lime.lime import Lime, router_name
-from lime_dist.model.layout import BLOCK, StageLayout, live_entries
+from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, router_name
+from lime_dist.model.architectures.lime.lime import Lime
+from lime_dist.model.crossing import Prices, crossings
+from lime_dist.model.layout import BLOCK, StageLayout
 from lime_dist.model.policies import Entry
 from lime_dist.model.transformer import (
     Activations,
@@ -128,7 +129,7 @@ class HiddenLime(Lime):
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    def layer_flops(self, sequence_length: int, layers: range) -> list[Flops]:
+    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
         """Beside the transformer: mixing states per head; in backward the gradients of weights and of entries, and the
         mixtures again. Dynamic weights come from logits, which are products as well."""
         unit = 2 * self.config.num_attention_heads * self.config.hidden_size
@@ -178,7 +179,7 @@ class HiddenLime(Lime):
     def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         """Received entries are copied into the history, whose memory is apart."""
         hidden, accumulated = self.config.hidden_size, accumulation_itemsize(itemsize)
-        live = live_entries(self.policy, boundary, self.config.num_hidden_layers)
+        live = crossings(self.policy, self.config.num_hidden_layers)[boundary].entries
         slots = sum(not entry.is_summary for entry in live)
         kept = itemsize * len(live) * hidden + accumulated * slots  # entries; roots of the states' mean squares
         return num_tokens * kept

@@ -27,9 +27,11 @@ from torch import Tensor
 
 from lime_dist.model.architectures.lime.hidden.functions import Project, Write
 from lime_dist.model.architectures.lime.hidden.token_slices import Parts, mix_slice, spread_slice, token_slices
+from lime_dist.model.chunks import Chunk
 from lime_dist.model.history import LayerHistory, OpenWeights
 from lime_dist.model.layers import rms_normalise
-from lime_dist.model.layout import Block, Chunk, Reader, StageLayout
+from lime_dist.model.layout import StageLayout
+from lime_dist.model.places import Block, Reader
 from lime_dist.model.policies import Entry
 from lime_dist.model.products import add_product
 
@@ -56,7 +58,7 @@ class HiddenHistory(LayerHistory):
         self.eps = eps
         self._gradients: Tensor | None = None
         self._states: dict[Entry, Tensor] = {}
-        self._needed_states = {*layout.sent, *(entry for chunk in layout.chunks for entry in chunk.sources)}
+        self._needed_states = {*layout.outgoing.entries, *(entry for chunk in layout.chunks for entry in chunk.sources)}
         self._summary_logits: dict[int, Tensor] = {}
         self._first_readers: dict[Block, int] = {}
         self._mixture_gradients: Tensor | None = None
@@ -65,7 +67,7 @@ class HiddenHistory(LayerHistory):
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
         batch, length, _ = payload_BTC.shape
-        received = self.layout.received
+        received = self.layout.incoming.entries
         num_slots = sum(not entry.is_summary for entry in received)
         size = self.entries[:1].numel()
         sizes = [batch * length * hidden_size, num_slots * size, (len(received) - num_slots) * size]
@@ -81,11 +83,9 @@ class HiddenHistory(LayerHistory):
         flat = torch.cat([hidden_BTD.flatten(), *(state.flatten() for state in released)])
         return flat.view(*hidden_BTD.shape[:2], -1)
 
-    def open(self, routing: Sequence[Tensor | None], summaries: Sequence[Tensor]) -> None:
+    def open(self, routing: Sequence[Tensor | None], others: Sequence[Tensor]) -> None:
         """Take p [H, E] of the stage's layers (None: no router, or a dynamic one) and A_m [rows, chunk size]."""
-        self._summary_logits = {
-            chunk.index: logits for chunk, logits in zip(self.layout.chunks, summaries, strict=True)
-        }
+        self._summary_logits = {chunk.index: logits for chunk, logits in zip(self.layout.chunks, others, strict=True)}
         for layer, block in reversed(self.layout.blocks.items()):
             if routing[layer - self.layout.start] is not None:
                 self._first_readers[block] = layer
@@ -96,7 +96,7 @@ class HiddenHistory(LayerHistory):
     def release(self) -> list[Tensor]:
         super().release()
         states, self._states, self._summary_logits = self._states, {}, {}
-        return [states[entry] for entry in self.layout.sent if entry in states]
+        return [states[entry] for entry in self.layout.outgoing.entries if entry in states]
 
     def write(self, layer: int, entry_ND: Tensor, state_ND: Tensor) -> None:
         """Write a layer's input to the history.
@@ -118,7 +118,7 @@ class HiddenHistory(LayerHistory):
         entries = rms_normalise(summary, self.eps).to(self.entries.dtype)
         self.dependency = Write.apply(self.dependency, entries, self, tuple(chunk.rows))
         for entry in chunk.sources:
-            if entry not in self.layout.sent:
+            if entry not in self.layout.outgoing.entries:
                 del self._states[entry]
         self._remember(chunk.rows, entries.unbind())
 
@@ -145,7 +145,7 @@ class HiddenHistory(LayerHistory):
     def write_entries(self, entries: Sequence[Entry], entries_END: Tensor) -> None:
         """Write entries to their places; those that the stage makes are not written while recomputing."""
         for entry, entry_ND in zip(entries, entries_END, strict=True):
-            is_received = entry in self.layout.received
+            is_received = entry in self.layout.incoming.entries
             place = self.entries[self.layout.position[entry]] if is_received else self._claim(entry)
             if place is not None:
                 place.copy_(entry_ND)

@@ -7,12 +7,12 @@ over (head of the reader) × (entry, head of the entry), the same for keys and v
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes
-from lime_dist.model.architectures.lime.lime import Lime, router_name
+from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, router_name
+from lime_dist.model.architectures.lime.lime import Lime
+from lime_dist.model.crossing import Prices, pairs_by_layer
 from lime_dist.model.layout import BLOCK, SUMMARY_BLOCK, StageLayout
 from lime_dist.model.policies import Entry
 from lime_dist.model.transformer import (
@@ -37,6 +37,7 @@ class KeyValueLime(Lime):
 
     max_block_layers = BLOCK
     receives_in_place = True
+    mixtures_cross = True
     router_parts = ("first_weight", "summary_weight", "weight")
     router_map_obstacle = None
 
@@ -64,6 +65,11 @@ class KeyValueLime(Lime):
         from lime_dist.model.architectures.lime.kv.layer import KeyValueLayer
 
         return KeyValueLayer(self.config, layer, self.reads(layer))
+
+    def make_router(self, layer: int) -> nn.Module:
+        from lime_dist.model.architectures.lime.kv.router import KeyValueRouter
+
+        return KeyValueRouter(self.config.key_value_heads, self.reads(layer))
 
     def make_history(
         self, layout: StageLayout, num_tokens: int, dtype: torch.dtype, device: torch.device, lead: int = 0
@@ -116,27 +122,14 @@ class KeyValueLime(Lime):
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    def layer_flops(self, sequence_length: int, layers: range) -> list[Flops]:
-        """Beside the transformer: mixing, each entry once per reader; in backward the gradients of weights and of entries."""
+    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
+        """Beside the transformer: mixing, each pair of a reader and an entry once; in backward the gradients of weights and of
+        entries."""
         heads = self.config.key_value_heads
         unit = 2 * heads * heads * 2 * self.config.head_size
-        reads = [tuple(self.policy.reads(layer)) for layer in layers]
-        chunks = {end: chunk for end, chunk in self.chunks.items() if end in layers}
-        readers: Counter[Entry] = Counter(entry for entries in reads for entry in entries)
-        for chunk in chunks.values():
-            for entry in chunk.sources:
-                readers[entry] += chunk.num_rows
-        received = sum(count for entry, count in readers.items() if entry.layer < layers.start)
-        flops = []
-        for layer, entries in zip(layers, reads, strict=True):
-            forward = len(entries)
-            backward = forward + readers[Entry(layer)] + (received if layer == layers.start else 0)
-            if layer in chunks:
-                weights = chunks[layer].num_rows * len(chunks[layer].layers)
-                forward += weights
-                backward += weights + sum(readers[row] for row in chunks[layer].rows)
-            flops.append(transformer_flops(self.config, sequence_length) + Flops(unit * forward, unit * backward))
-        return flops
+        fixed = transformer_flops(self.config, sequence_length)
+        pairs = pairs_by_layer(self.policy, self.config.num_hidden_layers, prices)
+        return [fixed + Flops(unit * pairs[layer], 2 * unit * pairs[layer]) for layer in layers]
 
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         hidden = self.config.hidden_size

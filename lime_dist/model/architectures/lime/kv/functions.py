@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lime_dist.model.layout import Chunk
+from lime_dist.model.chunks import Chunk
 
 if TYPE_CHECKING:
     from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
@@ -54,7 +54,7 @@ class Summarise(torch.autograd.Function):
 
 
 class Pack(torch.autograd.Function):
-    """Copies the entries that cross a boundary behind the hidden state; in backward, keeps the gradient of the entries."""
+    """Writes what crosses a boundary behind the hidden state; in backward, keeps its gradient."""
 
     @staticmethod
     def forward(ctx: Any, dependency: Tensor, hidden_BTD: Tensor, history: KeyValueHistory) -> Tensor:
@@ -64,12 +64,12 @@ class Pack(torch.autograd.Function):
         payload = hidden_BTD.new_empty(batch, length, size + math.prod(sent_shape) // (batch * length))
         flat = payload.view(-1)
         flat[: hidden_BTD.numel()] = hidden_BTD.reshape(-1)
-        history.copy_sent(flat[hidden_BTD.numel() :].view(sent_shape))
+        history.write_sent(flat[hidden_BTD.numel() :].view(sent_shape))
         return payload
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        # This runs before any layer is visited. The entries' gradients wait in the history until their layers are.
+        # This runs before any layer is visited. The gradients wait in the history until their layers are.
         history: KeyValueHistory = ctx.history
         flat = gradients[0].contiguous().view(-1)
         size = ctx.hidden_shape.numel()
@@ -78,7 +78,7 @@ class Pack(torch.autograd.Function):
 
 
 class Unpack(torch.autograd.Function):
-    """Takes received entries into the history; in backward, after all layers, sends back their gradient."""
+    """Takes what was received into the history; in backward, after all layers, sends back its gradient."""
 
     @staticmethod
     def forward(ctx: Any, payload_BTC: Tensor, hidden_size: int, history: KeyValueHistory) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from lime_dist.model.architectures.lime.kv.functions import Mix, Pack, Summarise, Unpack, separate_view
+from lime_dist.model.chunks import Chunk
 from lime_dist.model.history import BlockTensor, LayerHistory, OpenWeights
-from lime_dist.model.layout import Chunk, Places, Reader, StageLayout
+from lime_dist.model.layout import StageLayout
+from lime_dist.model.places import Places, Reader, paired_runs
 from lime_dist.model.policies import Entry
+from lime_dist.model.products import add_product
 
 
 class KeyValueHistory(LayerHistory):
@@ -65,9 +68,10 @@ class KeyValueHistory(LayerHistory):
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
         return Pack.apply(*released, hidden_BTD, self)
 
-    def open(self, routing: Sequence[Tensor | None], summaries: Sequence[Tensor]) -> None:
-        """Take R_ℓ [G, entries read · G] of the stage's layers (None: no router) and A_m [rows·G, chunk size·G]."""
-        self.dependency = OpenWeights.apply(self.dependency, self, self.entry_heads, *routing, *summaries)
+    def open(self, routing: Sequence[Tensor | None], others: Sequence[Tensor]) -> None:
+        """Take R_ℓ [G, entries read · G] of the stage's layers (None: no router), A_m [rows·G, chunk size·G] of its chunks, and the
+        same of later layers and chunks."""
+        self.dependency = OpenWeights.apply(self.dependency, self, self.entry_heads, *routing, *others)
 
     def mix(self, layer: int, k_NGd: Tensor, v_NGd: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's slot and return the keys and values that its attention uses, [G, N, d] each."""
@@ -88,7 +92,7 @@ class KeyValueHistory(LayerHistory):
                 self.weights[rows.start, :, reader.rows.start].diagonal().fill_(1)
 
     def take_received(self, entries: Tensor) -> None:
-        """Copy received entries [entries received, G, 2, N, d] to their places, the first ones."""
+        """Copy what was received, entries and partial mixtures [received, G, 2, N, d], to its places, the first ones."""
         self.entries[: len(entries)].copy_(entries)
 
     def write_slot(self, layer: int, k_NGd: Tensor, v_NGd: Tensor) -> None:
@@ -103,12 +107,14 @@ class KeyValueHistory(LayerHistory):
         layout, heads = self.layout, self.entry_heads
         block, position = layout.blocks[layer], layout.slot(layer)
         own = slice(position, position + 1)
-        # 1. What all layers of the block read from older entries: one product, computed for the block's first layer.
-        shared: Tensor | None = None
+        # 1. What earlier stages have mixed, and what all layers of the block read from older entries: one product, computed for
+        #    the block's first layer.
         if block.older.runs:
-            of_block = self._older_mixtures.get(block, partial(self._mixture, block.own, block.older))
+            of_block = self._older_mixtures.get(block, partial(self._continued_mixture, block.own, block.older))
             begin = block.own.index_of(position) * heads
-            shared = of_block[begin : begin + heads].clone()
+            shared: Tensor | None = of_block[begin : begin + heads].clone()
+        else:
+            shared = self._received_mixtures(Places((position,)))
         # 2. What this layer reads alone, its own slot included.
         mixed = self._mixture(own, layout.read_alone[layer], shared)
         # 3. Forget the block after its last layer; recomputation in backward runs its layers from last to first.
@@ -121,24 +127,39 @@ class KeyValueHistory(LayerHistory):
         rows = self.layout.places(chunk.rows)
         for row in chunk.rows:
             self._claim(row)
-        place = self._flat(self.entries, rows.runs[0])
-        self._mixture(rows, self.layout.places(chunk.sources), out=place)
+        place, received = self._flat(self.entries, rows.runs[0]), self._received_mixtures(rows)
+        total = None if received is None else place.copy_(received)
+        self._mixture(rows, self.layout.sources(chunk), total, out=place)
 
     @property
     def sent_shape(self) -> tuple[int, ...]:
-        """[entries sent, G, 2, N, d]."""
-        return len(self.layout.sent), *self.slot_shape
+        """[entries and partial mixtures sent, G, 2, N, d]."""
+        return len(self.layout.outgoing), *self.slot_shape
 
-    def copy_sent(self, target: Tensor) -> None:
-        """Copy the entries that cross the next boundary into ``target``, in their order."""
-        for index, entry in enumerate(self.layout.sent):
-            target[index].copy_(self.entries[self.layout.position[entry]])
+    def write_sent(self, target: Tensor) -> None:
+        """Write what crosses the next boundary into ``target``: entries, then partial mixtures, to which this stage adds its part."""
+        layout = self.layout
+        for index, entry in enumerate(layout.outgoing.entries):
+            target[index].copy_(self.entries[layout.position[entry]])
+        mixtures = target[len(layout.outgoing.entries) :]
+        for places, positions in layout.passed_mixtures:
+            mixtures[places].copy_(self.entries[positions])
+        for group in layout.later_groups:
+            for run in group.rows.runs:
+                place = self._flat(mixtures, run)
+                total, out = (None, place) if group.begins else (place, None)
+                self._sum_over_runs(partial(self._later_weights, run), self.entries, group.entries.runs, total, out)
 
     # -- called by autograd Functions in backward ---------------------------------------------------------------------
 
     def take_sent_gradient(self, gradient: Tensor) -> None:
-        """Keep the gradient that comes back for the entries sent, [entries sent, G, 2, N, d]."""
+        """Keep the gradient that comes back for what was sent, [entries and partial mixtures sent, G, 2, N, d], and set that of the
+        weights in the partial mixtures: all entries are still there."""
         self._sent_gradient = gradient
+        for group in self.layout.later_groups:
+            for run in group.rows.runs:
+                of_mixtures = self._flat(self._mixture_gradients, run)
+                self._set_weight_gradient(self._later_rows(run), group.entries.runs, of_mixtures)
 
     def visit(self, layer: int, gradient: Tensor) -> Tensor:
         """Take g_ℓ, leave it in the place of S_ℓ, and return the gradient of S_ℓ.
@@ -204,27 +225,45 @@ class KeyValueHistory(LayerHistory):
             self._shared_gradient(rows, others, chunk.rows, place)
         if chunk.layers.start == block.layers.start:
             self._newer_summary_gradients.drop()
-        self._set_weight_gradient(self._weight_rows(rows.runs[0]), layout.places(chunk.sources).runs, place)
+        self._set_weight_gradient(self._weight_rows(rows.runs[0]), layout.sources(chunk).runs, place)
 
     def received_gradient(self, out: Tensor) -> None:
-        """Write the gradient to send back over the boundary before this stage, [entries received, G, 2, N, d], once all layers
-        have been visited."""
+        """Write the gradient to send back over the boundary before this stage, [received, G, 2, N, d], once all layers have been
+        visited. That of a partial mixture is that of the mixture."""
         layout = self.layout
-        shared = layout.shared_readers(layout.received)
-        self._shared_gradient(layout.places(layout.received), shared, layout.received, out.flatten(0, 1).flatten(1))
-        for position, entry in enumerate(layout.received):
-            place = slice(position, position + 1)
-            self._gradient_of_readers(place, layout.other_readers(entry, shared), out[position].flatten(1))
+        entries = layout.incoming.entries
+        if entries:
+            shared = layout.shared_readers(entries)
+            places = layout.places(entries)
+            self._shared_gradient(places, shared, entries, self._flat(out, slice(0, len(entries))))
+            for position, entry in enumerate(entries):
+                place = slice(position, position + 1)
+                self._gradient_of_readers(place, layout.other_readers(entry, shared), out[position].flatten(1))
+        for reader, position in layout.mixture_position.items():
+            if reader in layout.position:
+                out[position].copy_(self.gradients[layout.position[reader]])
+            else:
+                out[position].copy_(self._mixture_gradients[layout.outgoing.mixtures.index(reader)])
 
     # -- products -----------------------------------------------------------------------------------------------------
 
     def _weighted_readers(self) -> list[tuple[Reader, slice]]:
-        return [(reader, self._weight_rows(reader.rows)) for reader in self.layout.readers]
+        here = [(reader, self._weight_rows(reader.rows)) for reader in self.layout.readers]
+        return here + [(reader, self._later_rows(reader.rows)) for reader in self.layout.later_readers]
 
     def _weight_rows(self, positions: slice) -> slice:
         """Rows of ``weights`` of the readers whose own entries have these positions."""
-        received = len(self.layout.received)
-        return slice(positions.start - received, positions.stop - received)
+        first = self.layout.first_own
+        return slice(positions.start - first, positions.stop - first)
+
+    def _later_rows(self, places: slice) -> slice:
+        """Rows of ``weights`` of the readers of later stages with these places among the mixtures sent."""
+        own = len(self.layout.own)
+        return slice(own + places.start, own + places.stop)
+
+    def _later_weights(self, places: slice, entries: slice) -> Tensor:
+        """`_weights_between` for readers of later stages."""
+        return self.weights[self._later_rows(places), :, entries].flatten(0, 1).flatten(1)
 
     def _weights_between(self, readers: Places | slice, entries: Places | slice) -> Tensor:
         """The weights of some readers for some entries as a matrix: rows (reader, head), columns (entry, head)."""
@@ -239,9 +278,32 @@ class KeyValueHistory(LayerHistory):
         """What readers mix of entries, rows (reader, head); added to ``total`` in place, or else in ``out``."""
         return self._sum_over_runs(partial(self._weights_between, readers), self.entries, entries.runs, total, out)
 
+    def _received_mixtures(self, readers: Places) -> Tensor | None:
+        """A copy of what earlier stages have mixed for readers of this stage, rows (reader, head); None: nothing for any of them."""
+        layout = self.layout
+        received = [layout.mixture_position.get(layout.own[place - layout.first_own]) for place in readers.positions]
+        if all(position is None for position in received):
+            return None
+        total = self.entries.new_empty(len(readers), *self.slot_shape)
+        if None in received:
+            total.zero_()
+        for places, positions in paired_runs(received):
+            total[places].copy_(self.entries[positions])
+        return self._flat(total, slice(0, len(readers)))
+
+    def _continued_mixture(self, readers: Places, entries: Places) -> Tensor:
+        """What earlier stages have mixed for readers of this stage, and what these mix of ``entries``, rows (reader, head)."""
+        return self._mixture(readers, entries, self._received_mixtures(readers))
+
+    @property
+    def _mixture_gradients(self) -> Tensor:
+        """The gradients that came back for the partial mixtures sent, [partial mixtures, G, 2, N, d]."""
+        assert self._sent_gradient is not None
+        return self._sent_gradient[len(self.layout.outgoing.entries) :]
+
     def _come_back(self, entries: Sequence[Entry]) -> bool:
-        """Whether later stages have sent back a gradient of some of these entries."""
-        return self._sent_gradient is not None and any(entry in self.layout.sent for entry in entries)
+        """Whether later stages contribute to the gradient of some of these entries."""
+        return self._sent_gradient is not None and not self.layout.come_back.isdisjoint(entries)
 
     def _shared_gradient(
         self, places: Places, readers: Places, entries: Sequence[Entry], out: Tensor | None = None
@@ -260,10 +322,20 @@ class KeyValueHistory(LayerHistory):
             total = self.entries.new_empty(shape).flatten(0, 1).flatten(1) if out is None else out
             by_place = total.view(shape).zero_()
             for entry in entries:
-                if self._sent_gradient is not None and entry in self.layout.sent:
+                if self._sent_gradient is not None and entry in self.layout.outgoing.entries:
                     index = places.index_of(self.layout.position[entry])
-                    by_place[index] = self._sent_gradient[self.layout.sent.index(entry)]
+                    by_place[index] = self._sent_gradient[self.layout.outgoing.entries.index(entry)]
+            self._add_gradient_of_later_readers(places, total)
         return self._gradient_of_readers(places, readers, total, out).view(shape)
+
+    def _add_gradient_of_later_readers(self, places: Places, total: Tensor) -> None:
+        """Add to the gradients of entries, rows (entry, head), what they get from the partial mixtures that they are part of."""
+        for group in self.layout.later_groups:
+            for entries in Places(tuple(p for p in places.positions if p in group.entries.positions)).runs:
+                begin = places.index_of(entries.start) * self.entry_heads
+                rows = total[begin : begin + (entries.stop - entries.start) * self.entry_heads]
+                for run in group.rows.runs:
+                    add_product(self._later_weights(run, entries).t(), self._flat(self._mixture_gradients, run), rows)
 
     def _gradient_of_readers(
         self, entries: Places | slice, readers: Places, total: Tensor | None, out: Tensor | None = None
