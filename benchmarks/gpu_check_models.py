@@ -26,6 +26,7 @@ MODELS: dict[str, list[str]] = {
     "dynamic chunked": [*DYNAMIC, CHUNKED],
     "hyper static": ["model.architecture=hyper", "model.hyper.rate=2", "model.hyper.dynamic=false"],
     "hyper dynamic": ["model.architecture=hyper", "model.hyper.rate=2"],
+    "value residual": ["model.architecture=value_residual", "model.value_residual.learnable=true"],
 }
 """By name. Policies have small numbers, so that a few layers already drop, summarise or skip entries."""
 

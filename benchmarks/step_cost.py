@@ -49,6 +49,7 @@ VARIANTS: dict[str, list[str]] = {
     "hidden-full": ["model.lime.routes=hidden"],
     "hidden-chunked": ["model.lime.routes=hidden", CHUNKED],
     "hyper": ["model.architecture=hyper", "model.hyper.rate=4", "model.hyper.dynamic=true"],
+    "value_residual": ["model.architecture=value_residual"],
 }
 DEFAULT = ["llama", "copying", "full", "first_last", "chunked", "dilated", "hyper"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

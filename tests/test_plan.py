@@ -61,6 +61,11 @@ SETTINGS: dict[str, Setting] = {
     ),
     "hidden, dynamic": (2, 1, {"model": {"lime": {**HIDDEN, "router": "dynamic"}, "tie_word_embeddings": False}}),
     "hyper": (2, 1, {"model": {"architecture": "hyper"}}),
+    "value residual": (3, 1, {"model": {"architecture": "value_residual"}}),
+    "value residual, checkpointed, bf16": (
+        2, 1, {"model": {"architecture": "value_residual", "value_residual": {"learnable": True}, "num_key_value_heads": 2},
+               "parallel": CHECKPOINTING, "precision": "bf16"},
+    ),
     "ZeRO 1, 3 replicas": (1, 3, {"parallel": {"zero_stage": 1}}),
     "ZeRO 1, 2 stages × 2 replicas, bf16": (2, 2, {"parallel": {"zero_stage": 1}, "precision": "bf16"}),
     "stock": (2, 1, {"pipeline": {"engine": "stock"}}),

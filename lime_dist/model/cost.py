@@ -54,10 +54,8 @@ def boundary_entries(config: ModelConfig, boundary: int, prices: Prices = ENTRIE
 
 def entries_made(config: ModelConfig, layer: int) -> int:
     """Entries that a stage makes because it holds ``layer``: its slot, and the summary of a chunk that ends with it."""
-    if architecture_of(config).policy is None:
-        return 0
     chunk = chunk_ends(config).get(layer)
-    return 1 + (0 if chunk is None else chunk.num_rows)
+    return int(architecture_of(config).keeps_slot(layer)) + (0 if chunk is None else chunk.num_rows)
 
 
 def payload_shape(

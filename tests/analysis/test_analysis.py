@@ -47,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dynamic": {"lime": {"routes": "hidden", "router": "dynamic"}},
     "dynamic-chunked": {"lime": {"routes": "hidden", "router": "dynamic", "start_layer": 2, "history": CHUNKED}},
     "hyper": {"architecture": "hyper", "hyper": {"rate": 3, "dynamic": True}},
+    "value-residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }
 
 

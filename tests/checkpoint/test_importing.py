@@ -52,7 +52,10 @@ def import_it(original: Path, settings: dict[str, Any], folder: Path, *overrides
     importing.main(["--model", str(original), "--config", str(folder / "config.yaml"), *overrides])
 
 
-@pytest.mark.parametrize("model", [{"architecture": "llama"}, IDENTITY], ids=["llama", "lime"])
+ZERO = {"architecture": "value_residual", "value_residual": {"weight": 0, "learnable": True}}
+
+
+@pytest.mark.parametrize("model", [{"architecture": "llama"}, IDENTITY, ZERO], ids=["llama", "lime", "value residual"])
 def test_a_run_starts_with_the_loss_of_the_original(
     model: dict[str, Any], workers: Workers, original: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +106,7 @@ def test_mistakes_are_one_line(original: Path, dataset: Path, tmp_path: Path) ->
 
     llama = {"architecture": "llama"}
     assert "cannot start from a LLaMA" in line({"architecture": "hyper"})
+    assert "set model.value_residual.weight=0" in line({"architecture": "value_residual"})
     assert "set model.lime.routes=kv and model.lime.router_init=identity" in line({})
     assert "set model.intermediate_size=24 model.tie_word_embeddings=true" in line(
         llama, "model.intermediate_size=32", "model.tie_word_embeddings=false"

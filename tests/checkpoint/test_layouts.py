@@ -23,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": None, "lime": {"routes": "hidden", "router": "dynamic"}, "tie_word_embeddings": False,
     },
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
+    "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }  # fmt: skip
 
 Leg = tuple[int, dict[str, dict[str, Any]]]

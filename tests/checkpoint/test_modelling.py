@@ -13,6 +13,7 @@ from support.models import MODELS, small
 
 from lime_dist.export import huggingface
 from lime_dist.export.huggingface.key_value_lime import KeyValueHistory
+from lime_dist.export.model_files import SHAPE_KEYS
 from lime_dist.model.layers import language_model_loss
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
@@ -24,6 +25,7 @@ FEW = {
     "lime top_p": MODELS["lime top_p"],
     "lime dynamic": MODELS["lime dynamic"],
     "hyper": MODELS["hyper dynamic"],
+    "value residual": MODELS["value residual, learnable"],
 }
 
 
@@ -93,7 +95,7 @@ def cache_bytes(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("name", FEW)
 def test_the_cache_has_the_size_of_llamas(name: str) -> None:
     config = small(**FEW[name], num_hidden_layers=7)
-    shape = config.model_dump(exclude={"architecture", "lime", "hyper"})
+    shape = config.model_dump(include={*SHAPE_KEYS})
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     assert cache_bytes(exported_in_memory(config, perturbed(config))) == cache_bytes(llama)
 
@@ -147,7 +149,7 @@ def test_it_imports_torch_and_transformers_only() -> None:
     """A file that imports lime_dist would work here but not where only transformers is installed."""
     allowed = {*sys.stdlib_module_names, "torch", "transformers", "sentencepiece"}
     files = sorted(Path(huggingface.__file__).parent.glob("*_lime.py"))
-    assert len(files) == 8
+    assert len(files) == 9
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):

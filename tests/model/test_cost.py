@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flo
 from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model import cost
-from lime_dist.model.architecture import stage_layout
-from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
+from lime_dist.model.architecture import architecture_of, stage_layout
+from lime_dist.model.architectures.value_residual.history import FirstValues
 from lime_dist.model.decoder import Decoder, apply_norm, embed, open_history, run_layers
+from lime_dist.model.history import LayerHistory
 from lime_dist.model.layers import rotary_table
 from lime_dist.model.loss import projected_loss
 from lime_dist.pipeline.payload import pack, unpack
@@ -26,6 +27,8 @@ BATCH, LENGTH, LAYERS = 2, 8, 11
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"architecture": "llama", "num_key_value_heads": 2},
+    "value residual": {"architecture": "value_residual", "num_key_value_heads": 2},
+    "value residual, learnable": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
     "top_p": {"lime": {"routes": "hidden", "top_p": 0.5}},
@@ -71,6 +74,11 @@ def random_payload(config: ModelConfig, boundary: int, batch: int, length: int, 
     if config.architecture == "hyper":
         return torch.randn(batch, length, config.hyper.rate, config.hidden_size, dtype=dtype)
     return torch.randn(batch, length, cost.payload_bytes(config, boundary, 1, 1), dtype=dtype)
+
+
+def entries_of(history: LayerHistory) -> Tensor:
+    """The memory of a history's entries."""
+    return history.first if isinstance(history, FirstValues) else history.entries
 
 
 def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, float]:
@@ -132,7 +140,9 @@ def test_bytes_of_history_and_payload(model: str, precision: torch.dtype) -> Non
         history = open_history(config, layout, tokens, precision, torch.device("cpu"))
         counted = 0
         if history is not None:
-            counted = history.entries.nbytes
+            if isinstance(history, FirstValues):
+                history.write(torch.zeros(BATCH, LENGTH, config.key_value_heads * config.head_size, dtype=precision))
+            counted = entries_of(history).nbytes
             assert len(history.layout.outgoing.entries) == cost.boundary_entries(config, boundary)
             if config.lime.routes == "hidden":
                 counted += history.gradients.nbytes
@@ -189,13 +199,11 @@ def count_activations(
     history = open_history(config, stage_layout(config, start, stop), batch * length, dtype, device, lead)
     rotary = rotary_table(length, config.head_size, config.rope_theta, dtype, device)
     kept = KeptMemory([*decoder.parameters(), *rotary])
-    if history is not None:
-        kept.add(history.entries)
     tokens, labels = (torch.randint(config.vocab_size, (batch, length)) for _ in range(2))
     with kept.counting():
         if start:
             payload = random_payload(config, start, batch, length, dtype)
-            if isinstance(history, KeyValueHistory):
+            if architecture_of(config).receives_in_place:
                 payload = history.landing(tuple(payload.shape)).copy_(payload)
             hidden = unpack(kept.add(payload.requires_grad_()), config.hidden_size, history)  # a leaf is kept too
         else:
@@ -204,7 +212,10 @@ def count_activations(
         if stop == config.num_hidden_layers:
             norm, head = (decoder.get_submodule(spec.name) for spec in decoder.specs[-2:])
             hidden = projected_loss(apply_norm(config, norm, hidden), head.weight, labels)
-    return kept.bytes - (0 if history is None else history.entries.nbytes)
+    if history is None:
+        return kept.bytes
+    kept.add(entries_of(history))
+    return kept.bytes - entries_of(history).nbytes
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpointed"])

@@ -1,7 +1,7 @@
 """Protects that an architecture is one object: a toy in this file goes through training, plan, cost and export.
 
-Value residual (ResFormer, arXiv 2410.17897): a layer's values are v ← ½v + ½v₀, where v₀ are the values of layer 0. So v₀ crosses
-every stage boundary beside the hidden state.
+The toy's layers read the mean of their input and the embedding: x ← ½x + ½x₀. So x₀ crosses every stage boundary beside the hidden
+state.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lime_dist.errors import LimeError
 from lime_dist.model import cost
 from lime_dist.model.architecture import Architecture, ExportFormat, architecture_of
 from lime_dist.model.architectures.llama.architecture import Llama
-from lime_dist.model.blocks import PreNormLayer
+from lime_dist.model.architectures.llama.layer import LlamaLayer
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.layout import StageLayout
 from lime_dist.model.policies import FirstLastHistory
 from lime_dist.plan import __main__ as plan
 
-NAME = "value_residual"
+NAME = "embedding_skip"
 Workers = Callable[[int], WorkerGroup]
 
 MODELLING_CODE = """
@@ -45,35 +45,35 @@ from .layers_lime import PreNormLayer
 from .modeling_lime import BaseForCausalLM, BaseModel
 
 
-class ValueResidualLayer(PreNormLayer):
+class SkipLayer(PreNormLayer):
     def __init__(self, config, layer):
         super().__init__(config, layer, None)
 
-    def forward(self, x, first_values, run):
+    def forward(self, x, first, run):
+        if first:
+            x = (x + first[0]) / 2
+        else:
+            first.append(x)
         normed, attention = self.input_layernorm(x), self.self_attn
         key, value = attention.keys_and_values(normed)
-        if first_values:
-            value = (value + first_values[0]) / 2
-        else:
-            first_values.append(value)
         return self.finish(x, attention.queries(normed), key, value, run)
 
 
-class ValueResidualModel(BaseModel):
+class SkipModel(BaseModel):
     def make_layers(self, config):
-        return [ValueResidualLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        return [SkipLayer(config, layer) for layer in range(config.num_hidden_layers)]
 
     def open_history(self):
         return []
 
 
-class ValueResidualForCausalLM(BaseForCausalLM):
-    model_class = ValueResidualModel
+class SkipForCausalLM(BaseForCausalLM):
+    model_class = SkipModel
 """
 
 
-class FirstValues(LayerHistory):
-    """Keeps v₀ in the autograd graph, [B, T, G·d]; no buffer, no routers."""
+class FirstInput(LayerHistory):
+    """Keeps x₀ in the autograd graph, [B, T, D]; no buffer, no routers."""
 
     def __init__(self, layout: StageLayout) -> None:
         self.layout, self.is_recomputing = layout, False
@@ -83,8 +83,8 @@ class FirstValues(LayerHistory):
         hidden, self.first = payload_BTC.split([hidden_size, payload_BTC.shape[-1] - hidden_size], -1)
         return hidden
 
-    def open(self, routing: Sequence[Tensor | None], summaries: Sequence[Tensor]) -> None:
-        assert not summaries and set(routing) <= {None}
+    def open(self, routing: Sequence[Tensor | None], others: Sequence[Tensor]) -> None:
+        assert not others and set(routing) <= {None}
 
     def release(self) -> list[Tensor]:
         assert self.first is not None
@@ -95,46 +95,42 @@ class FirstValues(LayerHistory):
         return torch.cat([hidden_BTD, *released], -1)
 
 
-class ValueResidualLayer(PreNormLayer):
-    compiled_parts: ClassVar[tuple[str, ...]] = ("project", "finish")
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer, router=None)
-
-    def forward(self, x_BTD: Tensor, history: FirstValues) -> Tensor:
-        rotary, split = self.self_attn.rotary(x_BTD), self.self_attn.split_heads
-        q_BHTd, k_BTC, v_BTC = self.project(x_BTD, rotary)
+class SkipLayer(LlamaLayer):
+    def forward(self, x_BTD: Tensor, history: FirstInput) -> Tensor:
         if self.layer > 0:
             assert history.first is not None
-            v_BTC = (v_BTC + history.first) / 2
+            x_BTD = (x_BTD + history.first) / 2
         elif not history.is_recomputing:
-            history.first = v_BTC
-        return self.finish(x_BTD, q_BHTd, split(k_BTC), split(v_BTC), rotary)
+            history.first = x_BTD
+        return self.compute(x_BTD, self.self_attn.rotary(x_BTD))
 
 
-class ValueResidual(Llama):
-    """LLaMA with one entry of history, v₀, that all layers read."""
+class EmbeddingSkip(Llama):
+    """LLaMA with one entry of history, x₀, that all layers read."""
 
-    title = "Value residual"
+    title = "Embedding skip"
     policy = FirstLastHistory(first=1, last=0)
     router_map_obstacle = "its weights are fixed"
     code: ClassVar[Path]
 
     @property
     def entry_width(self) -> int:
-        return self.config.key_value_heads * self.config.head_size
+        return self.config.hidden_size
+
+    def keeps_slot(self, layer: int) -> bool:
+        return layer == 0
 
     def make_layer(self, layer: int) -> nn.Module:
-        return ValueResidualLayer(self.config, layer)
+        return SkipLayer(self.config, layer)
 
     def make_history(
         self, layout: StageLayout, num_tokens: int, dtype: torch.dtype, device: torch.device, lead: int = 0
     ) -> LayerHistory:
-        return FirstValues(layout)
+        return FirstInput(layout)
 
     @property
     def export_format(self) -> ExportFormat:
-        return ExportFormat("ValueResidualForCausalLM", {"architecture": NAME}, "ValueResidualModel", self.code)
+        return ExportFormat("SkipForCausalLM", {"architecture": NAME}, "SkipModel", self.code)
 
     def check_llama_start(self) -> None:
         raise ValueError(f"model.architecture={NAME} cannot start from a LLaMA")
@@ -143,7 +139,7 @@ class ValueResidual(Llama):
 @contextmanager
 def registered() -> Iterator[None]:
     """Within, the architecture is registered in this process."""
-    ARCHITECTURES.register(NAME)(ValueResidual)
+    ARCHITECTURES.register(NAME)(EmbeddingSkip)
     try:
         yield
     finally:
@@ -179,13 +175,9 @@ def test_one_process_computes_the_equation() -> None:
     tokens = torch.arange(12).view(2, 6)
     llama = build_decoder(model.model_copy(update={"architecture": "llama"}), dtype=torch.float64)
     llama.load_state_dict(decoder.state_dict())
-    x, first = llama.model.embed_tokens(tokens), None
+    x = first = llama.model.embed_tokens(tokens)
     for layer in llama.model.layers:
-        rotary, split = layer.self_attn.rotary(x), layer.self_attn.split_heads
-        q, k, v = layer.project(x, rotary)
-        first = v if first is None else first
-        v = v if layer.layer == 0 else 0.5 * v + 0.5 * first
-        x = layer.finish(x, q, split(k), split(v), rotary)
+        x = layer(0.5 * x + 0.5 * first, None)
     torch.testing.assert_close(
         decoder(tokens), llama.model.embed_tokens.logits(llama.model.norm(x)), rtol=0, atol=1e-12
     )
@@ -208,7 +200,7 @@ def test_two_replicas_of_two_stages_equal_one_process(workers: Workers) -> None:
 def test_costs_follow() -> None:
     model = model_config(num_key_value_heads=2)
     assert cost.count_parameters(model) == sum(p.numel() for p in build_decoder(model).parameters())
-    width = 32 + 2 * 8
+    width = 32 + 32
     assert [cost.payload_bytes(model, boundary, 10, 4) for boundary in (1, 3, 5)] == 3 * [width * 10 * 4]
     assert architecture_of(model).parameter_group("model.layers.0.mlp.up_proj.weight") == "matrices"
 
@@ -224,7 +216,7 @@ def test_plans_follow(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     config = load_config("configs/quickstart.yaml", arguments)
     llama = load_config("configs/quickstart.yaml", ["model.architecture=llama"])
     extra = cost.payload_bytes(config.model, 8, 1, 4) - cost.payload_bytes(llama.model, 8, 1, 4)
-    assert extra == 4 * config.model.key_value_heads * config.model.head_size
+    assert extra == 4 * config.model.hidden_size
     monkeypatch.setattr("sys.argv", [*command, "--processes", "2", "--sweep"])
     plan.main()
     assert "settings tried" in capsys.readouterr().out
@@ -233,19 +225,19 @@ def test_plans_follow(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def test_exports_follow(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The export carries the modelling code; its logits and cached continuation equal the trainer's."""
     pytest.importorskip("transformers", reason="the extra `hf` is not installed")
-    ValueResidual.code = tmp_path / "value_residual_lime.py"
-    ValueResidual.code.write_text(MODELLING_CODE)
+    EmbeddingSkip.code = tmp_path / "embedding_skip_lime.py"
+    EmbeddingSkip.code.write_text(MODELLING_CODE)
     write_random(run_values(dataset, tmp_path / "run", architecture=NAME))
     export(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "exported")])
     assert f"exported {NAME}, step 0" in capsys.readouterr().out
     files = {path.name for path in (tmp_path / "exported").glob("*.py")}
     shared = {"configuration_lime.py", "layers_lime.py", "modeling_lime.py"}
-    assert files == {"value_residual_lime.py", *shared}
-    assert "# Value residual" in (tmp_path / "exported/README.md").read_text()
+    assert files == {"embedding_skip_lime.py", *shared}
+    assert "# Embedding skip" in (tmp_path / "exported/README.md").read_text()
 
 
 def test_the_name_is_a_choice_of_the_configuration() -> None:
-    with pytest.raises(LimeError, match="model.architecture='resformer' must be .*'llama' or 'value_residual'"):
+    with pytest.raises(LimeError, match="model.architecture='resformer' must be 'embedding_skip', .*'llama'"):
         load_config(None, ["model.architecture=resformer"])
 
 

@@ -40,6 +40,7 @@ def small(**changes: object) -> ModelConfig:
         ("hyper_dynamic", 1.177),
         ("lime_static", 1.1768),
         ("lime_kv", 1.1769),
+        ("value_residual", 1.1767),
     ],
 )
 def test_parameter_counts_of_the_paper(name: str, billions: float) -> None:
@@ -56,7 +57,9 @@ def test_parameter_counts_of_the_paper(name: str, billions: float) -> None:
     )
 
 
-@pytest.mark.parametrize("model", ["llama", "lime_static", "lime_dynamic", "lime_kv", "hyper_dynamic"])
+@pytest.mark.parametrize(
+    "model", ["llama", "lime_static", "lime_dynamic", "lime_kv", "hyper_dynamic", "value_residual"]
+)
 def test_optimizer_settings_of_the_paper(model: str) -> None:
     config = load_config(CONFIGS / f"paper/{model}.yaml")
     optimizer = config.optimizer
@@ -151,8 +154,9 @@ def test_pruned_weights_get_no_gradient_and_kept_ones_do() -> None:
         {"lime": {"routes": "hidden"}},
         {"lime": {"routes": "hidden", "router": "dynamic"}},
         {"architecture": "hyper"},
+        {"architecture": "value_residual", "value_residual": {"learnable": True}},
     ],
-    ids=["llama", "kv", "static", "dynamic", "hyper"],
+    ids=["llama", "kv", "static", "dynamic", "hyper", "value residual"],
 )
 def test_128_layers_have_finite_gradients(changes: dict[str, object], precision: torch.dtype) -> None:
     config = small(num_hidden_layers=128, hidden_size=48, intermediate_size=96, num_attention_heads=4, **changes)

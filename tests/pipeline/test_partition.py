@@ -77,6 +77,7 @@ def test_balance_of_parts_that_cost_differently_equals_brute_force() -> None:
 MODELS = {
     "llama": ["model.architecture=llama"],
     "hyper": ["model.architecture=hyper"],
+    "value residual": ["model.architecture=value_residual"],
     "kv": ["model.num_key_value_heads=2"],
     "kv, chunked": ["model.lime.history={policy: chunked, chunk_size: 3, rank: 1, first: 2}"],
     "hidden, chunked": [

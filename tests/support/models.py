@@ -37,6 +37,8 @@ MODELS = {
         }.items()
         for name, history in list(POLICIES.items())[1:]
     },
+    "value residual": {"architecture": "value_residual", "value_residual": {"weight": 0.3}},
+    "value residual, learnable": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
     "hyper, one stream": {"architecture": "hyper", "hyper": {"rate": 1}},

@@ -152,6 +152,10 @@ def attention(
         router = torch.cat([weights[name] for name in names if name in weights], 1)
         read = make_policy(config.lime).reads(layer)
         k, v = (mix(router, [slots[entry][part] for entry in read]) for part in (0, 1))
+    if config.architecture == "value_residual" and layer > 0:
+        share = config.value_residual.weight
+        first, own = weights.get(prefix + "self_attn.router.weight", (share, 1 - share))
+        v = first * slots[Entry(0)][1] + own * v
     return causal(config, q, k, v) @ weights[prefix + "self_attn.o_proj.weight"].T
 
 

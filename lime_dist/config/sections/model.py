@@ -131,12 +131,25 @@ class HyperConfig(Section):
     dynamic: bool = Field(True, description="add a part to the connection weights that depends on the token")
 
 
+class ValueResidualConfig(Section):
+    """Value residual (ResFormer, arXiv 2410.17897); used by `architecture: value_residual`."""
+
+    weight: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the first layer's values in those of every later layer; its own have the rest",
+    )
+    learnable: bool = Field(False, description="both shares are parameters of each layer, which start at these values")
+
+
 class ModelConfig(Section):
     """Architecture and size of the decoder. The keys are those of Hugging Face's `LlamaConfig`."""
 
     architecture: ArchitectureName = Field(
         "lime",
-        description="`llama` is plain LLaMA, `lime` adds Layer-Integrated Memory to it, and `hyper` adds Hyper-Connections",
+        description="`llama` is plain LLaMA, `lime` adds Layer-Integrated Memory to it, `hyper` adds Hyper-Connections, and "
+        "`value_residual` adds the first layer's values to those of later layers",
     )
     vocab_size: int = Field(4096, ge=2, description="rows of the embedding; at least the pieces of the tokenizer")
     hidden_size: int = Field(128, ge=1, description="width of the residual stream; a multiple of `num_attention_heads`")
@@ -154,6 +167,7 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = Field(True, description="use the embedding's weight in the output projection too")
     lime: LimeConfig = LimeConfig()
     hyper: HyperConfig = HyperConfig()
+    value_residual: ValueResidualConfig = ValueResidualConfig()
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:

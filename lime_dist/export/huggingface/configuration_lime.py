@@ -1,4 +1,4 @@
-"""Configuration of a decoder that lime_dist trained: LIMe (arXiv 2502.09245) or Hyper-Connections (arXiv 2409.19606)."""
+"""Configuration of a decoder that lime_dist trained."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ class LimeConfig(PretrainedConfig):
     """Shape of the decoder, with LLaMA's names, and which entries of the layer history its layers read.
 
     Args:
-        architecture: "lime" or "hyper".
+        architecture: the name of its architecture in lime_dist, such as "lime".
         max_position_embeddings: the sequence length of training. It is not a limit: longer sequences work.
         lime: section ``model.lime`` of the run: routes ("kv" or "hidden"), router, top_p, start_layer, history.
         hyper: section ``model.hyper`` of the run: rate (number of residual streams), dynamic.
+        value_residual: section ``model.value_residual`` of the run: weight, learnable.
         reads: for every layer, the entries that it reads, as runs in the order of its router's columns. ["slots", 0, 3] are the
             slots of layers 0, 1, 2; ["summaries", 0, 2] are the first two summary rows, counted over all chunks.
         chunks: for every chunk of layers that is summarised: first layer, end (exclusive), number of rows.
@@ -38,6 +39,7 @@ class LimeConfig(PretrainedConfig):
         tie_word_embeddings: bool = True,
         lime: dict[str, Any] | None = None,
         hyper: dict[str, Any] | None = None,
+        value_residual: dict[str, Any] | None = None,
         reads: list[list[list[Any]]] | None = None,
         chunks: list[list[int]] | None = None,
         use_cache: bool = True,
@@ -56,6 +58,7 @@ class LimeConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.lime = lime if lime is not None else {}
         self.hyper = hyper if hyper is not None else {}
+        self.value_residual = value_residual if value_residual is not None else {}
         self.reads = reads if reads is not None else []
         self.chunks = chunks if chunks is not None else []
         self.use_cache = use_cache

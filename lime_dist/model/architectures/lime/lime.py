@@ -42,6 +42,9 @@ class Lime(Architecture):
     def entries_read(self, layer: int) -> int:
         return len(self.reads(layer))
 
+    def keeps_slot(self, layer: int) -> bool:
+        return True
+
     @property
     @abstractmethod
     def summary_heads(self) -> int:
