@@ -11,7 +11,7 @@ from data_tools import TOOL_VERSION
 from data_tools.common import command_parser, disk_errors, progress_bar
 from data_tools.pretokenize.encoding import SPLITS
 from data_tools.pretokenize.manifest import Manifest, finish, is_complete
-from data_tools.pretokenize.parts import check_parts, is_part, read_part
+from data_tools.pretokenize.parts import check_parts, is_part, read_part, shards_of
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sync_folder, write_atomic
@@ -128,13 +128,7 @@ def merge_parts(folders: list[Path], output: Path) -> None:
         if is_complete(output):
             print(f"dataset complete, reused: {output}")
             return
-        shards = [
-            (folder, shard)
-            for folder, of_folder in zip(folders, results, strict=True)
-            for result in of_folder
-            for split in SPLITS
-            for shard in result["shards"][split]
-        ]
+        shards = [(folder, shard) for folder, own in zip(folders, results, strict=True) for shard in shards_of(own)]
         with progress_bar(sum(shard["bin_bytes"] + shard["idx_bytes"] for _, shard in shards), "merge") as bar:
             for folder, shard in shards:
                 for source, target in zip(

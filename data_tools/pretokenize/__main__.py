@@ -64,6 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="write only this part of the shards, such as 3/8, into a folder of its own; data_tools.merge joins all parts into "
         "what one command would have written",
     )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="recompute the hashes of the shards that are finished, and write damaged ones again",
+    )
     parser.add_argument("--fresh", action="store_true", help="delete the folder's shards and start again")
     options = parser.parse_args(arguments)
     if options.workers < 1 or options.shard_tokens < 1:

@@ -1,7 +1,7 @@
 """Text to token shards: cut the input into units, encode them in worker processes, describe the result in dataset.json.
 
 Workers write into a scratch folder. Only the parent moves a unit's finished shards to their final names and then records
-the unit in ``units.ndjson``. After a kill, the next run continues from the recorded units whose hashes still match.
+the unit in ``units.ndjson``. After a kill, the next run continues from the recorded units whose shards are there.
 dataset.json is written last, so a folder that has it is complete. The bytes of the shards depend only on the names and
 content of the input, the tokenizer and the settings.
 """
@@ -26,6 +26,7 @@ from data_tools.pretokenize.pool import UnitPool
 from data_tools.pretokenize.units import Selection, Unit, plan_hash, plan_units
 from data_tools.sources.documents import check_conditions, documents
 from data_tools.sources.filters import Filter
+from data_tools.sources.footers import FOOTERS_FILE, Footers
 from data_tools.sources.inputs import HubInputFile, InputFile, fingerprint, list_inputs
 from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
@@ -108,21 +109,23 @@ def pretokenize(options: argparse.Namespace) -> None:
         if options.fresh:
             (output / PART_FILE).unlink(missing_ok=True)
         manifest, duplicates = Manifest(output, header, fresh=options.fresh), output / DUPLICATES
-        complete = is_complete_part(output) if part else is_complete(output)
-        if options.fresh or complete:  # complete: a kill may have left the folder behind
+        complete = is_complete_part(output, options.verify) if part else is_complete(output, options.verify)
+        if options.fresh or complete:  # complete: a kill may have left these behind
             shutil.rmtree(duplicates, ignore_errors=True)
+            (output / FOOTERS_FILE).unlink(missing_ok=True)
         if complete:
             print(f"{f'part {part}' if part else 'dataset'} complete, reused: {output}")
             return
         check_conditions(files, selection.filters)
         check_round_trip(options.input, files, selection, tokenizer)
         tokenizer.copy_to(output / TOKENIZER_FOLDER)
-        units = plan_units(files, options.text_column, options.shard_tokens)
+        footers = Footers(output)
+        units = plan_units(files, options.text_column, options.shard_tokens, footers)
         plan, count = plan_hash(units), len(units)
-        results = manifest.load(count, plan)
+        results = manifest.load(count, plan, options.verify)
         units = part.of(units) if part else units
         if results:
-            print(f"{len(results)} of {len(units)} units are finished and intact; continuing with the rest")
+            print(f"{len(results)} of {len(units)} units are finished; continuing with the rest")
         todo = [unit for unit in units if unit.index not in results]
         if todo and options.drop_duplicates:
             mark_duplicates(duplicates, plan, units, selection, options.workers)
@@ -147,8 +150,9 @@ def pretokenize(options: argparse.Namespace) -> None:
         if part:
             facts = {"source": options.input, "plan": plan, "units": count, "max_rejected": options.max_rejected}
             finish_part(manifest, in_order, facts)
-            return
-        finish(manifest, in_order, tokenizer, options.input, selection.stop_at_rejection, options.max_rejected)
+        else:
+            finish(manifest, in_order, tokenizer, options.input, selection.stop_at_rejection, options.max_rejected)
+        footers.remove()
         shutil.rmtree(duplicates, ignore_errors=True)
 
 

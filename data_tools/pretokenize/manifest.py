@@ -12,7 +12,7 @@ from data_tools.pretokenize.encoding import SPLITS
 from data_tools.pretokenize.units import rejection_error
 from data_tools.sources.tally import Rejection
 from data_tools.tokenizer import Tokenizer
-from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
+from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_hashes, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import (
     json_bytes,
     json_line,
@@ -82,27 +82,28 @@ class Manifest:
             return None, []
         return objects[0], [line for line in objects[1:] if type(line.get("unit")) is int]
 
-    def load(self, units: int, plan: str) -> dict[int, Result]:
-        """Return the results of the units whose shards all match the recorded hashes, and keep only these in the file.
+    def load(self, units: int, plan: str, verify: bool) -> dict[int, Result]:
+        """Return the results of the units whose shards are all there, and keep only these in the file.
 
         Args:
             plan: `units.plan_hash`; results of another plan do not count. Earlier versions did not record it.
+            verify: compare the hashes of shards too, not only their sizes.
         """
         results = {
             result["unit"]: result
             for result in self._read()[1]
             if 0 <= result["unit"] < units and result.get("plan", plan) == plan
         }
-        verified = {unit: result for unit, result in sorted(results.items()) if self._holds(result)}
+        verified = {unit: result for unit, result in sorted(results.items()) if self._holds(result, verify)}
         self.write(verified.values())
         return verified
 
-    def _holds(self, result: Result) -> bool:
+    def _holds(self, result: Result, verify: bool) -> bool:
         for shard in (shard for split in SPLITS for shard in result["shards"][split]):
             for path, kind in zip(pair_paths(self.folder / shard["name"]), ("bin", "idx"), strict=True):
                 if not path.is_file() or path.stat().st_size != shard[f"{kind}_bytes"]:
                     return False
-                if sha256_file(path) != shard[f"{kind}_sha256"]:
+                if verify and sha256_file(path) != shard[f"{kind}_sha256"]:
                     return False
         return True
 
@@ -145,14 +146,20 @@ def differences(old: dict[str, Any], new: dict[str, Any], now_is: str = "now") -
     return f"other input files ({', '.join(names[:3])}{', …' if len(names) > 3 else ''} differ)"
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the dataset is finished and every shard has its size; if not, print the reason and remove dataset.json."""
+def is_complete(folder: Path, verify: bool = False) -> bool:
+    """Whether the dataset is finished and every shard has its size; if not, print the reason and remove dataset.json.
+
+    Args:
+        verify: compare the hashes of shards too.
+    """
     if not (folder / DATASET_FILE).exists():
         return False
     try:
         for split in read_dataset_json(folder)["splits"].values():
             for shard in split["shards"]:
                 check_shard_sizes(folder, shard)
+                if verify:
+                    check_shard_hashes(folder, shard)
         return True
     except LimeError as error:
         print(f"no longer complete: {error}")

@@ -13,7 +13,7 @@ from typing import Any
 from data_tools.pretokenize.encoding import SPLITS
 from data_tools.pretokenize.manifest import UNITS_FILE, Manifest, Result, differences
 from data_tools.pretokenize.units import Unit
-from lime_dist.data.dataset import check_shard_sizes
+from lime_dist.data.dataset import check_shard_hashes, check_shard_sizes
 from lime_dist.data.files import json_bytes, read_json, read_json_lines, write_atomic
 from lime_dist.errors import LimeError
 
@@ -65,12 +65,18 @@ def finish_part(manifest: Manifest, results: list[Result], facts: dict[str, Any]
     print(f"part {manifest.header['part']} written: {manifest.folder}; join all parts with data_tools.merge")
 
 
-def is_complete_part(folder: Path) -> bool:
-    """Whether a part is finished and every shard has its size; if not, print the reason and remove part.json."""
+def is_complete_part(folder: Path, verify: bool) -> bool:
+    """Whether a part is finished and every shard has its size; if not, print the reason and remove part.json.
+
+    Args:
+        verify: compare the hashes of shards too.
+    """
     if not (folder / PART_FILE).exists():
         return False
     try:
-        read_part(folder)
+        _, results = read_part(folder)
+        for shard in shards_of(results) if verify else ():
+            check_shard_hashes(folder, shard)
         return True
     except LimeError as error:
         print(f"no longer complete: {error}")
@@ -97,9 +103,14 @@ def read_part(folder: Path) -> tuple[dict[str, Any], list[Result]]:
     numbers = {result["unit"] for result in results}
     if facts.get("format") != FORMAT or len(numbers) != len(range(facts["units"])[_slice(facts["part"])]):
         raise LimeError(f"{folder / UNITS_FILE}: does not list the units of the part; {AGAIN}")
-    for shard in (shard for result in results for split in SPLITS for shard in result["shards"][split]):
+    for shard in shards_of(results):
         check_shard_sizes(folder, shard, UNITS_FILE)
     return facts, results
+
+
+def shards_of(results: list[Result]) -> list[dict[str, Any]]:
+    """All shards of some units."""
+    return [shard for result in results for split in SPLITS for shard in result["shards"][split]]
 
 
 def _slice(part: str) -> slice:

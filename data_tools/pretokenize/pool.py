@@ -17,6 +17,7 @@ import numpy as np
 
 from data_tools.common import progress_bar, start_worker
 from data_tools.pretokenize.units import Unit
+from data_tools.sources import hub_requests
 from data_tools.sources.inputs import RemoteDamage
 from lime_dist.errors import LimeError
 
@@ -64,8 +65,9 @@ class Task(Protocol[Returned]):
 _worker: dict[str, Any] = {}  # set by the initialiser for all units of this worker process
 
 
-def _start(parent: int, task: Task[Any], shared: Any) -> None:
+def _start(parent: int, task: Task[Any], shared: Any, signed: dict[str, str]) -> None:
     start_worker(parent)
+    hub_requests.signed.update(signed)
     task.prepare()
     _worker.update(task=task, shared=shared)
 
@@ -125,7 +127,9 @@ class UnitPool(Generic[Result]):
         waiting, running, begin = iter(todo), dict[Future[Result], Unit](), time.perf_counter()
         done_bytes = int(sizes.sum()) - sum(unit.text_bytes for unit in todo)
         workers = min(self._workers, len(todo))
-        pool = ProcessPoolExecutor(workers, context, _start, (os.getpid(), self._task, shared))
+        pool = ProcessPoolExecutor(
+            workers, context, _start, (os.getpid(), self._task, shared, dict(hub_requests.signed))
+        )
         bar = progress_bar(int(sizes.sum()), self._description, initial=done_bytes)
         try:
             while True:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from data_tools.common import progress_bar
 from data_tools.sources.documents import read_file
 from data_tools.sources.filters import Filter
-from data_tools.sources.inputs import InputFile, row_group_bytes
+from data_tools.sources.footers import Footers, read_footers
+from data_tools.sources.inputs import InputFile
 from data_tools.sources.tally import Rejection, Tally
 from lime_dist.errors import LimeError
 
 BYTES_PER_TOKEN = 4  # expected; only affects how much text makes a unit
 UNITS_WANTED, SMALLEST_UNIT = 64, 4 << 20
-FOOTERS_AT_ONCE = 16  # of parquet files, one thread each, to hide network latency
 
 
 @dataclass(frozen=True)
@@ -48,25 +46,22 @@ class Selection:
     stop_at_rejection: bool = False
 
 
-def plan_units(files: list[InputFile], text_column: str, shard_tokens: int) -> list[Unit]:
+def plan_units(
+    files: list[InputFile], text_column: str, shard_tokens: int, footers: Footers | None = None
+) -> list[Unit]:
     """Cut the input into units, in order. They depend only on the input and ``shard_tokens``, never on the workers.
 
     A unit holds the text of about one shard, or less if the input is so small that there would be fewer than 64 units.
+
+    Args:
+        footers: what is known of the files of the hub, and where it is recorded.
     """
 
-    def groups_of(file: InputFile) -> list[int]:
-        return row_group_bytes(file, text_column) if file.is_parquet else []
-
     pieces: list[tuple[InputFile, tuple[int, int] | None, int]] = []
-    with (
-        ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads,
-        progress_bar(len(files), "reading footers", unit=" files", unit_scale=False, leave=False) as bar,
-    ):
-        for file, groups in zip(files, threads.map(groups_of, files), strict=True):
-            pieces += [(file, (group, group + 1), size) for group, size in enumerate(groups)]
-            if not groups:
-                pieces.append((file, None, file.text_bytes))
-            bar.update()
+    for file, groups in zip(files, read_footers(files, text_column, footers), strict=True):
+        pieces += [(file, (group, group + 1), size) for group, size in enumerate(groups)]
+        if not groups:
+            pieces.append((file, None, file.text_bytes))
     total = sum(size for *_, size in pieces)
     target = min(shard_tokens * BYTES_PER_TOKEN, max(total // UNITS_WANTED, SMALLEST_UNIT))
     units: list[Unit] = []

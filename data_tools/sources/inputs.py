@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.sources.hub import HubFileFacts, hub_dataset, whole_content
-from data_tools.sources.hub_requests import HubError, HubFile
+from data_tools.sources.hub_file import HubFile, RemoteParquet, forget_footers
+from data_tools.sources.hub_requests import HubError
 from data_tools.sources.tally import reason_of
 from data_tools.sources.walk import ALL, is_folder, matching_files, special_file
 from lime_dist.errors import LimeError
@@ -67,9 +68,9 @@ class HubInputFile(InputFile):
     commit: str
 
     def open(self) -> IO[bytes]:
-        """Open the file for reading bytes, seekable."""
+        """Open the file for reading it from its beginning to its end; its content is checked."""
         if self.facts.sha256 is not None:
-            return HubFile.open(self.path, self.facts.size)
+            return HubFile.whole(self.path, self.facts.size, self.facts.sha256)
         try:  # a small file in git itself, for which the hub need not know ranges
             return io.BytesIO(whole_content(self.facts))
         except HubError as error:
@@ -189,8 +190,11 @@ def _row_group_bytes(file: InputFile, text_column: str) -> list[int]:
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
     """Open a parquet file. Page checksums, if the file has them, detect damage that would decode to different text."""
-    by_name = not isinstance(file, HubInputFile) and is_utf8(file.path)  # pyarrow takes no other names
-    reader = pq.ParquetFile(file.path if by_name else file.open(), page_checksum_verification=True)
+    if isinstance(file, HubInputFile) and file.facts.sha256 is not None:
+        reader = RemoteParquet(file.path, file.size)
+    else:
+        by_name = not isinstance(file, HubInputFile) and is_utf8(file.path)  # pyarrow takes no other names
+        reader = pq.ParquetFile(file.path if by_name else file.open(), page_checksum_verification=True)
     try:
         yield reader
     finally:
@@ -209,5 +213,6 @@ def is_utf8(text: str) -> bool:
 def raise_if_remote(file: InputFile, error: BaseException) -> None:
     """Raise a RemoteDamage if a file that cannot be decoded has come over a network: no row is given up because of that."""
     if isinstance(file, HubInputFile):
+        forget_footers()
         reason = reason_of(error)
         raise RemoteDamage(f"{file.name}: has arrived damaged ({reason})")

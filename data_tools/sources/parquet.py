@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_tools.sources.filters import Filter, Kind, nested
+from data_tools.sources.hub_file import RemoteParquet
 from data_tools.sources.inputs import InputFile, open_parquet, raise_if_remote
 from data_tools.sources.tally import Rejection, Tally, names, reason_of
 
@@ -40,6 +41,8 @@ def read_parquet(
             return
         meta = reader.metadata
         first, end = row_groups or (0, meta.num_row_groups)
+        if end > meta.num_row_groups:  # when the units were planned it had more
+            raise_if_remote(file, pa.ArrowInvalid("its footer has changed"))
         # ends[g]: the number of rows before row group g
         ends = [0, *accumulate(meta.row_group(group).num_rows for group in range(end))]
         reason = _no_text_column(reader.schema_arrow, text_column) or condition_problem(reader.schema_arrow, filters)
@@ -51,6 +54,8 @@ def read_parquet(
         columns = list(
             dict.fromkeys([text_column, *(_path(reader.schema_arrow, condition.column) for condition in filters)])
         )
+        if isinstance(reader, RemoteParquet):
+            reader.expect(range(first, end), columns)
         for group in range(first, end):
             row = ends[group]
             try:

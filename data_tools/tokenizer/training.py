@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import sentencepiece
 
 from data_tools.common import disk_errors, progress_bar
 from data_tools.sources.documents import read_file
-from data_tools.sources.inputs import INPUT_HELP, InputFile, fingerprint, list_inputs, row_group_bytes
+from data_tools.sources.footers import read_footers
+from data_tools.sources.inputs import INPUT_HELP, HubInputFile, InputFile, fingerprint, list_inputs
 from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer.facts import tokenizer_facts
@@ -33,6 +35,8 @@ TRAINING_CHARACTERS = 1000
 """sentencepiece silently skips training sentences over 4192 bytes; a character has at most 4 bytes."""
 
 CHECKED_DOCUMENTS = 1000
+SAMPLED_FILES = 300
+"""Of a dataset of the hub with more files, only so many are read."""
 
 
 def file_budgets(sizes: list[int], budget: int) -> list[int]:
@@ -44,6 +48,19 @@ def file_budgets(sizes: list[int], budget: int) -> list[int]:
     return budgets
 
 
+def sample_files(files: list[InputFile], seed: int) -> list[InputFile]:
+    """At most SAMPLED_FILES of a hub dataset's files: one at random from each of as many stretches of equal length."""
+    if len(files) <= SAMPLED_FILES or not isinstance(files[0], HubInputFile):
+        return files
+    generator = np.random.default_rng([seed, len(files)])
+    borders = [len(files) * stretch // SAMPLED_FILES for stretch in range(SAMPLED_FILES + 1)]
+    chosen = [files[int(generator.integers(first, end))] for first, end in pairwise(borders)]
+    print(
+        f"hub: {SAMPLED_FILES:,} of {len(files):,} files are sampled, from {chosen[0].name} to {chosen[-1].name} (--seed {seed})"
+    )
+    return chosen
+
+
 def sample_documents(
     files: list[InputFile], text_column: str, budget: int, seed: int, tally: Tally
 ) -> Iterator[tuple[str, int]]:
@@ -51,8 +68,12 @@ def sample_documents(
 
     A parquet file's row groups are read in random order until the file's budget is used up. A JSONL file's documents are
     kept with the probability that uses up its budget. A file's random numbers depend only on the seed and its index.
+    Of many files of the hub, some are sampled; see `sample_files`.
     """
-    groups = [row_group_bytes(file, text_column) if file.is_parquet else [] for file in files]
+    every_file, files = len(files), sample_files(files, seed)
+    # At most a fourth of the budget comes from one row group, so that no single one represents the file.
+    share = 0.25 if len(files) == every_file else 1.0  # sampled files are so many that one each is enough
+    groups = list(read_footers(files, text_column))
     sizes = [sum(group) if file.is_parquet else file.text_bytes for file, group in zip(files, groups, strict=True)]
     for i, (file, left) in enumerate(zip(files, file_budgets(sizes, budget), strict=True)):
         generator = np.random.default_rng([seed, i])
@@ -60,8 +81,7 @@ def sample_documents(
         keep = min(1.0, 1.1 * left / max(1, sizes[i]))
         if file.is_parquet:
             parts = [(int(group), int(group) + 1) for group in generator.permutation(len(groups[i]))]
-            # At most a fourth of the budget comes from one row group, so that no single one represents the file.
-            keep = min(1.0, max(keep, 0.25 * left / max(1, max(groups[i], default=1))))
+            keep = min(1.0, max(keep, share * left / max(1, max(groups[i], default=1))))
         for part in parts:
             for _, text in read_file(file, text_column, tally, part):
                 if left > 0 and generator.random() < keep:

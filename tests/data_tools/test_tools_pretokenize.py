@@ -149,8 +149,12 @@ def test_finished_units_survive_killed_workers_and_parents(
         file.write(b'{"unit": 3, "ro')  # a line that the kill cut short
     damaged = next(output.glob("train-*.bin"))
     damaged.write_bytes(damaged.read_bytes()[:-2] + b"\0\1")  # and a finished shard with changed content
-    pretokenize(given)
-    assert "units are finished and intact; continuing with the rest" in capsys.readouterr().out
+    pretokenize([*given, "--verify"])
+    assert "units are finished; continuing with the rest" in capsys.readouterr().out
+    assert content(output) == content(dataset)
+    damaged.write_bytes(damaged.read_bytes()[:-2] + b"\0\1")
+    pretokenize([*given, "--verify"])
+    assert f"no longer complete: {damaged}: its SHA-256 differs" in capsys.readouterr().out
     assert content(output) == content(dataset)
 
 
@@ -233,7 +237,7 @@ def test_a_real_full_disk(
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         capsys.readouterr()
         pretokenize(given)
-        assert "units are finished and intact; continuing with the rest" in capsys.readouterr().out
+        assert "units are finished; continuing with the rest" in capsys.readouterr().out
         assert content(disk / "out") == content(dataset)
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -292,7 +296,7 @@ def test_what_a_crash_leaves_in_the_progress_file_is_dropped(
     pretokenize(arguments(corpus, tokenizer_folder, copy, "--workers", "1"))
     said = capsys.readouterr().out
     assert said.count("unreadable line(s) dropped") == 1
-    assert f"{len(others)} of {1 + len(others)} units are finished and intact" in said
+    assert f"{len(others)} of {1 + len(others)} units are finished" in said
     assert content(copy) == content(dataset)
 
 
