@@ -20,6 +20,7 @@ from typing import Any
 from data_tools import TOOL_VERSION
 from data_tools.pretokenize.duplicates import HashUnit, find_duplicates, hashed
 from data_tools.pretokenize.encoding import EncodeUnit, Layout
+from data_tools.pretokenize.kept import forget
 from data_tools.pretokenize.manifest import Manifest, Result, finish, is_complete, recorded_commit
 from data_tools.pretokenize.parts import PART_FILE, Part, finish_part, is_complete_part
 from data_tools.pretokenize.pool import UnitPool
@@ -128,7 +129,7 @@ def pretokenize(options: argparse.Namespace) -> None:
             print(f"{len(results)} of {len(units)} units are finished; continuing with the rest")
         todo = [unit for unit in units if unit.index not in results]
         if todo and options.drop_duplicates:
-            mark_duplicates(duplicates, plan, units, selection, options.workers)
+            mark_duplicates(duplicates, plan, units, set(results), selection, options.workers)
         # A unique name: whatever an orphaned worker of a killed run still writes cannot end up among our shards.
         scratch = output / f"{SCRATCH}-{os.getpid()}-{time.time_ns()}"
         scratch.mkdir()
@@ -137,6 +138,7 @@ def pretokenize(options: argparse.Namespace) -> None:
             result = {**result, "plan": plan}
             manifest.publish(result, scratch)
             results[result["unit"]] = result
+            forget(duplicates, result["unit"])
 
         marks = duplicates if options.drop_duplicates else None
         task = EncodeUnit(output / TOKENIZER_FOLDER, scratch, selection, layout, marks)
@@ -156,7 +158,9 @@ def pretokenize(options: argparse.Namespace) -> None:
         shutil.rmtree(duplicates, ignore_errors=True)
 
 
-def mark_duplicates(folder: Path, plan: str, units: list[Unit], selection: Selection, workers: int) -> None:
+def mark_duplicates(
+    folder: Path, plan: str, units: list[Unit], encoded: set[int], selection: Selection, workers: int
+) -> None:
     """Hash the units that are not hashed yet, then compare all hashes; the result is written to ``folder``."""
     marker = folder / "plan"
     if marker.exists() and marker.read_bytes() != plan.encode():
@@ -165,5 +169,5 @@ def mark_duplicates(folder: Path, plan: str, units: list[Unit], selection: Selec
     write_atomic(marker, plan.encode())
     todo = [unit for unit in units if not hashed(folder, unit)]
     if todo:
-        UnitPool(HashUnit(folder, selection), workers, "hashing").run(units, todo, lambda unit: None)
+        UnitPool(HashUnit(folder, selection, encoded), workers, "hashing").run(units, todo, lambda unit: None)
     print(f"duplicates: {find_duplicates(folder, len(units)):,}")

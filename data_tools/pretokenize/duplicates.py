@@ -4,19 +4,20 @@
     FOLDER/duplicates.npy   from the parent: one bit per document of the whole input, 1 for a duplicate
     FOLDER/starts.npy       int64 [units + 1]: the first document of each unit
 
-Hashes are compared bucket by bucket (a bucket is a range of hashes), so memory holds one bucket whatever the input's size.
+Texts that come over a network are kept beside the hashes; see `kept`. Hashes are compared bucket by bucket (a bucket is a range of hashes), so memory holds one bucket whatever the input's size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.common import progress_bar
+from data_tools.pretokenize.kept import is_remote, keep, kept
 from data_tools.pretokenize.pool import Progress
 from data_tools.pretokenize.units import Selection, Unit, unit_documents
 from data_tools.sources.tally import Tally
@@ -28,17 +29,24 @@ HASH_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u4")])
 
 
 class HashUnit:
-    """A task that hashes a unit's documents into ``folder`` and returns the unit's index."""
+    """A task that hashes a unit's documents into ``folder`` and returns the unit's index.
 
-    def __init__(self, folder: Path, selection: Selection) -> None:
-        self._folder, self._selection = folder, selection
+    Args:
+        encoded: the units that are encoded already. The texts of others are kept if they come over a network.
+    """
+
+    def __init__(self, folder: Path, selection: Selection, encoded: Iterable[int] = ()) -> None:
+        self._folder, self._selection, self._encoded = folder, selection, frozenset(encoded)
 
     def prepare(self) -> None:
         """Do nothing: hashing needs no preparation."""
 
     def __call__(self, unit: Unit, progress: Progress) -> int:
-        hashes = bytearray()
-        for text in unit_documents(unit, self._selection, Tally()):
+        hashes, tally = bytearray(), Tally()
+        texts = unit_documents(unit, self._selection, tally)
+        if is_remote(unit) and unit.index not in self._encoded:
+            texts = keep(self._folder, unit, texts, tally)
+        for text in texts:
             raw = text.encode()
             hashes += hashlib.blake2b(raw, digest_size=16).digest()
             progress.add(len(raw), 0)
@@ -54,6 +62,7 @@ class Duplicates:
     """The result of `find_duplicates`, read one unit at a time."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._starts = np.load(folder / "starts.npy")
         self._bits = np.load(folder / "duplicates.npy", mmap_mode="r")
 
@@ -63,13 +72,14 @@ class Duplicates:
         bits = np.unpackbits(self._bits[first // 8 : -(-end // 8)], bitorder="little")
         return bits[first % 8 : first % 8 + end - first].astype(bool)
 
-    def without(self, unit: Unit, texts: Iterator[str]) -> Iterator[str]:
-        """Yield the texts of a unit without its duplicates.
+    def without(self, unit: Unit, selection: Selection, tally: Tally) -> Iterator[str]:
+        """Yield the texts of a unit without its duplicates, from where `HashUnit` kept them or from the input.
 
         Raises:
             LimeError: the number of texts differs from the number that was hashed.
         """
         marks, number = self.of(unit), 0
+        texts = kept(self._folder, unit, tally) or unit_documents(unit, selection, tally)
         for number, text in enumerate(texts, start=1):
             if number > len(marks):
                 break

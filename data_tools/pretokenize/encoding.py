@@ -131,7 +131,7 @@ class EncodeUnit:
         if self._duplicates:
             marks = self._duplicates.of(unit)
             duplicates = int(marks.sum())
-            texts = self._duplicates.without(unit, texts)
+            texts = self._duplicates.without(unit, self._selection, tally)
         before, after = int(layout.bos), int(layout.eos)
         try:
             for batch in _batches(texts):

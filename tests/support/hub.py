@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
+PIECE = 1 << 16  # bytes that are sent at once
 PAGE = 2  # entries of a page of the tree
 SMALL = (
     ".md",
@@ -24,7 +28,8 @@ class Fault:
     """What goes wrong with the next ``times`` requests whose path matches ``where``.
 
     kind: "status" (with ``headers``), "page" (an HTML page with status 200), "whole" (the range is ignored), "short" (an orderly
-    end after half of the bytes, and no length), "truncate" (the same, against the length announced), "flip" (one byte is wrong).
+    end after half of the bytes, and no length), "truncate" (the same, against the length announced), "reset" (the same, with a
+    reset), "stall" (half of the bytes, then nothing for a minute), "flip" (one byte is wrong).
     """
 
     kind: str
@@ -35,14 +40,23 @@ class Fault:
 
 
 class Hub:
-    """The server; a context manager. ``commit`` makes what is in a folder the newest commit of main."""
+    """The server; a context manager. ``commit`` makes what is in a folder the newest commit of main.
+
+    Attributes:
+        requests: the paths that were asked for, in order; ``sent``: the bytes of content that were sent.
+        uses: how many answers a signed address gives before it has expired.
+        rate: bytes a second of all content together; None: as fast as it goes.
+    """
 
     def __init__(self, name: str) -> None:
         self.name, self.commits, self.main = name, dict[str, dict[str, bytes]](), ""
         self.served: dict[str, bytes] = {}  # content that is not what the commit says
         self.faults: list[Fault] = []
         self.requests: list[str] = []
-        self.leaked_tokens = 0
+        self.leaked_tokens = self.sent = self.expired = 0
+        self.uses, self.rate = 1 << 60, float("inf")
+        self._left: list[int] = []  # of each signed address, its uses
+        self._lock, self._free_at = threading.Lock(), 0.0  # when the throttled link is free
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._content = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url, self.content_url = (f"http://127.0.0.1:{one.server_port}" for one in (self._server, self._content))
@@ -65,6 +79,27 @@ class Hub:
         ).hexdigest()
         self.commits[self.main] = files
         return self.main
+
+    def sign(self) -> int:
+        """The number of a new signed address."""
+        with self._lock:
+            self._left.append(self.uses)
+            return len(self._left) - 1
+
+    def is_valid(self, number: int) -> bool:
+        """Whether a signed address is good for one more answer."""
+        with self._lock:
+            self._left[number] -= 1
+            self.expired += self._left[number] < 0
+            return self._left[number] >= 0
+
+    def pace(self, size: int) -> None:
+        """Wait until the link has sent so many bytes more."""
+        with self._lock:
+            self.sent += size
+            self._free_at = max(self._free_at, time.monotonic()) + size / self.rate
+            until = self._free_at
+        threading.Event().wait(max(0.0, until - time.monotonic()))  # not time.sleep, which tests replace
 
     def count(self, where: str) -> int:
         return sum(re.search(where, path) is not None for path in self.requests)
@@ -97,7 +132,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Connection", "close")
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                for start in range(0, len(body), PIECE) if status == 206 else ():
+                    hub.pace(len(body[start : start + PIECE]))
+                    self.wfile.write(body[start : start + PIECE])
+                if status != 206:
+                    self.wfile.write(body)
             self.close_connection = True
 
         def do_GET(self) -> None:
@@ -110,7 +149,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif fault is not None and fault.kind == "page":
                 self.send(200, b"<!DOCTYPE html><title>Sign in to the network</title>", Content_Type="text/html")
             elif path.startswith("/content/"):
-                self.content(path, fault)
+                self.content(path, query, fault)
             elif path == "/api/agent-harnesses":
                 self.send(200, b'{"standardEnvVars": [], "harnesses": {}}')
             elif path.startswith((f"/api/datasets/{hub.name}/", f"/datasets/{hub.name}/resolve/")):
@@ -139,7 +178,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif rest[0].endswith(SMALL):
                 self.send(200, files[rest[0]], ETag=f'"{git_hash(files[rest[0]])}"', X_Repo_Commit=sha)
             else:
-                self.send(302, b"", Location=f"{hub.content_url}/content/{sha}/{rest[0]}", X_Repo_Commit=sha)
+                self.send(
+                    302,
+                    b"",
+                    Location=f"{hub.content_url}/content/{sha}/{rest[0]}?signed={hub.sign()}",
+                    X_Repo_Commit=sha,
+                )
 
         def tree(self, files: dict[str, bytes], folder: str, query: dict[str, list[str]]) -> None:
             recursive, start = "recursive" in query, int(query.get("cursor", ["0"])[0])
@@ -168,8 +212,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             large = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
             return entry if name.endswith(SMALL) else entry | large
 
-        def content(self, path: str, fault: Fault | None) -> None:
+        def content(self, path: str, query: dict[str, list[str]], fault: Fault | None) -> None:
             hub.leaked_tokens += "Authorization" in self.headers
+            if not hub.is_valid(int(query["signed"][0])):
+                self.send(403, b"<Error><Code>AccessDenied</Code></Error>")
+                return
             _, _, sha, name = path.split("/", 3)
             data, kind = hub.served.get(name, hub.commits[sha][name]), fault.kind if fault is not None else ""
             given = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
@@ -182,10 +229,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 middle = len(body) // 2
                 body = body[:middle] + bytes([body[middle] ^ 255]) + body[middle + 1 :]
             headers = {"Content_Range": f"bytes {first}-{end - 1}/{len(data)}"}
-            if kind == "truncate":
+            if kind in ("truncate", "reset", "stall"):
                 headers["Content_Length"] = str(len(body))
-            if kind in ("truncate", "short"):
+            if kind in ("truncate", "short", "reset", "stall"):
                 self.send(206, body[: len(body) // 2], length=False, **headers)
+                if kind == "reset":
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                if kind == "stall":
+                    self.wfile.flush()
+                    threading.Event().wait(60)
             else:
                 self.send(206, body, **headers)
 
