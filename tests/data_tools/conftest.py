@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.hub import Hub
+from support.hub_client import NAME, README, use_hub
 
+from data_tools.sources import hub_requests
 from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer.__main__ import main as tokenizer_command
 
@@ -65,3 +69,34 @@ def tokenizer_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def trained(tokenizer_folder: Path) -> Tokenizer:
     """The tokenizer, opened."""
     return Tokenizer(tokenizer_folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """What is in the repository: two files of data, one sample, and what is neither."""
+    root = tmp_path / "repository"
+    for number, path in enumerate(["data/CC-1/a.parquet", "data/CC-2/b.parquet", "sample/10BT/000.parquet"]):
+        (root / path).parent.mkdir(parents=True)
+        texts = [f"text {i} of file {number} {'with some words ' * 20}" for i in range(300)]
+        table = pa.table({"text": texts, "score": [float(i % 5) for i in range(300)]})
+        pq.write_table(table, root / path, row_group_size=50, write_page_checksum=True, compression="none")
+    (root / "README.md").write_text(README)
+    (root / "figures.csv").write_text("1,2\n")
+    return root
+
+
+@pytest.fixture
+def hub(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub(NAME) as server:
+        server.commit(data)
+        use_hub(monkeypatch, server.url, tmp_path)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield server
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that this process makes between requests, which are left out."""
+    made: list[float] = []
+    monkeypatch.setattr(hub_requests.time, "sleep", made.append)
+    return made

@@ -3,103 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import HfFileSystem, constants
+from huggingface_hub import HfFileSystem
 from support.hub import Fault, Hub
+from support.hub_client import NAME, README, read, run, shards, use_hub
 
-from data_tools.pretokenize.__main__ import main as pretokenize
 from data_tools.pretokenize.manifest import Manifest
-from data_tools.sources import hub_requests
-from data_tools.sources.documents import documents
 from data_tools.sources.inputs import fingerprint, list_inputs
-from data_tools.sources.tally import Tally
 from lime_dist.errors import LimeError
-
-NAME = "HuggingFaceFW/fineweb-edu"
-README = """---
-license: odc-by
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/*/*
-- config_name: sample-10BT
-  data_files:
-  - split: train
-    path: sample/10BT/*
----
-# A data set
-"""
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """What is in the repository: two files of data, one sample, and what is neither."""
-    root = tmp_path / "repository"
-    for number, path in enumerate(["data/CC-1/a.parquet", "data/CC-2/b.parquet", "sample/10BT/000.parquet"]):
-        (root / path).parent.mkdir(parents=True)
-        texts = [f"text {i} of file {number} {'with some words ' * 20}" for i in range(300)]
-        table = pa.table({"text": texts, "score": [float(i % 5) for i in range(300)]})
-        pq.write_table(table, root / path, row_group_size=50, write_page_checksum=True, compression="none")
-    (root / "README.md").write_text(README)
-    (root / "figures.csv").write_text("1,2\n")
-    return root
-
-
-@pytest.fixture
-def hub(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with Hub(NAME) as server:
-        server.commit(data)
-        use_hub(monkeypatch, server.url, tmp_path)
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        yield server
-
-
-def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, folder: Path, offline: bool = False) -> None:
-    """Set what the libraries take from the environment once, when they are imported, and an empty cache."""
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    for name, value in (("HF_ENDPOINT", url), ("HF_HUB_OFFLINE", offline), ("HF_CACHE_HOME", str(folder / "cache"))):
-        monkeypatch.setattr(datasets.config, name, value)
-    HfFileSystem.clear_instance_cache()
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that this process makes between requests, which are left out."""
-    made: list[float] = []
-    monkeypatch.setattr(hub_requests.time, "sleep", made.append)
-    return made
-
-
-def run(given: object, tokenizer: Path, output: Path, *options: str) -> dict[str, Any]:
-    pretokenize(
-        ["--input", str(given), "--tokenizer", str(tokenizer), "--output", str(output), "--workers", "1",
-         "--shard-tokens", "20000", *options]
-    )  # fmt: skip
-    return json.loads((output / "dataset.json").read_text())
-
-
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".idx")}
-
-
-def read(given: str) -> list[str]:
-    tally = Tally()
-    texts = [text for *_, text in documents(list_inputs(given), "text", tally)]
-    assert not tally.rejected
-    return texts
 
 
 def test_configurations_and_the_files_they_mean(hub: Hub, data: Path, pauses: list[float]) -> None:
@@ -141,7 +57,7 @@ def test_a_local_folder_of_the_same_name_is_not_the_dataset(
 @pytest.mark.parametrize(
     ("kind", "where"),
     [
-        *((kind, "/content/") for kind in ("page", "whole", "short", "truncate", "status", "expired")),
+        *((kind, "/content/") for kind in ("page", "whole", "short", "truncate", "reset", "gone", "status", "expired")),
         *(
             (kind, where)
             for kind in ("page", "status")
@@ -203,7 +119,8 @@ def test_shards_equal_those_of_a_local_copy_through_faults(
     hub: Hub, data: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     local = run(data / "data", tokenizer_folder, tmp_path / "local", "--drop-duplicates")
-    hub.faults += [Fault(kind, "/content/.*") for kind in ("page", "flip", "short")]
+    hub.faults += [Fault(kind, "/content/.*") for kind in ("page", "flip", "short", "reset")]
+    hub.uses = 5
     remote = run(f"hub:{NAME}", tokenizer_folder, tmp_path / "remote", "--drop-duplicates")
     assert shards(tmp_path / "remote") == shards(tmp_path / "local") and not any(fault.times for fault in hub.faults)
     asked = hub.count("^/api/datasets/")

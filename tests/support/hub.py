@@ -17,10 +17,8 @@ from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 PIECE = 1 << 16  # bytes that are sent at once
 PAGE = 2  # entries of a page of the tree
-SMALL = (
-    ".md",
-    ".jsonl",
-)  # in git itself: answered by the hub, which ignores ranges; all others are at signed addresses
+SMALL = re.compile(r"(?!.*large).*\.(md|jsonl)")
+"""Files in git itself: answered by the hub, which ignores ranges; all others are at signed addresses."""
 
 
 @dataclass
@@ -29,7 +27,7 @@ class Fault:
 
     kind: "status" (with ``headers``), "page" (an HTML page with status 200), "whole" (the range is ignored), "short" (an orderly
     end after half of the bytes, and no length), "truncate" (the same, against the length announced), "reset" (the same, with a
-    reset), "stall" (half of the bytes, then nothing for a minute), "flip" (one byte is wrong).
+    reset), "stall" (half of the bytes, then nothing for a minute), "gone" (no answer), "flip" (one byte is wrong).
     """
 
     kind: str
@@ -144,7 +142,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             path, query = unquote(url.path), parse_qs(url.query)
             hub.requests.append(path)
             fault = hub.fault(path)
-            if fault is not None and fault.kind == "status":
+            if fault is not None and fault.kind == "gone":
+                self.close_connection = True
+            elif fault is not None and fault.kind == "status":
                 self.send(fault.status, b"", **dict(fault.headers))
             elif fault is not None and fault.kind == "page":
                 self.send(200, b"<!DOCTYPE html><title>Sign in to the network</title>", Content_Type="text/html")
@@ -175,7 +175,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send(200, json.dumps(known).encode())
             elif rest[0] not in files:
                 self.send(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
-            elif rest[0].endswith(SMALL):
+            elif SMALL.fullmatch(rest[0]):
                 self.send(200, files[rest[0]], ETag=f'"{git_hash(files[rest[0]])}"', X_Repo_Commit=sha)
             else:
                 self.send(
@@ -210,7 +210,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def entry(self, name: str, data: bytes) -> dict[str, Any]:
             entry = {"type": "file", "oid": git_hash(data), "size": len(data), "path": name}
             large = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
-            return entry if name.endswith(SMALL) else entry | large
+            return entry if SMALL.fullmatch(name) else entry | large
 
         def content(self, path: str, query: dict[str, list[str]], fault: Fault | None) -> None:
             hub.leaked_tokens += "Authorization" in self.headers
