@@ -8,6 +8,7 @@ from data_tools.common import command_parser, disk_errors
 from data_tools.pretokenize.dataset import pretokenize
 from data_tools.sources.filters import WHERE_HELP
 from data_tools.sources.inputs import INPUT_HELP
+from data_tools.tokenizer.encoder_choice import ENCODER_HELP, ENCODERS
 from lime_dist.errors import LimeError, run_command
 from lime_dist.paths import expand
 
@@ -21,12 +22,15 @@ def main(arguments: list[str] | None = None) -> None:
         "python -m data_tools.pretokenize --input data/embedded --tokenizer data/tokenizer --output data/shards\n"
         "  python -m data_tools.pretokenize --input hub:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer data/tokenizer \\\n"
         "    --output data/fineweb --where 'score>=3' --where 'token_count>=64' --drop-duplicates\n"
-        "  python -m data_tools.pretokenize --input data/text --tokenizer data/tokenizer --output data/part-3 --part 3/8",
+        "  python -m data_tools.pretokenize --input data/text --tokenizer data/tokenizer --output data/part-3 --part 3/8\n"
+        "  python -m data_tools.pretokenize --input data/text --tokenizer data/tokenizer --output data/shards \\\n"
+        "    --encoder sentencepiece",
     )
     parser.add_argument("--input", type=expand, required=True, help=INPUT_HELP)
     parser.add_argument("--tokenizer", type=expand, required=True, help="folder made by data_tools.tokenizer")
     parser.add_argument("--output", type=expand, required=True, help="folder for the shards and dataset.json")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--encoder", choices=ENCODERS, default="auto", help=ENCODER_HELP)
     parser.add_argument("--text-column", default="text", help="default: text")
     parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE_HELP)
     parser.add_argument(

@@ -31,6 +31,7 @@ from data_tools.sources.footers import FOOTERS_FILE, Footers
 from data_tools.sources.inputs import HubInputFile, InputFile, fingerprint, list_inputs
 from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.encoder_choice import EncoderDifference, choose_encoder
 from data_tools.tokenizer.round_trip import first_failure
 from lime_dist.data.files import lock_folder, remove, write_atomic
 from lime_dist.errors import LimeError
@@ -39,8 +40,11 @@ TOKENIZER_FOLDER, SCRATCH, DUPLICATES = "tokenizer", ".scratch", ".duplicates"
 CHECKED_DOCUMENTS = 64
 
 
-def check_round_trip(given: str, files: list[InputFile], selection: Selection, tokenizer: Tokenizer) -> None:
+def check_round_trip(given: str, files: list[InputFile], selection: Selection, tokenizer: Tokenizer) -> list[str]:
     """Check, before anything is written, that the input has text and that its first documents survive encoding and decoding.
+
+    Returns:
+        These documents.
 
     Raises:
         LimeError: there is no text, or a text changes although its facts say that it is exact.
@@ -63,6 +67,7 @@ def check_round_trip(given: str, files: list[InputFile], selection: Selection, t
             f"{tokenizer.folder}: encoding and decoding changes this text of the input: {failure[:80]!r}; train a "
             "tokenizer with data_tools.tokenizer"
         )
+    return texts
 
 
 def pretokenize(options: argparse.Namespace) -> None:
@@ -118,7 +123,9 @@ def pretokenize(options: argparse.Namespace) -> None:
             print(f"{f'part {part}' if part else 'dataset'} complete, reused: {output}")
             return
         check_conditions(files, selection.filters)
-        check_round_trip(options.input, files, selection, tokenizer)
+        texts = check_round_trip(options.input, files, selection, tokenizer)
+        differs = manifest.encoder_difference()
+        chosen = choose_encoder(options.encoder, tokenizer, texts, differs)
         tokenizer.copy_to(output / TOKENIZER_FOLDER)
         footers = Footers(output)
         units = plan_units(files, options.text_column, options.shard_tokens, footers)
@@ -133,19 +140,33 @@ def pretokenize(options: argparse.Namespace) -> None:
         # A unique name: whatever an orphaned worker of a killed run still writes cannot end up among our shards.
         scratch = output / f"{SCRATCH}-{os.getpid()}-{time.time_ns()}"
         scratch.mkdir()
-
-        def publish(result: Result) -> None:
-            result = {**result, "plan": plan}
-            manifest.publish(result, scratch)
-            results[result["unit"]] = result
-            forget(duplicates, result["unit"])
-
         marks = duplicates if options.drop_duplicates else None
-        task = EncodeUnit(output / TOKENIZER_FOLDER, scratch, selection, layout, marks)
+
+        def encode(converted_model: str | None, differs: str) -> None:
+            """Encode the units that have no result."""
+
+            def publish(result: Result) -> None:
+                result = {**result, **({"differs": differs} if differs else {}), "plan": plan}
+                manifest.publish(result, scratch)
+                results[result["unit"]] = result
+                forget(duplicates, result["unit"])
+
+            task = EncodeUnit(output / TOKENIZER_FOLDER, converted_model, scratch, selection, layout, marks)
+            todo = [unit for unit in units if unit.index not in results]
+            text_bytes, seconds = UnitPool(task, options.workers, "pretokenize").run(units, todo, publish)
+            print(f"encoded {text_bytes / 1e6:.1f} MB in {seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s")
+
         try:
             if todo:
-                text_bytes, seconds = UnitPool(task, options.workers, "pretokenize").run(units, todo, publish)
-                print(f"encoded {text_bytes / 1e6:.1f} MB in {seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s")
+                encode(chosen.converted_model, differs)
+        except EncoderDifference as error:
+            doubtful = manifest.drop_encoded_with(chosen.encoder_name, results)
+            if options.encoder != "auto":
+                raise LimeError(
+                    f"{error}; the {doubtful} finished units with its ids are deleted: go on with --encoder sentencepiece"
+                ) from None
+            print(f"{error}: going on with sentencepiece; the {doubtful} finished units with its ids are encoded again")
+            encode(None, str(error))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         in_order = [results[unit.index] for unit in units]

@@ -15,10 +15,14 @@ from data_tools.pretokenize.pool import Progress
 from data_tools.pretokenize.units import Selection, Unit, unit_documents
 from data_tools.sources.tally import Tally
 from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer.encoder_choice import EncoderDifference, difference
 from lime_dist.data.indexed import IndexedWriter, smallest_dtype
 
 SPLITS = ("train", "validation", "test")
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
+CHECK_EVERY = 512
+"""Of a unit, each document whose number this divides is encoded with sentencepiece too, and the ids are compared. The numbers count
+from the beginning of the unit, so that a difference is seen again when a killed run is continued."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +112,31 @@ class EncodeUnit:
     """A task that encodes a unit into shards in ``scratch`` and returns a JSON value: the shards by split, and the tally.
 
     Args:
+        tokenizer: its folder.
+        converted_model: `Tokenizer.converted_model` to encode with gigatoken; None: with the tokenizer's own encoder.
         duplicates: the folder that `duplicates.find_duplicates` wrote to; None keeps all documents.
+
+    Raises:
+        EncoderDifference: gigatoken gives a document other ids than sentencepiece.
     """
 
     def __init__(
-        self, tokenizer: Path, scratch: Path, selection: Selection, layout: Layout, duplicates: Path | None
+        self,
+        tokenizer: Path,
+        converted_model: str | None,
+        scratch: Path,
+        selection: Selection,
+        layout: Layout,
+        duplicates: Path | None,
     ) -> None:
         self._folder, self._scratch, self._selection, self._layout = tokenizer, scratch, selection, layout
-        self._duplicates_folder = duplicates
+        self._converted_model, self._duplicates_folder = converted_model, duplicates
 
     def prepare(self) -> None:
         """Open the tokenizer and the list of duplicates."""
-        self._tokenizer = Tokenizer(self._folder)
+        self._tokenizer = Tokenizer(self._folder, verify=False)  # the parent has just done it
+        if self._converted_model is not None:
+            self._tokenizer = self._tokenizer.with_gigatoken(self._converted_model)
         self._dtype = smallest_dtype(self._tokenizer.vocab_size)
         self._duplicates = Duplicates(self._duplicates_folder) if self._duplicates_folder else None
 
@@ -132,10 +149,13 @@ class EncodeUnit:
             marks = self._duplicates.of(unit)
             duplicates = int(marks.sum())
             texts = self._duplicates.without(unit, self._selection, tally)
-        before, after = int(layout.bos), int(layout.eos)
+        before, after, number = int(layout.bos), int(layout.eos), -1
         try:
             for batch in _batches(texts):
                 for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                    number += 1
+                    if number % CHECK_EVERY == 0 and not tokenizer.is_right(text, ids):
+                        raise EncoderDifference(f"{unit}: {difference(text)}")
                     document = np.empty(before + ids.size + after, dtype=self._dtype)
                     document[before : before + ids.size] = ids
                     if before:  # without bos, bos_id is -1, which an unsigned type cannot hold
@@ -156,8 +176,14 @@ class EncodeUnit:
         rejected = [asdict(rejection) for rejection in tally.rejected]
         selected = {"dropped": dict(tally.dropped)} if self._selection.filters else {}
         return {
-            "unit": unit.index, **counts, **selected, "duplicates": duplicates, "rejected": rejected, "shards": shards
-        }  # fmt: skip
+            "unit": unit.index,
+            **counts,
+            **selected,
+            "duplicates": duplicates,
+            "rejected": rejected,
+            "shards": shards,
+            "encoder": tokenizer.encoder_name,
+        }
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -98,6 +98,23 @@ class Manifest:
         self.write(verified.values())
         return verified
 
+    def encoder_difference(self) -> str:
+        """Why an earlier run on this folder gave up gigatoken; "" if it did not."""
+        return next((result["differs"] for result in self._read()[1] if isinstance(result.get("differs"), str)), "")
+
+    def drop_encoded_with(self, encoder: str, results: dict[int, Result]) -> int:
+        """Delete the shards of the units that an encoder encoded, and take these out of ``results``; returns how many there were.
+
+        After a kill in between, units without shards do not count, and the others are dropped as soon as the encoder's difference
+        is seen again.
+        """
+        dropped = [results.pop(unit) for unit in list(results) if results[unit].get("encoder") == encoder]
+        for shard in (shard for result in dropped for split in SPLITS for shard in result["shards"][split]):
+            for path in reversed(pair_paths(self.folder / shard["name"])):
+                path.unlink(missing_ok=True)
+        self.write(results.values())
+        return len(dropped)
+
     def _holds(self, result: Result, verify: bool) -> bool:
         for shard in (shard for split in SPLITS for shard in result["shards"][split]):
             for path, kind in zip(pair_paths(self.folder / shard["name"]), ("bin", "idx"), strict=True):

@@ -104,6 +104,7 @@ class HuggingFaceEncoder:
         ValueError: it cannot be loaded.
     """
 
+    name = "tokenizers"
     cut_rule = BETWEEN_WORDS
 
     def __init__(self, data: bytes) -> None:

@@ -7,14 +7,16 @@ length. Field numbers and defaults are those of sentencepiece_model.proto.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 INTEGER, EIGHT_BYTES, STRING, FOUR_BYTES = 0, 1, 2, 5  # wire types
+SIZES = {EIGHT_BYTES: 8, FOUR_BYTES: 4}  # of the values of a wire type
 PIECE, TRAINER, NORMALIZER = 1, 2, 3  # fields of a model
-PIECE_TEXT, PIECE_TYPE = 1, 3  # fields of a piece
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of a piece
+PIECE_TEXT, PIECE_SCORE, PIECE_TYPE = 1, 2, 3  # fields of a piece
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of a piece
 MODEL_TYPE, SPACE_AS_SUFFIX = 3, 24  # fields of the trainer's settings
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 CHARACTER_MAP, DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5  # fields of the normalizer's settings
@@ -63,14 +65,18 @@ def read_fields(message: bytes) -> Iterator[Field]:
     """Yield the fields of a message, in order."""
     place = 0
     while place < len(message):
-        start, (key, place) = place, _integer(message, place)
+        start, key, place = place, message[place], place + 1
+        if key > 0x7F:  # rarely: a field number above 15
+            key, place = _integer(message, start)
         if key & 7 == INTEGER:
             value, place = _integer(message, place)
             yield Field(key >> 3, value, b"", message[start:place])
             continue
-        size = {EIGHT_BYTES: 8, FOUR_BYTES: 4}.get(key & 7)
+        size = SIZES.get(key & 7)
         if size is None:
-            size, place = _integer(message, place)
+            size, place = message[place], place + 1
+            if size > 0x7F:
+                size, place = _integer(message, place - 1)
         place += size
         yield Field(key >> 3, 0, message[place - size : place], message[start:place])
 
@@ -97,7 +103,8 @@ def _string_field(number: int, content: bytes) -> bytes:
 
 def read_settings(model: bytes) -> Settings:
     """Read the settings from the content of a model file."""
-    trainer, normalizer = _content_of(model, TRAINER), _content_of(model, NORMALIZER)
+    parts = {field.number: field.content for field in read_fields(model) if field.number in (TRAINER, NORMALIZER)}
+    trainer, normalizer = parts.get(TRAINER, b""), parts.get(NORMALIZER, b"")
     return Settings(
         model_type=MODEL_TYPES.get(_integer_of(trainer, MODEL_TYPE, 1), "unknown"),
         character_map=_content_of(normalizer, CHARACTER_MAP),
@@ -108,10 +115,29 @@ def read_settings(model: bytes) -> Settings:
     )
 
 
-def read_pieces(model: bytes) -> list[tuple[str, int]]:
-    """(text, type) of each piece, by id."""
-    pieces = (field.content for field in read_fields(model) if field.number == PIECE)
-    return [(_content_of(piece, PIECE_TEXT).decode(), _integer_of(piece, PIECE_TYPE, NORMAL)) for piece in pieces]
+class Piece(NamedTuple):
+    """One piece of a model; of two merges, byte-pair models make the one with the higher ``score`` first."""
+
+    text: str
+    type: int
+    score: float
+
+
+def read_pieces(model: bytes) -> list[Piece]:
+    """The pieces, by id."""
+    return [_piece(field.content) for field in read_fields(model) if field.number == PIECE]
+
+
+def _piece(message: bytes) -> Piece:
+    text, kind, score = b"", NORMAL, b"\0\0\0\0"
+    for field in read_fields(message):
+        if field.number == PIECE_TEXT:
+            text = field.content
+        elif field.number == PIECE_SCORE:
+            score = field.content
+        elif field.number == PIECE_TYPE:
+            kind = field.integer
+    return Piece(text.decode(), kind, struct.unpack("<f", score)[0])
 
 
 def without_dummy_prefix(model: bytes) -> bytes:

@@ -35,6 +35,7 @@ class SentencePieceEncoder:
     """An encoder for `Tokenizer`, from the content of a model file.
 
     Attributes:
+        data: the content of the model file.
         vocab_size: the number of pieces.
         model_type: bpe, unigram, …
         unknown_token: the piece for unknown text.
@@ -44,6 +45,7 @@ class SentencePieceEncoder:
         RuntimeError: the content is not a model.
     """
 
+    name = "sentencepiece"
     cut_rule = AT_BLANKS
     holes = 0  # ids without a token
 
@@ -51,7 +53,7 @@ class SentencePieceEncoder:
         if not data:
             raise RuntimeError("the file is empty")
         self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        self._data, self._settings = data, read_settings(data)
+        self.data, self._settings = data, read_settings(data)
         self.vocab_size: int = self._model.vocab_size()
         self.model_type = self._settings.model_type
         self.unknown_token: str | None = self._model.id_to_piece(self._model.unk_id())
@@ -85,7 +87,7 @@ class SentencePieceEncoder:
     def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
         if not self._settings.add_dummy_prefix:
             return self._model
-        return sentencepiece.SentencePieceProcessor(model_proto=without_dummy_prefix(self._data))
+        return sentencepiece.SentencePieceProcessor(model_proto=without_dummy_prefix(self.data))
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; control symbols decode to nothing."""
@@ -102,10 +104,10 @@ class SentencePieceEncoder:
 
     def whole_tokens(self) -> list[str]:
         """Control symbols, and user-defined symbols, which are split off a text before it is encoded."""
-        return [piece for piece, kind in read_pieces(self._data) if kind in (CONTROL, USER_DEFINED)]
+        return [piece.text for piece in read_pieces(self.data) if piece.type in (CONTROL, USER_DEFINED)]
 
     def token_texts(self) -> Iterator[str]:
         """The text of each piece that a text can be encoded with, except those for single bytes."""
-        for piece, kind in read_pieces(self._data):
-            if kind not in (CONTROL, UNKNOWN, BYTE):
-                yield piece.replace(SPACE_MARK, " ")
+        for piece in read_pieces(self.data):
+            if piece.type not in (CONTROL, UNKNOWN, BYTE):
+                yield piece.text.replace(SPACE_MARK, " ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from data_tools.tokenizer.encoders import make_encoder, tokenizer_hash
 from data_tools.tokenizer.facts import FACTS_FILE, MODEL_FILES, REWRITE, facts_path, read_facts, remove_old_facts
+from data_tools.tokenizer.gigatoken_encoder import GigatokenEncoder, UnusableError
 from data_tools.tokenizer.pieces import SPACE_MARK, cut
+from data_tools.tokenizer.sentencepiece_encoder import SentencePieceEncoder
 from lime_dist.data.files import write_atomic
 from lime_dist.errors import LimeError
 
@@ -19,6 +22,10 @@ PIECE_CHARACTERS = 1 << 20
 
 class Tokenizer:
     """Converts text to ids and back.
+
+    Args:
+        verify: compare the pieces with their hash. Without it, only the model file is compared with its own, which takes a tenth
+            of the time and is enough if another process has just opened the folder.
 
     Attributes:
         vocab_size: the highest id + 1.
@@ -31,7 +38,7 @@ class Tokenizer:
         LimeError: a file is missing, or the model does not match the hashes in the facts.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, verify: bool = True) -> None:
         self.folder = Path(folder)
         path = facts_path(self.folder)
         self.facts = read_facts(path)
@@ -47,7 +54,7 @@ class Tokenizer:
             raise LimeError(f"{model_path}: cannot be opened ({error}); {REWRITE}") from None
         self.vocab_size: int = self._encoder.vocab_size
         special_ids = {name: self.facts[f"{name}_id"] for name in ("bos", "eos", "pad")}
-        self.hash = tokenizer_hash(self._encoder, special_ids)
+        self.hash: str = tokenizer_hash(self._encoder, special_ids) if verify else self.facts["hash"]
         if self.hash != self.facts["hash"] or self.vocab_size != self.facts["vocab_size"]:
             raise LimeError(f"{model_path}: its pieces do not match the hash in {path.name}; {REWRITE}")
         self.bos_id, self.eos_id, self.pad_id = special_ids.values()
@@ -55,6 +62,40 @@ class Tokenizer:
         self.exact: bool = self.facts["exact"]
         self._cut_rule = self._encoder.cut_rule if self.facts["cuttable"] else None
         self._mark_ids = self._space_mark_ids()
+        self._reference: Tokenizer | None = None
+
+    @property
+    def encoder_name(self) -> str:
+        """The library that encodes: sentencepiece, gigatoken, or tokenizers for a Hugging Face tokenizer."""
+        return self._encoder.name
+
+    def with_gigatoken(self, converted: str | None = None) -> Tokenizer:
+        """This tokenizer, with gigatoken as its encoder.
+
+        Args:
+            converted: `converted_model` of an equal tokenizer; None: it is computed.
+
+        Raises:
+            UnusableError: gigatoken is not installed, or cannot encode as this tokenizer does.
+        """
+        if not isinstance(self._encoder, SentencePieceEncoder):
+            raise UnusableError("it encodes only with sentencepiece models here")
+        fast = copy.copy(self)
+        fast._encoder, fast._reference = GigatokenEncoder(self._encoder.data, converted), self
+        return fast
+
+    @property
+    def converted_model(self) -> str | None:
+        """The model as gigatoken reads it, if that is the encoder."""
+        return self._encoder.converted if isinstance(self._encoder, GigatokenEncoder) else None
+
+    def whole_tokens(self) -> list[str]:
+        """The tokens that are never merged with others: special ones, and those that are split off a text first."""
+        return self._encoder.whole_tokens()
+
+    def is_right(self, text: str, ids: np.ndarray) -> bool:
+        """Whether sentencepiece encodes a text as ``ids``; always, if the encoder is not gigatoken."""
+        return self._reference is None or np.array_equal(ids, self._reference.encode(text))
 
     def _space_mark_ids(self) -> np.ndarray | None:
         """Ids int32 [3] of the space mark's bytes, which decode to the mark itself.

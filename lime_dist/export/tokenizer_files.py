@@ -122,7 +122,7 @@ def byte_pair_tokenizer(model: SentencePieceProcessor) -> Fast:
     from tokenizers import Tokenizer as Fast
 
     size = model.vocab_size()
-    kinds = [kind for _, kind in read_pieces(model.serialized_model_proto())]
+    kinds = [piece.type for piece in read_pieces(model.serialized_model_proto())]
     symbols = [i for i in range(size) if model.is_control(i) or model.is_unknown(i)]
     texts = [model.id_to_piece(i) for i in range(size)]
     plain = [i for i in range(size) if i not in set(symbols) and not model.is_byte(i)]

@@ -421,7 +421,7 @@ def test_model_files_are_read_and_changed_as_protobuf_would(pieces: bytes) -> No
         assert settings.escape_whitespaces is normalizer.escape_whitespaces is True
         assert settings.treat_whitespace_as_suffix is read.trainer_spec.treat_whitespace_as_suffix
         assert settings.model_type == ("unigram" if model == suffix else "bpe")
-        assert read_pieces(model) == [(piece.piece, piece.type) for piece in read.pieces]
+        assert read_pieces(model) == [(piece.piece, piece.type, piece.score) for piece in read.pieces]
         changed.normalizer_spec.add_dummy_prefix = False
         assert ModelProto.FromString(without_dummy_prefix(model)) == changed
         for number in (3, 300, 400):

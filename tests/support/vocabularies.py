@@ -59,9 +59,9 @@ def train_sentencepiece(**options: Any) -> bytes:
         "byte_fallback": True,
         "split_digits": True,
         "minloglevel": 3,
+        "sentence_iterator": (line for text in TEXTS for line in text.splitlines() if line),
     }
-    lines = (line for text in TEXTS for line in text.splitlines() if line)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **(usual | options))
+    sentencepiece.SentencePieceTrainer.train(model_writer=model, **(usual | options))
     return model.getvalue()
 
 
