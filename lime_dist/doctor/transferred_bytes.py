@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from lime_dist.config.schema import Config
-from lime_dist.model.parameters import stage_parameters
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.placement import process_grid
+from lime_dist.pipeline.shared_weights import parameters_of_stage
 from lime_dist.plan.stage_times import boundary_bytes
 
 
@@ -29,6 +29,6 @@ def bytes_between_hosts(config: Config, hosts: Sequence[str], topology: str) -> 
             total += 2 * micro_batches * payload * (hosts[a] != hosts[b])
     for stage, ranks in enumerate(grid.get_axis_comm_lists("data")):
         links = sum(hosts[a] != hosts[b] for a, b in zip(ranks, [*ranks[1:], ranks[0]], strict=True))
-        gradients = 4 * sum(stage_parameters(config.model, range(bounds[stage], bounds[stage + 1])).values())
+        gradients = 4 * sum(parameters_of_stage(config, range(bounds[stage], bounds[stage + 1])).values())
         total += links * 2 * (len(ranks) - 1) / len(ranks) * gradients
     return total

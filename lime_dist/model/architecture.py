@@ -228,7 +228,7 @@ class Architecture(Protocol):
 
     @abstractmethod
     def block_gradient_bytes(
-        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:
         """Bytes that the history of a stage that holds ``layers`` needs in backward while it goes through a block of them, beside
         its entries and the gradients of all entries (`history_gradient_itemsize`)."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lime_dist.model.chunks import Chunk
+from lime_dist.model.crossing import Prices
 from lime_dist.model.layout import StageLayout
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class WithoutHistory:
         raise NotImplementedError("there is no layer history")
 
     def block_gradient_bytes(
-        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:
         return 0
 

@@ -28,6 +28,7 @@ from lime_dist.pipeline.clock import INSTRUCTIONS, VALIDATION, WAITING, Clock
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.placement import gather_placement
 from lime_dist.pipeline.process_groups import tied_communicators
+from lime_dist.pipeline.shared_weights import shared_parameters
 from lime_dist.pipeline.transfer import TransferStats
 from lime_dist.pipeline.warm_up import needs_warm_up, run_on_zeros
 from lime_dist.pipeline.watchdog import Watchdog
@@ -240,7 +241,9 @@ class LimeEngine(PipelineEngine):
             return ()
         if not isinstance(instruction, schedule.ReduceGrads):
             return None
-        sharing = (rank for comm in tied_communicators(self.module).values() for rank in comm["ranks"])
+        sharing = [rank for comm in tied_communicators(self.module).values() for rank in comm["ranks"]]
+        if shared_parameters(self.lime_config, self.module.bounds):
+            sharing += map(self._rank_of, range(self.num_stages))
         return [*self.grid.dp_group, *sharing]
 
     def _rank_of(self, stage: int) -> int:

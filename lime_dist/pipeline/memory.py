@@ -19,6 +19,7 @@ from lime_dist.model.layout import block_ranges
 from lime_dist.model.transformer import EMBEDDING_WEIGHT
 from lime_dist.pipeline.optimizer_memory import optimizer_bytes
 from lime_dist.pipeline.schedules.base import BoundaryBytes, Schedule
+from lime_dist.pipeline.shared_weights import boundary_prices, shared_parameters
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class MicroBatchBytes:
         layers: by decoder layer, activations that autograd keeps.
         received: by boundary 0 … L, what autograd keeps of the payload received there.
         made: by decoder layer, history entries that its stage adds because of it.
-        crossing: by boundary, history entries that cross it.
-        payload: by boundary, hidden state and entries, in the type of the run.
+        crossing: by boundary, history entries and partial mixtures that cross it.
+        payload: by boundary, hidden state and what crosses of the history, in the type of the run.
         sent: by boundary, the same in the type in which they are sent.
         embedding, head: kept by the first and by the last stage.
         lands: whether a payload is received into the memory of its history.
@@ -52,8 +53,8 @@ class MicroBatchBytes:
         layers, inner = range(model.num_hidden_layers), range(1, model.num_hidden_layers)
         size, wire = ITEM_BYTES[config.precision], ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
         tokens = config.train.micro_batch_size * config.data.sequence_length
-        entry = architecture_of(model).entry_width * tokens * size
-        payload = [cost.payload_bytes(model, boundary, tokens, size) for boundary in inner]
+        entry, prices = architecture_of(model).entry_width * tokens * size, boundary_prices(config)
+        payload = [cost.payload_bytes(model, boundary, tokens, size, prices) for boundary in inner]
         # A payload in another type is converted, and also kept until its gradient is sent.
         converted = [0 if wire == size else each * wire // size for each in payload]
         received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
@@ -61,7 +62,7 @@ class MicroBatchBytes:
             layers=[cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers],
             received=[0, *(a + b for a, b in zip(received, converted, strict=True)), 0],
             made=[cost.entries_made(model, layer) * entry for layer in layers],
-            crossing=[0, *(cost.boundary_entries(model, boundary) * entry for boundary in inner), 0],
+            crossing=[0, *(cost.boundary_entries(model, boundary, prices) * entry for boundary in inner), 0],
             payload=[0, *payload, 0],
             sent=[0, *(each * wire // size for each in payload), 0],
             embedding=cost.embedding_activation_bytes(tokens),
@@ -76,7 +77,7 @@ class MicroBatchBytes:
         return kept + (self.head if layers.stop == len(self.layers) else 0)
 
     def history(self, layers: range) -> int:
-        """Entries of the stage's history."""
+        """Entries and received partial mixtures of the stage's history."""
         return self.crossing[layers.start] + sum(self.made[layers.start : layers.stop])
 
     def boundary(self, layers: range) -> BoundaryBytes:
@@ -132,7 +133,8 @@ def stage_memory(
     """
     layers = range(bounds[stage], bounds[stage + 1])
     is_tied = config.model.tie_word_embeddings and len(bounds) > 2
-    weights, optimizer = optimizer_bytes(config, sizes, {EMBEDDING_WEIGHT} if is_tied else set(), replicas)
+    elsewhere = shared_parameters(config, bounds).keys() | ({EMBEDDING_WEIGHT} if is_tied else set())
+    weights, optimizer = optimizer_bytes(config, sizes, elsewhere, replicas)
     activations, history = kept.activations(layers), kept.history(layers)
     held, transfers = schedule.memory_in_flight(stage, kept.boundary(layers))
     worst = int((held * (activations + history) + transfers).argmax())
@@ -219,4 +221,5 @@ def _history_bytes(config: Config, kept: MicroBatchBytes, layers: range, block: 
     tokens = config.train.micro_batch_size * config.data.sequence_length
     gradients = kept.history(layers) * architecture.history_gradient_itemsize(size) // size
     checkpointing = config.parallel.activation_checkpointing
-    return gradients + architecture.block_gradient_bytes(layers, block, tokens, size, checkpointing)
+    prices = boundary_prices(config)
+    return gradients + architecture.block_gradient_bytes(layers, block, tokens, size, checkpointing, prices)

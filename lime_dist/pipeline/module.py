@@ -26,6 +26,7 @@ from lime_dist.model.decoder import (
     apply_norm,
     decoder_layers,
     embed,
+    later_readers,
     layer_name,
     open_history,
     run_layers,
@@ -36,6 +37,7 @@ from lime_dist.model.summaries import ChunkSummary
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack
 from lime_dist.pipeline.placement import process_grid
+from lime_dist.pipeline.shared_weights import boundary_prices
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -46,13 +48,14 @@ class LimePipelineModule(PipelineModule):
     loss a piece at a time.
 
     Attributes:
+        later_readers: copies of the routers and summaries of later stages to whose partial mixtures the stage adds.
         compile_obstacle: why layers run uncompiled although the configuration would compile them, in one line; else None.
         wire_dtype: dtype of payloads and their gradients on their way between stages.
     """
 
     def __init__(self, config: Config, verbose: bool = False) -> None:
         self.config = config
-        self.bounds = stage_bounds(config)
+        self.bounds, self.prices = stage_bounds(config), boundary_prices(config)
         specs = decoder_layers(config.model)
         self._flat_index = {spec.name: index for index, spec in enumerate(specs)}
         device = torch.device(get_accelerator().current_device_name())
@@ -66,8 +69,11 @@ class LimePipelineModule(PipelineModule):
             super().__init__(layers, topology=grid, loss_fn=self._loss)
         self.dtype = DTYPES[config.precision]
         self.wire_dtype = DTYPES[config.pipeline.wire_dtype or config.precision]
-        self.layout = stage_layout(config.model, self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
-        self.exported_parameters = self._exported_parameters(specs)
+        begin, end = self.bounds[self.stage_id], self.bounds[self.stage_id + 1]
+        self.layout = stage_layout(config.model, begin, end, self.prices)
+        later = later_readers(config.model, self.layout)
+        self.later_readers = nn.ModuleList(spec.build(*arguments) for spec in later)
+        self.exported_parameters = self._exported_parameters(specs, later)
         layers_to_compile = (layer for layer in self._layers() if not isinstance(layer, ChunkSummary))
         self.compile_obstacle = compile_layers(layers_to_compile, device, config.train.compile)
 
@@ -90,10 +96,12 @@ class LimePipelineModule(PipelineModule):
     def _synchronize_tied_weights(self) -> None:
         """Nothing to do: initial values are a function of seed and name, so both copies of a tied weight are equal."""
 
-    def _exported_parameters(self, specs: Sequence[LayerSpec]) -> dict[str, nn.Parameter]:
-        """This stage's parameters by exported name, in the order of the flat list; a tied weight appears once."""
+    def _exported_parameters(self, specs: Sequence[LayerSpec], later: Sequence[LayerSpec]) -> dict[str, nn.Parameter]:
+        """This stage's parameters by exported name, in the order of the flat list; a tied weight appears once. Copies of later
+        stages' weights follow."""
         parameters: dict[str, nn.Parameter] = {}
-        for spec, module in zip(specs[self._local_start : self._local_stop], self.forward_funcs, strict=True):
+        own, modules = specs[self._local_start : self._local_stop], (*self.forward_funcs, *self.later_readers)
+        for spec, module in zip((*own, *later), modules, strict=True):
             names = spec.exported_names(module)
             parameters.update({names[local]: parameter for local, parameter in module.named_parameters()})
         return parameters
@@ -105,7 +113,7 @@ class LimePipelineModule(PipelineModule):
 
     def payload_shape(self, boundary: int, batch: int, length: int) -> tuple[int, ...]:
         """[B, T, …] of what crosses the boundary before stage ``boundary``."""
-        return payload_shape(self.config.model, self.bounds[boundary], batch, length)
+        return payload_shape(self.config.model, self.bounds[boundary], batch, length, self.prices)
 
     def landing(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
         """Memory for the next payload to be received into, and the history that it is part of, if it is: pass both on to
@@ -128,7 +136,8 @@ class LimePipelineModule(PipelineModule):
             hidden = embed(config.model, functions[0], inputs)
         else:
             hidden = unpack(inputs.to(self.dtype), config.model.hidden_size, history)
-        hidden, released = run_layers(self._layers(), hidden, history, config.parallel.activation_checkpointing)
+        checkpointing, later = config.parallel.activation_checkpointing, list(self.later_readers)
+        hidden, released = run_layers(self._layers(), hidden, history, checkpointing, later)
         if not self.holds_head:
             return pack(hidden, released, history).to(self.wire_dtype)
         return apply_norm(config.model, functions[-2], hidden)

@@ -20,6 +20,7 @@ from lime_dist.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes
 from lime_dist.pipeline.optimizer_memory import parameter_bytes
 from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, make_schedule
+from lime_dist.pipeline.shared_weights import boundary_prices
 
 TOLERANCE = 0.05
 """For cuts at chunk ends the costliest stage may exceed that of the best cut by compute by this fraction."""
@@ -76,7 +77,8 @@ def balance(costs: Callable[[int], Costs], parts: int, penalties: Sequence[float
 
 def compute_costs(config: Config) -> Costs:
     """FLOPs of a stage per token. The last layer includes the output projection."""
-    flops = [layer.both for layer in cost.layer_flops(config.model, config.data.sequence_length)]
+    prices = boundary_prices(config)
+    flops = [layer.both for layer in cost.layer_flops(config.model, config.data.sequence_length, prices=prices)]
     flops[-1] += cost.head_flops(config.model).both
     return range_sums(flops)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
 from lime_dist.model.transformer import EMBEDDING_WEIGHT
 from lime_dist.pipeline.module import LimePipelineModule
+from lime_dist.pipeline.shared_weights import later_parameters, shared_parameters
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,16 @@ class ProcessGroups:
         replicas: the ranks that hold this stage (data parallel).
         pipeline: the ranks of this replica, one per stage.
         tied: by exported name of a tied weight, the ranks of this replica that hold a copy.
-        tied_copies: exported names of tied weights that another stage counts in the gradient norm.
+        tied_copies: exported names of weights of this stage that another stage counts in the gradient norm.
+        shared: by exported name, the number of elements of routers and summaries of which several stages hold a copy; the same on
+            all stages.
     """
 
     replicas: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     tied: Mapping[str, dist.ProcessGroup]
     tied_copies: frozenset[str]
+    shared: Mapping[str, int] = field(default_factory=dict)
 
 
 def tied_communicators(module: LimePipelineModule) -> dict[str, dict[str, Any]]:
@@ -39,12 +43,17 @@ def tied_communicators(module: LimePipelineModule) -> dict[str, dict[str, Any]]:
 
 def stage_process_groups(module: LimePipelineModule) -> ProcessGroups:
     """The process groups of this rank's stage."""
-    grid, tied = module.mpu(), tied_communicators(module)
+    grid, tied, config = module.mpu(), tied_communicators(module), module.config
+    layers = range(module.bounds[module.stage_id], module.bounds[module.stage_id + 1])
+    copies = later_parameters(config.model, layers, module.prices)
     return ProcessGroups(
         replicas=grid.get_data_parallel_group(),
         pipeline=grid.get_pipe_parallel_group(),
         tied={name: comm["group"] for name, comm in tied.items()},
-        tied_copies=frozenset(name for name, comm in tied.items() if module.global_rank != min(comm["ranks"])),
+        tied_copies=frozenset(name for name, comm in tied.items() if module.global_rank != min(comm["ranks"])).union(
+            copies
+        ),
+        shared=shared_parameters(config, module.bounds),
     )
 
 

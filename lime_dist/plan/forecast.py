@@ -19,10 +19,10 @@ from lime_dist.config.schema import Config
 from lime_dist.data.ramp import BatchSizes
 from lime_dist.model import memory_traffic
 from lime_dist.model.architecture import BASELINE
-from lime_dist.model.parameters import stage_parameters
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
+from lime_dist.pipeline.shared_weights import parameters_of_stage
 from lime_dist.plan.simulate import Link, StageTimes, simulate
 from lime_dist.plan.stage_times import boundary_bytes, stage_times
 from lime_dist.plan.wavefront import step_seconds
@@ -138,7 +138,7 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
     bounds = stage_bounds(config)
     flops = stage_times(config, 1.0, bounds)
     sizes = boundary_bytes(config, bounds)
-    parameters = [stage_parameters(config.model, range(start, stop)) for start, stop in pairwise(bounds)]
+    parameters = [parameters_of_stage(config, range(start, stop)) for start, stop in pairwise(bounds)]
     kept, schedule = MicroBatchBytes.of(config), make_schedule(config, micro_batches)
     stages = [
         StageForecast(

@@ -9,6 +9,7 @@ from lime_dist.config.precision import ITEM_BYTES
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.pipeline.shared_weights import boundary_prices
 from lime_dist.plan.simulate import StageTimes
 
 
@@ -29,10 +30,10 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
         raise ValueError(f"flops_per_second={flops_per_second} must be above 0")
     model, length = config.model, config.data.sequence_length
     scale = config.train.micro_batch_size * length / flops_per_second
-    bounds = stage_bounds(config) if bounds is None else bounds
+    bounds, prices = stage_bounds(config) if bounds is None else bounds, boundary_prices(config)
     times = []
     for start, stop in pairwise(bounds):
-        flops = sum(cost.layer_flops(model, length, range(start, stop)), cost.Flops(0.0, 0.0))
+        flops = sum(cost.layer_flops(model, length, range(start, stop), prices), cost.Flops(0.0, 0.0))
         if config.parallel.activation_checkpointing:
             flops += cost.Flops(0.0, flops.forward)
         if stop == bounds[-1]:
@@ -45,5 +46,5 @@ def boundary_bytes(config: Config, bounds: Sequence[int] | None = None) -> list[
     """Bytes by boundary of one micro-batch's payload, in the type in which it is sent."""
     item_size = ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
     num_tokens = config.train.micro_batch_size * config.data.sequence_length
-    bounds = stage_bounds(config) if bounds is None else bounds
-    return [cost.payload_bytes(config.model, bound, num_tokens, item_size) for bound in bounds[1:-1]]
+    bounds, prices = stage_bounds(config) if bounds is None else bounds, boundary_prices(config)
+    return [cost.payload_bytes(config.model, bound, num_tokens, item_size, prices) for bound in bounds[1:-1]]

@@ -11,8 +11,8 @@ is padding, which is zero in all buffers and stays zero in updates.
     flat_gradients  float32 (float64 in fp64 runs); micro-batches are accumulated here
     masters         float32 (float64); this rank's part only. The weights themselves if they have this type
 
-A step: gradients are averaged over replicas, gradients of tied weights are summed over their stages, the global norm is
-computed, each owner updates its part, and replicas exchange the new weights.
+A step: gradients are averaged over replicas, gradients of weights that several stages hold are summed over these stages, the
+global norm is computed, each owner updates its part, and replicas exchange the new weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class StageOptimizer:
         learning_rate: the schedule of learning rates.
         config: learning rates, weight decay and the norm to clip at.
         zero_stage: 0: every replica updates everything; 1: each replica updates the parameters that it owns.
-        process_groups: the ranks that share this stage, and its tied weights.
+        process_groups: the ranks that share this stage, and its weights that other stages hold as well.
         clock: counts the time in which the global norm waits for other ranks.
 
     Attributes:
@@ -92,7 +92,9 @@ class StageOptimizer:
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         states = {name: optimizer.states(name, groups[name]) for name in shapes}
         first = next(iter(self.parameters.values()))
-        self._places = place_parameters(shapes, groups, states, owners, process_groups.tied.keys(), first.itemsize)
+        self._shared = [name for name in process_groups.shared if name in shapes]
+        of_several_stages = process_groups.tied.keys() | self._shared
+        self._places = place_parameters(shapes, groups, states, owners, of_several_stages, first.itemsize)
         self._ranges = owner_ranges(self._places, owners)
 
         accumulation_dtype = torch.promote_types(first.dtype, torch.float32)
@@ -160,7 +162,7 @@ class StageOptimizer:
         return self._view(self.flat_gradients, name)
 
     def reduce_gradients(self, loss: Tensor | None = None) -> None:
-        """Average gradients over replicas, then sum gradients of tied weights over the stages that share them.
+        """Average gradients over replicas, then sum gradients of tied and shared weights over the stages that hold them.
 
         The order matters. A tied weight lies at different places of the stages' flat buffers, so the sum over replicas may be
         taken in a different order on each stage. A sum over two stages is the same on both, and copies of a tied weight must
@@ -175,6 +177,22 @@ class StageOptimizer:
         for name in sorted(self._process_groups.tied):
             if self._places[name].owner == self._owner:
                 dist.all_reduce(self.gradient(name), group=self._process_groups.tied[name])
+        self._sum_shared_gradients()
+
+    def _sum_shared_gradients(self) -> None:
+        """Sum the gradients of routers and summaries over the stages that hold a copy, in one message. All stages of the replica
+        that updates them take part, and all receive the same sums."""
+        sizes = self._process_groups.shared
+        if not sizes or self._owner != 0:
+            return
+        packed = self.flat_gradients.new_zeros(sum(sizes.values()))
+        parts = dict(zip(sizes, packed.split(list(sizes.values())), strict=True))
+        for name in self._shared:
+            parts[name].copy_(self.gradient(name).reshape(-1))
+        with self._clock.measuring(WAITING) if self._clock is not None else nullcontext():
+            dist.all_reduce(packed, group=self._process_groups.pipeline)
+        for name in self._shared:
+            self.gradient(name).copy_(parts[name].view(self._places[name].shape))
 
     def _average_over_replicas(self) -> None:
         """With ZeRO 1 each owner receives the gradients of its own parameters only."""
@@ -191,7 +209,7 @@ class StageOptimizer:
 
     def norms(self) -> Tensor:
         """2-norms of the gradient of the whole model and of this stage, float64 [2] on the device. The first is the same number
-        on every rank; a tied weight counts once."""
+        on every rank; a weight of several stages counts once."""
         total = torch.zeros((), dtype=torch.float64, device=self.flat_gradients.device)
         for name in self.owned_names():
             total += torch.linalg.vector_norm(self.gradient(name), dtype=torch.float64) ** 2
@@ -277,11 +295,11 @@ class StageOptimizer:
     # -- state by parameter, which does not depend on the layout; any rank may call these alone -----------------------
 
     def owned_names(self) -> list[str]:
-        """Parameters whose state this rank holds and saves. A tied weight belongs to the stage that counts it."""
+        """Parameters whose state this rank holds and saves. A weight of several stages belongs to the one that counts it."""
         return [name for name in self.local_names() if name not in self._process_groups.tied_copies]
 
     def local_names(self) -> list[str]:
-        """Parameters that this rank updates: those that it owns, and its copies of tied weights."""
+        """Parameters that this rank updates: those that it owns, and its copies of tied and shared weights."""
         return [name for name, place in self._places.items() if place.owner == self._owner]
 
     def state(self, name: str) -> dict[str, Tensor]:

@@ -150,6 +150,7 @@ def test_bf16_pipeline_equals_one_bf16_process(
 def test_a_stage_without_a_router(workers: Callable[[int], WorkerGroup], cut: list[int], precision: str) -> None:
     """Layer 0 has no router: a stage that holds only it has an empty router group (where DeepSpeed's ZeRO-1 hangs)."""
     values = settings("lime", 2, True, precision, pipeline_stages=2, stage_layers=cut)
+    values["pipeline"] = {"boundary": "entries"}  # partial mixtures would need copies of later routers
     results = check_equal(values, workers(2))
     assert [result["routers"] for result in results] == [cut[0] - 1, cut[1]]
 

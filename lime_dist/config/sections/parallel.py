@@ -63,6 +63,12 @@ class PipelineConfig(Section):
     wire_dtype: Literal["bf16"] | None = Field(
         None, description="type of payloads and their gradients between stages; `null` uses that of `precision`"
     )
+    boundary: Literal["minimal", "entries"] = Field(
+        "minimal",
+        description="what of the layer history crosses stage boundaries: `entries` that later layers read, or the `minimal` "
+        "number of entries and of partial mixtures, to which each stage adds its part (`routes: kv`; the results are equal up to "
+        "rounding)",
+    )
     transfer_ctas: int | None = Field(
         4,
         ge=1,

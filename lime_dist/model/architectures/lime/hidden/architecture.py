@@ -185,7 +185,7 @@ class HiddenLime(Lime):
         return num_tokens * kept
 
     def block_gradient_bytes(
-        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:
         """Static weights: mixtures of a block of several layers and their gradients."""
         if not self._reads_of_block(block):

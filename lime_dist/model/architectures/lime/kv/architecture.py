@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, router_name
+from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, router_name, stage_layout
 from lime_dist.model.architectures.lime.lime import Lime
 from lime_dist.model.crossing import Prices, pairs_by_layer
 from lime_dist.model.layout import BLOCK, SUMMARY_BLOCK, StageLayout
@@ -144,12 +144,13 @@ class KeyValueLime(Lime):
         return 0
 
     def block_gradient_bytes(
-        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:
         """Gradients of the block's slots and of a group's summaries, where newer readers or later stages give them some together;
         with checkpointing also the block's mixtures of older entries, which are computed again."""
-        shared = set.intersection(*(set(self.policy.reads(layer)) for layer in block))
-        has_older = len(block) > 1 and any(entry.layer < block.start for entry in shared)
+        layout = stage_layout(self.config, layers.start, layers.stop, prices)
+        assert layout is not None
+        has_older = bool(layout.blocks[block.start].older.runs)
         slots = len(block) * (self._have_shared_gradient(layers, block) + (checkpointing and has_older))
         return (slots + self._summaries_together(layers, block)) * self.entry_width * num_tokens * itemsize
 
