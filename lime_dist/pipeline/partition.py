@@ -24,6 +24,9 @@ from lime_dist.pipeline.shared_weights import boundary_prices
 
 TOLERANCE = 0.05
 """For cuts at chunk ends the costliest stage may exceed that of the best cut by compute by this fraction."""
+EARLY = 1e-3
+"""The compute of the first stage counts this fraction more, that of later ones less of it: of cuts that are almost equal, the best one
+gives the surplus layers to late stages, which hold fewer micro-batches in flight."""
 
 Costs = npt.NDArray[np.float64]
 """[L + 1, L + 1]: the cost of a stage with layers begin … end−1; infinite unless begin < end."""
@@ -38,8 +41,8 @@ def stage_bounds(config: Config) -> list[int]:
     penalties = [int(bool(ends) and boundary - 1 not in ends) for boundary in range(model.num_hidden_layers + 1)]
     if parallel.balance == "memory":
         return balance(memory_costs(config), parallel.pipeline_stages, penalties, 0.0)
-    costs = compute_costs(config)
-    return balance(lambda stage: costs, parallel.pipeline_stages, penalties, TOLERANCE)
+    costs, stages = compute_costs(config), parallel.pipeline_stages
+    return balance(lambda stage: costs * (1 + EARLY * (1 - stage / stages)), stages, penalties, TOLERANCE)
 
 
 def balance(costs: Callable[[int], Costs], parts: int, penalties: Sequence[float], tolerance: float) -> list[int]:

@@ -15,8 +15,17 @@ from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.parameters import layer_parameters
-from lime_dist.pipeline.partition import TOLERANCE, balance, compute_costs, memory_costs, range_sums, stage_bounds
+from lime_dist.pipeline.partition import (
+    EARLY,
+    TOLERANCE,
+    balance,
+    compute_costs,
+    memory_costs,
+    range_sums,
+    stage_bounds,
+)
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
+from lime_dist.pipeline.shared_weights import boundary_prices
 
 
 def every_cut(count: int, parts: int) -> Iterator[list[int]]:
@@ -105,12 +114,13 @@ def inside_a_chunk(config: Config) -> Callable[[int], int]:
 @pytest.mark.parametrize("model", MODELS)
 def test_cut_by_compute(model: str, stages: int) -> None:
     config = config_of(model, f"parallel.pipeline_stages={stages}")
-    flops = [layer.both for layer in cost.layer_flops(config.model, config.data.sequence_length)]
+    prices = boundary_prices(config)
+    flops = [layer.both for layer in cost.layer_flops(config.model, config.data.sequence_length, prices=prices)]
     flops[-1] += cost.head_flops(config.model).both
     assert_is_best(
         stage_bounds(config),
         stages,
-        lambda stage, a, b: sum(flops[a:b]),
+        lambda stage, a, b: sum(flops[a:b]) * (1 + EARLY * (1 - stage / stages)),
         inside_a_chunk(config),
         TOLERANCE,
     )
@@ -140,13 +150,14 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
         parameters += padded(model.hidden_size, size) + (0 if model.tie_word_embeddings else embedding)
         has_embedding = has_embedding or model.tie_word_embeddings
     parameters += embedding if has_embedding else 0
-    history, gradients = cost.history_bytes(model, layers, tokens, size), 0
+    prices = boundary_prices(config)
+    history, gradients = cost.history_bytes(model, layers, tokens, size, prices), 0
     if model.architecture == "lime" and model.lime.routes == "hidden":
         gradients = history * 4 // (4 + size)
     landing = 0
     if stage > 0:  # one more payload in transfer; with routes: kv it lands in its history
         kv = model.architecture == "lime" and model.lime.routes == "kv"
-        landing = history if kv else cost.payload_bytes(model, begin, tokens, size)
+        landing = history if kv else cost.payload_bytes(model, begin, tokens, size, prices)
     return in_flight * (kept + history - gradients) + gradients + landing + parameter * parameters
 
 

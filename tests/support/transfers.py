@@ -41,7 +41,8 @@ def count_transferred_bytes(values: dict[str, Any], steps: int) -> dict[str, tup
     tokens = config.train.global_batch_size // engine.dp_world_size * config.data.sequence_length * steps
 
     def predicted(boundary: int) -> int:
-        return payload_bytes(config.model, engine.module.bounds[boundary], tokens, itemsize)
+        module = engine.module
+        return payload_bytes(config.model, module.bounds[boundary], tokens, itemsize, module.prices)
 
     boundary = {"sent to next": stage + 1, "received from next": stage + 1}
     return {

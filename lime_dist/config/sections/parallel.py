@@ -64,7 +64,7 @@ class PipelineConfig(Section):
         None, description="type of payloads and their gradients between stages; `null` uses that of `precision`"
     )
     boundary: Literal["minimal", "entries"] = Field(
-        "minimal",
+        "entries",
         description="what of the layer history crosses stage boundaries: `entries` that later layers read, or the `minimal` "
         "number of entries and of partial mixtures, to which each stage adds its part (`routes: kv`; the results are equal up to "
         "rounding)",
