@@ -134,7 +134,7 @@ class ValueResidual(Architecture):
         return 0
 
     def block_gradient_bytes(
-        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:
         """The gradient of v_0, in at least float32."""
         return self.entry_width * num_tokens * accumulation_itemsize(itemsize)
