@@ -20,6 +20,8 @@ MODELS: dict[str, list[str]] = {
     "llama": ["model.architecture=llama"],
     "hyper-static": ["model.architecture=hyper", "model.hyper.dynamic=false"],
     "hyper-dynamic": ["model.architecture=hyper"],
+    "mhc": ["model.architecture=hyper", "model.hyper.connection=doubly_stochastic"],
+    "mhc-lite": ["model.architecture=hyper", "model.hyper.connection=permutations"],
     "value-residual": ["model.architecture=value_residual"],
     "lime-static": ["model.lime.routes=hidden"],
     "lime-dynamic": ["model.lime.routes=hidden", "model.lime.router=dynamic"],

@@ -49,6 +49,8 @@ VARIANTS: dict[str, list[str]] = {
     "hidden-full": ["model.lime.routes=hidden"],
     "hidden-chunked": ["model.lime.routes=hidden", CHUNKED],
     "hyper": ["model.architecture=hyper", "model.hyper.rate=4", "model.hyper.dynamic=true"],
+    "doubly_stochastic": ["model.architecture=hyper", "model.hyper.connection=doubly_stochastic"],
+    "permutations": ["model.architecture=hyper", "model.hyper.connection=permutations"],
     "value_residual": ["model.architecture=value_residual"],
 }
 DEFAULT = ["llama", "copying", "full", "first_last", "chunked", "dilated", "hyper"]

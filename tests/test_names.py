@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lime_dist.config.registry import ARCHITECTURES, LEARNING_RATES, OPTIMIZERS, SCHEDULES
+from lime_dist.config.registry import ARCHITECTURES, CONNECTIONS, LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from lime_dist.config.schema import ROUTER_KEYS, ROUTES_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +75,11 @@ def test_architectures_are_compared_in_their_folders_only() -> None:
     names = {*ARCHITECTURES, *ROUTES_KEYS, *ROUTER_KEYS}
     assert names == {"llama", "lime", "hyper", "value_residual", "kv", "hidden", "static", "dynamic"}
     assert files_that_compare(names, "lime_dist/model/architectures", *modelling_code) == []
+
+
+def test_connections_are_compared_in_their_package_only() -> None:
+    assert {*CONNECTIONS} == {"free", "doubly_stochastic", "permutations"}
+    assert files_that_compare({*CONNECTIONS}, "lime_dist/model/architectures/hyper/connections") == []
 
 
 def test_schedules_are_compared_in_their_package_only() -> None:

@@ -61,6 +61,11 @@ SETTINGS: dict[str, Setting] = {
     ),
     "hidden, dynamic": (2, 1, {"model": {"lime": {**HIDDEN, "router": "dynamic"}, "tie_word_embeddings": False}}),
     "hyper": (2, 1, {"model": {"architecture": "hyper"}}),
+    "hyper doubly stochastic": (2, 1, {"model": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic"}}}),
+    "hyper permutations, checkpointed, bf16": (
+        2, 1, {"model": {"architecture": "hyper", "hyper": {"connection": "permutations"}}, "parallel": CHECKPOINTING,
+               "precision": "bf16"},
+    ),
     "value residual": (3, 1, {"model": {"architecture": "value_residual"}}),
     "value residual, checkpointed, bf16": (
         2, 1, {"model": {"architecture": "value_residual", "value_residual": {"learnable": True}, "num_key_value_heads": 2},

@@ -81,6 +81,7 @@ def choice_of(registry: Registry[Any]) -> Any:
 
 
 ARCHITECTURES: Registry[Any] = Registry("model.architecture", "lime_dist.model.architectures")
+CONNECTIONS: Registry[Any] = Registry("model.hyper.connection", "lime_dist.model.architectures.hyper.connections")
 SCHEDULES: Registry[Any] = Registry("pipeline.schedule", "lime_dist.pipeline.schedules")
 OPTIMIZERS: Registry[Any] = Registry("optimizer.name", "lime_dist.train.optimizers")
 LEARNING_RATES: Registry[Any] = Registry("optimizer.schedule", "lime_dist.train.learning_rates")

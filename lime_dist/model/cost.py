@@ -90,7 +90,7 @@ def history_bytes(config: ModelConfig, layers: range, num_tokens: int, itemsize:
 
 def activation_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
     """Bytes that autograd keeps of a decoder layer of one micro-batch from its forward to its backward pass: the layer's
-    input and what is made from it. The history's own memory (`history_bytes`), parameters and rotary tables do not count.
+    input and what is made from it. The history's own memory (`history_bytes`), parameters and constant tables do not count.
 
     The number is exact for the CPU without compilation (tests/model/test_cost.py counts).
 

@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {"architecture": "llama", "rope_theta": 500.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     "lime": CHUNKED,
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
+    "permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 2}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }
 

@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hidden": {**HIDDEN, "lime": {"routes": "hidden", **HISTORY}},
     "dynamic": {**HIDDEN, "lime": {"routes": "hidden", "router": "dynamic"}},
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
+    "permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 2}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }
 TOKENS = torch.randint(320, (2, 12), generator=torch.Generator().manual_seed(0))

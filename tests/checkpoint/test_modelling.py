@@ -25,6 +25,7 @@ FEW = {
     "lime top_p": MODELS["lime top_p"],
     "lime dynamic": MODELS["lime dynamic"],
     "hyper": MODELS["hyper dynamic"],
+    "hyper permutations": MODELS["hyper permutations"],
     "value residual": MODELS["value residual, learnable"],
 }
 
@@ -149,7 +150,7 @@ def test_it_imports_torch_and_transformers_only() -> None:
     """A file that imports lime_dist would work here but not where only transformers is installed."""
     allowed = {*sys.stdlib_module_names, "torch", "transformers", "sentencepiece"}
     files = sorted(Path(huggingface.__file__).parent.glob("*_lime.py"))
-    assert len(files) == 9
+    assert len(files) == 10
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):

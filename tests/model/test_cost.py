@@ -16,6 +16,7 @@ from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model import cost
 from lime_dist.model.architecture import architecture_of, stage_layout
+from lime_dist.model.architectures.hyper.modules.permutations import permutation_matrices
 from lime_dist.model.architectures.value_residual.history import FirstValues
 from lime_dist.model.decoder import Decoder, apply_norm, embed, open_history, run_layers
 from lime_dist.model.history import LayerHistory
@@ -31,6 +32,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "value residual, learnable": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
+    "hyper doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 3}},
+    "hyper permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 3}},
+    "hyper permutations, one stream": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 1}},
     "top_p": {"lime": {"routes": "hidden", "top_p": 0.5}},
     **{f"kv, {name}": {"num_key_value_heads": 2, "lime": {"history": history}} for name, history in POLICIES.items()},
     **{
@@ -198,7 +202,8 @@ def count_activations(
     lead = batch * length * config.hidden_size if start else 0
     history = open_history(config, stage_layout(config, start, stop), batch * length, dtype, device, lead)
     rotary = rotary_table(length, config.head_size, config.rope_theta, dtype, device)
-    kept = KeptMemory([*decoder.parameters(), *rotary])
+    permutations = permutation_matrices(min(config.hyper.rate, 4), torch.float32, device)
+    kept = KeptMemory([*decoder.parameters(), *rotary, permutations])
     tokens, labels = (torch.randint(config.vocab_size, (batch, length)) for _ in range(2))
     with kept.counting():
         if start:

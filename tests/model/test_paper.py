@@ -154,9 +154,11 @@ def test_pruned_weights_get_no_gradient_and_kept_ones_do() -> None:
         {"lime": {"routes": "hidden"}},
         {"lime": {"routes": "hidden", "router": "dynamic"}},
         {"architecture": "hyper"},
+        {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic"}},
+        {"architecture": "hyper", "hyper": {"connection": "permutations"}},
         {"architecture": "value_residual", "value_residual": {"learnable": True}},
     ],
-    ids=["llama", "kv", "static", "dynamic", "hyper", "value residual"],
+    ids=["llama", "kv", "static", "dynamic", "hyper", "doubly stochastic", "permutations", "value residual"],
 )
 def test_128_layers_have_finite_gradients(changes: dict[str, object], precision: torch.dtype) -> None:
     config = small(num_hidden_layers=128, hidden_size=48, intermediate_size=96, num_attention_heads=4, **changes)
@@ -167,7 +169,7 @@ def test_128_layers_have_finite_gradients(changes: dict[str, object], precision:
     assert loss.isfinite()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0 or ("dynamic_" in name or "_scale" in name), name
+        assert parameter.grad.abs().max() > 0 or ("dynamic_" in name or "scale" in name), name
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,8 @@ def test_128_layers_have_finite_gradients(changes: dict[str, object], precision:
         (["model.lime.routes=hidden", "model.lime.router_init=identity"], "model.lime.router_init=identity needs"),
         (["model.lime.routes=hidden", "model.lime.top_p=1.5"], "model.lime.top_p=1.5 in the command line: input should be"),
         (["model.hyper.rate=0"], "model.hyper.rate=0"),
+        (["model.architecture=hyper", "model.hyper={connection: permutations, dynamic: false}"], "model.hyper.dynamic=false needs model.hyper.connection=free"),
+        (["model.architecture=hyper", "model.hyper={connection: permutations, rate: 7}"], "model.hyper.rate=7 has 5,040 permutations"),
     ],
 )  # fmt: skip
 def test_impossible_combinations_are_one_line(overrides: list[str], line: str) -> None:

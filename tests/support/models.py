@@ -42,4 +42,6 @@ MODELS = {
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
     "hyper, one stream": {"architecture": "hyper", "hyper": {"rate": 1}},
+    "hyper doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 3}},
+    "hyper permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 3}},
 }

@@ -6,6 +6,7 @@ From lime_dist's model code it uses only a history policy's ``reads``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
     """Return the logits [B, T, V] of the decoder with these weights, by exported name."""
     x = weights["model.embed_tokens.weight"][tokens_BT]
     slots: dict[Entry, tuple[Tensor, Tensor]] = {}
-    if config.architecture == "hyper":
+    if config.architecture == "hyper" and config.hyper.connection == "free":
         return hyper_logits(config, weights, x)
+    if config.architecture == "hyper":
+        return constrained_logits(config, weights, x)
     if config.architecture == "lime" and config.lime.routes == "hidden":
         return hidden_logits(config, weights, x)
     for layer in range(config.num_hidden_layers):
@@ -115,6 +118,59 @@ def hyper_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
                 out = mlp(weights, prefix, normed)
             streams = [mixed[i + 1] + beta[i] * out for i in range(rate)]
     return head(config, weights, sum(streams, torch.zeros_like(x)))
+
+
+def constrained_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """mHC (arXiv 2512.24880) and mHC-lite (arXiv 2601.05732), one stream and one coefficient at a time."""
+    rate, eps = config.hyper.rate, config.rms_norm_eps
+    streams = [x] * rate
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for kind, norm in (("attn", "input_layernorm"), ("mlp", "post_attention_layernorm")):
+            own = f"{prefix}{kind}_connection."
+            vector = torch.cat(streams, -1)
+            normed = vector / (vector.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+            numbers = normed @ weights[own + "mapping_proj.weight"].T
+            z = []
+            for index in range(numbers.shape[-1]):
+                scale = weights[own + "scales"][min(index // rate, 2)]
+                z.append(scale * numbers[..., index, None] + weights[own + "static_bias"][index])
+            pre, post = (
+                [1 / (1 + torch.exp(-z[i])) for i in range(rate)],
+                [2 / (1 + torch.exp(-z[rate + i])) for i in range(rate)],
+            )
+            residual = (sinkhorn if config.hyper.connection == "doubly_stochastic" else permuted)(z[2 * rate :], rate)
+            mixed = sum((pre[i] * streams[i] for i in range(rate)), torch.zeros_like(x))
+            mixed = rms_norm(mixed, weights[f"{prefix}{norm}.weight"], eps)
+            if kind == "attn":
+                out = attention(config, weights, prefix, layer, mixed, {})
+            else:
+                out = mlp(weights, prefix, mixed)
+            streams = [
+                sum((residual[i][j] * streams[j] for j in range(rate)), torch.zeros_like(x)) + post[i] * out
+                for i in range(rate)
+            ]
+    return head(config, weights, sum(streams, torch.zeros_like(x)))
+
+
+def sinkhorn(z: list[Tensor], rate: int) -> list[list[Tensor]]:
+    """exp of n × n numbers; 20 times, rows are divided by their sums, then columns."""
+    rows = [[z[i * rate + j].exp() for j in range(rate)] for i in range(rate)]
+    for _ in range(20):
+        rows = [[value / torch.stack(row).sum(0) for value in row] for row in rows]
+        totals = [torch.stack([row[j] for row in rows]).sum(0) for j in range(rate)]
+        rows = [[row[j] / totals[j] for j in range(rate)] for row in rows]
+    return rows
+
+
+def permuted(z: list[Tensor], rate: int) -> list[list[Tensor]]:
+    """Each permutation's share of the softmax goes to the places of its ones."""
+    shares = torch.cat(z, -1).softmax(-1)
+    rows = [[torch.zeros_like(z[0]) for _ in range(rate)] for _ in range(rate)]
+    for index, permutation in enumerate(permutations(range(rate))):
+        for i, j in enumerate(permutation):
+            rows[i][j] = rows[i][j] + shares[..., index, None]
+    return rows
 
 
 def layer_norm(x: Tensor) -> Tensor:

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lime_dist.config.registry import ARCHITECTURES, choice_of
+from lime_dist.config.registry import ARCHITECTURES, CONNECTIONS, choice_of
 from lime_dist.config.sections.base import Section
 
 if TYPE_CHECKING:
     ArchitectureName = str
+    ConnectionName = str
 else:
     ArchitectureName = choice_of(ARCHITECTURES)
+    ConnectionName = choice_of(CONNECTIONS)
 
 
 HISTORY_KEYS: dict[str, dict[str, int]] = {
@@ -125,10 +127,18 @@ class LimeConfig(Section):
 
 
 class HyperConfig(Section):
-    """Hyper-Connections (arXiv 2409.19606); used by `architecture: hyper`."""
+    """Hyper-Connections (arXiv 2409.19606) and their constrained forms; used by `architecture: hyper`."""
 
+    connection: ConnectionName = Field(
+        "free",
+        description="how the streams are mixed: with any weights; with matrices that Sinkhorn's iteration makes doubly stochastic "
+        "(mHC, arXiv 2512.24880); or with mixtures of permutations (mHC-lite, arXiv 2601.05732)",
+    )
     rate: int = Field(4, ge=1, description="number of residual streams")
-    dynamic: bool = Field(True, description="add a part to the connection weights that depends on the token")
+    dynamic: bool = Field(
+        True,
+        description="add a part to the connection weights that depends on the token; `false` needs `connection: free`",
+    )
 
 
 class ValueResidualConfig(Section):

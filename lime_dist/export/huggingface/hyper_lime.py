@@ -35,7 +35,7 @@ class HyperConnection(nn.Module):
             self.beta_scale = nn.Parameter(torch.tensor(0.01))
 
     def forward(self, streams_BTnD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """[m_0 | m_1 … m_n] = αᵀ·streams; returns m_i + β_i · sublayer(LN(m_0)) for i = 1 … n."""
+        """[m_0 | m_1 … m_n] = αᵀ·streams; returns m_i + β_i · sublayer(m_0) for i = 1 … n."""
         alpha: Tensor = self.static_alpha
         beta: Tensor = self.static_beta
         if self.dynamic:
@@ -44,19 +44,21 @@ class HyperConnection(nn.Module):
             alpha = alpha + self.alpha_scale * dynamic[..., :-1]
             beta = beta + self.beta_scale * dynamic[..., -1]
         mixed = alpha.transpose(-1, -2) @ streams_BTnD
-        out_BTD = sublayer(layer_norm(mixed[..., 0, :]))
+        out_BTD = sublayer(mixed[..., 0, :])
         return mixed[..., 1:, :] + beta.unsqueeze(-1) * out_BTD.unsqueeze(-2)
 
 
 class HyperLayer(CheckpointedLayer):
-    """Attention and SwiGLU, each with its own hyper-connection."""
+    """Attention and SwiGLU, each with its own hyper-connection. Subclasses may have other connections."""
+
+    connection: type[nn.Module] = HyperConnection
 
     def __init__(self, config: LimeConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.attn_connection = HyperConnection(config, layer)
+        self.attn_connection = self.connection(config, layer)
         self.self_attn = Attention(config)
-        self.mlp_connection = HyperConnection(config, layer)
+        self.mlp_connection = self.connection(config, layer)
         self.mlp = MLP(config)
 
     def forward(self, streams_BTnD: Tensor, history: None, run: ForwardPass) -> Tensor:
@@ -64,20 +66,28 @@ class HyperLayer(CheckpointedLayer):
 
     def _forward(self, run: ForwardPass, streams_BTnD: Tensor) -> Tensor:
         def attend(x_BTD: Tensor) -> Tensor:
-            attention = self.self_attn
+            x_BTD, attention = self.attention_norm(x_BTD), self.self_attn
             return run.attend(self.layer, attention, attention.queries(x_BTD), *attention.keys_and_values(x_BTD))
 
         def feed_forward(x_BTD: Tensor) -> Tensor:  # `device_map` would move a module among the arguments
-            return self.mlp(x_BTD)
+            return self.mlp(self.mlp_norm(x_BTD))
 
         return self.mlp_connection(self.attn_connection(streams_BTnD, attend), feed_forward)
+
+    def attention_norm(self, x_BTD: Tensor) -> Tensor:
+        return layer_norm(x_BTD)
+
+    def mlp_norm(self, x_BTD: Tensor) -> Tensor:
+        return layer_norm(x_BTD)
 
 
 class LimeModel(BaseModel):
     """Token ids to last hidden states."""
 
+    layer_class: type[HyperLayer] = HyperLayer
+
     def make_layers(self, config: LimeConfig) -> list[nn.Module]:
-        return [HyperLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        return [self.layer_class(config, layer) for layer in range(config.num_hidden_layers)]
 
     def open_history(self) -> None:
         return None

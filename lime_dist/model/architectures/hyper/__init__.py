@@ -1,4 +1,4 @@
-"""Hyper-Connections (arXiv 2409.19606): n residual streams, which every sub-layer reads and writes with weights of its own."""
+"""Hyper-Connections: n residual streams, which every sub-layer reads and writes with weights of its own."""
 
 from __future__ import annotations
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from lime_dist.config.registry import CONNECTIONS
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import Architecture, ExportFormat, Flops, Group, Sizes
+from lime_dist.model.architectures.hyper.connection import Connection
 from lime_dist.model.crossing import Prices
 from lime_dist.model.transformer import (
     Activations,
@@ -21,20 +24,27 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-DYNAMIC_LEAVES = ("dynamic_alpha", "dynamic_beta")
-STATIC_LEAVES = ("static_alpha", "static_beta", "alpha_scale", "beta_scale")
+CONNECTION = "_connection."
+"""What stands between a sub-layer and a parameter of its connection in exported names."""
 
 
 class Hyper(WithoutHistory, Architecture):
-    """n = ``model.hyper.rate`` streams; both sub-layers of a layer have a connection. The norms have no weights."""
-
-    title = "Hyper-Connections"
+    """n = ``model.hyper.rate`` streams; both sub-layers of a layer have a connection of the kind ``model.hyper.connection``."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
 
+    @cached_property
+    def connection(self) -> Connection:
+        kind: type[Connection] = CONNECTIONS[self.config.hyper.connection]
+        return kind(self.config)
+
+    @property
+    def title(self) -> str:
+        return self.connection.title
+
     def check(self) -> None:
-        """The configuration's own types are enough."""
+        self.connection.check()
 
     @property
     def hidden_shape(self) -> tuple[int, ...]:
@@ -43,7 +53,7 @@ class Hyper(WithoutHistory, Architecture):
     def make_layer(self, layer: int) -> nn.Module:
         from lime_dist.model.architectures.hyper.layer import HyperDecoderLayer
 
-        return HyperDecoderLayer(self.config)
+        return HyperDecoderLayer(self.config, self.connection)
 
     def first_input(self, embedded_BTD: Tensor) -> Tensor:
         """Every stream starts as the embedding."""
@@ -56,75 +66,49 @@ class Hyper(WithoutHistory, Architecture):
     # -- parameters ---------------------------------------------------------------------------------------------------
 
     def layer_parameters(self, layer: int) -> Sizes:
-        rate, hidden = self.config.hyper.rate, self.config.hidden_size
-        connection = {"static_alpha": rate * (rate + 1), "static_beta": rate}
-        if self.config.hyper.dynamic:
-            connection |= {"dynamic_alpha": hidden * (rate + 1), "dynamic_beta": hidden}
-            connection |= {"alpha_scale": 1, "beta_scale": 1}
         connections = {
-            f"{name}_connection.{leaf}": size for name in ("attn", "mlp") for leaf, size in connection.items()
+            f"{sublayer}{CONNECTION}{name}": size
+            for sublayer in ("attn", "mlp")
+            for name, size in self.connection.parameters().items()
         }
-        return projection_parameters(self.config) | connections
+        return projection_parameters(self.config) | self.connection.norm_parameters() | connections
 
     def parameter_group(self, name: str) -> Group:
-        leaf = name.rpartition(".")[2]
-        if leaf in DYNAMIC_LEAVES:
-            return "routers"
-        return "plain" if leaf in STATIC_LEAVES else shared_parameter_group(name)
+        _, is_connection, own = name.partition(CONNECTION)
+        return self.connection.parameter_group(own) if is_connection else shared_parameter_group(name)
 
     def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> None:
-        """Static α = [e_{k mod n} | I_n] in layer k and β = 1_n: a pre-norm decoder; the dynamic part starts at 0, scaled
-        by 0.01."""
-        leaf = name.rpartition(".")[2]
-        if leaf not in STATIC_LEAVES + DYNAMIC_LEAVES:
+        _, is_connection, own = name.partition(CONNECTION)
+        if is_connection:
+            self.connection.initialise(own, int(name.split(".")[2]), value, generator)
+        else:
             initialise_shared(self.config, name, value, generator)
-            return
-        value.fill_({"static_beta": 1.0, "alpha_scale": 0.01, "beta_scale": 0.01}.get(leaf, 0.0))
-        if leaf == "static_alpha":
-            layer = int(name.split(".")[2])
-            value[layer % len(value), 0] = 1.0
-            value[:, 1:].fill_diagonal_(1.0)
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
     def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
-        rate, dynamic = self.config.hyper.rate, self.config.hyper.dynamic
-        mixing = 2 * 2 * rate * self.config.hidden_size * (rate + 1 + (rate + 2 if dynamic else 0))
-        return [transformer_flops(self.config, sequence_length) + Flops(mixing, 2 * mixing)] * len(layers)
+        connection = self.connection.flops()
+        return [transformer_flops(self.config, sequence_length) + connection + connection] * len(layers)
 
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        hidden, rate = self.config.hidden_size, self.config.hyper.rate
+        rate = self.config.hyper.rate
         streams = rate if layer > 0 else 1  # they start as views of one embedding
-        if checkpointing:
-            return Activations(per_token=streams * hidden).nbytes(num_tokens, itemsize)
-        kept = transformer_activations(self.config) + self._connection(streams) + self._connection(rate)
-        if self.config.hyper.dynamic:
-            kept += Activations(fixed=2 * hidden * (rate + 2))  # alpha beside beta, in both connections
+        kept = Activations(per_token=streams * self.config.hidden_size)  # the layer's input
+        if not checkpointing:
+            kept = self.connection.activations(streams) + self.connection.activations(rate)
+            kept += transformer_activations(self.config)
         return kept.nbytes(num_tokens, itemsize)
 
-    def _connection(self, streams: int) -> Activations:
-        """What one connection keeps; ``streams``: of its input that are memory of their own."""
-        rate, hidden = self.config.hyper.rate, self.config.hidden_size
-        kept = (streams + rate + 1) * hidden  # input, mixtures
-        kept += 2 * hidden + 2  # input and output of the sub-layer, mean and deviation (on a GPU in float32)
-        if self.config.hyper.dynamic:
-            kept += rate * (hidden + 2)  # normed streams, mean and deviation
-            kept += rate * (rate + 2) + rate * (rate + 1) + rate  # tanh, alpha, beta
-        return Activations(per_token=kept)
-
     def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        if checkpointing or self.config.hyper.dynamic:
-            return 0
-        return (
-            num_tokens * itemsize * self.config.hyper.rate * self.config.hidden_size
-        )  # the first layer transposes them
+        received = Activations() if checkpointing else self.connection.received_activations()
+        return received.nbytes(num_tokens, itemsize)
 
     # -- export -------------------------------------------------------------------------------------------------------
 
     @property
     def export_format(self) -> ExportFormat:
         values = {"architecture": "hyper", "hyper": self.config.hyper.model_dump(mode="json")}
-        return ExportFormat("LimeForCausalLM", values, "LimeModel", "hyper_lime.py")
+        return ExportFormat("LimeForCausalLM", values, "LimeModel", self.connection.code)
 
     def check_llama_start(self) -> None:
         raise ValueError("model.architecture=hyper cannot start from a LLaMA; use llama or lime")

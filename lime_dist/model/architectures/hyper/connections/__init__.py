@@ -1,0 +1,1 @@
+"""The kinds of connection: one file each, which registers itself."""
