@@ -28,8 +28,8 @@ FIRST_BLOCK, BLOCK = 8 << 20, 32 << 20
 HOLE = 1 << 20
 """Bytes between two wanted ranges that are fetched with them: a request of its own would take longer."""
 
-TAIL = 1 << 20
-"""Bytes at the end of a file that come in one request, with the footer of most parquet files."""
+SHORTEST_TAIL, TAIL = 1 << 16, 1 << 20
+"""Bytes at the end of a small and of a large file that come in one request, with the footer of most parquet files."""
 
 
 def blocks(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -104,7 +104,7 @@ class HubFile(io.RawIOBase):
     def __init__(self, address: str, size: int, sha256: str | None = None) -> None:
         super().__init__()
         self._address, self._size, self._place = address, size, 0
-        self._blocks = [(max(0, size - TAIL), size)]
+        self._blocks = [(max(0, size - max(SHORTEST_TAIL, min(size // 64, TAIL))), size)]
         self._held: dict[int, _Fetch] = {}  # by the number of the block
         self._sha256, self._hashed, self._digest = sha256, 0, hashlib.sha256()
 
