@@ -133,18 +133,14 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     reading = ["--where", f"score<{SELECTED}", "--validation-fraction", "0.2"]
-    hub_input, rows = f"hub:{NAME}", list[tuple[str, str, Callable[[], tuple[float, float]]]]()
-    rows.append(("ranges that nobody reads", "many", bare_ranges))
-    for workers in (1, 2):
-        rows.append(
-            (
-                f"only reading, {workers} workers",
-                "many",
-                lambda n=workers: measure(command(work, hub_input, n, *reading)),
-            )  # type: ignore[misc]  # the default binds it
-        )
-    rows.append(("whole road, 2 workers", "once", lambda: measure(command(work, hub_input, 2))))
-    rows.append(("the same from disk", "once", lambda: measure(command(work, str(work / "once/data"), 2))))
+    hub_input = f"hub:{NAME}"
+    rows: list[tuple[str, str, Callable[[], tuple[float, float]]]] = [
+        ("ranges that nobody reads", "many", bare_ranges),
+        ("only reading, 1 worker", "many", lambda: measure(command(work, hub_input, 1, *reading))),
+        ("only reading, 2 workers", "many", lambda: measure(command(work, hub_input, 2, *reading))),
+        ("whole road, 2 workers", "once", lambda: measure(command(work, hub_input, 2))),
+        ("the same from disk", "once", lambda: measure(command(work, str(work / "once/data"), 2))),
+    ]
     for title, folder, run in rows:
         if title not in results:
             with Hub(NAME) as hub:
