@@ -11,7 +11,7 @@ from data_tools import TOOL_VERSION
 from data_tools.common import command_parser, disk_errors, progress_bar
 from data_tools.pretokenize.encoding import SPLITS
 from data_tools.pretokenize.manifest import Manifest, finish, is_complete
-from data_tools.pretokenize.parts import check_parts, is_part, read_part, shards_of
+from data_tools.pretokenize.parts import check_encoders, check_parts, is_part, read_part, shards_of
 from data_tools.tokenizer import Tokenizer
 from lime_dist.data.dataset import DATASET_FILE, FORMAT, check_shard_sizes, read_dataset_json
 from lime_dist.data.files import json_bytes, lock_folder, read_json, sync_folder, write_atomic
@@ -121,6 +121,7 @@ def merge_parts(folders: list[Path], output: Path) -> None:
     """
     facts, results = (list(values) for values in zip(*map(read_part, folders), strict=True))
     check_parts(folders, facts)
+    check_encoders(folders, results)
     first = facts[0]
     with lock_folder(output):
         header = {key: first[key] for key in ("settings", "inputs", "hub") if key in first}

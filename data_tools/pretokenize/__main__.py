@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--part",
         metavar="NUMBER/COUNT",
         help="write only this part of the shards, such as 3/8, into a folder of its own; data_tools.merge joins all parts into "
-        "what one command would have written",
+        "what one command would have written; with --drop-duplicates, every part reads the whole input once",
     )
     parser.add_argument(
         "--verify",

@@ -73,10 +73,6 @@ def check_round_trip(given: str, files: list[InputFile], selection: Selection, t
 def pretokenize(options: argparse.Namespace) -> None:
     """Run the command: reuse a complete dataset, or start or resume one and finish it."""
     part = Part.parse(options.part) if options.part else None
-    if part and options.drop_duplicates:
-        raise LimeError(
-            "--part: whether a document occurs twice can be said only of all parts together; leave out --drop-duplicates"
-        )
     tokenizer, output = Tokenizer(options.tokenizer), Path(options.output)
     begun = None if options.fresh else recorded_commit(output, options.input)
     files = list_inputs(options.input, begun)
@@ -129,14 +125,14 @@ def pretokenize(options: argparse.Namespace) -> None:
         tokenizer.copy_to(output / TOKENIZER_FOLDER)
         footers = Footers(output)
         units = plan_units(files, options.text_column, options.shard_tokens, footers)
-        plan, count = plan_hash(units), len(units)
-        results = manifest.load(count, plan, options.verify)
+        plan, every_unit = plan_hash(units), units
+        results = manifest.load(len(units), plan, options.verify)
         units = part.of(units) if part else units
         if results:
             print(f"{len(results)} of {len(units)} units are finished; continuing with the rest")
         todo = [unit for unit in units if unit.index not in results]
         if todo and options.drop_duplicates:
-            mark_duplicates(duplicates, plan, units, set(results), selection, options.workers)
+            mark_duplicates(duplicates, plan, every_unit, {unit.index for unit in todo}, selection, options.workers)
         # A unique name: whatever an orphaned worker of a killed run still writes cannot end up among our shards.
         scratch = output / f"{SCRATCH}-{os.getpid()}-{time.time_ns()}"
         scratch.mkdir()
@@ -171,7 +167,12 @@ def pretokenize(options: argparse.Namespace) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
         in_order = [results[unit.index] for unit in units]
         if part:
-            facts = {"source": options.input, "plan": plan, "units": count, "max_rejected": options.max_rejected}
+            facts = {
+                "source": options.input,
+                "plan": plan,
+                "units": len(every_unit),
+                "max_rejected": options.max_rejected,
+            }
             finish_part(manifest, in_order, facts)
         else:
             finish(manifest, in_order, tokenizer, options.input, selection.stop_at_rejection, options.max_rejected)
@@ -180,15 +181,20 @@ def pretokenize(options: argparse.Namespace) -> None:
 
 
 def mark_duplicates(
-    folder: Path, plan: str, units: list[Unit], encoded: set[int], selection: Selection, workers: int
+    folder: Path, plan: str, units: list[Unit], todo: set[int], selection: Selection, workers: int
 ) -> None:
-    """Hash the units that are not hashed yet, then compare all hashes; the result is written to ``folder``."""
+    """Hash the units that are not hashed yet, then compare all hashes; the result is written to ``folder``.
+
+    Args:
+        units: all of the dataset; a part needs the hashes of the other parts too.
+        todo: the units that will be encoded next.
+    """
     marker = folder / "plan"
     if marker.exists() and marker.read_bytes() != plan.encode():
         shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
     write_atomic(marker, plan.encode())
-    todo = [unit for unit in units if not hashed(folder, unit)]
-    if todo:
-        UnitPool(HashUnit(folder, selection, encoded), workers, "hashing").run(units, todo, lambda unit: None)
+    unhashed = [unit for unit in units if not hashed(folder, unit)]
+    if unhashed:
+        UnitPool(HashUnit(folder, selection, todo), workers, "hashing").run(units, unhashed, lambda unit: None)
     print(f"duplicates: {find_duplicates(folder, len(units)):,}")

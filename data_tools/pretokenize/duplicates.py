@@ -32,11 +32,11 @@ class HashUnit:
     """A task that hashes a unit's documents into ``folder`` and returns the unit's index.
 
     Args:
-        encoded: the units that are encoded already. The texts of others are kept if they come over a network.
+        todo: the units that will be encoded next. Their texts are kept if they come over a network.
     """
 
-    def __init__(self, folder: Path, selection: Selection, encoded: Iterable[int] = ()) -> None:
-        self._folder, self._selection, self._encoded = folder, selection, frozenset(encoded)
+    def __init__(self, folder: Path, selection: Selection, todo: Iterable[int] = ()) -> None:
+        self._folder, self._selection, self._todo = folder, selection, frozenset(todo)
 
     def prepare(self) -> None:
         """Do nothing: hashing needs no preparation."""
@@ -44,7 +44,7 @@ class HashUnit:
     def __call__(self, unit: Unit, progress: Progress) -> int:
         hashes, tally = bytearray(), Tally()
         texts = unit_documents(unit, self._selection, tally)
-        if is_remote(unit) and unit.index not in self._encoded:
+        if is_remote(unit) and unit.index in self._todo:
             texts = keep(self._folder, unit, texts, tally)
         for text in texts:
             raw = text.encode()

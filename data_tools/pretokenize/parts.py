@@ -146,3 +146,23 @@ def check_parts(folders: list[Path], facts: list[dict[str, Any]]) -> None:
             f"part{'s' if len(missing) > 1 else ''} {', '.join(missing[:10])}{', …' if len(missing) > 10 else ''} missing; "
             f"give the folders of all {count} parts, once each has finished"
         )
+
+
+def check_encoders(folders: list[Path], results: list[list[Result]]) -> None:
+    """Check that no part keeps ids of an encoder that gave a document of another part other ids than the tokenizer's own.
+
+    Raises:
+        LimeError: one does.
+    """
+    different = [
+        (folder, result) for folder, own in zip(folders, results, strict=True) for result in own if "differs" in result
+    ]
+    if not different:
+        return
+    where, caught = different[0]
+    for folder, own in zip(folders, results, strict=True):
+        if doubtful := [result["encoder"] for result in own if result.get("encoder") != caught.get("encoder")]:
+            raise LimeError(
+                f"{folder}: has ids of {doubtful[0]}, which differ in {where} ({caught['differs']}); write this part again with "
+                f"--encoder {caught.get('encoder')} --fresh"
+            )

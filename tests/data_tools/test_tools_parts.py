@@ -15,7 +15,7 @@ from data_tools.tokenizer.__main__ import main as tokenizer
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.errors import LimeError
 
-COUNT = 3
+COUNT, OPTIONS = 3, ["--drop-duplicates", "--max-rejected", "0.2"]
 SETTINGS = "--validation-fraction 0.1 --test-fraction 0.1 --shuffle 5 --workers 1".split()
 
 
@@ -42,7 +42,7 @@ def given(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts(given: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("parts")
     for number in range(1, COUNT + 1):
-        write(given, tokenizer_folder, root / str(number), "--part", f"{number}/{COUNT}", "--max-rejected", "0.2")
+        write(given, tokenizer_folder, root / str(number), "--part", f"{number}/{COUNT}", *OPTIONS)
     return [root / str(number) for number in range(1, COUNT + 1)]
 
 
@@ -53,10 +53,11 @@ def join(folders: list[Path], output: Path) -> None:
 def test_joined_parts_are_what_one_run_writes(
     given: Path, tokenizer_folder: Path, parts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(given, tokenizer_folder, tmp_path / "whole", "--max-rejected", "0.2")
+    write(given, tokenizer_folder, tmp_path / "whole", *OPTIONS)
     said = capsys.readouterr().out
     join(parts[::-1], tmp_path / "joined")
     assert content(tmp_path / "joined") == content(tmp_path / "whole")
+    assert json.loads((tmp_path / "joined/dataset.json").read_text())["counts"]["duplicates"] == 120
     assert capsys.readouterr().out.splitlines()[-3:-1] == said.splitlines()[-3:-1], "the same summary"
     sizes = [len(list(folder.glob("train-*.bin"))) for folder in parts]
     assert min(sizes) > 1 and max(sizes) - min(sizes) < sum(sizes) // 2, "every part has its share"
@@ -70,7 +71,7 @@ def test_joined_parts_are_what_one_run_writes(
 def test_a_part_is_resumed_and_reused(
     given: Path, tokenizer_folder: Path, parts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    part, options = tmp_path / "part", ["--part", f"2/{COUNT}", "--max-rejected", "0.2"]
+    part, options = tmp_path / "part", ["--part", f"2/{COUNT}", *OPTIONS]
     shutil.copytree(parts[1], part)
     write(given, tokenizer_folder, part, *options)
     assert f"part 2/{COUNT} complete, reused" in capsys.readouterr().out
@@ -82,9 +83,9 @@ def test_a_part_is_resumed_and_reused(
     with pytest.raises(LimeError, match="no such file; .*parts are joined by data_tools.merge"):
         TokenSplit(part, "train")
     with pytest.raises(LimeError, match=rf"was made with part=2/{COUNT} \(now 1/{COUNT}\); give another --output"):
-        write(given, tokenizer_folder, part, "--part", f"1/{COUNT}")
+        write(given, tokenizer_folder, part, "--part", f"1/{COUNT}", *OPTIONS)
     with pytest.raises(LimeError, match=rf"was made with part=2/{COUNT} \(now None\)"):
-        write(given, tokenizer_folder, part)
+        write(given, tokenizer_folder, part, *OPTIONS)
 
 
 def test_more_parts_than_units(given: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -133,6 +134,19 @@ def test_parts_that_do_not_belong_together_are_refused(
     units.write_text(units.read_text().replace(line, "0"))
     refused([*others, other], "changed: was made by another plan than")
     refused([*others, changed(part="3/4")], r"units.ndjson: does not list the units of the part; run its command again")
+    other = changed()
+    lines = [json.loads(line) for line in (other / "units.ndjson").read_text().splitlines()]
+    own = [{**line, "encoder": "sentencepiece", "differs": "unit 1"} if "unit" in line else line for line in lines]
+    (other / "units.ndjson").write_text("".join(f"{json.dumps(line)}\n" for line in own))
+    second = tmp_path / "second"
+    shutil.copytree(parts[1], second)
+    lines = [json.loads(line) for line in (second / "units.ndjson").read_text().splitlines()]
+    fast = [{**line, "encoder": "gigatoken"} if "unit" in line else line for line in lines]
+    (second / "units.ndjson").write_text("".join(f"{json.dumps(line)}\n" for line in fast))
+    refused(
+        [second, parts[0], other],
+        r"second: has ids of gigatoken, which differ in .*changed \(unit 1\); write this part again with --encoder sentencepiece",
+    )
     (changed() / "part.json").unlink()
     refused([*others, tmp_path / "changed"], "part.json: no such file; the part is not finished: run its command again")
     next(changed().glob("*.idx")).write_bytes(b"")
