@@ -124,6 +124,8 @@ def train(config: Config, verbose: bool) -> str | None:
         files = together(lambda: open_run_files(directory, config, resumed.state.step))
         if files.metrics is not None and (damaged := files.metrics.damaged):
             console.say(f"{files.metrics.path}: {damaged} unreadable line(s) dropped, left by a crash")
+        for line in files.notes:
+            console.say(line)
         run = assemble(config, data, engine, optimizer, resumed, files.records, console)
         announce(run, data, resumed.state)
         try:

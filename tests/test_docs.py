@@ -154,7 +154,7 @@ SMALL_RUN = (
 INSTEAD = [
     (r"^(deepspeed|torchrun) .*pretrain\.py", "python pretrain.py"),
     (r"^(?:LIME_BACKEND=gloo )?bash launch/local\.sh (\S+) \d", r"python pretrain.py --config \1"),
-    (r"^(python pretrain\.py .*)", rf"\1 {SMALL_RUN}"),
+    (r"^((?:WANDB_MODE=offline )?python pretrain\.py .*)", rf"\1 {SMALL_RUN}"),
     (r"hub:[\w/:-]+", "text"),
     (r"--vocab-size (32768|4096)", "--vocab-size 320"),
     (r"--workers 8", "--workers 1"),

@@ -79,9 +79,9 @@ def _row(key: str, field: FieldInfo) -> str:
 
 def _type_text(field: FieldInfo) -> str:
     """Such as "integer ≥ 1 or `null`", or the choices."""
-    for registry in field.metadata:
-        if isinstance(registry, Registry):
-            return ", ".join(f"`{name}`" for name in registry)
+    for known in field.metadata:
+        if isinstance(known, Registry):
+            return _choices(known)
     bounds = [f"{sign} {getattr(bound, kind.__name__.lower()):,.10g}" for bound in field.metadata
               for kind, sign in BOUNDS.items() if isinstance(bound, kind)]  # fmt: skip
     names: list[str] = []
@@ -92,6 +92,9 @@ def _type_text(field: FieldInfo) -> str:
             names.append(", ".join(f"`{choice}`" for choice in get_args(option)))
         elif get_origin(option) is list:
             (item,) = get_args(option)
+            if registry := next((one for one in getattr(item, "__metadata__", ()) if isinstance(one, Registry)), None):
+                names.append(f"list of {_choices(registry)}")
+                continue
             names.append(f"list of {'sections' if _is_section(item) else TYPE_NAMES[item] + 's'}")
         elif get_origin(option) is tuple:
             names.append(f"{len(get_args(option))} {TYPE_NAMES[get_args(option)[0]]}s")
@@ -101,6 +104,10 @@ def _type_text(field: FieldInfo) -> str:
             number = option in (int, float)
             names.append(" ".join([TYPE_NAMES[option], ", ".join(bounds) if number else ""]).strip())
     return " or ".join(names)
+
+
+def _choices(registry: Registry[Any]) -> str:
+    return ", ".join(f"`{name}`" for name in registry)
 
 
 def _history_defaults() -> list[str]:

@@ -84,4 +84,5 @@ ARCHITECTURES: Registry[Any] = Registry("model.architecture", "lime_dist.model.a
 CONNECTIONS: Registry[Any] = Registry("model.hyper.connection", "lime_dist.model.architectures.hyper.connections")
 SCHEDULES: Registry[Any] = Registry("pipeline.schedule", "lime_dist.pipeline.schedules")
 OPTIMIZERS: Registry[Any] = Registry("optimizer.name", "lime_dist.train.optimizers")
+SINKS: Registry[Any] = Registry("monitor.sinks", "lime_dist.monitor.sinks")
 LEARNING_RATES: Registry[Any] = Registry("optimizer.schedule", "lime_dist.train.learning_rates")

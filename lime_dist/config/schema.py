@@ -5,10 +5,11 @@ Import sections from here. Every key has a description; ``docs/configuration.md`
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from lime_dist.config.registry import SINKS, choice_of
 from lime_dist.config.sections.base import Section, UserPath
 from lime_dist.config.sections.data import BlendEntry, DataConfig
 from lime_dist.config.sections.model import (
@@ -45,6 +46,12 @@ __all__ = [
     "Section",
     "TrainConfig",
 ]
+
+
+if TYPE_CHECKING:
+    SinkName = str
+else:
+    SinkName = choice_of(SINKS)
 
 
 class RunConfig(Section):
@@ -85,6 +92,17 @@ class MonitorConfig(Section):
         gt=0,
         description="peak FLOP/s of one device, for `speed/mfu`; `null` measures it at the start",
     )
+    sinks: list[SinkName] = Field(
+        [], description="dashboards that also get the metrics; each needs the extra of its name, such as `.[wandb]`"
+    )
+    project: str = Field("lime_dist", min_length=1, description="the project in `sinks`; an experiment in MLflow")
+
+    @field_validator("sinks")
+    @classmethod
+    def _each_once(cls, sinks: list[str]) -> list[str]:
+        if twice := {name for name in sinks if sinks.count(name) > 1}:
+            raise ValueError(f"monitor.sinks has {', '.join(sorted(twice))} twice")
+        return sinks
 
 
 class Config(Section):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lime_dist.config.load import dump_config
+from lime_dist.config.registry import SINKS
 from lime_dist.config.schema import Config
 from lime_dist.distributed import is_main_process
 from lime_dist.errors import LimeError
@@ -22,10 +23,12 @@ class RunFiles:
     Attributes:
         records: writes to all sinks; on ranks other than 0 there are none.
         metrics: ``metrics.jsonl``; None on ranks other than 0.
+        notes: where dashboards show the run, one line each.
     """
 
     records: Records
     metrics: MetricsFile | None = None
+    notes: tuple[str, ...] = ()
 
 
 def open_run_files(directory: Path, config: Config, step: int) -> RunFiles:
@@ -35,7 +38,7 @@ def open_run_files(directory: Path, config: Config, step: int) -> RunFiles:
         step: the last step that is done; later records of an earlier start are removed.
 
     Raises:
-        LimeError: the folder cannot be written.
+        LimeError: the folder cannot be written, or a dashboard cannot be reached.
     """
     if not is_main_process():
         return RunFiles(Records())
@@ -45,4 +48,5 @@ def open_run_files(directory: Path, config: Config, step: int) -> RunFiles:
         board = TensorBoardLog(directory / "tensorboard", dump_config(config), step)
     except OSError as error:
         raise LimeError(f"run.directory={directory} cannot be written: {error.strerror}") from None
-    return RunFiles(Records([metrics, board]), metrics)
+    dashboards = [SINKS[name](directory, config) for name in config.monitor.sinks]
+    return RunFiles(Records([metrics, board, *dashboards]), metrics, tuple(sink.note for sink in dashboards))

@@ -6,7 +6,6 @@ whole events and sees the error.
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
@@ -21,22 +20,11 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar, tex
 
 from lime_dist.config.flat import flattened
 from lime_dist.data.files import WholeAppends
+from lime_dist.monitor.tags import TAGS, scalars
 
 FLUSH_SECONDS = 60.0
 """Scalars are flushed at least this often, so that one can follow a run."""
 
-TAGS = {
-    "loss": "train/loss",
-    "grad_norm": "train/gradient_norm",
-    "lr": "train/learning_rate",
-    "router_lr": "train/router_learning_rate",
-    "tokens_per_second": "speed/tokens_per_second",
-    "step_seconds": "speed/step_seconds",
-    "mfu": "speed/mfu",
-    "validation_loss": "validation/loss",
-}
-"""TensorBoard tag of each key of a ``metrics.jsonl`` record that becomes a scalar."""
-PERPLEXITY = {"loss": "train/perplexity", "validation_loss": "validation/perplexity"}
 LAYOUT = {
     "loss": {
         "training and validation": ["Multiline", ["train/loss", "validation/loss"]],
@@ -67,8 +55,6 @@ COLUMNS = (
     "parallel.pipeline_stages", "precision", "train.global_batch_size", "train.seed", "train.steps",
 )  # fmt: skip
 """Settings that are columns of the table of runs, in the order in which TensorBoard sorts them. The others would come before."""
-MAX_NATS = 80.0
-"""A larger loss is drawn with the perplexity of this one, because its own overflows float32."""
 
 
 class TensorBoardLog:
@@ -101,13 +87,8 @@ class TensorBoardLog:
         return self._file.waiting
 
     def write(self, record: dict[str, float | int]) -> None:
-        for key, tag in TAGS.items():
-            if key in record:
-                self._add(Event(summary=scalar(tag, record[key]), step=int(record["step"])))
-        for key, tag in PERPLEXITY.items():
-            if key in record:
-                perplexity = math.exp(min(record[key], MAX_NATS))
-                self._add(Event(summary=scalar(tag, perplexity), step=int(record["step"])))
+        for tag, value in scalars(record).items():
+            self._add(Event(summary=scalar(tag, value), step=int(record["step"])))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 

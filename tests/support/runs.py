@@ -30,6 +30,14 @@ def run(values: dict[str, Any]) -> str:
     return ""
 
 
+def run_in(environment: dict[str, str], values: dict[str, Any]) -> str:
+    """`run`, with more variables of the environment."""
+    from unittest import mock
+
+    with mock.patch.dict(os.environ, environment):
+        return run(values)
+
+
 def observe(
     values: dict[str, Any], events: list[Event] | None = None, per_rank: dict[int, dict[str, Any]] | None = None
 ) -> tuple[str, str]:

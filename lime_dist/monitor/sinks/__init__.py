@@ -1,0 +1,1 @@
+"""Dashboards beside TensorBoard and ``metrics.jsonl``, one file each; ``monitor.sinks`` chooses."""
