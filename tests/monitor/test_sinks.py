@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,12 +62,21 @@ def log_records(log: bytes) -> Iterator[bytes]:
             record = b""
 
 
+def messages(path: Path) -> list[Any]:
+    """All messages of a finished file. A process of the package writes it, which may take a moment longer than ours."""
+    for _ in range(200):
+        written = [wandb_internal_pb2.Record.FromString(content) for content in log_records(path.read_bytes())]
+        if any(message.HasField("exit") for message in written):
+            return written
+        time.sleep(0.05)
+    raise AssertionError(f"{path} has no end")
+
+
 def sent(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of every scalar in the files that ``wandb sync`` would send, by tag; and images by the number of them."""
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        for content in log_records(path.read_bytes()):
-            message = wandb_internal_pb2.Record.FromString(content)
+        for message in messages(path):
             row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in message.history.item}
             for tag, value in row.items():
                 if tag != "step" and not tag.startswith("_"):
