@@ -23,6 +23,7 @@ from lime_dist.config.sections.model import (
 )
 from lime_dist.config.sections.optimizer import OptimizerConfig
 from lime_dist.config.sections.parallel import ParallelConfig, PipelineConfig
+from lime_dist.config.sections.rope import RopeScalingConfig
 from lime_dist.config.sections.train import BatchRampConfig, CheckpointConfig, TrainConfig
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "PipelineConfig",
     "ROUTER_KEYS",
     "ROUTES_KEYS",
+    "RopeScalingConfig",
     "RunConfig",
     "Section",
     "TrainConfig",

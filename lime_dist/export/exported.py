@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lime_dist.config.schema import ModelConfig
 from lime_dist.data.files import read_json, sha256_file
 from lime_dist.errors import LimeError, first_line
+from lime_dist.export.rope import read_scaling
 from lime_dist.model.architecture import BASELINE
 
 if TYPE_CHECKING:
@@ -96,9 +97,10 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def model_config(exported: ExportedModel) -> ModelConfig:
     """The section ``model`` of the run that an export comes from, as far as its config.json has the keys."""
-    values = read_json(exported.path / "config.json", "export the checkpoint again")
+    path = exported.path / "config.json"
+    values = read_json(path, "export the checkpoint again")
     known = {name: values[name] for name in ModelConfig.model_fields if name in values}
-    return ModelConfig(**{"architecture": BASELINE, **known})
+    return ModelConfig(**{"architecture": BASELINE, **known, "rope_scaling": read_scaling(str(path), values)})
 
 
 def check_vocabulary(certificate: dict[str, Any], folder: Path, split: TokenSplit | Blend) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lime_dist.checkpoint.reading import Weights, load_decoder, parameter_shapes
 from lime_dist.checkpoint.writing import write_checkpoint
+from lime_dist.config.flat import flattened, shown
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.blend import open_training
 from lime_dist.data.files import read_json
@@ -23,6 +24,7 @@ from lime_dist.errors import LimeError, first_line
 from lime_dist.export.comparison import TOLERANCE, Comparison, compare_logits, first_tokens
 from lime_dist.export.exported import CERTIFICATE, check_vocabulary, load_model, require_transformers, verify
 from lime_dist.export.model_files import LLAMA_TYPE, MODEL_TYPE, SHAPE_KEYS, model_description
+from lime_dist.export.rope import read_scaling
 from lime_dist.model.architecture import architecture_of
 from lime_dist.model.init import initialise
 
@@ -117,14 +119,11 @@ def check_export(folder: Path, values: dict[str, Any], config: Config) -> None:
 def _shape(values: dict[str, Any]) -> dict[str, str]:
     """What an export's config.json says of ``model``: the value of every key, as on the command line."""
     settings: dict[str, Any] = {"architecture": values["architecture"], **{key: values[key] for key in SHAPE_KEYS}}
+    settings |= _section_settings("rope_scaling", read_scaling("config.json", values).model_dump())
     for key, value in values.items():
         if key in ModelConfig.model_fields and isinstance(value, dict):
             settings |= _section_settings(key, value)
-    return {
-        key: "null" if value is None else str(value).lower()
-        for key, value in settings.items()
-        if key not in INITIAL_ONLY
-    }
+    return {key: shown(value) for key, value in settings.items() if key not in INITIAL_ONLY}
 
 
 def _section_settings(name: str, section: dict[str, Any]) -> dict[str, Any]:
@@ -159,27 +158,22 @@ def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> Non
     except Exception as error:  # transformers raises many types
         raise LimeError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from None
     rope = getattr(original, "rope_parameters", None) or {"rope_theta": getattr(original, "rope_theta", None)}
+    scaling = read_scaling(str(folder / "config.json"), original.to_dict())
     fixed = {
-        "rope_scaling": (values.get("rope_scaling"), None),
         "hidden_act": (original.hidden_act, "silu"),
         "attention_bias": (original.attention_bias, False),
         "mlp_bias": (original.mlp_bias, False),
         "head_dim": (original.head_dim, original.hidden_size // original.num_attention_heads),
     }
-    scaled = rope.get("rope_type", "default")
-    if scaled != "default":
-        raise LimeError(
-            f"{folder / 'config.json'}: rope_type={scaled} is not supported: the trainer does not scale its rotary embedding; "
-            "only models with rope_type=default can be imported"
-        )
     for key, (value, supported) in fixed.items():
         if value != supported:
             raise LimeError(f"{folder / 'config.json'}: {key}={value} is not supported, only {key}={supported}")
     theirs = {key: getattr(original, key, None) for key in SHAPE_KEYS} | {"rope_theta": rope["rope_theta"]}
-    ours = {**model.model_dump(), "num_key_value_heads": model.key_value_heads}
-    wrong = [key for key in SHAPE_KEYS if theirs[key] != ours[key]]
+    theirs |= _section_settings("rope_scaling", scaling.model_dump())
+    ours = {**flattened(model.model_dump(mode="json")), "num_key_value_heads": model.key_value_heads}
+    wrong = [key for key in theirs if theirs[key] != ours[key]]
     if wrong:
-        settings = " ".join(f"model.{key}={str(theirs[key]).lower()}" for key in wrong)
+        settings = " ".join(f"model.{key}={shown(theirs[key])}" for key in wrong)
         raise LimeError(f"the configuration has another shape than the model in {folder}; set {settings}")
 
 

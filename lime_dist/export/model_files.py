@@ -12,6 +12,7 @@ from torch import Tensor
 from lime_dist.config.schema import Config
 from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
+from lime_dist.export import rope
 from lime_dist.export.tokenizer_files import CODE
 from lime_dist.model.architecture import ExportFormat, architecture_of
 
@@ -81,9 +82,10 @@ def model_description(config: Config) -> dict[str, Any]:
     model, format = config.model, architecture_of(config.model).export_format
     shape = {key: getattr(model, key) for key in SHAPE_KEYS} | {
         "num_key_value_heads": model.key_value_heads,
-        "max_position_embeddings": config.data.sequence_length,
-        "dtype": "float32",
+        "max_position_embeddings": rope.supported_length(config.data.sequence_length, model.rope_scaling),
     }
+    if scaling := rope.described(model.rope_scaling):
+        shape["rope_scaling" if format.code is None else "rope_parameters"] = scaling
     description: dict[str, Any] = {"architectures": [format.causal_class], "model_type": MODEL_TYPE}
     if format.code is not None:
         module = Path(format.code).stem

@@ -33,7 +33,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, router: nn.Module | None) -> None:
         super().__init__()
         hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_size
-        self.head_size, self.rope_theta = size, config.rope_theta
+        self.head_size, self.rope_theta, self.rope_scaling = size, config.rope_theta, config.rope_scaling
         self.q_proj = nn.Linear(hidden, heads * size, bias=False)
         self.k_proj = nn.Linear(hidden, config.key_value_heads * size, bias=False)
         self.v_proj = nn.Linear(hidden, config.key_value_heads * size, bias=False)
@@ -42,7 +42,8 @@ class Attention(nn.Module):
 
     def rotary(self, x_BTD: Tensor) -> Rotary:
         """The rotary table for a hidden state, with or without residual streams."""
-        return rotary_table(x_BTD.shape[1], self.head_size, self.rope_theta, x_BTD.dtype, x_BTD.device)
+        length, dtype, device = x_BTD.shape[1], x_BTD.dtype, x_BTD.device
+        return rotary_table(length, self.head_size, self.rope_theta, self.rope_scaling, dtype, device)
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
         """[B, T, G·d] -> [B, G, T, d]."""

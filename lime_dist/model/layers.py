@@ -6,12 +6,15 @@ Tensor names end in the tensor's shape where this helps: x_BTD, q_BHTd.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lime_dist.config.schema import RopeScalingConfig
 from lime_dist.model.norm_rotation import Rotate, rms_norm
 
 
@@ -37,13 +40,38 @@ Rotary = tuple[Tensor, Tensor]
 
 
 @lru_cache(maxsize=16)
-def rotary_table(length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device) -> Rotary:
-    """cos and sin of position · θ^(−2i/d), [T, d] each, in at least float32. Both halves of d are equal, as in LLaMA."""
+def rotary_table(
+    length: int,
+    head_size: int,
+    theta: float,
+    scaling: RopeScalingConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Rotary:
+    """cos and sin of position · frequency, [T, d] each, in at least float32. Both halves of d are equal, as in LLaMA."""
     accumulation_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = theta ** -(torch.arange(0, head_size, 2, dtype=accumulation_dtype, device=device) / head_size)
-    angle = torch.outer(torch.arange(length, dtype=accumulation_dtype, device=device), frequency)
+    angle = torch.outer(
+        torch.arange(length, dtype=accumulation_dtype, device=device), scaled_frequencies(frequency, scaling)
+    )
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
+
+
+def scaled_frequencies(frequency: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """The frequencies θ^(−2i/d), radians per token, as ``model.rope_scaling`` changes them.
+
+    With ``llama3``, a frequency that makes n turns in the original sequence length L is kept if n ≥ high, divided by the factor
+    if n ≤ low, and interpolated between: share s = (n − low) / (high − low) of it is kept.
+    """
+    if scaling.factor is None:
+        return frequency
+    if scaling.original_max_position_embeddings is None:
+        return frequency / scaling.factor
+    low, high = cast(float, scaling.low_freq_factor), cast(float, scaling.high_freq_factor)
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / scaling.factor
 
 
 def rotate(x_BHTd: Tensor, rotary: Rotary) -> Tensor:

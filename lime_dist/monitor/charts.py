@@ -145,7 +145,7 @@ def coloured(cells: Sequence[Sequence[float]]) -> tuple[list[list[bytes]], float
     values = sorted(abs(value) for row in cells for value in row if value and math.isfinite(value))
     top = values[int(0.98 * (len(values) - 1))] if values else 1.0
     shades = [[min(1.0, abs(value) / top) if math.isfinite(value) else 0.0 for value in row] for row in cells]
-    return [[_blue(shade) for shade in row] for row in shades], top
+    return [[blue(shade) for shade in row] for row in shades], top
 
 
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
@@ -188,7 +188,7 @@ def png(rows: Sequence[bytes]) -> bytes:
     )
 
 
-def _blue(shade: float) -> bytes:
+def blue(shade: float) -> bytes:
     """White for 0, dark blue for 1."""
     dark = (8, 48, 107)
     return bytes(round(255 + (end - 255) * shade) for end in dark)

@@ -9,13 +9,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch.utils.tensorboard.summary import histogram, scalar
 
 from lime_dist.config.schema import ModelConfig
-from lime_dist.monitor.charts import coloured, png
+from lime_dist.monitor.map_image import encoded, map_image
 from lime_dist.monitor.routers import Weights, entropy, head_map, router_map, self_retrieval
-
-SIDE = 512
-"""Approximate length of a picture's longer side in pixels, so that cells are visible."""
-MIN_CELL = 4
-"""Smallest side of a cell in pixels."""
 
 
 def router_pictures(config: ModelConfig, weights: Weights, chosen: int) -> list[Summary]:
@@ -27,8 +22,10 @@ def router_pictures(config: ModelConfig, weights: Weights, chosen: int) -> list[
     """
     layers = router_map(config, weights)
     summaries = [
-        picture("routers/layers", layers.tolist()),
-        picture(f"routers/heads_of_layer{chosen}", head_map(config, weights, chosen).tolist()),
+        picture("routers/layers", layers.tolist(), "layer that reads"),
+        picture(
+            f"routers/heads_of_layer{chosen}", head_map(config, weights, chosen).tolist(), f"head of layer {chosen}"
+        ),
     ]
     for layer, (own_share, spread) in enumerate(zip(self_retrieval(layers), entropy(layers), strict=True)):
         summaries += [scalar(f"self_retrieval/layer{layer}", own_share), scalar(f"entropy/layer{layer}", spread)]
@@ -39,18 +36,15 @@ def router_pictures(config: ModelConfig, weights: Weights, chosen: int) -> list[
     return summaries
 
 
-def picture(tag: str, cells: Sequence[Sequence[float]]) -> Summary:
-    """A map as an image: rows are the readers, columns what they read; dark cells are read most. A cell is a square.
+def picture(tag: str, cells: Sequence[Sequence[float]], reader: str) -> Summary:
+    """A map as an image, with axes and a scale: rows are the readers, columns what they read; dark cells are read most.
 
-    TensorBoard shows the axes and the scale as the picture's description.
+    Args:
+        reader: what a row is.
     """
-    pixels, top = coloured(cells)
-    size = max(MIN_CELL, SIDE // max(len(pixels), len(pixels[0])))
-    rows = [b"".join(pixel * size for pixel in row) for row in pixels for _ in range(size)]
-    image = Summary.Image(height=len(rows), width=len(rows[0]) // 3, colorspace=3, encoded_image_string=png(rows))
-    axes = (
-        f"rows: {len(pixels)} readers, from 0 at the top; columns: {len(pixels[0])} layers that they read, from 0 on the left; "
-        f"colour: mean |weight| from 0 (white) to {top:.3g} and above (dark blue)"
+    drawn = map_image(cells, "layer that is read", reader, "mean |weight|")
+    image = Summary.Image(height=drawn.height, width=drawn.width, colorspace=3, encoded_image_string=encoded(drawn))
+    meaning = (
+        "how much each row reads of the layers so far: the mean |weight| of its router over the heads that it reads"
     )
-    metadata = SummaryMetadata(summary_description=axes)
-    return Summary(value=[Summary.Value(tag=tag, image=image, metadata=metadata)])
+    return Summary(value=[Summary.Value(tag=tag, image=image, metadata=SummaryMetadata(summary_description=meaning))])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.exports import run_values, write_random
+from support.models import LLAMA3
 from support.old_tokenizers import copy_as_old
 from support.workers import WorkerGroup
 
@@ -34,8 +35,8 @@ Workers = Callable[[int], WorkerGroup]
 CHUNKED = {"lime": {"history": {"policy": "chunked", "chunk_size": 2, "rank": 1, "first": 1}}}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"architecture": "llama", "rope_theta": 500.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
-    "lime": CHUNKED,
-    "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
+    "lime": {**CHUNKED, "rope_scaling": LLAMA3},
+    "hyper": {"architecture": "hyper", "hyper": {"rate": 2}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 2}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }

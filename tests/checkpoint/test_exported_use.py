@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from support.exports import run_values, write_random
+from support.models import LLAMA3
 from torch import Tensor, nn
 
 from lime_dist.checkpoint import importing
@@ -24,7 +26,7 @@ HISTORY = {"history": {"policy": "chunked", "chunk_size": 2, "rank": 1, "first":
 HIDDEN = {"num_key_value_heads": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "kv": {"lime": HISTORY},
-    "hidden": {**HIDDEN, "lime": {"routes": "hidden", **HISTORY}},
+    "hidden": {**HIDDEN, "rope_scaling": LLAMA3, "lime": {"routes": "hidden", **HISTORY}},
     "dynamic": {**HIDDEN, "lime": {"routes": "hidden", "router": "dynamic"}},
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
     "permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 2}},
@@ -122,8 +124,21 @@ def test_weights_may_exist_only_while_their_module_is_called(exported: Path) -> 
         assert torch.equal(model(TOKENS).logits, wanted)
 
 
+def test_the_trainer_of_transformers_trains_with_gradient_checkpointing(exported: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the extra `test` is not installed")
+    model, samples = load_model(exported), [{"input_ids": row, "labels": row} for row in TOKENS]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, gradient_checkpointing=True, use_cpu=True, report_to=[], save_strategy="no",
+        disable_tqdm=True, learning_rate=0.1, warmup_steps=0,
+    )  # fmt: skip
+    trained = transformers.Trainer(model=model, args=arguments, train_dataset=samples).train()
+    assert math.isfinite(trained.training_loss)
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_device_map_with_too_little_memory(exported: Path, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="no extra installs it; run by hand with accelerate 1.15")
+    pytest.importorskip("accelerate", reason="the extra `test` is not installed")
     model = load_model(exported)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     placed = transformers.AutoModelForCausalLM.from_pretrained(
@@ -149,8 +164,9 @@ def test_a_model_that_was_saved_again_can_be_imported(exported: Path, dataset: P
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     importing.main(["--model", str(again), "--config", str(tmp_path / "run.yaml")])
     assert (tmp_path / "run/checkpoints/global_step0/manifest.json").exists()
-    with pytest.raises(LimeError, match="the configuration does not describe the model"):
-        importing.main(["--model", str(again), "--config", str(tmp_path / "run.yaml"), "model.rope_theta=7.0"])
+    for other in ("model.rope_theta=7.0", "model.rope_scaling={rope_type: linear, factor: 9}"):
+        with pytest.raises(LimeError, match=r"the configuration does not describe the model .*; set model\.rope_"):
+            importing.main(["--model", str(again), "--config", str(tmp_path / "run.yaml"), other])
 
 
 @pytest.fixture

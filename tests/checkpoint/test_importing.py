@@ -13,33 +13,47 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.exports import run_values
+from support.models import LLAMA3
 from support.workers import WorkerGroup
 
 from lime_dist.checkpoint import export, importing
+from lime_dist.config.load import load_config
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.errors import LimeError
 from lime_dist.export import importing as import_work
 from lime_dist.export.comparison import validation_batches
+from lime_dist.export.exported import model_config, open_export
 from lime_dist.model.layers import language_model_loss
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 Workers = Callable[[int], WorkerGroup]
+SCALED = {"architecture": "llama", "rope_scaling": LLAMA3}
 IDENTITY = {"lime": {"routes": "kv", "router_init": "identity", "history": {"policy": "chunked", "chunk_size": 2}}}
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_llama(folder: Path, **settings: Any) -> Path:
     """A LLaMA with random weights, written by transformers into several files."""
     torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp("original")
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=5, num_attention_heads=4,
             num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, initializer_range=0.2,
+            **settings,
         )
     )  # fmt: skip
     model.save_pretrained(folder, max_shard_size="20KB")
     return folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its original length is shorter than the sequences of the tests."""
+    return write_llama(tmp_path_factory.mktemp("scaled"), max_position_embeddings=40, rope_scaling=dict(LLAMA3))
 
 
 def values(dataset: Path, run: Path, model: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -55,11 +69,21 @@ def import_it(original: Path, settings: dict[str, Any], folder: Path, *overrides
 ZERO = {"architecture": "value_residual", "value_residual": {"weight": 0, "learnable": True}}
 
 
-@pytest.mark.parametrize("model", [{"architecture": "llama"}, IDENTITY, ZERO], ids=["llama", "lime", "value residual"])
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [(SCALED, "scaled"), (IDENTITY, "original"), (ZERO, "original")],
+    ids=["llama, scaled rope", "lime", "value residual"],
+)
 def test_a_run_starts_with_the_loss_of_the_original(
-    model: dict[str, Any], workers: Workers, original: Path, dataset: Path, tmp_path: Path
+    model: dict[str, Any],
+    folder: str,
+    workers: Workers,
+    dataset: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """On two stages: the loss before the first step equals the original's, and training starts."""
+    original: Path = request.getfixturevalue(folder)
     settings = values(dataset, tmp_path / "run", model, 0)
     import_it(original, settings, tmp_path)
     settings["parallel"] = {"pipeline_stages": 2}
@@ -78,8 +102,9 @@ def test_a_run_starts_with_the_loss_of_the_original(
     assert first["step"] == 1 and first["grad_norm"] > 0
 
 
-def test_import_and_export_keep_the_weights(original: Path, dataset: Path, tmp_path: Path) -> None:
-    settings = values(dataset, tmp_path / "run", {"architecture": "llama"}, 0)
+def test_import_and_export_keep_the_weights(scaled: Path, dataset: Path, tmp_path: Path) -> None:
+    """And the scaling of the rotary embedding."""
+    original, settings = scaled, values(dataset, tmp_path / "run", SCALED, 0)
     import_it(original, settings, tmp_path)
     export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
     wanted: dict[str, torch.Tensor] = {}
@@ -87,6 +112,12 @@ def test_import_and_export_keep_the_weights(original: Path, dataset: Path, tmp_p
         wanted.update(load_file(file))
     exported = load_file(tmp_path / "out/model.safetensors")
     assert set(exported) == set(wanted) and all(torch.equal(exported[name], wanted[name]) for name in wanted)
+    before, after = (transformers.AutoConfig.from_pretrained(path) for path in (original, tmp_path / "out"))
+    assert before.rope_parameters == after.rope_parameters and before.max_position_embeddings == 40
+    assert (
+        model_config(open_export(tmp_path / "out")).rope_scaling
+        == load_config(tmp_path / "config.yaml").model.rope_scaling
+    )
 
 
 def test_mistakes_are_one_line(original: Path, dataset: Path, tmp_path: Path) -> None:
@@ -118,8 +149,23 @@ def test_mistakes_are_one_line(original: Path, dataset: Path, tmp_path: Path) ->
     assert "attention_bias=True is not supported, only attention_bias=False" in line(
         llama, folder=changed(attention_bias=True)
     )
-    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    assert "is not supported" in line(llama, folder=changed(rope_parameters=scaling))
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
+    supported = "rope_type=yarn is not supported, only default, linear, llama3"
+    assert supported in line(llama, folder=changed(rope_parameters=scaling))
+    old = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    assert supported in line(llama, folder=changed(rope_parameters=None, rope_theta=10000.0, rope_scaling=old))
+    assert "partial_rotary_factor=0.5 is not supported" in line(
+        llama,
+        folder=changed(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+    )
+    linear = {"type": "linear", "factor": 2}
+    assert "set model.rope_scaling.rope_type=linear model.rope_scaling.factor=2.0" in line(
+        llama, folder=changed(rope_parameters=None, rope_theta=10000.0, rope_scaling=linear)
+    )
+    assert "set model.rope_scaling.rope_type=default model.rope_scaling.factor=null" in line(SCALED)
+    assert "rope_scaling.factor=0.5 is not supported" in line(
+        llama, folder=changed(rope_parameters={**linear, "factor": 0.5, "rope_theta": 10000.0})
+    )
     assert "transformers cannot read it" in line(llama, folder=changed(hidden_size="many"))
     folder = changed()
     next(folder.glob("model-00002*")).unlink()

@@ -87,6 +87,8 @@ def test_an_invalid_override_is_reported_in_one_line(override: str, line: str) -
         ("model.ffn_hidden_size", "model.intermediate_size"),
         ("model.num_query_groups", "model.num_key_value_heads"),
         ("model.rotary_base", "model.rope_theta"),
+        ("model.rope_parameters", "model.rope_scaling"),
+        ("model.rope_scaling.type", "model.rope_scaling.rope_type"),
         ("train.train_iters", "train.steps"),
         ("optimizer.clip-grad", "optimizer.max_grad_norm"),
         ("optimizer.lr_warmup_iters", "optimizer.warmup_steps"),

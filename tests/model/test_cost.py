@@ -201,7 +201,7 @@ def count_activations(
     config, device = decoder.config, torch.device("cpu")
     lead = batch * length * config.hidden_size if start else 0
     history = open_history(config, stage_layout(config, start, stop), batch * length, dtype, device, lead)
-    rotary = rotary_table(length, config.head_size, config.rope_theta, dtype, device)
+    rotary = rotary_table(length, config.head_size, config.rope_theta, config.rope_scaling, dtype, device)
     permutations = permutation_matrices(min(config.hyper.rate, 4), torch.float32, device)
     kept = KeptMemory([*decoder.parameters(), *rotary, permutations])
     tokens, labels = (torch.randint(config.vocab_size, (batch, length)) for _ in range(2))

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.equality import perturb
 from lime_dist import build_decoder
-from lime_dist.config.schema import LimeConfig, ModelConfig
+from lime_dist.config.schema import LimeConfig, ModelConfig, RopeScalingConfig
 from lime_dist.model.architecture import GROUPS, architecture_of, stage_layout
 from lime_dist.model.decoder import decoder_layers, open_history, run_layers
-from lime_dist.model.layers import language_model_loss
+from lime_dist.model.layers import language_model_loss, scaled_frequencies
 
 
 def perturb_and_draw(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
@@ -123,17 +123,28 @@ def test_chunked_with_a_summary_row_for_every_layer_is_full(groups: int) -> None
     assert compared == sum(parameter.numel() for parameter in full.parameters())
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_llama_gives_the_logits_of_transformers(tied: bool) -> None:
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rope", "tied"), [("default", True), ("default", False), ("linear", True), ("llama3", False)])
+def test_llama_gives_the_logits_of_transformers(rope: str, tied: bool) -> None:
+    """With llama3, also beyond the original length."""
     transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
-    config = small(architecture="llama", tie_word_embeddings=tied, rope_theta=50000.0, rms_norm_eps=1e-6)
+    shape = {"rope_theta": 50000.0, "rms_norm_eps": 1e-6, "num_attention_heads": 3, "tie_word_embeddings": tied}
+    config = small(architecture="llama", rope_scaling=ROPES[rope], **shape)
     ours = build_decoder(config)
     for name, parameter in ours.named_parameters():
         perturb(name, parameter)
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=11, num_attention_heads=6,
-            num_key_value_heads=3, rms_norm_eps=1e-6, rope_theta=50000.0, tie_word_embeddings=tied,
+            vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=11, num_key_value_heads=3,
+            rope_scaling=dict(ROPES[rope]) or None, **shape,
         )
     )  # fmt: skip
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
@@ -141,6 +152,28 @@ def test_llama_gives_the_logits_of_transformers(tied: bool) -> None:
     tokens = torch.randint(0, 31, (2, 33), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_scaled_frequencies_are_those_of_transformers() -> None:
+    """Of Llama 3.1: some are kept, some interpolated, some divided."""
+    transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    values = {**ROPES["llama3"], "original_max_position_embeddings": 8192}
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](
+        transformers.LlamaConfig(
+            hidden_size=4096,
+            num_attention_heads=32,
+            max_position_embeddings=131072,
+            rope_theta=5e5,
+            rope_scaling=dict(values),
+        )
+    )
+    plain = 5e5 ** -(torch.arange(0, 128, 2) / 128)
+    ours = scaled_frequencies(plain, RopeScalingConfig(**values))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    ratio = ours / plain
+    assert ratio[0] == 1 and ratio[-1] == 1 / 8 and ((ratio > 0.126) & (ratio < 0.999)).any()
 
 
 def test_lime_starts_as_llama_with_identity_routers() -> None:

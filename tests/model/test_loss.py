@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lime_dist.config.schema import RopeScalingConfig
 from lime_dist.model import cost
 from lime_dist.model.layers import language_model_loss, rotary_table, rotate
 from lime_dist.model.loss import projected_loss
@@ -93,7 +94,7 @@ def test_norm_and_rotation_have_the_right_gradients(weighted: bool) -> None:
     assert torch.autograd.gradcheck(
         lambda x, *weights: rms_norm(x, *(weights or (None,)), 1e-5), (x, weight) if weighted else (x,)
     )
-    table = rotary_table(3, 8, 10000.0, torch.float64, torch.device("cpu"))
+    table = rotary_table(3, 8, 10000.0, RopeScalingConfig(), torch.float64, torch.device("cpu"))
     cos, sin = table
     turned = torch.cat((-x[..., 4:], x[..., :4]), -1)
     torch.testing.assert_close(rotate(x, table), x * cos + turned * sin, rtol=1e-14, atol=1e-14)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import time
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from support.folders import records, values
 from support.workers import WorkerGroup
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lime_dist.config.load import make_config
+from lime_dist.monitor import map_image
 from lime_dist.monitor.pictures import picture, router_pictures
 from lime_dist.monitor.tensorboard import COLUMNS
 from lime_dist.pipeline.clock import KINDS, Clock
@@ -115,15 +117,24 @@ def test_mfu_is_flops_over_time(watched: tuple[Path, str], dataset: Path) -> Non
     assert 1 < per_token / (6 * matrices) < 1.35
 
 
+def plotted(encoded: bytes, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """The colours of the cells of a map, [rows, columns, 3], and the whole picture; every cell must have one colour."""
+    image = np.asarray(Image.open(io.BytesIO(encoded)))
+    (corner, *_) = np.argwhere((image == map_image.FAINT).all(-1))
+    across, down = (
+        np.argwhere((line == map_image.FAINT).all(-1)).ravel() for line in (image[corner[0]], image[:, corner[1]])
+    )
+    width = next(end for end, after in zip(across, across[1:], strict=False) if after != end + 1) - corner[1] - 1
+    height, inside = down[-1] - corner[0] - 1, image[corner[0] + 1 :, corner[1] + 1 :]
+    cells = inside[:height, :width].reshape(rows, height // rows, columns, width // columns, 3)
+    assert (cells == cells[:, :1, :, :1]).all() and height >= map_image.MIN_HEIGHT // 2
+    return cells[:, 0, :, 0], image
+
+
 def test_the_map_is_drawn_cell_by_cell(events: EventAccumulator, dataset: Path, tmp_path: Path) -> None:
-    """Five layers give 5 × 5 squares, and no layer reads a later one. Known weights give a known picture."""
-    image = np.asarray(Image.open(io.BytesIO(events.Images("routers/layers")[-1].encoded_image_string)))
-    side = image.shape[0] // 5
-    assert image.shape == (5 * side, 5 * side, 3) and side >= 4
-    cells = image.reshape(5, side, 5, side, 3)
-    assert (cells == cells[:, :1, :, :1]).all()
-    white = (cells[:, 0, :, 0] == 255).all(-1)
-    assert (white == ~np.tri(5, dtype=bool)).all()
+    """Five layers give 5 × 5 cells, and no layer reads a later one. Known weights give a known picture."""
+    cells, _ = plotted(events.Images("routers/layers")[-1].encoded_image_string, 5, 5)
+    assert ((cells == 255).all(-1) == ~np.tri(5, dtype=bool)).all()
 
     model = make_config(settings(dataset, tmp_path), "a test").model
     weights = {}
@@ -132,16 +143,45 @@ def test_the_map_is_drawn_cell_by_cell(events: EventAccumulator, dataset: Path, 
         weight[:, 2 * layer - 2 : 2 * layer] = 0.5
         weights[f"model.layers.{layer}.self_attn.router.weight"] = weight
     made = {summary.value[0].tag: summary.value[0] for summary in router_pictures(model, weights, 2)}
-    known = np.asarray(Image.open(io.BytesIO(made["routers/layers"].image.encoded_image_string)))[::side, ::side]
+    known, _ = plotted(made["routers/layers"].image.encoded_image_string, 5, 5)
     dark = (known == (8, 48, 107)).all(-1)
     assert {(row, column) for row, column in np.argwhere(dark).tolist()} == {(0, 0), (1, 0), (2, 1), (3, 2), (4, 3)}
     assert (known[~dark] == 255).all()
     assert made["self_retrieval/layer3"].simple_value == 0 and made["entropy/layer0"].simple_value == 0
-    told = made["routers/layers"].metadata.summary_description
-    assert told.startswith("rows: 5 readers, from 0 at the top; columns: 5 layers") and "to 0.5 and above" in told
-    heads = made["routers/heads_of_layer2"].image
-    assert (heads.width / heads.height) == pytest.approx(5 / 2, abs=0.1)
-    assert picture("wide", [[0.0] * 300]).value[0].image.height == 4, "a cell has a minimum size"
+    plotted(made["routers/heads_of_layer2"].image.encoded_image_string, 2, 5)
+    assert picture("wide", [[0.0] * 300], "head").value[0].image.width > 4 * 300, "a cell has a minimum size"
+
+
+def test_maps_have_labelled_axes_and_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All texts lie inside the picture and do not touch each other; the scale goes from white to the darkest colour."""
+    texts: list[tuple[str, tuple[float, float, float, float]]] = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def noted(self: ImageDraw.ImageDraw, xy: Any, text: str, *arguments: Any, **options: Any) -> None:
+        box = {key: options[key] for key in ("anchor", "font") if key in options}
+        texts.append((text, self.textbbox(xy, text, **box)))
+        draw_text(self, xy, text, *arguments, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    for cells, rows, columns in (
+        (np.tri(64) * 3e-5, ["0", "20", "40", "60"], ["0", "20", "40", "60"]),
+        (np.full((4, 16), 0.7), list("0123"), list(map(str, range(16)))),
+        (np.zeros((1, 300)), ["0"], ["0", "100", "200"]),
+    ):
+        texts.clear()
+        image = map_image.map_image(cells.tolist(), "read", "reader", "weight")
+        written = [text for text, _ in texts]
+        for names in (rows, columns):
+            assert [written.count(name) >= 1 for name in names] == [True] * len(names), written
+        assert {"read", "reader", "weight"} < set(written)
+        top = np.abs(cells).max() or 1.0
+        assert f"{top:.2g}+" in written and "0" in written
+        boxes = [box for text, box in texts if text not in ("reader", "weight")]
+        assert all(x >= 0 and y >= 0 and right <= image.width and low <= image.height for x, y, right, low in boxes)
+        for (left, up, right, low), (left2, up2, right2, low2) in itertools.combinations(boxes, 2):
+            assert right <= left2 or right2 <= left or low <= up2 or low2 <= up, written
+        scale = np.asarray(image)[map_image.TOP : -map_image.BOTTOM, -60 - map_image.LINE :]
+        assert ((scale == (8, 48, 107)).all(-1)[0]).any() and (scale[-1] == 255).all(-1).any()
 
 
 def test_settings_and_layout_are_where_tensorboard_looks(events: EventAccumulator) -> None:

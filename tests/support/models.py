@@ -15,14 +15,23 @@ def small(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate({**values, **changes})
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 1.5, "original_max_position_embeddings": 5,
+}  # fmt: skip
+"""With a head size of 4, the first frequency lies between the limits, and the second one is divided by the factor."""
+
 MODELS = {
     "llama": {"architecture": "llama"},
-    "llama, G=H": {"architecture": "llama", "num_key_value_heads": 6},
+    "llama, G=H": {"architecture": "llama", "num_key_value_heads": 6, "rope_scaling": LLAMA3},
     "lime kv": {"num_key_value_heads": 1},
     "lime kv, G=3": {},
     "lime kv, G=H": {"num_key_value_heads": 6},
     "lime static": {"num_key_value_heads": 6, "lime": {"routes": "hidden"}},
-    "lime static from layer 4": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "start_layer": 4}},
+    "lime static from layer 4": {
+        "num_key_value_heads": 6,
+        "lime": {"routes": "hidden", "start_layer": 4},
+        "rope_scaling": LLAMA3,
+    },
     "lime top_p": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "top_p": 0.6}},
     "lime dynamic": {"num_key_value_heads": 6, "lime": {"routes": "hidden", "router": "dynamic"}},
     **{
@@ -41,7 +50,11 @@ MODELS = {
     "value residual, learnable": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
-    "hyper, one stream": {"architecture": "hyper", "hyper": {"rate": 1}},
+    "hyper, one stream": {
+        "architecture": "hyper",
+        "hyper": {"rate": 1},
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+    },
     "hyper doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 3}},
     "hyper permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 3}},
 }

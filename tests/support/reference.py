@@ -5,6 +5,7 @@ From lime_dist's model code it uses only a history policy's ``reads``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import permutations
 
@@ -227,7 +228,7 @@ def summaries_after(config: ModelConfig, layer: int) -> list[tuple[int, Entry]]:
 def causal(config: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of [B, T, H, d] over [B, T, G, d], position by position; returns [B, T, H·d]."""
     heads, groups, size, length = q.shape[2], k.shape[2], q.shape[3], q.shape[1]
-    q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
+    q, k = rotate(q, config), rotate(k, config)
     outputs = []
     for head in range(heads):
         group = head // (heads // groups)
@@ -252,12 +253,28 @@ def mix(router: Tensor, slots: list[Tensor]) -> Tensor:
     return torch.stack(mixed, 2)
 
 
-def rotate(x_BTHd: Tensor, theta: float) -> Tensor:
-    """Rotary embedding: pairs (i, i + d/2) turned by position · θ^(−2i/d)."""
+def frequency(config: ModelConfig, pair: int) -> float:
+    """θ^(−2i/d), scaled as in the code that Meta published with Llama 3.1."""
+    frequency, scaling = config.rope_theta ** (-2 * pair / config.head_size), config.rope_scaling
+    if scaling.rope_type == "default":
+        return frequency
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor
+    wavelength, length = 2 * math.pi / frequency, scaling.original_max_position_embeddings
+    if wavelength < length / scaling.high_freq_factor:
+        return frequency
+    if wavelength > length / scaling.low_freq_factor:
+        return frequency / scaling.factor
+    smooth = (length / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def rotate(x_BTHd: Tensor, config: ModelConfig) -> Tensor:
+    """Rotary embedding: pairs (i, i + d/2) turned by position · frequency."""
     length, size = x_BTHd.shape[1], x_BTHd.shape[-1]
     out = torch.empty_like(x_BTHd)
     for i in range(size // 2):
-        angle = torch.arange(length, dtype=x_BTHd.dtype) * theta ** (-2 * i / size)
+        angle = torch.arange(length, dtype=x_BTHd.dtype) * frequency(config, i)
         cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
         first, second = x_BTHd[..., i], x_BTHd[..., i + size // 2]
         out[..., i] = first * cos - second * sin

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from lime_dist.config.registry import ARCHITECTURES, CONNECTIONS, choice_of
 from lime_dist.config.sections.base import Section
+from lime_dist.config.sections.rope import RopeScalingConfig
 
 if TYPE_CHECKING:
     ArchitectureName = str
@@ -175,6 +176,7 @@ class ModelConfig(Section):
     rms_norm_eps: float = Field(1e-5, gt=0, description="epsilon of the RMS norms")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary embedding's frequencies")
     tie_word_embeddings: bool = Field(True, description="use the embedding's weight in the output projection too")
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
     lime: LimeConfig = LimeConfig()
     hyper: HyperConfig = HyperConfig()
     value_residual: ValueResidualConfig = ValueResidualConfig()

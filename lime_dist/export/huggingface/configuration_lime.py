@@ -12,6 +12,8 @@ class LimeConfig(PretrainedConfig):
 
     Args:
         architecture: the name of its architecture in lime_dist, such as "lime".
+        rope_parameters: how the frequencies of the rotary embedding are scaled, as in transformers: rope_type ("default",
+            "linear" or "llama3"), factor, and for "llama3" low_freq_factor, high_freq_factor, original_max_position_embeddings.
         max_position_embeddings: the sequence length of training. It is not a limit: longer sequences work.
         lime: section ``model.lime`` of the run: routes ("kv" or "hidden"), router, top_p, start_layer, history.
         hyper: section ``model.hyper`` of the run: rate (number of residual streams), dynamic.
@@ -35,6 +37,7 @@ class LimeConfig(PretrainedConfig):
         num_key_value_heads: int | None = None,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
+        rope_parameters: dict[str, Any] | None = None,
         max_position_embeddings: int = 2048,
         tie_word_embeddings: bool = True,
         lime: dict[str, Any] | None = None,
@@ -55,6 +58,8 @@ class LimeConfig(PretrainedConfig):
         self.head_dim = hidden_size // num_attention_heads
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
+        if rope_parameters is not None:
+            self.rope_parameters = rope_parameters
         self.max_position_embeddings = max_position_embeddings
         self.lime = lime if lime is not None else {}
         self.hyper = hyper if hyper is not None else {}

@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S new and cached tokens, D hidden size, H query h
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -83,6 +84,28 @@ class Attention(nn.Module):
         return self.split_heads(self.k_proj(x_BTD)), self.split_heads(self.v_proj(x_BTD))
 
 
+def rotary_frequencies(config: LimeConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """θ^(−2i/d) for the pairs i of a head, scaled as ``config.rope_parameters`` says.
+
+    With "llama3", a frequency that makes n turns in the original sequence length is kept if n ≥ high_freq_factor, divided by the
+    factor if n ≤ low_freq_factor, and interpolated between.
+    """
+    even = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device)
+    frequencies = config.rope_theta ** -(even / config.head_dim)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    rope_type = scaling.get("rope_type", "default")
+    if rope_type == "default":
+        return frequencies
+    if rope_type == "linear":
+        return frequencies / scaling["factor"]
+    if rope_type != "llama3":
+        raise ValueError(f"rope_type={rope_type} is not supported, only default, linear and llama3")
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+
+
 class ForwardPass:
     """What the layers of one forward pass share.
 
@@ -118,8 +141,8 @@ class ForwardPass:
         elif position_ids is None:
             position_ids = torch.arange(self.past, self.past + self.length, device=self.device).unsqueeze(0)
         accumulation_dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
-        even = torch.arange(0, config.head_dim, 2, dtype=accumulation_dtype, device=self.device)
-        angle = position_ids.to(accumulation_dtype).unsqueeze(-1) * config.rope_theta ** -(even / config.head_dim)
+        frequencies = rotary_frequencies(config, accumulation_dtype, self.device)
+        angle = position_ids.to(accumulation_dtype).unsqueeze(-1) * frequencies
         angle = torch.cat((angle, angle), dim=-1).unsqueeze(1)
         self.cos, self.sin = angle.cos(), angle.sin()
         self._mask: tuple[int, Tensor | None, bool] | None = None
