@@ -84,26 +84,30 @@ class Attention(nn.Module):
         return self.split_heads(self.k_proj(x_BTD)), self.split_heads(self.v_proj(x_BTD))
 
 
-def rotary_frequencies(config: LimeConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """θ^(−2i/d) for the pairs i of a head, scaled as ``config.rope_parameters`` says.
-
-    With "llama3", a frequency that makes n turns in the original sequence length is kept if n ≥ high_freq_factor, divided by the
-    factor if n ≤ low_freq_factor, and interpolated between.
-    """
-    even = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device)
-    frequencies = config.rope_theta ** -(even / config.head_dim)
-    scaling = getattr(config, "rope_parameters", None) or {}
-    rope_type = scaling.get("rope_type", "default")
-    if rope_type == "default":
-        return frequencies
-    if rope_type == "linear":
-        return frequencies / scaling["factor"]
-    if rope_type != "llama3":
-        raise ValueError(f"rope_type={rope_type} is not supported, only default, linear and llama3")
+def llama3_scaled(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """A frequency that makes n turns in the original sequence length is kept if n ≥ high_freq_factor, divided by the factor if
+    n ≤ low_freq_factor, and interpolated between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+
+
+ROPE_TYPES = {
+    "default": lambda frequencies, scaling: frequencies,
+    "linear": lambda frequencies, scaling: frequencies / scaling["factor"],
+    "llama3": llama3_scaled,
+}
+
+
+def rotary_frequencies(config: LimeConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """θ^(−2i/d) for the pairs i of a head, scaled as ``config.rope_parameters`` says."""
+    even = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    rope_type = scaling.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_type={rope_type} is not supported, only {', '.join(ROPE_TYPES)}")
+    return ROPE_TYPES[rope_type](config.rope_theta ** -(even / config.head_dim), scaling)
 
 
 class ForwardPass:
