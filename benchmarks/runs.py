@@ -1,6 +1,6 @@
 """Run many trainings that differ in a few settings, each in its own folder, resumable, several at the same time.
 
-A run is `pretrain.py` in one process with one thread. A run that has its final validation is not repeated, and a stopped
+A run is `pretrain.py` in one process per stage, with one thread each. A run that has its final validation is not repeated, and a stopped
 one resumes from its checkpoint, so the same command finishes the rest.
 """
 
@@ -41,7 +41,7 @@ def add_run_options(parser: argparse.ArgumentParser, steps: int) -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time, one thread each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time")
     parser.add_argument("--minutes", type=float, help="start no run after this many minutes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
@@ -109,7 +109,10 @@ class Study:
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
         }
-        command = [sys.executable, str(ROOT / "pretrain.py"), "--config", str(self.config), *overrides]
+        stages = self.model(name).parallel.pipeline_stages
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stages}"] if stages > 1 else []
+        script = str(ROOT / "pretrain.py")
+        command = [sys.executable, *torchrun, script, "--config", str(self.config), *overrides]
         finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if finished.returncode:
             last = (finished.stderr.strip().splitlines() or ["no message"])[-1]

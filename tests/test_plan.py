@@ -47,6 +47,10 @@ SETTINGS: dict[str, Setting] = {
     "first_last, bf16 on the wire": (
         2, 1, {"model": {"lime": {"history": POLICIES["first_last"]}}, "pipeline": {"wire_dtype": "bf16"}},
     ),
+    "full, float8 on the wire": (
+        3, 1, {"model": {"num_key_value_heads": 2}, "precision": "bf16", "pipeline": {"wire_dtype": "fp8"}},
+    ),
+    "hidden, float8 on the wire": (2, 1, {"model": {"lime": HIDDEN}, "pipeline": {"wire_dtype": "fp8"}}),
     "chunked, checkpointed, bf16": (
         3, 1,
         {"model": {"lime": {"history": POLICIES["chunked, two rows"]}}, "parallel": CHECKPOINTING, "precision": "bf16"},

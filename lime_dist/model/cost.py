@@ -7,6 +7,7 @@ architecture comes from its object (`architecture.py`).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from lime_dist.config.precision import accumulation_itemsize
 from lime_dist.config.schema import ModelConfig
@@ -58,6 +59,21 @@ def entries_made(config: ModelConfig, layer: int) -> int:
     return int(architecture_of(config).keeps_slot(layer)) + (0 if chunk is None else chunk.num_rows)
 
 
+class PayloadParts(NamedTuple):
+    """Elements per token of the parts of a payload, in the order in which they lie in it."""
+
+    hidden: int
+    entries: int
+    mixtures: int
+
+
+def payload_parts(config: ModelConfig, boundary: int, prices: Prices = ENTRIES) -> PayloadParts:
+    """What crosses the boundary before decoder layer ``boundary``."""
+    architecture, crossing = architecture_of(config), model_crossings(config, prices)[boundary]
+    counts = [len(crossing.entries), len(crossing.mixtures)]
+    return PayloadParts(math.prod(architecture.hidden_shape), *(count * architecture.entry_width for count in counts))
+
+
 def payload_shape(
     config: ModelConfig, boundary: int, batch: int, length: int, prices: Prices = ENTRIES
 ) -> tuple[int, ...]:
@@ -66,9 +82,7 @@ def payload_shape(
     architecture = architecture_of(config)
     if architecture.policy is None:
         return batch, length, *architecture.hidden_shape
-    entries = boundary_entries(config, boundary, prices)
-    width = math.prod(architecture.hidden_shape) + entries * architecture.entry_width
-    return batch, length, width
+    return batch, length, sum(payload_parts(config, boundary, prices))
 
 
 def payload_bytes(config: ModelConfig, boundary: int, num_tokens: int, itemsize: int, prices: Prices = ENTRIES) -> int:

@@ -113,10 +113,11 @@ class LimeEngine(PipelineEngine):
         with self.watching("warming up for the update"):
             self.optimizer.warm_up(torch.zeros((), device=self.device) if self.is_last_stage() else None)
 
-    def payload_memory(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
-        """Memory to receive a payload into, and the history that the memory is part of, if it is."""
+    def payload_of_zeros(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
+        """A payload as this stage's forward pass takes it, and the history that it is part of, if it is."""
+        assert self.module.wire_in is not None
         shape = self.module.payload_shape(self.stage_id, batch, length)
-        return torch.empty(shape, dtype=self.module.wire_dtype, device=self.device), None
+        return self.module.wire_in.empty(shape, self.device).zero_(), None
 
     def train_step(self, batches: Batches | None, micro_batches: int | None = None) -> float:
         """Run one training step and return the mean loss over the global batch (nats per token), on every rank.
@@ -255,6 +256,8 @@ class LimeEngine(PipelineEngine):
     def _exec_forward_pass(self, buffer_id: int) -> None:
         """The stock method also clones the payload, and adds a hook that refuses a backward pass outside the engine."""
         outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
+        if (wire := self.module.wire_out) is not None:
+            outputs = outputs.to(wire.wire_dtype)
         self.pipe_buffers["outputs"][buffer_id] = outputs
         if self.is_last_stage():
             self.loss = self._add_loss(outputs, self.pipe_buffers["labels"][buffer_id])

@@ -20,6 +20,7 @@ from lime_dist.model.transformer import EMBEDDING_WEIGHT
 from lime_dist.pipeline.optimizer_memory import optimizer_bytes
 from lime_dist.pipeline.schedules.base import BoundaryBytes, Schedule
 from lime_dist.pipeline.shared_weights import boundary_prices, shared_parameters
+from lime_dist.pipeline.wire_format import WireFormat
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class MicroBatchBytes:
         made: by decoder layer, history entries that its stage adds because of it.
         crossing: by boundary, history entries and partial mixtures that cross it.
         payload: by boundary, hidden state and what crosses of the history, in the type of the run.
-        sent: by boundary, the same in the type in which they are sent.
+        sent: by boundary, the same in the form in which they are sent.
         embedding, head: kept by the first and by the last stage.
-        lands: whether a payload is received into the memory of its history.
+        lands: whether a payload is received into the memory of its history, and not decoded into it.
     """
 
     layers: list[int]
@@ -51,23 +52,21 @@ class MicroBatchBytes:
     def of(cls, config: Config) -> MicroBatchBytes:
         model, checkpointing = config.model, config.parallel.activation_checkpointing
         layers, inner = range(model.num_hidden_layers), range(1, model.num_hidden_layers)
-        size, wire = ITEM_BYTES[config.precision], ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
+        size, wires = ITEM_BYTES[config.precision], [WireFormat.of(config, boundary) for boundary in inner]
         tokens = config.train.micro_batch_size * config.data.sequence_length
         entry, prices = architecture_of(model).entry_width * tokens * size, boundary_prices(config)
         payload = [cost.payload_bytes(model, boundary, tokens, size, prices) for boundary in inner]
-        # A payload in another type is converted, and also kept until its gradient is sent.
-        converted = [0 if wire == size else each * wire // size for each in payload]
         received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
         return cls(
             layers=[cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers],
-            received=[0, *(a + b for a, b in zip(received, converted, strict=True)), 0],
+            received=[0, *received, 0],
             made=[cost.entries_made(model, layer) * entry for layer in layers],
             crossing=[0, *(cost.boundary_entries(model, boundary, prices) * entry for boundary in inner), 0],
             payload=[0, *payload, 0],
-            sent=[0, *(each * wire // size for each in payload), 0],
+            sent=[0, *(wire.nbytes(tokens) for wire in wires), 0],
             embedding=cost.embedding_activation_bytes(tokens),
             head=cost.head_activation_bytes(model, tokens, size),
-            lands=architecture_of(model).receives_in_place and wire == size,
+            lands=architecture_of(model).receives_in_place and config.pipeline.wire_dtype in (None, config.precision),
         )
 
     def activations(self, layers: range) -> int:

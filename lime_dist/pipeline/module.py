@@ -38,6 +38,8 @@ from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack
 from lime_dist.pipeline.placement import process_grid
 from lime_dist.pipeline.shared_weights import boundary_prices
+from lime_dist.pipeline.wire import Wire
+from lime_dist.pipeline.wire_format import WireFormat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -50,7 +52,7 @@ class LimePipelineModule(PipelineModule):
     Attributes:
         later_readers: copies of the routers and summaries of later stages to whose partial mixtures the stage adds.
         compile_obstacle: why layers run uncompiled although the configuration would compile them, in one line; else None.
-        wire_dtype: dtype of payloads and their gradients on their way between stages.
+        wire_in, wire_out: how payloads travel over the boundaries before and behind the stage; None where there is none.
     """
 
     def __init__(self, config: Config, verbose: bool = False) -> None:
@@ -68,7 +70,8 @@ class LimePipelineModule(PipelineModule):
         with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
             super().__init__(layers, topology=grid, loss_fn=self._loss)
         self.dtype = DTYPES[config.precision]
-        self.wire_dtype = DTYPES[config.pipeline.wire_dtype or config.precision]
+        self.wire_in = self._wire(self.stage_id) if self.stage_id else None
+        self.wire_out = self._wire(self.stage_id + 1) if not self.holds_head else None
         begin, end = self.bounds[self.stage_id], self.bounds[self.stage_id + 1]
         self.layout = stage_layout(config.model, begin, end, self.prices)
         later = later_readers(config.model, self.layout)
@@ -115,17 +118,50 @@ class LimePipelineModule(PipelineModule):
         """[B, T, …] of what crosses the boundary before stage ``boundary``."""
         return payload_shape(self.config.model, self.bounds[boundary], batch, length, self.prices)
 
+    def _wire(self, boundary: int) -> Wire:
+        """How payloads travel over the boundary before stage ``boundary``."""
+        wire_format = WireFormat.of(self.config, self.bounds[boundary])
+        return Wire(wire_format, self.dtype, DTYPES[wire_format.dtype])
+
     def landing(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
-        """Memory for the next payload to be received into, and the history that it is part of, if it is: pass both on to
-        ``forward``."""
+        """Memory for the next payload to be received into, and the history that it is part of, if it is: pass both to ``arrived``."""
+        assert self.wire_in is not None
+        if self.wire_in.is_identity:
+            return self._payload_memory(batch, length)
+        return self.wire_in.empty(self.payload_shape(self.stage_id, batch, length), self._device), None
+
+    def arrived(
+        self, received: Tensor, history: LayerHistory | None, batch: int, length: int
+    ) -> tuple[Tensor, LayerHistory | None]:
+        """The payload [B, T, …] that has been received into the memory of ``landing``, and the history that it is part of, if it
+        is: pass both to ``forward``."""
+        assert self.wire_in is not None
+        if self.wire_in.is_identity:
+            return received, history
+        payload, history = self._payload_memory(batch, length)
+        return self.wire_in.decode(received, payload), history
+
+    def arrived_gradient(self, received: Tensor, batch: int, length: int) -> Tensor:
+        """The gradient of the stage's output, which has been received from the next stage."""
+        assert self.wire_out is not None
+        if self.wire_out.is_identity:
+            return received
+        shape = self.payload_shape(self.stage_id + 1, batch, length)
+        return self.wire_out.decode(received, torch.empty(shape, dtype=self.dtype, device=self._device))
+
+    def _payload_memory(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
+        """Memory for a payload in the type of the run, and the history that it is part of, if it can be."""
         shape = self.payload_shape(self.stage_id, batch, length)
-        device = next(self.parameters()).device
-        if self.wire_dtype == self.dtype and architecture_of(self.config.model).receives_in_place:
+        if architecture_of(self.config.model).receives_in_place:
             lead = batch * length * self.config.model.hidden_size
-            history = open_history(self.config.model, self.layout, batch * length, self.dtype, device, lead)
+            history = open_history(self.config.model, self.layout, batch * length, self.dtype, self._device, lead)
             assert history is not None
             return history.landing(shape), history
-        return torch.empty(shape, dtype=self.wire_dtype, device=device), None
+        return torch.empty(shape, dtype=self.dtype, device=self._device), None
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def forward(self, inputs: Tensor, history: LayerHistory | None = None) -> Tensor:
         config, functions = self.config, self.forward_funcs
@@ -139,7 +175,7 @@ class LimePipelineModule(PipelineModule):
         checkpointing, later = config.parallel.activation_checkpointing, list(self.later_readers)
         hidden, released = run_layers(self._layers(), hidden, history, checkpointing, later)
         if not self.holds_head:
-            return pack(hidden, released, history).to(self.wire_dtype)
+            return pack(hidden, released, history)
         return apply_norm(config.model, functions[-2], hidden)
 
     def _loss(self, hidden_BTD: Tensor, labels_BT: Tensor, counted_share: float | None) -> Tensor:

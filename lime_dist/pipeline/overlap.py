@@ -35,11 +35,12 @@ class MicroBatch:
     """What a stage holds of a micro-batch in flight.
 
     Attributes:
-        inputs: tokens [B, T], or the received payload; its ``.grad`` is sent to the previous stage.
-        history: the history whose memory the payload was received into.
+        inputs: tokens [B, T], or the payload: before the forward pass as it was received (`LimePipelineModule.landing`).
+        history: the history whose memory the payload is part of.
         labels: [B, T], on the last stage.
-        payload: the output for the next stage; None once its send has been posted.
-        gradient: of the payload, received from the next stage.
+        payload: the output for the next stage, as it travels; None once its send has been posted.
+        gradient: of the payload, as it was received from the next stage.
+        returned: gradient of ``inputs`` for the previous stage, as it travels.
         edge: the output's place in the autograd graph, without the output's memory; the backward pass starts from it.
         loss: on the last stage.
     """
@@ -49,6 +50,7 @@ class MicroBatch:
     labels: Tensor | None = None
     payload: Tensor | None = None
     gradient: Tensor | None = None
+    returned: Tensor | None = None
     edge: GradientEdge | None = None
     loss: Tensor | None = None
 
@@ -155,22 +157,21 @@ class OverlapEngine(LimeEngine):
             if sender is not None:
                 sender.release()  # the device has come to the end of the last step
         if self._from_previous is not None:
-            self._from_previous.begin(count, payloads_ahead, lambda: self.payload_memory(*shape))
+            self._from_previous.begin(count, payloads_ahead, lambda: self.module.landing(*shape))
         if isinstance(pipe_schedule, TrainingStage):
             payload_window = configured.payload_window(self.stage_id)
             if self._from_next is not None:
-                returning = self.module.payload_shape(self.stage_id + 1, *shape)
-                self._from_next.begin(count, gradients_ahead, lambda: (self._empty(returning), None))
+                returning, wire = self.module.payload_shape(self.stage_id + 1, *shape), self.module.wire_out
+                assert wire is not None
+                self._from_next.begin(count, gradients_ahead, lambda: (wire.empty(returning, self.device), None))
             if self._to_previous is not None:
                 self._to_previous.window = configured.gradient_window(self.stage_id)
         if self._to_next is not None:
             self._to_next.window = payload_window
 
-    def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self.module.wire_dtype, device=self.device)
-
-    def payload_memory(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
-        return self.module.landing(batch, length)
+    def payload_of_zeros(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
+        received, history = self.module.landing(batch, length)
+        return self.module.arrived(received.zero_(), history, batch, length)
 
     # -- instructions -------------------------------------------------------------------------------------------------
 
@@ -190,17 +191,21 @@ class OverlapEngine(LimeEngine):
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         micro_batch = self._in_flight[buffer_id]
-        assert micro_batch.inputs is not None
+        assert micro_batch.inputs is not None and self._shape is not None
         training = torch.is_grad_enabled()
-        if training and not self.is_first_stage():
-            micro_batch.inputs.requires_grad_()
+        if not self.is_first_stage():
+            micro_batch.inputs, micro_batch.history = self.module.arrived(
+                micro_batch.inputs, micro_batch.history, *self._shape
+            )
+            micro_batch.inputs.requires_grad_(training)
         output = self.module(micro_batch.inputs, micro_batch.history)
         micro_batch.history = None  # the graph holds it as long as it needs it
         if self.is_last_stage():
             assert micro_batch.labels is not None
             micro_batch.loss = self._add_loss(output, micro_batch.labels)
         else:
-            micro_batch.payload = output.detach()
+            assert self.module.wire_out is not None
+            micro_batch.payload = self.module.wire_out.encode(output.detach())
             micro_batch.edge = get_gradient_edge(output) if training else None
         if not training and self.is_last_stage():
             del self._in_flight[buffer_id]
@@ -222,16 +227,22 @@ class OverlapEngine(LimeEngine):
         if micro_batch.loss is not None:
             (micro_batch.loss / self.micro_batches).backward()
         else:
-            assert micro_batch.edge is not None
+            assert micro_batch.edge is not None and micro_batch.gradient is not None and self._shape is not None
+            micro_batch.gradient = self.module.arrived_gradient(micro_batch.gradient, *self._shape)
             torch.autograd.backward([micro_batch.edge], [micro_batch.gradient])
         micro_batch.loss = micro_batch.edge = micro_batch.gradient = None
         if self.is_first_stage():
             del self._in_flight[buffer_id]
+        else:
+            assert self.module.wire_in is not None and micro_batch.inputs is not None
+            assert micro_batch.inputs.grad is not None
+            micro_batch.returned = self.module.wire_in.encode(micro_batch.inputs.grad)
+            micro_batch.inputs = None
 
     def _exec_send_grads(self, buffer_id: int) -> None:
         micro_batch = self._in_flight.pop(buffer_id)
-        assert self._to_previous is not None and micro_batch.inputs is not None and micro_batch.inputs.grad is not None
-        self._to_previous.post(micro_batch.inputs.grad)
+        assert self._to_previous is not None and micro_batch.returned is not None
+        self._to_previous.post(micro_batch.returned)
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **LimeEngine._INSTRUCTION_MAP,

@@ -34,17 +34,22 @@ def run_on_zeros(engine: LimeEngine, is_training: bool) -> None:
     engine.total_loss, engine.fwd_outputs = None, []
     engine.module.train(is_training)
     with torch.set_grad_enabled(is_training):
-        inputs, history = (tokens_BT, None) if engine.is_first_stage() else engine.payload_memory(*shape)
-        inputs.zero_()
-        if is_training and not engine.is_first_stage():
-            inputs.requires_grad_()
+        inputs, history = (tokens_BT, None) if engine.is_first_stage() else engine.payload_of_zeros(*shape)
+        if not engine.is_first_stage():
+            inputs.requires_grad_(is_training)
         output = engine.module(inputs, history)
         if engine.is_last_stage():
             for _ in range(LOSSES):
                 loss = engine._add_loss(output, tokens_BT)
             if is_training:
                 (loss / engine.micro_batches).backward()
-        elif is_training:
-            output.backward(torch.zeros_like(output))
+        else:
+            assert engine.module.wire_out is not None
+            sent = engine.module.wire_out.encode(output.detach())
+            if is_training:
+                output.backward(engine.module.arrived_gradient(torch.zeros_like(sent), *shape))
+        if inputs.grad is not None:
+            assert engine.module.wire_in is not None
+            engine.module.wire_in.encode(inputs.grad)
     engine.module.train()
     engine.total_loss, engine.fwd_outputs = losses

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lime_dist.config.precision import ITEM_BYTES
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.pipeline.partition import stage_bounds
-from lime_dist.pipeline.shared_weights import boundary_prices
+from lime_dist.pipeline.wire_format import WireFormat
 from lime_dist.plan.simulate import StageTimes
 
 
@@ -43,8 +42,7 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
 
 
 def boundary_bytes(config: Config, bounds: Sequence[int] | None = None) -> list[int]:
-    """Bytes by boundary of one micro-batch's payload, in the type in which it is sent."""
-    item_size = ITEM_BYTES[config.pipeline.wire_dtype or config.precision]
+    """Bytes by boundary of one micro-batch's payload, in the form in which it is sent."""
     num_tokens = config.train.micro_batch_size * config.data.sequence_length
-    bounds, prices = stage_bounds(config) if bounds is None else bounds, boundary_prices(config)
-    return [cost.payload_bytes(config.model, bound, num_tokens, item_size, prices) for bound in bounds[1:-1]]
+    bounds = stage_bounds(config) if bounds is None else bounds
+    return [WireFormat.of(config, bound).nbytes(num_tokens) for bound in bounds[1:-1]]

@@ -27,7 +27,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "replicas": [1, 2],
     "tied": [False, True],
     "checkpointing": [False, True],
-    "wire": [None, "bf16"],
+    "wire": [None, "bf16", "fp8"],
     "batch": [2, 1],
 }
 PROCESSES = 2

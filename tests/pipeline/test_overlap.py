@@ -75,8 +75,7 @@ def test_an_evaluation_has_forward_passes_only() -> None:
         assert not kinds & {"BackwardPass", "RecvGrad", "SendGrad", "OptimizerStep"}
 
 
-@pytest.mark.parametrize("wire", [None, "bf16"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "wire"), [("bf16", None), ("fp32", "bf16"), ("fp32", "fp8"), ("bf16", "fp8")])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_bytes_are_as_predicted(
@@ -100,10 +99,10 @@ def test_a_model_without_history_and_streams_are_counted_too(workers: Callable[[
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_payload_lands_in_its_history(workers: Callable[[int], WorkerGroup], policy: str) -> None:
-    """Received entries are not copied, except those of a payload in another precision."""
-    assert workers(3).run("support.transfers.copies_of_payloads", values=settings(3, policy)) == [0, 0, 0]
-    other = settings(3, policy, "fp32", wire_dtype="bf16")
-    assert workers(3).run("support.transfers.copies_of_payloads", values=other) == [0, 8, 8]
+    """Received entries are not copied: a payload in another form is decoded into its history."""
+    for wire in (None, "bf16", "fp8"):
+        values = settings(3, policy, "fp32", wire_dtype=wire)
+        assert workers(3).run("support.transfers.copies_of_payloads", values=values) == [0, 0, 0]
 
 
 def test_transfers_under_way_are_bounded(workers: Callable[[int], WorkerGroup]) -> None:
@@ -131,12 +130,12 @@ def test_late_transfers_change_nothing(workers: Callable[[int], WorkerGroup], st
     assert late == undisturbed and len(set(late[0])) > 190
 
 
-@pytest.mark.parametrize("engine", ["overlap", "stock"])
+@pytest.mark.parametrize(("engine", "wire"), [("overlap", None), ("overlap", "fp8"), ("stock", None)])
 def test_training_is_not_disturbed_by_evaluations_and_checkpoints(
-    workers: Callable[[int], WorkerGroup], tmp_path: Path, engine: str
+    workers: Callable[[int], WorkerGroup], tmp_path: Path, engine: str, wire: str | None
 ) -> None:
     """Evaluations with two batch sizes and a checkpoint between training steps, on one engine."""
-    values = settings(2, "chunked", engine=engine)
+    values = settings(2, "chunked", engine=engine, wire_dtype=wire)
     group = workers(4)
     straight = group.run("support.transfers.train_with_interruptions", values=values, folder="")
     interrupted = group.run("support.transfers.train_with_interruptions", values=values, folder=str(tmp_path))
@@ -195,3 +194,8 @@ def test_impossible_values_are_refused() -> None:
     ):
         with pytest.raises(LimeError, match=words):
             load_config(None, [override])
+
+
+def test_the_stock_engine_sends_no_float8() -> None:
+    with pytest.raises(LimeError, match=r"pipeline.wire_dtype=fp8 does not work with pipeline.schedule=stock"):
+        load_config(None, ["pipeline.engine=stock", "pipeline.wire_dtype=fp8"])

@@ -46,7 +46,7 @@ class RecordingEngine(OverlapEngine):
         self.module: Any = SimpleNamespace(
             landing=lambda *shape: (torch.empty(shape), None),
             payload_shape=lambda boundary, *shape: shape,
-            wire_dtype=torch.float32,
+            wire_out=SimpleNamespace(empty=lambda shape, device: torch.empty(shape)),
         )
         self._in_flight, self._failed = {}, False
         self._from_previous = self._from_next = self._to_next = self._to_previous = None
@@ -95,9 +95,9 @@ class RecordingEngine(OverlapEngine):
         self.held.append(self._count_held())
         self.program.compute("backward")
         if not self.is_first_stage():
-            inputs = self._in_flight[buffer_id].inputs
-            assert inputs is not None
-            inputs.grad = torch.empty_like(inputs)
+            micro_batch = self._in_flight[buffer_id]
+            assert micro_batch.inputs is not None
+            micro_batch.returned = torch.empty_like(micro_batch.inputs)
 
     def _count_held(self) -> Counter[str]:
         """Tensors of transfers for which there is memory during a backward pass."""

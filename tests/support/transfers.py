@@ -13,8 +13,8 @@ import torch
 from benchmarks.equality import rank_batches
 from lime_dist.config.load import make_config
 from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
-from lime_dist.model.cost import payload_bytes
 from lime_dist.pipeline import transfer
+from lime_dist.pipeline.wire_format import WireFormat
 
 
 def build(values: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -37,12 +37,11 @@ def count_transferred_bytes(values: dict[str, Any], steps: int) -> dict[str, tup
     """Return counted and predicted bytes, for each direction that this stage has."""
     config, engine, _ = build(values)
     losses_of(config, engine, range(steps))
-    stage, itemsize = engine.stage_id, engine.module.wire_dtype.itemsize
+    stage = engine.stage_id
     tokens = config.train.global_batch_size // engine.dp_world_size * config.data.sequence_length * steps
 
     def predicted(boundary: int) -> int:
-        module = engine.module
-        return payload_bytes(config.model, module.bounds[boundary], tokens, itemsize, module.prices)
+        return WireFormat.of(config, engine.module.bounds[boundary]).nbytes(tokens)
 
     boundary = {"sent to next": stage + 1, "received from next": stage + 1}
     return {

@@ -60,8 +60,10 @@ class PipelineConfig(Section):
         description="micro-batches in flight beyond those that 1F1B needs, for each boundary downstream; they hide transfers "
         "and cost memory (`1f1b`)",
     )
-    wire_dtype: Literal["bf16"] | None = Field(
-        None, description="type of payloads and their gradients between stages; `null` uses that of `precision`"
+    wire_dtype: Literal["bf16", "fp8"] | None = Field(
+        None,
+        description="type of payloads and their gradients between stages; `fp8` sends history entries as float8 (e4m3) with a bf16 "
+        "scale for every 128 elements, and the hidden state in the type of `precision`; `null` uses that of `precision` for all",
     )
     boundary: Literal["minimal", "entries"] = Field(
         "entries",
@@ -101,5 +103,10 @@ class PipelineConfig(Section):
             raise ValueError(
                 f"pipeline.engine={self.engine} does not run pipeline.schedule={self.schedule}; set pipeline.engine={engine}, "
                 "or leave one of the two out"
+            )
+        if self.wire_dtype == "fp8" and not SCHEDULES[self.schedule].encodes_payloads:
+            raise ValueError(
+                f"pipeline.wire_dtype=fp8 does not work with pipeline.schedule={self.schedule}, whose engine sends only payloads "
+                "of one floating-point type; choose another schedule, or set pipeline.wire_dtype=bf16"
             )
         return self

@@ -106,6 +106,7 @@ class Schedule(Protocol):
         stages: number of stages.
         name: the value of ``pipeline.schedule``.
         engine: the value of ``pipeline.engine`` that runs it.
+        encodes_payloads: its engine can send payloads in other forms than one floating-point type (``pipeline.wire_dtype: fp8``).
         is_blocking: a send returns when its bytes have left, and a receive is posted when the stage waits for it.
         legend: marks of the instructions that can take time, in the order of a timeline's legend.
     """
@@ -114,6 +115,7 @@ class Schedule(Protocol):
     stages: int
     name: ClassVar[str]
     engine: ClassVar[str]
+    encodes_payloads: ClassVar[bool]
     is_blocking: ClassVar[bool]
     legend: ClassVar[Mapping[str, Mark]]
 

@@ -42,6 +42,7 @@ class OverlappedSchedule(Schedule):
     stages: int
 
     engine: ClassVar[str] = "overlap"
+    encodes_payloads: ClassVar[bool] = True
     is_blocking: ClassVar[bool] = False
     legend = {kind: MARKS[kind] for kind in (FORWARD_PASS, BACKWARD_PASS, RECV_ACTIVATION, RECV_GRAD)}
 

@@ -28,6 +28,7 @@ class StockSchedule(Schedule):
 
     name: ClassVar[str] = "stock"
     engine: ClassVar[str] = "stock"
+    encodes_payloads: ClassVar[bool] = False
     is_blocking: ClassVar[bool] = True
     legend = MARKS
 
