@@ -7,7 +7,7 @@ way, and the tests every pipeline with one process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from lime_dist.config.schema import Config
 from lime_dist.data.answers import Answers
 from lime_dist.data.order import rank_positions
 from lime_dist.model.architecture import architecture_of
-from lime_dist.model.decoder import build_decoder
+from lime_dist.model.decoder import Decoder, build_decoder
 from lime_dist.model.layers import language_model_loss
 
 if TYPE_CHECKING:  # DeepSpeed chooses its accelerator when it is imported
@@ -30,6 +30,8 @@ Result = dict[str, Any]
 last, and ``updates``, the total change of the master weights."""
 
 Batch = tuple[Tensor, Tensor]
+Logits = Callable[[Decoder, Tensor], Tensor]
+"""From tokens [B, T] to logits [B, T, V]."""
 EOS = 2
 SHARES = {"training": 0.2, "validation": 0.25}
 """Assumed shares of counted tokens, which divide the loss of runs that count answers only. Any constants will do."""
@@ -60,13 +62,18 @@ def perturb(name: str, parameter: Tensor) -> None:
 
 
 def train_one_process(
-    config: Config, steps: int, evaluation_micro_batch_size: int = 0, dtype: torch.dtype | None = None
+    config: Config,
+    steps: int,
+    evaluation_micro_batch_size: int = 0,
+    dtype: torch.dtype | None = None,
+    logits: Logits = Decoder.__call__,
 ) -> Result:
     """Train the single-process decoder on the CPU with torch's own optimizer, clipping and schedule, without DeepSpeed.
 
     Args:
         evaluation_micro_batch_size: if given, each step is followed by an evaluation in micro-batches of that size.
         dtype: in which everything is computed, from weights in the precision of the run; None: in that precision.
+        logits: how the decoder makes logits from tokens.
     """
     model = build_decoder(config.model, seed=config.train.seed, dtype=DTYPES[config.precision])
     for name, parameter in model.named_parameters():
@@ -104,7 +111,7 @@ def train_one_process(
         master.grad = gradients[name]
     micro = config.train.micro_batch_size
     for step in range(steps):
-        loss = _accumulate(config, model, gradients, random_batch(config, step), micro)
+        loss = _accumulate(config, model, logits, gradients, random_batch(config, step), micro)
         if step == 0:
             result["gradients"] = {name: gradient.clone() for name, gradient in gradients.items()}
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), settings.max_grad_norm)
@@ -116,7 +123,7 @@ def train_one_process(
         result["norms"].append(float(norm))
         if evaluation_micro_batch_size:
             with torch.no_grad():
-                result["evaluations"].append(_loss(config, model, evaluation_micro_batch_size))
+                result["evaluations"].append(_loss(config, model, logits, evaluation_micro_batch_size))
     result["updates"] = {name: master.detach() - before[name] for name, master in masters.items()}
     result["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     return result
@@ -133,7 +140,7 @@ def _mean_loss(config: Config, logits: Tensor, labels: Tensor, use: str) -> Tens
 
 
 def _accumulate(
-    config: Config, model: torch.nn.Module, gradients: dict[str, Tensor], batch: Batch, micro: int
+    config: Config, model: Decoder, logits: Logits, gradients: dict[str, Tensor], batch: Batch, micro: int
 ) -> float:
     """Set ``gradients`` to those of the mean loss over micro-batches, summed in their own precision; return the loss."""
     tokens, labels = batch
@@ -142,7 +149,7 @@ def _accumulate(
         gradient.zero_()
     total = 0.0
     for part_tokens, part_labels in zip(tokens.split(micro), labels.split(micro), strict=True):
-        loss = _mean_loss(config, model(part_tokens), part_labels, "training")
+        loss = _mean_loss(config, logits(model, part_tokens), part_labels, "training")
         (loss / parts).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
@@ -152,9 +159,9 @@ def _accumulate(
     return total
 
 
-def _loss(config: Config, model: torch.nn.Module, micro: int) -> float:
+def _loss(config: Config, model: Decoder, logits: Logits, micro: int) -> float:
     parts = zip(*(x.split(micro) for x in random_batch(config, 100)), strict=True)
-    losses = [_mean_loss(config, model(tokens), labels, "validation").item() for tokens, labels in parts]
+    losses = [_mean_loss(config, logits(model, tokens), labels, "validation").item() for tokens, labels in parts]
     return sum(losses) / len(losses)
 
 

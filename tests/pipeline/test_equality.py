@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
-from functools import cache
-from itertools import combinations, product
+from functools import cache, partial
+from itertools import accumulate, combinations, product
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from support.policies import POLICIES
+from support.wires import rounded_to_float8
 from support.workers import WorkerGroup
 
 from benchmarks.equality import train_one_process
+from benchmarks.staged import staged_logits
 from lime_dist.config.load import make_config
+from lime_dist.model.architecture import architecture_of
 
 STEPS = 5
 EVALUATION_MICRO_BATCH_SIZE = 4
@@ -85,6 +89,12 @@ def reference(text: str, steps: int, evaluation: int) -> dict[str, Any]:
     return train_one_process(make_config(yaml.safe_load(text), "a test"), steps, evaluation)
 
 
+def plain_reference(values: dict[str, Any], steps: int, evaluation: int) -> dict[str, Any]:
+    """What one process computes for a run with any number of stages."""
+    train = {**values["train"], "compile": False}
+    return reference(yaml.safe_dump({**values, "parallel": {}, "pipeline": {}, "train": train}), steps, evaluation)
+
+
 def check_equal(
     values: dict[str, Any],
     group: WorkerGroup,
@@ -92,16 +102,17 @@ def check_equal(
     evaluation: int = EVALUATION_MICRO_BATCH_SIZE,
     as_precise_as: str = "",
     worker: str = "support.cases.train_steps",
+    expected: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare losses, validation, gradients, norms and parameters of every rank with one process, with the tolerance of the
     run's precision or of a lower one. Returns the results of the ranks.
 
     Args:
         worker: the function that the ranks run.
+        expected: the result of one process, if it is not the plain decoder's.
     """
     results = group.run(worker, values=values, steps=steps, evaluation_micro_batch_size=evaluation)
-    train = {**values["train"], "compile": False}
-    expected = reference(yaml.safe_dump({**values, "parallel": {}, "pipeline": {}, "train": train}), steps, evaluation)
+    expected = expected or plain_reference(values, steps, evaluation)
     precision = as_precise_as or values["precision"]
     tolerance = TOLERANCE[precision]
     assert min(expected["norms"]) > values["optimizer"]["max_grad_norm"], (
@@ -344,6 +355,48 @@ def test_payloads_in_bf16(workers: Callable[[int], WorkerGroup], routes: str, po
     assert losses[0] == pytest.approx(losses[1], rel=1e-13)
     for name, gradient in gradients[0].items():
         assert (gradient - gradients[1][name]).abs().max() <= 1e-12 * gradient.abs().max(), name
+
+
+FLOAT8_CASES = [
+    (policy, routes, 2 + (p + r) % 3, p % 2 == r % 2, (p + 2 * r) % 3)
+    for p, policy in enumerate(POLICIES)
+    for r, routes in enumerate(ROUTES)
+]
+"""Policy, routes, stages, activation checkpointing, extra micro-batches in flight."""
+FLOAT8_ERROR = 0.05
+"""Bound of the `distance` between gradients with float8 entries and with none rounded. The largest of these cases is 0.032."""
+
+
+@pytest.mark.parametrize(("policy", "routes", "stages", "checkpointing", "extra"), FLOAT8_CASES)
+def test_entries_in_float8(
+    workers: Callable[[int], WorkerGroup], policy: str, routes: str, stages: int, checkpointing: bool, extra: int
+) -> None:
+    """A pipeline computes exactly what one process does that rounds entries and their gradients in the same places, by arithmetic
+    of its own, and about what one does that rounds none."""
+    values = policy_settings(
+        routes, policy, "fp64",
+        pipeline_stages=stages, stage_layers=CUTS[stages], activation_checkpointing=checkpointing,
+    )  # fmt: skip
+    values["pipeline"] = {"wire_dtype": "fp8", "extra_in_flight": extra}
+    config = make_config(values, "a test")
+    rounding = partial(rounded_to_float8, block=math.gcd(128, architecture_of(config.model).entry_width))
+    logits = partial(
+        staged_logits,
+        bounds=[0, *accumulate(CUTS[stages])],
+        payload=(torch.clone, rounding),
+        gradient=(torch.clone, rounding),
+    )
+    expected = train_one_process(config, 3, EVALUATION_MICRO_BATCH_SIZE, logits=logits)
+    check_equal(values, workers(stages), steps=3, expected=expected)
+    plain = plain_reference(values, 3, EVALUATION_MICRO_BATCH_SIZE)
+    assert 0 < distance(expected["gradients"], plain["gradients"]) < FLOAT8_ERROR
+    assert expected["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+
+
+def distance(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """‖Δ‖/‖g‖ over all gradients of a model."""
+    flat, wanted = (torch.cat([each[name].flatten() for name in exact]) for each in (gradients, exact))
+    return float((flat - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("routes", ROUTES)

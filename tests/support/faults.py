@@ -67,6 +67,51 @@ def poisoned_step(zero_stage: int, optimizer: dict[str, Any] | None = None) -> d
     }
 
 
+def poisoned_entry(direction: str, value: float) -> dict[str, Any]:
+    """Train three steps on two stages with float8 entries. Before the second one's first payload (``wire_out``) or gradient
+    (``wire_in``) is encoded, its last element becomes ``value``."""
+    from lime_dist.distributed import quiet
+    from lime_dist.pipeline.wire import Wire
+    from lime_dist.train.build import build_engine
+
+    config = make_config(
+        {
+            "model": {
+                "vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2,
+            },
+            "data": {"sequence_length": 4},
+            "train": {"global_batch_size": 4, "micro_batch_size": 2},
+            "parallel": {"pipeline_stages": 2},
+            "pipeline": {"wire_dtype": "fp8"},
+        },
+        "a test",
+    )  # fmt: skip
+    with quiet():
+        engine, updater = build_engine(config)
+    weights, applied = [updater.flat_weights.clone()], []
+    settle, encode, chosen = updater.settle, Wire.encode, getattr(engine.module, direction)
+    poisoned: list[int] = []
+
+    def recorded(norms: list[float]) -> bool:
+        applied.append(settle(norms))
+        return applied[-1]
+
+    def poisoning(wire: Wire, payload: torch.Tensor) -> torch.Tensor:
+        if wire is chosen and len(applied) == 1 and not poisoned:
+            poisoned.append(1)
+            payload.view(-1)[-1] = value
+        return encode(wire, payload)
+
+    updater.settle, Wire.encode = recorded, poisoning
+    try:
+        for step in range(3):
+            engine.train_step(rank_batches(config, step, 0, 1, config.train.micro_batch_size))
+            weights.append(updater.flat_weights.clone())
+    finally:
+        Wire.encode = encode
+    return {"applied": applied, "unchanged": torch.equal(weights[1], weights[2])}
+
+
 def whom_gradients_need(tie_word_embeddings: bool) -> str:
     """Return the hosts that a process names when it waits in ReduceGrads, if each stage has a host of its own."""
     from deepspeed.runtime.pipe.schedule import ReduceGrads
