@@ -33,7 +33,7 @@ def plan_table(config: Config, values: Values) -> str:
         "",
         "forward, backward: FLOPs of a micro-batch; memory at the peak of a step "
         f"(schedule {config.pipeline.schedule}), with the number of micro-batches in flight;",
-        "to next: bytes of a micro-batch; its gradient has as many.",
+        f"to next: bytes of a micro-batch{wire_of(config)}; its gradient has as many.",
         "",
     ]
     peak, memory = values["peak_memory"], values["machine"]["memory"]
@@ -57,6 +57,12 @@ def plan_table(config: Config, values: Values) -> str:
             f"time × {over['time']:.3f}"
         )
     return "\n".join(lines)
+
+
+def wire_of(config: Config) -> str:
+    """In which form payloads are sent, if it is not that of the run."""
+    sent = config.pipeline.wire_dtype
+    return "" if sent is None else f", sent with pipeline.wire_dtype={sent}"
 
 
 def stage_row(row: Values) -> list[str]:

@@ -80,7 +80,9 @@ class FirstInput(LayerHistory):
         self.first: Tensor | None = None
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
-        hidden, self.first = payload_BTC.split([hidden_size, payload_BTC.shape[-1] - hidden_size], -1)
+        batch, length, width = payload_BTC.shape
+        parts = payload_BTC.flatten().split([batch * length * size for size in (hidden_size, width - hidden_size)])
+        hidden, self.first = (part.view(batch, length, -1) for part in parts)
         return hidden
 
     def open(self, routing: Sequence[Tensor | None], others: Sequence[Tensor]) -> None:
@@ -92,7 +94,8 @@ class FirstInput(LayerHistory):
         return [first]
 
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
-        return torch.cat([hidden_BTD, *released], -1)
+        parts = torch.cat([hidden_BTD.flatten(), *(first.flatten() for first in released)])
+        return parts.view(*hidden_BTD.shape[:2], -1)
 
 
 class SkipLayer(LlamaLayer):

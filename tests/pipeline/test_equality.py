@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import accumulate, combinations, product
 from typing import Any
@@ -378,16 +378,26 @@ def test_entries_in_float8(
         pipeline_stages=stages, stage_layers=CUTS[stages], activation_checkpointing=checkpointing,
     )  # fmt: skip
     values["pipeline"] = {"wire_dtype": "fp8", "extra_in_flight": extra}
+    check_float8(values, workers(stages), CUTS[stages])
+
+
+def test_a_learnable_value_residual_in_float8(workers: Callable[[int], WorkerGroup]) -> None:
+    values = settings("value residual, learnable", 2, True, "fp64", pipeline_stages=3, stage_layers=[1, 2, 2])
+    values["pipeline"] = {"wire_dtype": "fp8"}
+    check_float8(values, workers(3), [1, 2, 2])
+
+
+def check_float8(values: dict[str, Any], group: WorkerGroup, layers: Sequence[int]) -> None:
     config = make_config(values, "a test")
     rounding = partial(rounded_to_float8, block=math.gcd(128, architecture_of(config.model).entry_width))
     logits = partial(
         staged_logits,
-        bounds=[0, *accumulate(CUTS[stages])],
-        payload=(torch.clone, rounding),
-        gradient=(torch.clone, rounding),
+        bounds=[0, *accumulate(layers)],
+        payload=(torch.clone, rounding, torch.clone),
+        gradient=(torch.clone, rounding, torch.clone),
     )
     expected = train_one_process(config, 3, EVALUATION_MICRO_BATCH_SIZE, logits=logits)
-    check_equal(values, workers(stages), steps=3, expected=expected)
+    check_equal(values, group, steps=3, expected=expected)
     plain = plain_reference(values, 3, EVALUATION_MICRO_BATCH_SIZE)
     assert 0 < distance(expected["gradients"], plain["gradients"]) < FLOAT8_ERROR
     assert expected["losses"] == pytest.approx(plain["losses"], rel=1e-3)
