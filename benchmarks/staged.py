@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lime_dist.model.architecture import stage_layout
 from lime_dist.model.cost import payload_parts
-from lime_dist.model.decoder import Decoder, apply_head, embed, layer_name, open_history, run_layers
+from lime_dist.model.crossing import ENTRIES, Prices
+from lime_dist.model.decoder import Decoder, apply_head, embed, later_readers, layer_name, open_history, run_layers
 from lime_dist.pipeline.payload import pack, unpack
 
 Rounding = Callable[[Tensor], Tensor]
@@ -21,12 +22,18 @@ Roundings = Sequence[Rounding]
 
 
 def staged_logits(
-    model: Decoder, tokens_BT: Tensor, bounds: Sequence[int], payload: Roundings, gradient: Roundings
+    model: Decoder,
+    tokens_BT: Tensor,
+    bounds: Sequence[int],
+    payload: Roundings,
+    gradient: Roundings,
+    prices: Prices = ENTRIES,
 ) -> Tensor:
     """Logits [B, T, V] of stages with layers bounds[s] … bounds[s+1]−1.
 
     Args:
         payload, gradient: what happens to payloads and to their gradients at a boundary.
+        prices: of entries and partial mixtures, which say what crosses.
     """
     config = model.config
     embedding, *layers, norm, head = (model.get_submodule(spec.name) for spec in model.specs)
@@ -35,13 +42,14 @@ def staged_logits(
     hidden = embed(config, embedding, tokens_BT)
     received = hidden
     for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(cuts), strict=True):
-        layout = stage_layout(config, start, stop)
+        layout = stage_layout(config, start, stop, prices)
+        later = [model.get_submodule(spec.name) for spec in later_readers(config, layout)]
         history = open_history(config, layout, tokens_BT.numel(), hidden.dtype, hidden.device)
         if start:
             hidden = unpack(received, config.hidden_size, history)
-        hidden, released = run_layers(layers[first:last], hidden, history, model.activation_checkpointing)
+        hidden, released = run_layers(layers[first:last], hidden, history, model.activation_checkpointing, later)
         if stop < bounds[-1]:
-            sizes = [elements * tokens_BT.numel() for elements in payload_parts(config, stop)]
+            sizes = [elements * tokens_BT.numel() for elements in payload_parts(config, stop, prices)]
             received = _Crossing.apply(pack(hidden, released, history), sizes, payload, gradient)
     return apply_head(config, norm, head, hidden)
 

@@ -17,13 +17,12 @@ from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.model.architecture import CHUNKS, Sizes, architecture_of, router_name, stage_layout
 from lime_dist.model.crossing import ENTRIES, Prices
 from lime_dist.model.parameters import layer_parameters, stage_parameters
-
-MINIMAL = Prices(entry=1, mixture=1)
+from lime_dist.pipeline.entry_format import prices_by_bytes
 
 
 def boundary_prices(config: Config) -> Prices:
     """What it costs to send an entry or a partial mixture over the boundaries of a run."""
-    return {"minimal": MINIMAL, "entries": ENTRIES}[config.pipeline.boundary]
+    return {"minimal": prices_by_bytes(config), "entries": ENTRIES}[config.pipeline.boundary]
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lime_dist.pipeline.wire_format import SCALE_BYTES, WireFormat
+from lime_dist.config.precision import SCALE_BYTES
+from lime_dist.pipeline.wire_format import WireFormat
 
 FLOAT8 = torch.float8_e4m3fn
 SCALE = torch.bfloat16

@@ -6,19 +6,13 @@ with one bf16 scale for every block of elements. `wire.py` does it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from lime_dist.config.precision import ITEM_BYTES
+from lime_dist.config.precision import ITEM_BYTES, float8_bytes
 from lime_dist.config.schema import Config
-from lime_dist.model.architecture import architecture_of
 from lime_dist.model.cost import payload_parts
-
-FP8 = "fp8"
-"""The value of ``pipeline.wire_dtype`` that quantises history entries."""
-BLOCK = 128
-"""Most elements with a common scale. Smaller blocks are not more precise (`benchmarks/wire_precision.py`)."""
-SCALE_BYTES = 2
+from lime_dist.pipeline.entry_format import block_of_entries, quantises_entries
+from lime_dist.pipeline.shared_weights import boundary_prices
 
 
 @dataclass(frozen=True)
@@ -51,13 +45,13 @@ class WireFormat:
     @classmethod
     def of(cls, config: Config, boundary: int) -> WireFormat:
         """The format of what crosses the boundary before decoder layer ``boundary``."""
-        quantises = config.pipeline.wire_dtype == FP8
+        quantises = quantises_entries(config)
         dtype = config.precision if quantises else config.pipeline.wire_dtype or config.precision
-        parts = payload_parts(config.model, boundary)
+        parts = payload_parts(config.model, boundary, boundary_prices(config))
         return cls(
             dtype,
             (PartFormat(parts.hidden, False), PartFormat(parts.entries, quantises), PartFormat(parts.mixtures, False)),
-            math.gcd(BLOCK, architecture_of(config.model).entry_width),
+            block_of_entries(config.model),
         )
 
     @property
@@ -68,5 +62,4 @@ class WireFormat:
     def nbytes(self, num_tokens: int) -> int:
         """Bytes of one payload on its way; its gradient has as many."""
         plain = sum(part.elements for part in self.parts) - self.quantised
-        scales = self.quantised // self.block if self.quantised else 0
-        return num_tokens * (plain * ITEM_BYTES[self.dtype] + self.quantised + scales * SCALE_BYTES)
+        return num_tokens * (plain * ITEM_BYTES[self.dtype] + float8_bytes(self.quantised, self.block))

@@ -8,6 +8,7 @@ from itertools import pairwise
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.pipeline.partition import stage_bounds
+from lime_dist.pipeline.shared_weights import boundary_prices
 from lime_dist.pipeline.wire_format import WireFormat
 from lime_dist.plan.simulate import StageTimes
 

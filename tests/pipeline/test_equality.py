@@ -20,6 +20,7 @@ from benchmarks.equality import train_one_process
 from benchmarks.staged import staged_logits
 from lime_dist.config.load import make_config
 from lime_dist.model.architecture import architecture_of
+from lime_dist.pipeline.shared_weights import boundary_prices
 
 STEPS = 5
 EVALUATION_MICRO_BATCH_SIZE = 4
@@ -377,7 +378,9 @@ def test_entries_in_float8(
         routes, policy, "fp64",
         pipeline_stages=stages, stage_layers=CUTS[stages], activation_checkpointing=checkpointing,
     )  # fmt: skip
-    values["pipeline"] = {"wire_dtype": "fp8", "extra_in_flight": extra}
+    values["pipeline"] = {
+        "wire_dtype": "fp8", "extra_in_flight": extra, "boundary": "minimal" if stages == 3 else "entries",
+    }  # fmt: skip
     check_float8(values, workers(stages), CUTS[stages])
 
 
@@ -395,6 +398,7 @@ def check_float8(values: dict[str, Any], group: WorkerGroup, layers: Sequence[in
         bounds=[0, *accumulate(layers)],
         payload=(torch.clone, rounding, torch.clone),
         gradient=(torch.clone, rounding, torch.clone),
+        prices=boundary_prices(config),
     )
     expected = train_one_process(config, 3, EVALUATION_MICRO_BATCH_SIZE, logits=logits)
     check_equal(values, group, steps=3, expected=expected)
