@@ -28,6 +28,7 @@ MODELS: dict[str, list[str]] = {
     "hyper dynamic": ["model.architecture=hyper", "model.hyper.rate=2"],
     "mhc": ["model.architecture=hyper", "model.hyper={connection: doubly_stochastic, rate: 2}"],
     "mhc-lite": ["model.architecture=hyper", "model.hyper={connection: permutations, rate: 2}"],
+    "gated residual": ["model.architecture=gated_residual", "model.gated_residual.rate=2"],
     "value residual": ["model.architecture=value_residual", "model.value_residual.learnable=true"],
 }
 """By name. Policies have small numbers, so that a few layers already drop, summarise or skip entries."""

@@ -22,6 +22,7 @@ MODELS: dict[str, list[str]] = {
     "hyper-dynamic": ["model.architecture=hyper"],
     "mhc": ["model.architecture=hyper", "model.hyper.connection=doubly_stochastic"],
     "mhc-lite": ["model.architecture=hyper", "model.hyper.connection=permutations"],
+    "gated-residual": ["model.architecture=gated_residual"],
     "value-residual": ["model.architecture=value_residual"],
     "lime-static": ["model.lime.routes=hidden"],
     "lime-dynamic": ["model.lime.routes=hidden", "model.lime.router=dynamic"],

@@ -51,6 +51,7 @@ VARIANTS: dict[str, list[str]] = {
     "hyper": ["model.architecture=hyper", "model.hyper.rate=4", "model.hyper.dynamic=true"],
     "doubly_stochastic": ["model.architecture=hyper", "model.hyper.connection=doubly_stochastic"],
     "permutations": ["model.architecture=hyper", "model.hyper.connection=permutations"],
+    "gated_residual": ["model.architecture=gated_residual"],
     "value_residual": ["model.architecture=value_residual"],
 }
 DEFAULT = ["llama", "copying", "full", "first_last", "chunked", "dilated", "hyper"]

@@ -65,6 +65,10 @@ SETTINGS: dict[str, Setting] = {
     ),
     "hidden, dynamic": (2, 1, {"model": {"lime": {**HIDDEN, "router": "dynamic"}, "tie_word_embeddings": False}}),
     "hyper": (2, 1, {"model": {"architecture": "hyper"}}),
+    "gated residual": (2, 1, {"model": {"architecture": "gated_residual"}}),
+    "gated residual, checkpointed, bf16": (
+        3, 1, {"model": {"architecture": "gated_residual"}, "parallel": CHECKPOINTING, "precision": "bf16"},
+    ),
     "hyper doubly stochastic": (2, 1, {"model": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic"}}}),
     "hyper permutations, checkpointed, bf16": (
         2, 1, {"model": {"architecture": "hyper", "hyper": {"connection": "permutations"}}, "parallel": CHECKPOINTING,

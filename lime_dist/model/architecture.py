@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from lime_dist.config.precision import accumulation_itemsize
 from lime_dist.config.registry import ARCHITECTURES
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.chunks import Chunk, summarised_chunks
@@ -185,13 +186,23 @@ class Architecture(Protocol):
 
     @abstractmethod
     def last_output(self, hidden: Tensor) -> Tensor:
-        """What the final norm takes, [B, T, D], from the hidden state after the last decoder layer."""
+        """What the final norm takes from the hidden state after the last decoder layer: [B, T, D], unless `make_final_norm` is overridden."""
+
+    def make_final_norm(self) -> nn.Module:
+        """The final norm: from ``last_output`` to what the output projection takes, [B, T, D]."""
+        from lime_dist.model.layers import RMSNorm
+
+        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
 
     # -- parameters ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def layer_parameters(self, layer: int) -> Sizes:
         """Parameters of decoder layer ``layer``, by name within the layer."""
+
+    def final_norm_parameters(self) -> Sizes:
+        """Parameters of the final norm, by name within it."""
+        return {"weight": self.config.hidden_size}
 
     @abstractmethod
     def summary_parameters(self, chunk: Chunk) -> int:
@@ -217,6 +228,14 @@ class Architecture(Protocol):
 
         Summaries count with the last layer of their chunk, parts of later mixtures as `crossing.pairs_by_layer` says.
         """
+
+    def final_norm_flops(self) -> Flops:
+        """FLOPs of matrix products per token, of the final norm."""
+        return Flops(0, 0)
+
+    def final_norm_activation_bytes(self, num_tokens: int, itemsize: int) -> int:
+        """Bytes that autograd keeps of the final norm: its input and the root mean square."""
+        return num_tokens * (itemsize * self.config.hidden_size + accumulation_itemsize(itemsize))
 
     @abstractmethod
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:

@@ -39,9 +39,9 @@ def layer_flops(
 
 
 def head_flops(config: ModelConfig) -> Flops:
-    """FLOPs per token of the output projection."""
+    """FLOPs per token of the final norm and the output projection."""
     forward = 2 * config.hidden_size * config.vocab_size
-    return Flops(forward, 2 * forward)
+    return architecture_of(config).final_norm_flops() + Flops(forward, 2 * forward)
 
 
 # -- entries and bytes ----------------------------------------------------------------------------------------------------
@@ -133,9 +133,9 @@ def embedding_activation_bytes(num_tokens: int) -> int:
 def head_activation_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:
     """Bytes that norm, output projection and loss keep on the last stage."""
     hidden, accumulated = config.hidden_size, accumulation_itemsize(itemsize)
-    norm = itemsize * hidden + accumulated  # input, root mean square
-    loss = itemsize * hidden  # gradient of the hidden state
-    return num_tokens * (norm + loss) + accumulated * config.vocab_size * hidden  # gradient of the projection
+    norm = architecture_of(config).final_norm_activation_bytes(num_tokens, itemsize)
+    loss = num_tokens * itemsize * hidden  # gradient of the hidden state
+    return norm + loss + accumulated * config.vocab_size * hidden  # gradient of the projection
 
 
 LOGITS_OF_A_PIECE = 1 << 26

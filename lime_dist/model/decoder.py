@@ -21,8 +21,9 @@ from lime_dist.model.architecture import CHUNKS, architecture_of, chunk_ends, ro
 from lime_dist.model.blocks import PreNormLayer, Router
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.init import build
-from lime_dist.model.layers import Embedding, RMSNorm
+from lime_dist.model.layers import Embedding
 from lime_dist.model.layout import StageLayout
+from lime_dist.model.parameters import FINAL_NORM
 from lime_dist.model.summaries import ChunkSummary
 from lime_dist.model.transformer import EMBEDDING
 
@@ -61,7 +62,7 @@ def decoder_layers(config: ModelConfig) -> list[LayerSpec]:
         if (chunk := chunks.get(layer)) is not None:
             make_summary = partial(architecture.make_summary, chunk)
             layers.append(LayerSpec(f"{CHUNKS}{chunk.index}", make_summary))
-    norm = LayerSpec("model.norm", partial(RMSNorm, config.hidden_size, config.rms_norm_eps))
+    norm = LayerSpec(FINAL_NORM, architecture.make_final_norm)
     return [embedding, *layers, norm, head]
 
 

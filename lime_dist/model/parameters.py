@@ -6,7 +6,8 @@ from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import CHUNKS, Sizes, architecture_of, chunk_ends
 from lime_dist.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT
 
-NORM_WEIGHT = "model.norm.weight"
+FINAL_NORM = "model.norm"
+"""Prefix of the exported names of the final norm's parameters."""
 
 
 def stage_parameters(config: ModelConfig, layers: range) -> Sizes:
@@ -20,10 +21,15 @@ def stage_parameters(config: ModelConfig, layers: range) -> Sizes:
     for layer in layers:
         sizes |= layer_parameters(config, layer)
     if layers.stop == config.num_hidden_layers:
-        sizes[NORM_WEIGHT] = config.hidden_size
+        sizes |= final_norm_parameters(config)
         head = EMBEDDING_WEIGHT if config.tie_word_embeddings else HEAD_WEIGHT
         sizes[head] = config.vocab_size * config.hidden_size
     return sizes
+
+
+def final_norm_parameters(config: ModelConfig) -> Sizes:
+    """Parameters of the final norm, by exported name."""
+    return {f"{FINAL_NORM}.{name}": size for name, size in architecture_of(config).final_norm_parameters().items()}
 
 
 def layer_parameters(config: ModelConfig, layer: int) -> Sizes:

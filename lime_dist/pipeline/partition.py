@@ -15,7 +15,7 @@ import numpy.typing as npt
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.architecture import architecture_of, chunk_ends
-from lime_dist.model.parameters import NORM_WEIGHT, layer_parameters
+from lime_dist.model.parameters import final_norm_parameters, layer_parameters
 from lime_dist.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes
 from lime_dist.pipeline.optimizer_memory import parameter_bytes
@@ -103,7 +103,7 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
 
     schedule = make_schedule(config, max(1, train.global_batch_size // train.micro_batch_size))
     embedding = parameter_bytes(config, {EMBEDDING_WEIGHT: model.vocab_size * model.hidden_size})
-    norm = parameter_bytes(config, {NORM_WEIGHT: model.hidden_size})
+    norm = parameter_bytes(config, final_norm_parameters(model))
     head = parameter_bytes(
         config,
         {EMBEDDING_WEIGHT if model.tie_word_embeddings else HEAD_WEIGHT: model.vocab_size * model.hidden_size},

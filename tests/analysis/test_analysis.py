@@ -47,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dynamic": {"lime": {"routes": "hidden", "router": "dynamic"}},
     "dynamic-chunked": {"lime": {"routes": "hidden", "router": "dynamic", "start_layer": 2, "history": CHUNKED}},
     "hyper": {"architecture": "hyper", "hyper": {"rate": 3, "dynamic": True}},
+    "gated": {"architecture": "gated_residual", "gated_residual": {"rate": 3}},
     "value-residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }
 
@@ -179,7 +180,7 @@ def test_dynamic_routes(name: str, tmp_path: Path) -> None:
 
 
 def test_maps(tmp_path: Path) -> None:
-    """Every LIMe model has a map (of the mean weights if the router is dynamic); LLaMA and Hyper-Connections have none."""
+    """Every LIMe model has a map (of the mean weights if the router is dynamic); those without a history over layers have none."""
     for name in MODELS:
         exported, _ = exported_and_decoder(name, tmp_path)
         given = samples(2)
@@ -187,7 +188,7 @@ def test_maps(tmp_path: Path) -> None:
         for sample in representations(exported, iter(given)):
             dynamic.add(sample)
         routes = routes_of(exported, dynamic)
-        if name in ("llama", "hyper"):
+        if name in ("llama", "hyper", "gated"):
             assert routes is None
             continue
         assert routes is not None and routes.map.shape == (5, 5)

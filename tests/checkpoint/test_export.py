@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {"architecture": "llama", "rope_theta": 500.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     "lime": {**CHUNKED, "rope_scaling": LLAMA3},
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 2}},
     "permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 2}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }

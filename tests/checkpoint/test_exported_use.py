@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hidden": {**HIDDEN, "rope_scaling": LLAMA3, "lime": {"routes": "hidden", **HISTORY}},
     "dynamic": {**HIDDEN, "lime": {"routes": "hidden", "router": "dynamic"}},
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
+    "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 2}},
     "permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 2}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }

@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hidden": {"lime": {"routes": "hidden", "top_p": 0.8, "start_layer": 2}, "num_key_value_heads": 4},
     "dynamic": {"lime": {"routes": "hidden", "router": "dynamic"}, "num_key_value_heads": 4},
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
+    "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 2}},
     "doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 2}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }

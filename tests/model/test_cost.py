@@ -18,7 +18,7 @@ from lime_dist.model import cost
 from lime_dist.model.architecture import architecture_of, stage_layout
 from lime_dist.model.architectures.hyper.modules.permutations import permutation_matrices
 from lime_dist.model.architectures.value_residual.history import FirstValues
-from lime_dist.model.decoder import Decoder, apply_norm, embed, open_history, run_layers
+from lime_dist.model.decoder import Decoder, apply_head, apply_norm, embed, open_history, run_layers
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.layers import rotary_table
 from lime_dist.model.loss import projected_loss
@@ -32,6 +32,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "value residual, learnable": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
+    "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 3}},
+    "gated residual, one stream": {"architecture": "gated_residual", "gated_residual": {"rate": 1}},
     "hyper doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 3}},
     "hyper permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 3}},
     "hyper permutations, one stream": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 1}},
@@ -75,9 +77,7 @@ def stage_modules(decoder: Decoder, start: int, stop: int) -> list[nn.Module]:
 
 def random_payload(config: ModelConfig, boundary: int, batch: int, length: int, dtype: torch.dtype) -> Tensor:
     """A payload as received at the stage boundary before decoder layer ``boundary``."""
-    if config.architecture == "hyper":
-        return torch.randn(batch, length, config.hyper.rate, config.hidden_size, dtype=dtype)
-    return torch.randn(batch, length, cost.payload_bytes(config, boundary, 1, 1), dtype=dtype)
+    return torch.randn(cost.payload_shape(config, boundary, batch, length), dtype=dtype)
 
 
 def entries_of(history: LayerHistory) -> Tensor:
@@ -94,8 +94,7 @@ def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, floa
         inputs = random_payload(config, start, BATCH, LENGTH, torch.float32).requires_grad_()
         hidden = unpack(inputs, config.hidden_size, history)
     else:
-        streams = (config.hyper.rate,) if config.architecture == "hyper" else ()
-        hidden = torch.randn(BATCH, LENGTH, *streams, config.hidden_size, requires_grad=True)
+        hidden = torch.randn(BATCH, LENGTH, *architecture_of(config).hidden_shape, requires_grad=True)
 
     # torch has no formula for the CPU's causal attention (masked pairs do not count) and for in-place matrix sums.
     pairs = (LENGTH + 1) / 2 / LENGTH
@@ -125,12 +124,13 @@ def test_flops_of_a_stage(model: str, cut: tuple[int, int]) -> None:
     assert sum(flops.backward for flops in layers) * BATCH * LENGTH == backward
 
 
-def test_flops_of_the_head() -> None:
-    config = make_config("llama")
+@pytest.mark.parametrize("model", ["llama", "hyper static", "gated residual"])
+def test_flops_of_the_head(model: str) -> None:
+    config = make_config(model)
     decoder = build_decoder(config)
-    normed = torch.randn(BATCH, LENGTH, config.hidden_size, requires_grad=True)
+    hidden = torch.randn(BATCH, LENGTH, *architecture_of(config).hidden_shape, requires_grad=True)
     with FlopCounterMode(display=False) as count:
-        decoder.model.embed_tokens.logits(normed).sum().backward()
+        apply_head(config, decoder.model.norm, decoder.model.embed_tokens, hidden).sum().backward()
     assert cost.head_flops(config).both * BATCH * LENGTH == count.get_total_flops()
 
 
@@ -151,8 +151,7 @@ def test_bytes_of_history_and_payload(model: str, precision: torch.dtype) -> Non
             if config.lime.routes == "hidden":
                 counted += history.gradients.nbytes
         assert cost.history_bytes(config, range(boundary), tokens, precision.itemsize) == counted
-        streams = (config.hyper.rate,) if config.architecture == "hyper" else ()
-        hidden = torch.zeros(BATCH, LENGTH, *streams, config.hidden_size, dtype=precision)
+        hidden = torch.zeros(BATCH, LENGTH, *architecture_of(config).hidden_shape, dtype=precision)
         if history is None or config.lime.routes == "hidden":
             sent = [torch.zeros(tokens, config.hidden_size, dtype=precision)] * cost.boundary_entries(config, boundary)
         else:

@@ -154,11 +154,12 @@ def test_pruned_weights_get_no_gradient_and_kept_ones_do() -> None:
         {"lime": {"routes": "hidden"}},
         {"lime": {"routes": "hidden", "router": "dynamic"}},
         {"architecture": "hyper"},
+        {"architecture": "gated_residual"},
         {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic"}},
         {"architecture": "hyper", "hyper": {"connection": "permutations"}},
         {"architecture": "value_residual", "value_residual": {"learnable": True}},
     ],
-    ids=["llama", "kv", "static", "dynamic", "hyper", "doubly stochastic", "permutations", "value residual"],
+    ids=["llama", "kv", "static", "dynamic", "hyper", "gated", "doubly stochastic", "permutations", "value residual"],
 )
 def test_128_layers_have_finite_gradients(changes: dict[str, object], precision: torch.dtype) -> None:
     config = small(num_hidden_layers=128, hidden_size=48, intermediate_size=96, num_attention_heads=4, **changes)

@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "value residual, learnable": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
+    "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 3}},
     "hyper doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 3}},
     "hyper permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 3}},
 }

@@ -54,6 +54,7 @@ CASES = {
     "hidden": (3, settings(3, "bf16", lime={"routes": "hidden"})),
     "hidden dynamic": (3, settings(3, "bf16", lime={"routes": "hidden", "router": "dynamic"})),
     "hyper": (3, settings(3, "bf16", architecture="hyper")),
+    "gated residual": (3, settings(3, "bf16", architecture="gated_residual")),
     "permutations": (3, settings(3, "bf16", architecture="hyper", hyper={"connection": "permutations"})),
     "value residual": (3, settings(3, "bf16", architecture="value_residual", value_residual={"learnable": True})),
     "llama, two replicas": (4, settings(2, "bf16", zero_stage=1, architecture="llama")),

@@ -55,6 +55,7 @@ MODELS = {
         "hyper": {"rate": 1},
         "rope_scaling": {"rope_type": "linear", "factor": 3.0},
     },
+    "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 3}},
     "hyper doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 3}},
     "hyper permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 3}},
 }

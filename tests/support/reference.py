@@ -28,6 +28,8 @@ def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
         return constrained_logits(config, weights, x)
     if config.architecture == "lime" and config.lime.routes == "hidden":
         return hidden_logits(config, weights, x)
+    if config.architecture == "gated_residual":
+        return gated_logits(config, weights, x)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         normed = rms_norm(x, weights[prefix + "input_layernorm.weight"], config.rms_norm_eps)
@@ -152,6 +154,36 @@ def constrained_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tens
                 for i in range(rate)
             ]
     return head(config, weights, sum(streams, torch.zeros_like(x)))
+
+
+def gated_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """Gated residual (arXiv 2608.30320), one stream at a time."""
+    rate, size = config.gated_residual.rate, config.hidden_size
+
+    def read(own: str, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
+        normed = [rms_norm(streams[i], weights[own + "norm.weight"][i], config.rms_norm_eps) for i in range(rate)]
+        vector = torch.cat(normed, -1)
+        low = vector @ weights[own + "compress_proj.weight"].T / rate
+        opened = (low / (1 + torch.exp(-low))) @ weights[own + "expand_proj.weight"].T
+        total = torch.zeros_like(x)
+        for i in range(rate):
+            total = total + normed[i] / (1 + torch.exp(-opened[..., i * size : (i + 1) * size]))
+        return total / rate, vector
+
+    streams = [x] * rate
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for kind in ("attn", "mlp"):
+            own = f"{prefix}{kind}_connection."
+            mixed, vector = read(own, streams)
+            out = (
+                attention(config, weights, prefix, layer, mixed, {}) if kind == "attn" else mlp(weights, prefix, mixed)
+            )
+            for i in range(rate):
+                gate = 2 / (1 + torch.exp(-(vector @ weights[own + "write_proj.weight"][i]) / rate))
+                streams = [*streams[:i], streams[i] + gate.unsqueeze(-1) * out, *streams[i + 1 :]]
+    x, _ = read("model.norm.", streams)
+    return x @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).T
 
 
 def sinkhorn(z: list[Tensor], rate: int) -> list[list[Tensor]]:

@@ -154,13 +154,19 @@ class ValueResidualConfig(Section):
     learnable: bool = Field(False, description="both shares are parameters of each layer, which start at these values")
 
 
+class GatedResidualConfig(Section):
+    """Gated residual (Qwen, arXiv 2608.30320); used by `architecture: gated_residual`."""
+
+    rate: int = Field(4, ge=1, description="number of residual streams")
+
+
 class ModelConfig(Section):
     """Architecture and size of the decoder. The keys are those of Hugging Face's `LlamaConfig`."""
 
     architecture: ArchitectureName = Field(
         "lime",
-        description="`llama` is plain LLaMA, `lime` adds Layer-Integrated Memory to it, `hyper` adds Hyper-Connections, and "
-        "`value_residual` adds the first layer's values to those of later layers",
+        description="`llama` is plain LLaMA, `lime` adds Layer-Integrated Memory to it, `hyper` adds Hyper-Connections, "
+        "`gated_residual` adds residual streams with gates, and `value_residual` adds the first layer's values to those of later layers",
     )
     vocab_size: int = Field(4096, ge=2, description="rows of the embedding; at least the pieces of the tokenizer")
     hidden_size: int = Field(128, ge=1, description="width of the residual stream; a multiple of `num_attention_heads`")
@@ -179,6 +185,7 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     lime: LimeConfig = LimeConfig()
     hyper: HyperConfig = HyperConfig()
+    gated_residual: GatedResidualConfig = GatedResidualConfig()
     value_residual: ValueResidualConfig = ValueResidualConfig()
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ class LimeConfig(PretrainedConfig):
         max_position_embeddings: the sequence length of training. It is not a limit: longer sequences work.
         lime: section ``model.lime`` of the run: routes ("kv" or "hidden"), router, top_p, start_layer, history.
         hyper: section ``model.hyper`` of the run: rate (number of residual streams), dynamic.
+        gated_residual: section ``model.gated_residual`` of the run: rate (number of residual streams).
         value_residual: section ``model.value_residual`` of the run: weight, learnable.
         reads: for every layer, the entries that it reads, as runs in the order of its router's columns. ["slots", 0, 3] are the
             slots of layers 0, 1, 2; ["summaries", 0, 2] are the first two summary rows, counted over all chunks.
@@ -42,6 +43,7 @@ class LimeConfig(PretrainedConfig):
         tie_word_embeddings: bool = True,
         lime: dict[str, Any] | None = None,
         hyper: dict[str, Any] | None = None,
+        gated_residual: dict[str, Any] | None = None,
         value_residual: dict[str, Any] | None = None,
         reads: list[list[list[Any]]] | None = None,
         chunks: list[list[int]] | None = None,
@@ -63,6 +65,7 @@ class LimeConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.lime = lime if lime is not None else {}
         self.hyper = hyper if hyper is not None else {}
+        self.gated_residual = gated_residual if gated_residual is not None else {}
         self.value_residual = value_residual if value_residual is not None else {}
         self.reads = reads if reads is not None else []
         self.chunks = chunks if chunks is not None else []

@@ -33,7 +33,7 @@ class BaseModel(LimePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.make_layers(config))
         self.history = self.make_summaries(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = self.make_norm(config)
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         self.post_init()
 
@@ -45,6 +45,10 @@ class BaseModel(LimePreTrainedModel):
         """The weights of chunk summaries, if the architecture has any."""
         return nn.Module()
 
+    def make_norm(self, config: LimeConfig) -> nn.Module:
+        """The final norm: from `last_output` to [B, T, D]."""
+        return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
     def open_history(self) -> Any:
         """The layer history of one forward pass, which every layer gets; None if the architecture has no history."""
         raise NotImplementedError
@@ -54,8 +58,12 @@ class BaseModel(LimePreTrainedModel):
         return x_BTD
 
     def last_output(self, x: Tensor) -> Tensor:
-        """The input of the final norm, [B, T, D], from the output of the last layer."""
+        """The input of the final norm from the output of the last layer."""
         return x
+
+    def shown_state(self, x: Tensor) -> Tensor:
+        """What ``output_hidden_states`` gives of the input of a layer, [B, T, D]."""
+        return self.last_output(x)
 
     def forward(
         self,
@@ -86,7 +94,7 @@ class BaseModel(LimePreTrainedModel):
         states: list[Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
-                states.append(self.last_output(x))
+                states.append(self.shown_state(x))
             x = layer(x, history, run)
         x = self.norm(self.last_output(x))
         output = BaseModelOutputWithPast(
