@@ -49,6 +49,7 @@ class Hub:
     def __init__(self, name: str) -> None:
         self.name, self.commits, self.main = name, dict[str, dict[str, bytes]](), ""
         self.served: dict[str, bytes] = {}  # content that is not what the commit says
+        self.entries: dict[str, tuple[bytes, dict[str, Any]]] = {}  # what the API says of content, by name
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.leaked_tokens = self.sent = self.expired = 0
@@ -208,6 +209,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             return sorted(listed, key=lambda entry: str(entry["path"]))
 
         def entry(self, name: str, data: bytes) -> dict[str, Any]:
+            known = hub.entries.get(name)
+            if known is None or known[0] is not data:
+                known = hub.entries[name] = data, self.described(name, data)
+            return known[1]
+
+        def described(self, name: str, data: bytes) -> dict[str, Any]:
             entry = {"type": "file", "oid": git_hash(data), "size": len(data), "path": name}
             large = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
             return entry if SMALL.fullmatch(name) else entry | large
