@@ -1,18 +1,19 @@
-"""Measure speed and memory of `data_tools.pretokenize` beside bare sentencepiece over the same files.
+"""Measure speed and memory of `data_tools.pretokenize` beside the bare encoders over the same files.
 
     python benchmarks/pretokenize.py --output runs/pretokenize
     python benchmarks/pretokenize.py --output runs/pretokenize-memory --memory-gigabytes 5
 
-The bare side reads the parquet files, encodes batches of 64 documents to numpy in as many threads as there are workers, and
-writes the ids to one file: no hashes, no index, no fsync, no end-of-document token, no splits. Both sides are whole commands,
-including start-up; they alternate, and the ratio is that of the medians. Memory is the sum of the resident pages of all processes of
-a command, the largest of samples every 50 ms.
+A bare side reads the parquet files, encodes batches of 64 documents to numpy and writes the ids to a file: no hashes, no index, no
+fsync, no end-of-document token, no splits. sentencepiece and tokenizers do it in as many threads as there are workers, gigatoken, which
+does not release the interpreter, in as many processes. All sides are whole commands, including start-up; they alternate, and ratios are
+those of the medians. CPU seconds are those of all processes of a command, which other work on the machine changes less. Memory is the sum of the resident pages of all processes of a command, the largest of samples every 50 ms.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -37,34 +38,62 @@ ROOT = Path(__file__).resolve().parents[1]
 MEDIAN_BYTES, SPREAD = 3600, 1.0  # of FineWeb-Edu's documents, roughly log-normal
 ROW_GROUP = 1000
 
-BARE = """
-import sys
+READ = """
+import os, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import pyarrow.parquet as pq, sentencepiece
+import numpy, pyarrow.parquet as pq
+model_file, given, output, workers = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 
-model_file, given, output, threads = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-model = sentencepiece.SentencePieceProcessor(model_file=model_file)
-
-def batches():
-    for path in sorted(given.glob("*.parquet")):
-        for batch in pq.ParquetFile(path).iter_batches(64, columns=["text"]):
+def batches(first=0, step=1):
+    files = [pq.ParquetFile(path) for path in sorted(given.glob("*.parquet"))]
+    groups = [(file, group) for file in files for group in range(file.metadata.num_row_groups)]
+    for file, group in groups[first::step]:
+        for batch in file.iter_batches(64, row_groups=[group], columns=["text"]):
             yield batch.column(0).to_pylist()
 
-def encode(texts):
-    return model.encode(texts, return_type="numpy", num_threads=1)
-
-with ThreadPoolExecutor(threads) as pool, open(output, "wb") as file:
-    waiting = []
-    for texts in batches():
-        waiting.append(pool.submit(encode, texts))
-        if len(waiting) > 4 * threads:
-            for ids in waiting.pop(0).result():
+def write(encode):
+    with ThreadPoolExecutor(workers) as pool, open(output, "wb") as file:
+        waiting = []
+        for texts in batches():
+            waiting.append(pool.submit(encode, texts))
+            if len(waiting) > 4 * workers:
+                for ids in waiting.pop(0).result():
+                    file.write(ids.astype("<u2").data)
+        for future in waiting:
+            for ids in future.result():
                 file.write(ids.astype("<u2").data)
-    for future in waiting:
-        for ids in future.result():
-            file.write(ids.astype("<u2").data)
 """
+BARE = {
+    "sentencepiece": """
+import sentencepiece
+model = sentencepiece.SentencePieceProcessor(model_file=model_file)
+write(lambda texts: model.encode(texts, return_type="numpy", num_threads=1))
+""",
+    "tokenizers": """
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+import sentencepiece
+from lime_dist.export.tokenizer_files import byte_pair_tokenizer
+model = byte_pair_tokenizer(sentencepiece.SentencePieceProcessor(model_file=model_file))
+write(lambda texts: [numpy.asarray(one.ids) for one in model.encode_batch_fast(texts, add_special_tokens=False)])
+""",
+    "gigatoken": """
+import gigatoken
+children = []
+for worker in range(workers):
+    if pid := os.fork():
+        children.append(pid)
+        continue
+    model = gigatoken.Tokenizer.from_sentencepiece(model_file).backend
+    with open(f"{output}-{worker}", "wb") as file:
+        for texts in batches(worker, workers):
+            for text in texts:
+                file.write(model.encode(text).astype("<u2").data)
+    os._exit(0)
+sys.exit(any(os.waitpid(pid, 0)[1] for pid in children))
+""",
+}
+"""What runs a bare encoder, after READ."""
 
 
 def make_input(folder: Path, megabytes: int) -> None:
@@ -111,9 +140,9 @@ def make_tokenizer(folder: Path, given: Path, model_type: str, vocab_size: int) 
     subprocess.run(command, check=True, cwd=ROOT)
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Return the seconds and peak megabytes of a command with its children."""
-    begin = time.perf_counter()
+def measure(command: list[str]) -> tuple[float, float, float]:
+    """Return the seconds, peak megabytes and CPU seconds of a command with its children."""
+    begin, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
     while process.poll() is None:
@@ -124,7 +153,8 @@ def measure(command: list[str]) -> tuple[float, float]:
         raise LimeError(
             f"{' '.join(command[:3])} failed: {(process.stderr.read() if process.stderr else b'').decode()}"
         )
-    return seconds, peak / 1e6
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, peak / 1e6, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
 
 
 def family(pid: int) -> list[int]:
@@ -147,19 +177,31 @@ def resident(pid: int) -> int:
     return 0
 
 
-def ours(work: Path, given: Path, model_type: str, workers: int, *options: str) -> list[str]:
+def ours(work: Path, given: Path, model_type: str, encoder: str, workers: int, *options: str) -> list[str]:
     """Return the command of data_tools.pretokenize, into an empty folder."""
     shutil.rmtree(work / "ours", ignore_errors=True)
     return [
         sys.executable, "-m", "data_tools.pretokenize", "--input", str(given), "--tokenizer", str(work / model_type),
-        "--output", str(work / "ours"), "--workers", str(workers), *options,
+        "--output", str(work / "ours"), "--encoder", encoder, "--workers", str(workers), *options,
     ]  # fmt: skip
 
 
-def bare(work: Path, given: Path, model_type: str, threads: int) -> list[str]:
-    """Return the command of the bare side."""
+def bare(work: Path, given: Path, model_type: str, encoder: str, workers: int) -> list[str]:
+    """Return the command of a bare encoder."""
     model = str(work / model_type / "tokenizer.model")
-    return [sys.executable, "-c", BARE, model, str(given), str(work / "bare.bin"), str(threads)]
+    return [sys.executable, "-c", READ + BARE[encoder], model, str(given), str(work / "bare.bin"), str(workers)]
+
+
+SIDES = {
+    "bpe": [
+        ("bare sentencepiece", bare, "sentencepiece"),
+        ("bare tokenizers", bare, "tokenizers"),
+        ("bare gigatoken", bare, "gigatoken"),
+        ("ours, sentencepiece", ours, "sentencepiece"),
+        ("ours, gigatoken", ours, "gigatoken"),
+    ],
+    "unigram": [("bare sentencepiece", bare, "sentencepiece"), ("ours, sentencepiece", ours, "sentencepiece")],
+}
 
 
 def main() -> None:
@@ -204,27 +246,29 @@ def measure_speed(
     settings: dict[str, object],
     results: dict[str, list[list[float]]],
 ) -> list[str]:
-    """Run both sides in turn, first the one with fewer runs."""
-    cases = [(kind, workers) for kind in ("bpe", "unigram") for workers in (1, 2)]
+    """Run all sides in turn, first those with fewer runs."""
+    cases = [(kind, workers, *side) for workers in (1, 2) for kind in SIDES for side in SIDES[kind]]
     for repeat in range(arguments.repeats):
-        for kind, workers in cases:
-            for side, command in (("bare", bare), ("ours", ours)):
-                runs = results.setdefault(f"{kind} {workers} {side}", [])
-                if len(runs) <= repeat:
-                    runs.append(list(measure(command(work, given, kind, workers))))
-                    print(f"{kind}, {workers} worker(s), {side}: {runs[-1][0]:.2f} s, {runs[-1][1]:.0f} MB", flush=True)
-                    write_results(arguments.output, settings, results)
+        for kind, workers, name, command, encoder in cases:
+            runs = results.setdefault(f"{kind} {workers} {name}", [])
+            if len(runs) <= repeat:
+                runs.append(list(measure(command(work, given, kind, encoder, workers))))
+                print(f"{kind}, {workers} worker(s), {name}: {runs[-1][0]:.2f} s, {runs[-1][1]:.0f} MB", flush=True)
+                write_results(arguments.output, settings, results)
     lines = [
-        "| model | workers | bare, MB/s | ours, MB/s | ratio | bare, peak MB | ours, peak MB |",
-        "|---|---|---|---|---|---|---|",
+        "| model | workers | | MB/s | of bare sentencepiece | of the same encoder, bare | MB per CPU second | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for kind, workers in cases:
-        sides = [results[f"{kind} {workers} {side}"] for side in ("bare", "ours")]
-        seconds = [statistics.median(run[0] for run in side) for side in sides]
-        peaks = [max(run[1] for run in side) for side in sides]
+    for kind, workers, name, _, encoder in cases:
+        runs = results[f"{kind} {workers} {name}"]
+        speeds = {
+            side: size / statistics.median(run[0] for run in results[f"{kind} {workers} {side}"])
+            for side in (name, "bare sentencepiece", f"bare {encoder}")
+        }
         lines.append(
-            f"| {kind} | {workers} | {size / seconds[0]:.1f} | {size / seconds[1]:.1f} | {seconds[0] / seconds[1]:.2f} | "
-            f"{peaks[0]:.0f} | {peaks[1]:.0f} |"
+            f"| {kind} | {workers} | {name} | {speeds[name]:.1f} | {speeds[name] / speeds['bare sentencepiece']:.2f} | "
+            f"{speeds[name] / speeds[f'bare {encoder}']:.2f} | {size / statistics.median(run[2] for run in runs):.1f} | "
+            f"{max(run[1] for run in runs):.0f} |"
         )
     return lines
 
@@ -246,11 +290,11 @@ def measure_memory(
         for file in list_inputs(str(given)):
             os.link(file.path, many / f"{copy:05d}-{file.name}")
     lines = ["| run | text, GB | seconds | MB/s | peak MB |", "|---|---|---|---|---|"]
-    for name, options in (("unigram, 2 workers", []), ("the same, --drop-duplicates", ["--drop-duplicates"])):
+    for name, options in (("bpe, gigatoken, 2 workers", []), ("the same, --drop-duplicates", ["--drop-duplicates"])):
         if name not in results:
-            results[name] = [list(measure(ours(work, many, "unigram", 2, *options)))]
+            results[name] = [list(measure(ours(work, many, "bpe", "gigatoken", 2, *options)))]
             write_results(arguments.output, settings, results)
-        ((seconds, peak),) = results[name]
+        ((seconds, peak, _),) = results[name]
         text = size * copies
         lines.append(f"| {name} | {text / 1e3:.2f} | {seconds:.0f} | {text / seconds:.1f} | {peak:.0f} |")
     shutil.rmtree(many)

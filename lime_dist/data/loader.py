@@ -40,14 +40,11 @@ def _read(
     split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None, pinned_for: torch.device | None
 ) -> _Read:
     """A micro-batch and its checksum, which covers tokens as they are stored: a quarter of the bytes of int64."""
-    rows, checksum = np.empty((len(samples), sequence_length + 1), dtype=np.int64), 0
-    for row, sample in zip(rows, samples.tolist(), strict=True):
-        stored = split.sample(sample, sequence_length)
-        row[:] = stored
-        checksum = zlib.crc32(stored.data, checksum)
-    rows_bt1 = torch.from_numpy(rows)
-    labels_bt = rows_bt1[:, 1:] if answers is None else torch.from_numpy(answers.labels(rows))
-    batch = rows_bt1[:, :-1].contiguous(), labels_bt.contiguous()
+    stored = np.concatenate([split.sample(sample, sequence_length) for sample in samples.tolist()])
+    rows = stored.reshape(len(samples), sequence_length + 1)
+    checksum = zlib.crc32(rows.data)
+    labels = rows[:, 1:].astype(np.int64) if answers is None else answers.labels(rows.astype(np.int64))
+    batch = torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(labels).contiguous()
     return (batch if pinned_for is None else _pinned(batch, pinned_for)), checksum
 
 
