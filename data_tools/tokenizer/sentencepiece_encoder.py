@@ -24,10 +24,11 @@ from data_tools.tokenizer.pieces import AT_BLANKS, SPACE_MARK
 
 def piece_hash(model: sentencepiece.SentencePieceProcessor) -> str:
     """SHA-256 of the pieces with their scores and types: equal for models that encode alike, even if their files differ."""
-    digest = hashlib.sha256()
-    for i in range(model.vocab_size()):
-        kinds = (model.is_unknown(i), model.is_control(i), model.is_byte(i), model.is_unused(i))
-        digest.update(json.dumps([model.id_to_piece(i), model.get_score(i), *kinds]).encode() + b"\n")
+    digest, ids = hashlib.sha256(), list(range(model.vocab_size()))
+    kinds = (model.is_unknown(ids), model.is_control(ids), model.is_byte(ids), model.is_unused(ids))
+    encode = json.JSONEncoder().encode
+    for piece in zip(model.id_to_piece(ids), model.get_score(ids), *kinds, strict=True):
+        digest.update(encode(piece).encode() + b"\n")
     return digest.hexdigest()
 
 
