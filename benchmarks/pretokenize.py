@@ -140,9 +140,9 @@ def make_tokenizer(folder: Path, given: Path, model_type: str, vocab_size: int) 
     subprocess.run(command, check=True, cwd=ROOT)
 
 
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """Return the seconds, peak megabytes and CPU seconds of a command with its children."""
-    begin, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+def measure(command: list[str]) -> tuple[float, float]:
+    """Return the seconds and peak megabytes of a command with its children."""
+    begin = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
     while process.poll() is None:
@@ -153,8 +153,15 @@ def measure(command: list[str]) -> tuple[float, float, float]:
         raise LimeError(
             f"{' '.join(command[:3])} failed: {(process.stderr.read() if process.stderr else b'').decode()}"
         )
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, peak / 1e6, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return seconds, peak / 1e6
+
+
+def measure_with_cpu(command: list[str]) -> tuple[float, float, float]:
+    """Return the seconds, peak megabytes and CPU seconds of a command with its children."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds, peak = measure(command)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, peak, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def family(pid: int) -> list[int]:
@@ -252,7 +259,7 @@ def measure_speed(
         for kind, workers, name, command, encoder in cases:
             runs = results.setdefault(f"{kind} {workers} {name}", [])
             if len(runs) <= repeat:
-                runs.append(list(measure(command(work, given, kind, encoder, workers))))
+                runs.append(list(measure_with_cpu(command(work, given, kind, encoder, workers))))
                 print(f"{kind}, {workers} worker(s), {name}: {runs[-1][0]:.2f} s, {runs[-1][1]:.0f} MB", flush=True)
                 write_results(arguments.output, settings, results)
     lines = [
@@ -294,7 +301,7 @@ def measure_memory(
         if name not in results:
             results[name] = [list(measure(ours(work, many, "bpe", "gigatoken", 2, *options)))]
             write_results(arguments.output, settings, results)
-        ((seconds, peak, _),) = results[name]
+        ((seconds, peak),) = results[name]
         text = size * copies
         lines.append(f"| {name} | {text / 1e3:.2f} | {seconds:.0f} | {text / seconds:.1f} | {peak:.0f} |")
     shutil.rmtree(many)
