@@ -16,10 +16,8 @@ import torch.distributed as dist
 from lime_dist.contract import SUPPORTED, disable_compiled_operations, limit_new_groups, quiet_logger, unsupported
 from lime_dist.errors import LimeError
 from lime_dist.host_staging import stage_on_host
-from lime_dist.launchers import check_devices, is_main_process, world_size
+from lime_dist.launchers import check_devices, world_size
 from lime_dist.rendezvous import check_rendezvous
-
-__all__ = ["is_main_process", "world_size"]
 
 BACKENDS = ("gloo", "nccl")
 
@@ -152,6 +150,13 @@ def together(action: Callable[[], T]) -> T:
         error = str(problem)
     agree(error)
     return cast(T, result)  # `agree` has raised if there is none
+
+
+def from_main_process(value: T) -> T:
+    """The value that rank 0 gives, on all ranks. All ranks must call it."""
+    shared: list[T] = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def free_port() -> int:

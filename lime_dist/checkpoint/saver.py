@@ -38,8 +38,9 @@ from lime_dist.config.schema import Config
 from lime_dist.data.files import free_name, remove, write_atomic
 from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
-from lime_dist.distributed import agree, is_main_process
+from lime_dist.distributed import agree, from_main_process
 from lime_dist.errors import LimeError
+from lime_dist.launchers import is_main_process
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,12 @@ class Saver:
         return self.finish()
 
     def improves(self, validation_loss: float) -> bool:
-        """Whether a validation loss is lower than that of the best checkpoint, the same answer on all ranks."""
-        best: list[tuple[int, float] | None] = [read_best(self.directory)]
-        dist.broadcast_object_list(best, src=0)
-        return math.isfinite(validation_loss) and (best[0] is None or validation_loss < best[0][1])
+        """Whether a validation loss is lower than that of the best checkpoint, the same answer on all ranks.
+
+        Of two equal ones the earlier checkpoint stays the best.
+        """
+        best = from_main_process(read_best(self.directory))
+        return math.isfinite(validation_loss) and (best is None or validation_loss < best[1])
 
     def mark_best(self, state: TrainState, validation_loss: float) -> None:
         """Name the saved checkpoint of ``state`` as the best one; it is kept until another takes its place.
@@ -216,8 +219,7 @@ class Saver:
             chosen[0].mkdir()
 
         self._on_main_process(state, make)
-        dist.broadcast_object_list(chosen, src=0)
-        return chosen[0]
+        return from_main_process(chosen[0])
 
     def _new_problems(self) -> tuple[str, ...]:
         """A line for each path that could not be deleted and was not named before."""

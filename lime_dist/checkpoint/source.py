@@ -6,16 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from lime_dist.checkpoint.folder import folder_name
 from lime_dist.checkpoint.manifest import CHECKPOINT_NAME, read_manifest
 from lime_dist.checkpoint.reading import find_checkpoint
 from lime_dist.checkpoint.store import Checkpoint, saved_steps, verify, why_not_loadable
 from lime_dist.config.schema import Config, RunConfig
 from lime_dist.data.identity import DataIdentity
-from lime_dist.distributed import agree, is_main_process
+from lime_dist.distributed import agree, from_main_process
 from lime_dist.errors import LimeError
+from lime_dist.launchers import is_main_process
 
 ADVICE = "run.start_from is a run folder, or RUN@STEP for the checkpoint of a step"
 
@@ -34,8 +33,7 @@ def find_source(run: RunConfig) -> Checkpoint | None:
             chosen[0] = _folder(run.start_from)
         except LimeError as error:
             chosen[1] = str(error)
-    dist.broadcast_object_list(chosen, src=0)
-    folder, problem = chosen
+    folder, problem = from_main_process(chosen)
     agree(problem)
     problem, manifest = verify(folder, _step(folder))
     agree(None if problem is None else f"{folder}: {problem}; {ADVICE}")

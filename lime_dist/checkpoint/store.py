@@ -30,7 +30,7 @@ from lime_dist.config.schema import Config
 from lime_dist.data.files import sha256_file
 from lime_dist.data.identity import DataIdentity
 from lime_dist.data.state import TrainState
-from lime_dist.distributed import agree
+from lime_dist.distributed import agree, from_main_process
 from lime_dist.model.optimizer_states import WEIGHT
 
 
@@ -84,7 +84,7 @@ def find_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     Every rank reads the manifest; the ranks divide the files among themselves to verify them.
     """
     lines: list[str] = []
-    steps, named, problem = _of_main_process(_candidates(directory))
+    steps, named, problem = from_main_process(_candidates(directory))
     if problem is not None:
         lines.append(f"{directory / LATEST} {problem}; looking for the newest whole checkpoint")
     for step in _in_order(steps, named):
@@ -185,16 +185,6 @@ def _candidates(directory: Path) -> tuple[list[int], int | None, str | None]:
         return steps, None, "is missing" if problem is None and steps else problem
     step = int(name.removeprefix("global_step"))
     return (steps, step, None) if step in steps else (steps, None, f"names {name}, which does not exist")
-
-
-def _of_main_process(
-    candidates: tuple[list[int], int | None, str | None],
-) -> tuple[list[int], int | None, str | None]:
-    """The candidates that rank 0 sees, on all ranks."""
-    shared: list[Any] = [candidates]
-    dist.broadcast_object_list(shared, src=0)
-    steps, named, problem = shared[0]
-    return steps, named, problem
 
 
 def verify(path: Path, step: int | None) -> tuple[str | None, dict[str, Any]]:

@@ -9,8 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lime_dist.config.schema import Config
+from lime_dist.config.schema import Config, TrainConfig
 from lime_dist.errors import LimeError
+
+
+def batch_sizes(train: TrainConfig) -> dict[str, int]:
+    """By key, the samples that micro-batches of all replicas must divide, so that they divide every global batch of the run."""
+    ramp = train.batch_ramp
+    sizes = {"train.global_batch_size": train.global_batch_size}
+    if ramp is not None:
+        sizes |= {"train.batch_ramp.start": ramp.start, "train.batch_ramp.increment": ramp.increment}
+    return sizes
 
 
 def batch_split(config: Config, world_size: int) -> tuple[int, int]:
@@ -27,12 +36,8 @@ def batch_split(config: Config, world_size: int) -> tuple[int, int]:
         )
     width = world_size // stages
     train = config.train
-    batch_sizes = {"train.global_batch_size": train.global_batch_size}
-    if train.batch_ramp is not None:
-        batch_sizes["train.batch_ramp.start"] = train.batch_ramp.start
-        batch_sizes["train.batch_ramp.increment"] = train.batch_ramp.increment
     unit = train.micro_batch_size * width
-    for key, samples in batch_sizes.items():
+    for key, samples in batch_sizes(train).items():
         if samples % unit:
             raise LimeError(
                 f"{key}={samples} is not micro-batch × accumulation × width: train.micro_batch_size="

@@ -8,8 +8,8 @@ from pathlib import Path
 from lime_dist.config.load import dump_config
 from lime_dist.config.registry import SINKS
 from lime_dist.config.schema import Config
-from lime_dist.distributed import is_main_process
 from lime_dist.errors import LimeError
+from lime_dist.launchers import is_main_process
 from lime_dist.monitor.metrics import MetricsFile
 from lime_dist.monitor.records import Records
 from lime_dist.monitor.starts import record_start

@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 
 from lime_dist.data.files import lock_folder
-from lime_dist.distributed import is_main_process
 from lime_dist.errors import LimeError
+from lime_dist.launchers import is_main_process
 
 TIMEOUT = 60.0
 """Seconds to wait for another run that writes into the same folder."""

@@ -20,7 +20,7 @@ import torch
 from lime_dist.config.load import dump_config
 from lime_dist.config.schema import Config
 from lime_dist.data.files import write_atomic
-from lime_dist.distributed import world_size
+from lime_dist.launchers import world_size
 from lime_dist.versions import installed_version
 
 PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "datasets", "tensorboard")

@@ -90,7 +90,7 @@ def main() -> None:
     if arguments.timeline is not None:
         from lime_dist.plan.timeline import draw_timeline
 
-        draw_timeline(config, machine, planned, values, arguments.timeline)
+        draw_timeline(config, machine, planned, arguments.timeline)
         if not arguments.json:
             print(f"\ntimeline: {arguments.timeline}")
 

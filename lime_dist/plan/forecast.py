@@ -98,7 +98,6 @@ class Forecast:
         micro_batches: per replica and step.
         tokens: per step, over all replicas.
         seconds: per step.
-        bubble: the fraction of the step in which stages do not compute, on average.
     """
 
     stages: list[StageForecast]
@@ -108,7 +107,11 @@ class Forecast:
     tokens: int
     seconds: float
     parts: Parts
-    bubble: float
+
+    @property
+    def bubble(self) -> float:
+        """The fraction of the step in which stages do not compute, on average."""
+        return max(0.0, 1 - self.parts.computation / self.seconds)
 
     @property
     def flops(self) -> float:
@@ -163,7 +166,6 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
         tokens=config.train.global_batch_size * config.data.sequence_length,
         seconds=seconds,
         parts=parts,
-        bubble=max(0.0, 1 - parts.computation / seconds),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lime_dist.config.deepspeed import batch_sizes
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS, Config
 from lime_dist.errors import LimeError
@@ -86,8 +87,8 @@ def sweep(config: Config, machine: Machine, processes: int) -> Sweep:
         )
     if not candidates:
         raise LimeError(
-            f"--processes {processes}: no combination of stages and replicas divides train.global_batch_size="
-            f"{config.train.global_batch_size}; change one of the two"
+            f"--processes {processes}: no combination of stages and replicas divides "
+            f"{' and '.join(f'{key}={size}' for key, size in batch_sizes(config.train).items())}; change one of them"
         )
     limit = machine.memory if machine.memory is not None else float("inf")
     return Sweep(
@@ -110,20 +111,13 @@ def settings(config: Config, processes: int) -> Iterator[Config]:
         size = 1
         while size <= LARGEST_MICRO_BATCH:
             wide = size * processes // stages
-            if divides(config, wide):
+            if all(samples % wide == 0 for samples in batch_sizes(config.train).values()):
                 samples = config.train.evaluation_samples
                 fitting = max(samples // wide, 1) * wide if samples else samples
                 train = config.train.model_copy(update={"micro_batch_size": size, "evaluation_samples": fitting})
                 for model in models:
                     yield config.model_copy(update={"model": model, "train": train, "parallel": parallel})
             size *= 2
-
-
-def divides(config: Config, wide: int) -> bool:
-    """Whether every global batch of the run is a multiple of ``wide`` samples."""
-    ramp = config.train.batch_ramp
-    sizes = [config.train.global_batch_size] + ([] if ramp is None else [ramp.start, ramp.increment])
-    return all(size % wide == 0 for size in sizes)
 
 
 def policies(config: Config) -> list[dict[str, Any] | None]:

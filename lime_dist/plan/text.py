@@ -40,8 +40,10 @@ def plan_table(config: Config, values: Values) -> str:
     limit = "" if memory is None else f" of {show(memory, 'B')}: {'it fits' if values['fits'] else 'it DOES NOT FIT'}"
     lines.append(f"memory    {show(peak, 'B')} on the fullest stage{limit}")
     parts = ", ".join(f"{name} {share(values, name)}" for name, seconds in values["seconds"].items() if seconds)
-    lines.append(f"step      {step_time(values)} predicted, {show(values['tokens_per_second'])} tokens/s: {parts}")
-    lines.append(f"idle      {idle(values)} of the step: on average a stage does not compute")
+    lines.append(
+        f"step      {show_seconds(values['seconds_per_step'])} predicted, {show(values['tokens_per_second'])} tokens/s: {parts}"
+    )
+    lines.append(f"idle      {idle(values['bubble'])} of the step: on average a stage does not compute")
     largest, *others = sorted(values["seconds"], key=lambda name: -values["seconds"][name])
     lines.append(f"limit     {largest}, {share(values, largest)} of the step: {explain(values, largest)}")
     if values["seconds"][largest] < values["seconds_per_step"] / 2:
@@ -82,14 +84,9 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def step_time(values: Values) -> str:
-    """The seconds of a step, as the text and the timeline show them."""
-    return show_seconds(values["seconds_per_step"])
-
-
-def idle(values: Values) -> str:
+def idle(bubble: float) -> str:
     """The share of the step in which stages do not compute, as the text and the timeline show it."""
-    return f"{100 * values['bubble']:.1f} %"
+    return f"{100 * bubble:.1f} %"
 
 
 def share(values: Values, name: str) -> str:

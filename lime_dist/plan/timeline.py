@@ -11,18 +11,17 @@ from lime_dist.pipeline.schedules.base import RECEIVES, SENDS, make_schedule
 from lime_dist.plan.forecast import Forecast, Machine, machine_times
 from lime_dist.plan.simulate import Link, simulate
 from lime_dist.plan.stage_times import boundary_bytes, stage_times
-from lime_dist.plan.text import Values, idle, step_time
+from lime_dist.plan.text import idle, show_seconds
 
 REDUCTION = "#bb5566"
 """Colour of the reduction, which follows all passes and on no stage counts as computing."""
 
 
-def draw_timeline(config: Config, machine: Machine, planned: Forecast, values: Values, path: Path) -> None:
+def draw_timeline(config: Config, machine: Machine, planned: Forecast, path: Path) -> None:
     """Write a PNG of one step, with a row per stage. A stage is idle where its row is blank.
 
     Args:
-        planned: the forecast of the step.
-        values: the numbers of the plan, which the title repeats.
+        planned: the forecast of the step, whose numbers the title repeats.
 
     Raises:
         LimeError: matplotlib is missing, or the file cannot be written.
@@ -72,7 +71,9 @@ def draw_timeline(config: Config, machine: Machine, planned: Forecast, values: V
     axes.set_yticks(range(0, stages, max(1, stages // 32)))
     axes.set_ylabel("stage")
     axes.set_xlabel(f"{unit} from the start of the step")
-    axes.set_title(f"{stages} stages, {micro_batches} micro-batches, {step_time(values)}; idle: {idle(values)}")
+    axes.set_title(
+        f"{stages} stages, {micro_batches} micro-batches, {show_seconds(whole)}; idle: {idle(planned.bubble)}"
+    )
     legend = [Patch(color=colour, label=name) for kind, (name, colour) in schedule.legend.items() if kind in used]
     if reduction:
         legend.append(Patch(color=REDUCTION, label="reduction"))

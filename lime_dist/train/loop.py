@@ -70,7 +70,10 @@ def train(run: Run, state: TrainState) -> Outcome:
             if _due(settings.evaluation_interval, state.step) and run.evaluation_micro_batches:
                 validated = (state.step, validate(run, state))
             now = validated[1] if validated is not None and validated[0] == state.step else None
-            state = step_end.finish(state, loss, now)
+            after = step_end.finish(state, loss, now)
+            if after.step < state.step and recent.losses:
+                recent.losses.pop()  # a spike, which the run went back from
+            state = after
         if step_end.stopped_by is None:
             step_end.save_last(state)
             if run.evaluation_micro_batches and (validated is None or validated[0] != state.step):

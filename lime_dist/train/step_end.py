@@ -94,7 +94,7 @@ class StepEnd:
         if (best or (interval and state.step % interval == 0)) and not joint.spike:
             self._save(state)
             if best and validation_loss is not None:
-                self.keep_best(state, validation_loss)
+                self._mark_best(state, validation_loss)
             stop = stop or self._exchange(state).stop  # a signal may have come while ranks were saving
         if stop:
             self._stop(state, stop)
@@ -103,8 +103,12 @@ class StepEnd:
 
     def keep_best(self, state: TrainState, validation_loss: float) -> None:
         """Name the checkpoint of ``state`` as the best, if it is on disk and none has a lower validation loss."""
+        if self._is_best(state, validation_loss):
+            self._mark_best(state, validation_loss)
+
+    def _mark_best(self, state: TrainState, validation_loss: float) -> None:
         self._settle(state)
-        if self._saved_step == state.step and self._is_best(state, validation_loss):
+        if self._saved_step == state.step:
             try:
                 self._run.saver.mark_best(state, validation_loss)
             except LimeError as error:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -190,7 +191,7 @@ def test_too_many_skips_in_a_row_end_the_run(workers: Workers, dataset: Path, tm
 
 def test_a_spike_goes_back_and_skips_the_data(workers: Workers, dataset: Path, straight: Path, tmp_path: Path) -> None:
     """From step 14 back to step 10, continuing with the samples after step 14's; the records have each step once."""
-    changed = settings(dataset, tmp_path, train={"spike_factor": 2.0})
+    changed = settings(dataset, tmp_path, train={"spike_factor": 2.0, "log_interval": 10})
     events = [{"do": "loss", "step": 14, "add": 20.0}]
     # Step 14 is taken twice; only the first time its loss is changed.
     error, said = observe(workers, values=changed, events=[{**events[0], "once": True}])
@@ -205,6 +206,10 @@ def test_a_spike_goes_back_and_skips_the_data(workers: Workers, dataset: Path, s
     assert actual[: len(before)] == before
     assert [r["consumed_samples"] for r in actual if r["step"] > 10 and "loss" in r] == list(range(60, 100, 4))
     assert all(record["loss"] < 10 for record in actual if "loss" in record)
+    losses = [r["loss"] for r in reference if 10 < r["step"] < 14 and "loss" in r]
+    losses += [r["loss"] for r in actual if r["step"] > 10 and "loss" in r]
+    printed = float(said.split("step 20/20 | loss ")[1].split(" ")[0])
+    assert printed == pytest.approx(fmean(losses), abs=1e-4), "the mean since step 10 leaves out the spike"
     first = next(record for record in actual if record["step"] == 11)
     same = next(record for record in reference if record["step"] == 11)
     assert first["lr"] == same["lr"] and first["loss"] != same["loss"], (
