@@ -331,6 +331,14 @@ def test_a_sweep_keeps_the_configured_policy_and_models_without_one() -> None:
     assert {c.policy for c in llama.fitting} == {None}
 
 
+def test_a_sweep_in_which_nothing_divides_names_every_batch_size() -> None:
+    config = load_config(None, [*SIZE, "train.batch_ramp={start: 8, increment: 4, samples: 64}"])
+    with pytest.raises(LimeError) as caught:
+        sweep(config, FAST_LINKS, 31)
+    for key in ("train.global_batch_size=", "train.batch_ramp.start=8", "train.batch_ramp.increment=4"):
+        assert key in str(caught.value)
+
+
 def test_the_overrides_of_a_sweep_make_its_configurations_and_those_can_run() -> None:
     """Also where stages were cut by hand, validation samples were given, or the batch grows."""
     given = [
