@@ -69,6 +69,15 @@ def test_stages_change_under_every_model(workers: Workers, dataset: Path, tmp_pa
     assert_close(go(workers, dataset, tmp_path / "changed", MODELS[model], legs), straight, [2, 4, 6])
 
 
+def test_what_crosses_boundaries_changes(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """Partial mixtures and entries, over three stages; each continues from the other's checkpoint."""
+    straight = go(workers, dataset, tmp_path / "straight", {}, [stages(1)])
+    three = {"parallel": {"pipeline_stages": 3}}
+    minimal, entries = ((3, {**three, "pipeline": {"boundary": form}}) for form in ("minimal", "entries"))
+    run_records = go(workers, dataset, tmp_path / "changed", {}, [minimal, entries, minimal, stages(1)])
+    assert_close(run_records, straight, [2, 4, 6])
+
+
 def test_widths_and_batch_splits_change(workers: Workers, dataset: Path, tmp_path: Path) -> None:
     """One replica with 8 × 1 samples; two with 2 × 2; ZeRO 1 with 1 × 4; two stages of two replicas with 4 × 1."""
     straight = go(workers, dataset, tmp_path / "straight", {}, [stages(1)])

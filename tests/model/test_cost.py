@@ -15,10 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flo
 from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model import cost
-from lime_dist.model.architecture import architecture_of, stage_layout
+from lime_dist.model.architecture import architecture_of, model_crossings, stage_layout
 from lime_dist.model.architectures.hyper.modules.permutations import permutation_matrices
 from lime_dist.model.architectures.value_residual.history import FirstValues
-from lime_dist.model.decoder import Decoder, apply_head, apply_norm, embed, open_history, run_layers
+from lime_dist.model.crossing import ENTRIES, Prices
+from lime_dist.model.decoder import (
+    Decoder,
+    apply_head,
+    apply_norm,
+    embed,
+    later_readers,
+    open_history,
+    run_layers,
+)
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.layers import rotary_table
 from lime_dist.model.loss import projected_loss
@@ -48,6 +57,8 @@ MODELS: dict[str, dict[str, Any]] = {
         for name, history in POLICIES.items()
     },
 }
+KEY_VALUE = [name for name in MODELS if name.startswith("kv")]
+MINIMAL = Prices(1, 1)
 CUTS = [(0, LAYERS), (0, 5), (5, LAYERS), (4, 7)]
 
 
@@ -75,9 +86,11 @@ def stage_modules(decoder: Decoder, start: int, stop: int) -> list[nn.Module]:
     return modules[begin:end]
 
 
-def random_payload(config: ModelConfig, boundary: int, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+def random_payload(
+    config: ModelConfig, boundary: int, batch: int, length: int, dtype: torch.dtype, prices: Prices = ENTRIES
+) -> Tensor:
     """A payload as received at the stage boundary before decoder layer ``boundary``."""
-    return torch.randn(cost.payload_shape(config, boundary, batch, length), dtype=dtype)
+    return torch.randn(cost.payload_shape(config, boundary, batch, length, prices), dtype=dtype)
 
 
 def entries_of(history: LayerHistory) -> Tensor:
@@ -85,13 +98,15 @@ def entries_of(history: LayerHistory) -> Tensor:
     return history.first if isinstance(history, FirstValues) else history.entries
 
 
-def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, float]:
+def count_flops(config: ModelConfig, start: int, stop: int, prices: Prices) -> tuple[float, float]:
     """Forward and backward FLOPs of one stage's decoder layers, counted by torch; the gradient of its output is random."""
-    layers = stage_modules(build_decoder(config), start, stop)
-    layout = stage_layout(config, start, stop)
+    decoder = build_decoder(config)
+    layers = stage_modules(decoder, start, stop)
+    layout = stage_layout(config, start, stop, prices)
+    later = [decoder.get_submodule(spec.name) for spec in later_readers(config, layout)]
     history = open_history(config, layout, BATCH * LENGTH, torch.float32, torch.device("cpu"))
     if start:
-        inputs = random_payload(config, start, BATCH, LENGTH, torch.float32).requires_grad_()
+        inputs = random_payload(config, start, BATCH, LENGTH, torch.float32, prices).requires_grad_()
         hidden = unpack(inputs, config.hidden_size, history)
     else:
         hidden = torch.randn(BATCH, LENGTH, *architecture_of(config).hidden_shape, requires_grad=True)
@@ -106,7 +121,7 @@ def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, floa
         backward: lambda g, q, k, v, *_, out_shape=None, **__: pairs * sdpa_backward_flop_count(g, q, k, v),
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as forward_count:
-        hidden, released = run_layers(layers, hidden, history, False)
+        hidden, released = run_layers(layers, hidden, history, False, later)
         out = pack(hidden, released, history) if stop < config.num_hidden_layers else hidden
     with FlopCounterMode(display=False, custom_mapping=formulas) as backward_count:
         out.backward(torch.randn_like(out))
@@ -114,12 +129,13 @@ def count_flops(config: ModelConfig, start: int, stop: int) -> tuple[float, floa
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("model", MODELS)
-def test_flops_of_a_stage(model: str, cut: tuple[int, int]) -> None:
-    """Some stages begin or end in the middle, so that received entries, their gradients and unfinished chunks count."""
+@pytest.mark.parametrize(("model", "prices"), [*((m, ENTRIES) for m in MODELS), *((m, MINIMAL) for m in KEY_VALUE)])
+def test_flops_of_a_stage(model: str, prices: Prices, cut: tuple[int, int]) -> None:
+    """Some stages begin or end in the middle, so that received entries, partial mixtures, their gradients and unfinished chunks
+    count."""
     config = make_config(model)
-    layers = cost.layer_flops(config, LENGTH, range(*cut))
-    forward, backward = count_flops(config, *cut)
+    layers = cost.layer_flops(config, LENGTH, range(*cut), prices)
+    forward, backward = count_flops(config, *cut, prices)
     assert sum(flops.forward for flops in layers) * BATCH * LENGTH == forward
     assert sum(flops.backward for flops in layers) * BATCH * LENGTH == backward
 
@@ -158,6 +174,29 @@ def test_bytes_of_history_and_payload(model: str, precision: torch.dtype) -> Non
             sent = history.release()
         payload = pack(hidden, sent, history)
         assert payload.nbytes == cost.payload_bytes(config, boundary, tokens, precision.itemsize)
+
+
+@pytest.mark.parametrize("model", KEY_VALUE)
+def test_bytes_of_partial_mixtures(model: str) -> None:
+    """What crosses every boundary, and the memory of the stage behind it."""
+    config = make_config(model)
+    for boundary in range(1, LAYERS):
+        crossing = model_crossings(config, MINIMAL)[boundary]
+        layout = stage_layout(config, boundary, LAYERS, MINIMAL)
+        history = open_history(config, layout, 6, torch.float32, torch.device("cpu"))
+        assert history.entries.nbytes == cost.history_bytes(config, range(boundary, LAYERS), 6, 4, MINIMAL)
+        sent = len(crossing.entries) + len(crossing.mixtures)
+        assert cost.payload_bytes(config, boundary, 6, 4, MINIMAL) == 6 * 4 * (
+            16 + sent * architecture_of(config).entry_width
+        )
+        assert sent <= cost.boundary_entries(config, boundary)
+
+
+def test_the_last_stage_of_a_full_history_holds_a_quarter() -> None:
+    """Its 8 slots and 8 partial mixtures instead of 64 slots."""
+    config = make_config("kv, full", num_hidden_layers=64)
+    last, minimal = (cost.history_bytes(config, range(56, 64), 10, 2, prices) for prices in (ENTRIES, MINIMAL))
+    assert minimal == last / 4
 
 
 SHAPES: list[tuple[int, int, dict[str, int], list[tuple[int, int]]]] = [

@@ -15,7 +15,7 @@ from benchmarks.equality import perturb
 from lime_dist.config.load import make_config
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import stage_layout
-from lime_dist.model.crossing import Prices
+from lime_dist.model.crossing import ENTRIES, Prices
 from lime_dist.model.decoder import (
     Decoder,
     apply_head,
@@ -71,7 +71,7 @@ def run_stages(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("prices", [Prices(1, 1), Prices(2, 1), Prices(3, 4)], ids=["minimal", "mixtures", "entries"])
+@pytest.mark.parametrize("prices", [Prices(1, 1), Prices(2, 1), ENTRIES], ids=["minimal", "mixtures", "entries"])
 def test_stages_equal_the_whole_model(policy: str, prices: Prices) -> None:
     """Loss and all gradients, for stages of one layer and of unequal sizes, with and without checkpointing."""
     config = config_of(POLICIES[policy])

@@ -137,6 +137,9 @@ def check_equal(
                 assert error <= tolerance, f"{kind} of {name} on stage {result['stage']}: {error:.1e}"
         covered |= set(result["gradients"])
     assert covered == set(expected["gradients"]), "every parameter's gradient must be compared"
+    for one, other in combinations(results, 2):
+        for name in one["parameters"].keys() & other["parameters"].keys():
+            assert torch.equal(one["parameters"][name], other["parameters"][name]), f"copies of {name} differ"
     return results
 
 

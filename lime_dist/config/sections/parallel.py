@@ -66,7 +66,7 @@ class PipelineConfig(Section):
         "scale for every 128 elements, and the hidden state in the type of `precision`; `null` uses that of `precision` for all",
     )
     boundary: Literal["minimal", "entries"] = Field(
-        "entries",
+        "minimal",
         description="what of the layer history crosses stage boundaries: `entries` that later layers read, or the `minimal` "
         "number of entries and of partial mixtures, to which each stage adds its part (`routes: kv`; the results are equal up to "
         "rounding)",
