@@ -64,6 +64,11 @@ class Crossing:
     def __len__(self) -> int:
         return len(self.entries) + len(self.mixtures)
 
+    def __str__(self) -> str:
+        """For messages, such as ``12 entries + 20 partial mixtures``."""
+        parts = ((self.entries, "entries", "entry"), (self.mixtures, "partial mixtures", "partial mixture"))
+        return " + ".join(f"{len(p)} {one if len(p) == 1 else many}" for p, many, one in parts if p) or "no entries"
+
 
 @lru_cache(maxsize=64)
 def sources_of_readers(policy: HistoryPolicy, num_layers: int) -> Mapping[Entry, tuple[Entry, ...]]:

@@ -148,6 +148,8 @@ def stage_values(planned: Forecast, stage: int) -> Values:
         "memory": {**vars(each.memory), "peak": each.memory.peak},
         "bytes_to_next": each.boundary_bytes,
         "bytes_from_next": each.boundary_bytes,
+        "entries_to_next": len(each.crossing.entries),
+        "mixtures_to_next": len(each.crossing.mixtures),
     }
 
 

@@ -18,11 +18,12 @@ from lime_dist.config.load import make_config
 from lime_dist.config.schema import Config
 from lime_dist.data.ramp import BatchSizes
 from lime_dist.model import memory_traffic
-from lime_dist.model.architecture import BASELINE
+from lime_dist.model.architecture import BASELINE, model_crossings
+from lime_dist.model.crossing import Crossing
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
-from lime_dist.pipeline.shared_weights import parameters_of_stage
+from lime_dist.pipeline.shared_weights import boundary_prices, parameters_of_stage
 from lime_dist.plan.simulate import Link, StageTimes, simulate
 from lime_dist.plan.stage_times import boundary_bytes, stage_times
 from lime_dist.plan.wavefront import step_seconds
@@ -56,6 +57,7 @@ class StageForecast:
         parameters: number of elements, including the embedding and the output projection on their stages.
         forward_flops, backward_flops: of one micro-batch.
         boundary_bytes: of one micro-batch's payload to the next stage; the gradient that comes back has as many.
+        crossing: what of the layer history the payload has.
     """
 
     layers: range
@@ -64,6 +66,7 @@ class StageForecast:
     backward_flops: float
     memory: StageMemory
     boundary_bytes: int
+    crossing: Crossing
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
     sizes = boundary_bytes(config, bounds)
     parameters = [parameters_of_stage(config, range(start, stop)) for start, stop in pairwise(bounds)]
     kept, schedule = MicroBatchBytes.of(config), make_schedule(config, micro_batches)
+    crossings = model_crossings(config.model, boundary_prices(config))
     stages = [
         StageForecast(
             layers=range(bounds[stage], bounds[stage + 1]),
@@ -151,6 +155,7 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
             backward_flops=flops[stage].backward,
             memory=stage_memory(config, kept, parameters[stage], bounds, stage, schedule, replicas),
             boundary_bytes=[*sizes, 0][stage],
+            crossing=crossings[bounds[stage + 1]],
         )
         for stage in range(len(flops))
     ]

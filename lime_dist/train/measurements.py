@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
+from lime_dist.model.architecture import model_crossings
 from lime_dist.pipeline.clock import COMPUTATION, KINDS, TRANSFER, VALIDATION, WAITING
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.transfer import TransferStats
@@ -154,6 +155,14 @@ def stage_scalars(intervals: Sequence[Interval]) -> dict[str, float]:
     return scalars
 
 
+def crossing_after(engine: LimeEngine, stage: int) -> str:
+    """What of the layer history crosses the boundary behind a stage, for messages; empty without a history."""
+    module = engine.module
+    if module.layout is None:
+        return ""
+    return f"; {model_crossings(module.config.model, module.prices)[module.bounds[stage + 1]]}"
+
+
 def describe_boundaries(engine: LimeEngine) -> list[str]:
     """A line for each boundary of replica 0: the bytes that crossed it, and how long its ends waited.
 
@@ -173,6 +182,6 @@ def describe_boundaries(engine: LimeEngine) -> list[str]:
             lines.append(
                 f"stage {stage} to {stage + 1}: {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back, "
                 f"{there.bytes / max(1, there.transfers) / 1e6:,.2f} MB a micro-batch; "
-                f"waited {waited:.1f} s there, {waited_back:.1f} s back"
+                f"waited {waited:.1f} s there, {waited_back:.1f} s back{crossing_after(engine, stage)}"
             )
     return lines
