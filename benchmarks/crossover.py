@@ -37,6 +37,7 @@ POLICIES: dict[str, list[str]] = {
     "chunked": ["model.lime.history={policy: chunked, chunk_size: 16, rank: 2, first: 2}"],
     "dilated": ["model.lime.history={policy: dilated, stride: 4, first: 1, last: 1}"],
     "full": [],
+    "full, entries alone": ["pipeline.boundary=entries"],
 }
 DEPTHS = [32, 64, 128, 256, 512, 1024]
 PER_STAGE, MICRO_BATCHES_PER_STAGE = 2, 4
@@ -81,7 +82,9 @@ def main() -> None:
     for name in POLICIES:
         configs = [make_config(name, depth, arguments.overrides) for depth in sorted(arguments.depths)]
         steps_by_policy[name] = [simulate_step(config, machine) for config in configs]
-        crossings[name] = [crossing(configs[-1], machine, bandwidth) for bandwidth in BANDWIDTHS]
+        crossings[name] = [
+            crossing(name, max(arguments.depths), arguments.overrides, machine, bandwidth) for bandwidth in BANDWIDTHS
+        ]
     table = make_table(sorted(arguments.depths), steps_by_policy, crossings)
     write(arguments.output / "table.md", table)
     print(table)
@@ -106,13 +109,25 @@ def pass_times(config: Config, machine: Machine) -> list[StageTimes]:
     return machine_times(config, machine, bounds, stage_times(config, 1.0, bounds))
 
 
-def crossing(config: Config, machine: Machine, bandwidth: str) -> str:
-    """Return the number of layers before the first boundary whose transfers take longer than the passes of the next stage."""
-    times = pass_times(config, machine)
-    for stage, size in enumerate(boundary_bytes(config), 1):
-        if size / read_bandwidth(bandwidth) > times[stage].forward + times[stage].backward:
-            return str(PER_STAGE * stage)
-    return "–"
+def crossing(name: str, most: int, overrides: list[str], machine: Machine, bandwidth: str) -> str:
+    """Return the depth of the shallowest pipeline, up to ``most`` layers, with a boundary whose transfers take longer than the passes
+    of the next stage."""
+
+    def is_limited(depth: int) -> bool:
+        config = make_config(name, depth, overrides)
+        times, sizes = pass_times(config, machine), boundary_bytes(config)
+        return any(
+            size / read_bandwidth(bandwidth) > each.forward + each.backward
+            for size, each in zip(sizes, times[1:], strict=True)
+        )
+
+    if not is_limited(most):
+        return "–"
+    few, many = PER_STAGE, most  # not limited, limited
+    while many - few > PER_STAGE:
+        middle = (few + many) // (2 * PER_STAGE) * PER_STAGE
+        few, many = (few, middle) if is_limited(middle) else (middle, many)
+    return str(many)
 
 
 def share(seconds: float, parts: Parts) -> str:
@@ -134,7 +149,7 @@ def make_table(depths: list[int], steps_by_policy: dict[str, list[Parts]], cross
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "", "Cells: a step's time; shares of computation (with imbalance) and of link. The rest is filling and draining.", "",
-        f"| layers after which links are the limit | {' | '.join(BANDWIDTHS)} |", f"|---|{'---|' * len(BANDWIDTHS)}",
+        f"| layers from which on links are the limit | {' | '.join(BANDWIDTHS)} |", f"|---|{'---|' * len(BANDWIDTHS)}",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in crossings.items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

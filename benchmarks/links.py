@@ -152,15 +152,15 @@ def _helper(command: list[str]) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Hosts:
-    """Where two processes run.
+    """Where the processes of a job run.
 
     Attributes:
         commands: for each host, the words before a command that runs there.
-        address: address of the first host, as seen by the second.
+        address: address of the first host, as seen by the others.
         interface: network interface between them.
     """
 
-    commands: tuple[list[str], list[str]]
+    commands: tuple[list[str], ...]
     address: str
     interface: str
 
@@ -169,10 +169,10 @@ LOOPBACK = Hosts(([], []), "127.0.0.1", "lo")
 
 
 @contextmanager
-def slow_link(rate: str, delay: float) -> Iterator[Hosts]:
-    """Make two hosts; arguments and errors as for `hosts`."""
-    with hosts(["a", "b"], rate, delay) as (one, other):
-        yield Hosts((one.command(), other.command()), one.address, INTERFACE)
+def slow_link(rate: str, delay: float, count: int = 2) -> Iterator[Hosts]:
+    """Make ``count`` hosts; other arguments and errors as for `hosts`."""
+    with hosts([f"host{number}" for number in range(count)], rate, delay) as made:
+        yield Hosts(tuple(host.command() for host in made), made[0].address, INTERFACE)
 
 
 def _run(command: list[str]) -> str:

@@ -54,6 +54,13 @@ The first layer of a block computes the rectangle for the block, and every layer
 the weights in a rectangle are one product, too, as soon as the block's first layer has been visited. With ``routes: kv`` the
 gradients of the slots 3, 4 and 5 are one product of the weights ▲ in their columns, plus for each slot the readers in □.
 
+Stages
+------
+A mixture may be summed by several stages, one after the other (`crossing.py`). With ``routes: kv``, a stage writes what it adds to the
+mixture of a later layer into its payload when it packs it. A partial mixture that was received has a place in the buffer like an
+entry; its layer's mixture starts from it. The gradient of a partial mixture is that of the mixture: it comes back with the
+gradients of entries, gives its share to every entry that the stage added, and is sent back unchanged.
+
 Order
 -----
 Autograd does not see the buffer, so the order of writers and readers is made explicit: every operation takes the

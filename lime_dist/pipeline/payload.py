@@ -1,7 +1,8 @@
-"""The payload: hidden state and live history entries as the one contiguous tensor that crosses a stage boundary.
+"""The payload: hidden state and what crosses of the history, as the one contiguous tensor that crosses a stage boundary.
 
-Its memory holds one part after the other (`cost.PayloadParts`): the hidden state [N·D], then entries, the slots in ascending order
-before the summaries in ascending order, then partial mixtures. `wire.py` may send each part in a form of its own. Its shape is [B, T, C] with C elements per token, so that the receiver knows B and T. Without a history the payload is the hidden
+Its memory holds one part after the other (`cost.PayloadParts`): the hidden state [N·D], then entries, then partial mixtures, both in
+the order of `lime_dist.model.crossing.Crossing`. `wire.py` may send each part in a form of its own. Its shape is [B, T, C] with C
+elements per token, so that the receiver knows B and T. Without a history the payload is the hidden
 state itself: [B, T, D], or [B, T, n, D] for the n streams of Hyper-Connections. The gradient has the same layout.
 """
 

@@ -40,7 +40,7 @@ def go(
         settings["model"] |= model
         settings["train"] |= {"evaluation_samples": 0, "global_batch_size": 8}
         for section, keys in sections.items():
-            settings[section] = {**settings[section], **keys} if isinstance(keys, dict) else keys
+            settings[section] = {**settings.get(section, {}), **keys} if isinstance(keys, dict) else keys
         stop = {"do": "signal", "rank": 0, "step": share * (index + 1)}
         last = index == len(legs) - 1
         for error, _ in workers(size).run("support.runs.observe", values=settings, events=[] if last else [stop]):
