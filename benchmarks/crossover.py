@@ -165,7 +165,7 @@ def draw(depths: list[int], steps_by_policy: dict[str, list[Parts]], machine: Ma
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(2, 3, figsize=(13, 7.2))
+    figure, all_axes = pyplot.subplots(2, 4, figsize=(17, 7.2))
     for axes, (name, steps) in zip(all_axes.flat, steps_by_policy.items(), strict=False):
         whole = [sum(vars(parts).values()) for parts in steps]
         rows = [[100 * getattr(p, part) / t for p, t in zip(steps, whole, strict=True)] for part in COLOURS]
@@ -173,7 +173,8 @@ def draw(depths: list[int], steps_by_policy: dict[str, list[Parts]], machine: Ma
         axes.set_title(name)
         axes.set_ylim(0, 100)
         axes.set_ylabel("% of the step")
-    last = all_axes.flat[-1]
+    all_axes.flat[-1].set_axis_off()
+    last = all_axes.flat[-2]
     for name, steps in steps_by_policy.items():
         ratios = [
             sum(vars(a).values()) / sum(vars(b).values()) for a, b in zip(steps, steps_by_policy["llama"], strict=True)
@@ -183,7 +184,7 @@ def draw(depths: list[int], steps_by_policy: dict[str, list[Parts]], machine: Ma
     last.set_yscale("log")
     last.legend(fontsize=8)
     last.grid(alpha=0.3, which="both")
-    for axes in all_axes.flat:
+    for axes in all_axes.flat[:-1]:
         axes.set_xscale("log", base=2)
         axes.set_xlim(depths[0], depths[-1])
         axes.set_xticks(depths, [str(depth) for depth in depths])

@@ -150,8 +150,8 @@ def test_gpus() -> None:
     """With GPUs, their number and memory count and the host's memory does not; DS_ACCELERATOR=cpu excludes them."""
     good, other = (replace(fact, gpus=[10**11] * 2, free_memory=1000) for fact in (GOOD, OTHER))
     assert problems(findings_for(good, other, job(slots=2))) == []
-    (line,) = problems(findings_for(good, other, job(slots=4)))[:1]
-    assert line == "error: node1: 2 GPUs for 4 processes; lower its slots in the hostfile"
+    wanted = "error: node1: 2 GPUs for 4 processes; lower its slots in the hostfile"
+    assert wanted in problems(findings_for(good, other, job(slots=4)))
     (line,) = problems(findings_for(good, replace(other, gpus=[1000, 1000])))
     assert line.startswith("error: node2: needs up to 0.") and "of GPU memory, but only 0.0 MB is available" in line
     assert network.ring_devices([good, other], 2) == ["cuda:0", "cuda:0"]
