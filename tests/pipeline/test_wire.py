@@ -106,11 +106,14 @@ DEEP = [
 def test_bytes_of_a_deep_pipeline() -> None:
     """64 layers on 8 stages, full history, in bf16: entries take 0.508 of the bytes, and whole payloads little more."""
     llama = sum(boundary_bytes(load_config(None, [*DEEP, "model.architecture=llama"])))
+    entries = [*DEEP, "pipeline.boundary=entries"]
     plain, float8 = (
-        sum(boundary_bytes(load_config(None, [*DEEP, f"pipeline.wire_dtype={wire}"]))) for wire in ("null", "fp8")
+        sum(boundary_bytes(load_config(None, [*entries, f"pipeline.wire_dtype={wire}"]))) for wire in ("null", "fp8")
     )
     assert (float8 - llama) / (plain - llama) == (1 + 2 / 128) / 2
     assert float8 / plain == pytest.approx(0.515, abs=0.001)
+    minimal = sum(boundary_bytes(load_config(None, [*DEEP, "pipeline.wire_dtype=fp8"])))
+    assert (minimal - llama) / (plain - llama) == pytest.approx(0.379, abs=0.001), "partial mixtures are not quantised"
 
 
 def test_a_model_without_history_has_nothing_to_quantise() -> None:
