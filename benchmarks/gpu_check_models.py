@@ -30,6 +30,7 @@ MODELS: dict[str, list[str]] = {
     "mhc-lite": ["model.architecture=hyper", "model.hyper={connection: permutations, rate: 2}"],
     "gated residual": ["model.architecture=gated_residual", "model.gated_residual.rate=2"],
     "value residual": ["model.architecture=value_residual", "model.value_residual.learnable=true"],
+    "attention residuals": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=3"],
 }
 """By name. Policies have small numbers, so that a few layers already drop, summarise or skip entries."""
 

@@ -24,6 +24,7 @@ MODELS: dict[str, list[str]] = {
     "mhc-lite": ["model.architecture=hyper", "model.hyper.connection=permutations"],
     "gated-residual": ["model.architecture=gated_residual"],
     "value-residual": ["model.architecture=value_residual"],
+    "attention-residuals": ["model.architecture=attention_residuals"],
     "lime-static": ["model.lime.routes=hidden"],
     "lime-dynamic": ["model.lime.routes=hidden", "model.lime.router=dynamic"],
     "lime-kv": ["model.lime.routes=kv"],

@@ -53,6 +53,8 @@ VARIANTS: dict[str, list[str]] = {
     "permutations": ["model.architecture=hyper", "model.hyper.connection=permutations"],
     "gated_residual": ["model.architecture=gated_residual"],
     "value_residual": ["model.architecture=value_residual"],
+    "attention_residuals": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=8"],
+    "attention_residuals-full": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=1"],
 }
 DEFAULT = ["llama", "copying", "full", "first_last", "chunked", "dilated", "hyper"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -73,7 +73,18 @@ def test_architectures_are_compared_in_their_folders_only() -> None:
     """Also `lime`'s routes and routers. Modelling code is exempt: an export carries the code of its architecture."""
     modelling_code = [f"lime_dist/export/huggingface/{name}_lime.py" for name in ("key_value", "hidden", "hyper")]
     names = {*ARCHITECTURES, *ROUTES_KEYS, *ROUTER_KEYS}
-    assert names == {"llama", "lime", "hyper", "gated_residual", "value_residual", "kv", "hidden", "static", "dynamic"}
+    assert names == {
+        "llama",
+        "lime",
+        "hyper",
+        "gated_residual",
+        "value_residual",
+        "attention_residuals",
+        "kv",
+        "hidden",
+        "static",
+        "dynamic",
+    }
     assert files_that_compare(names, "lime_dist/model/architectures", *modelling_code) == []
 
 

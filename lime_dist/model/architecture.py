@@ -145,8 +145,8 @@ class Architecture(Protocol):
         """Number of history entries that a layer mixes with a router's weights; 0: it has no router."""
 
     @abstractmethod
-    def keeps_slot(self, layer: int) -> bool:
-        """Whether the history keeps the slot of a layer. A slot that only its own layer reads may need no memory."""
+    def slots_kept(self, layer: int) -> int:
+        """Number of slots of a layer that its stage's history keeps. One that only its own layer reads may need no memory."""
 
     @abstractmethod
     def history_gradient_itemsize(self, itemsize: int) -> int:

@@ -54,9 +54,9 @@ def boundary_entries(config: ModelConfig, boundary: int, prices: Prices = ENTRIE
 
 
 def entries_made(config: ModelConfig, layer: int) -> int:
-    """Entries that a stage makes because it holds ``layer``: its slot, and the summary of a chunk that ends with it."""
+    """Entries that a stage makes because it holds ``layer``: its slots, and the summary of a chunk that ends with it."""
     chunk = chunk_ends(config).get(layer)
-    return int(architecture_of(config).keeps_slot(layer)) + (0 if chunk is None else chunk.num_rows)
+    return architecture_of(config).slots_kept(layer) + (0 if chunk is None else chunk.num_rows)
 
 
 class PayloadParts(NamedTuple):

@@ -83,7 +83,7 @@ def sources_of_readers(policy: HistoryPolicy, num_layers: int) -> Mapping[Entry,
 def crossings(policy: HistoryPolicy, num_layers: int, prices: Prices = ENTRIES) -> tuple[Crossing, ...]:
     """What crosses the boundary before each layer 0 … L; nothing crosses the first and the last."""
     sources = sources_of_readers(policy, num_layers)
-    made = sorted(sources)  # by the time from which they exist
+    made = sorted(set(sources).union(*sources.values()))  # by the time from which they exist
     bit = {entry: 1 << index for index, entry in enumerate(made)}
     masks = {reader: sum(bit[entry] for entry in entries) for reader, entries in sources.items()}
     result = [Crossing()]

@@ -30,8 +30,8 @@ class WithoutHistory:
     def entries_read(self, layer: int) -> int:
         return 0
 
-    def keeps_slot(self, layer: int) -> bool:
-        return False
+    def slots_kept(self, layer: int) -> int:
+        return 0
 
     def history_gradient_itemsize(self, itemsize: int) -> int:
         return 0

@@ -48,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dynamic-chunked": {"lime": {"routes": "hidden", "router": "dynamic", "start_layer": 2, "history": CHUNKED}},
     "hyper": {"architecture": "hyper", "hyper": {"rate": 3, "dynamic": True}},
     "gated": {"architecture": "gated_residual", "gated_residual": {"rate": 3}},
+    "attention-residuals": {"architecture": "attention_residuals"},
     "value-residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }
 
@@ -188,7 +189,7 @@ def test_maps(tmp_path: Path) -> None:
         for sample in representations(exported, iter(given)):
             dynamic.add(sample)
         routes = routes_of(exported, dynamic)
-        if name in ("llama", "hyper", "gated"):
+        if name in ("llama", "attention-residuals", "hyper", "gated"):
             assert routes is None
             continue
         assert routes is not None and routes.map.shape == (5, 5)

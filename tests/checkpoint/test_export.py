@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 2}},
     "permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 2}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
+    "attention residuals": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 3}},
 }
 
 

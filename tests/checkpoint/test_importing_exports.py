@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 2}},
     "doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 2}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
+    "attention residuals": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 3}},
 }
 
 

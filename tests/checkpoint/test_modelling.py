@@ -28,6 +28,7 @@ FEW = {
     "gated residual": MODELS["gated residual"],
     "hyper permutations": MODELS["hyper permutations"],
     "value residual": MODELS["value residual, learnable"],
+    "attention residuals": MODELS["attention residuals, 3"],
 }
 
 
@@ -139,7 +140,7 @@ def test_other_arguments_of_forward() -> None:
 
 def test_a_model_without_loaded_weights_has_finite_logits() -> None:
     """Its routers start as the identity, and its hyper-connections as a pre-norm decoder."""
-    for name in ("lime kv, chunked", "hyper dynamic", "lime static, chunked"):
+    for name in ("lime kv, chunked", "hyper dynamic", "lime static, chunked", "attention residuals, 1"):
         config = small(**MODELS[name])
         exported = exported_in_memory(config, perturbed(config))
         fresh = type(exported)(exported.config)
@@ -151,7 +152,7 @@ def test_it_imports_torch_and_transformers_only() -> None:
     """A file that imports lime_dist would work here but not where only transformers is installed."""
     allowed = {*sys.stdlib_module_names, "torch", "transformers", "sentencepiece"}
     files = sorted(Path(huggingface.__file__).parent.glob("*_lime.py"))
-    assert len(files) == 11
+    assert len(files) == 12
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):

@@ -16,6 +16,7 @@ from lime_dist import build_decoder
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model import cost
 from lime_dist.model.architecture import architecture_of, model_crossings, stage_layout
+from lime_dist.model.architectures.attention_residuals.history import DepthHistory
 from lime_dist.model.architectures.hyper.modules.permutations import permutation_matrices
 from lime_dist.model.architectures.value_residual.history import FirstValues
 from lime_dist.model.crossing import ENTRIES, Prices
@@ -46,6 +47,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "hyper doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 3}},
     "hyper permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 3}},
     "hyper permutations, one stream": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 1}},
+    **{
+        f"attention residuals, {size}": {
+            "architecture": "attention_residuals",
+            "attention_residuals": {"block_size": size},
+        }
+        for size in (1, 3)
+    },
     "top_p": {"lime": {"routes": "hidden", "top_p": 0.5}},
     **{f"kv, {name}": {"num_key_value_heads": 2, "lime": {"history": history}} for name, history in POLICIES.items()},
     **{
@@ -164,7 +172,7 @@ def test_bytes_of_history_and_payload(model: str, precision: torch.dtype) -> Non
                 history.write(torch.zeros(BATCH, LENGTH, config.key_value_heads * config.head_size, dtype=precision))
             counted = entries_of(history).nbytes
             assert len(history.layout.outgoing.entries) == cost.boundary_entries(config, boundary)
-            if config.lime.routes == "hidden":
+            if architecture_of(config).history_gradient_itemsize(precision.itemsize):
                 counted += history.gradients.nbytes
         assert cost.history_bytes(config, range(boundary), tokens, precision.itemsize) == counted
         hidden = torch.zeros(BATCH, LENGTH, *architecture_of(config).hidden_shape, dtype=precision)
@@ -242,6 +250,8 @@ def count_activations(
     rotary = rotary_table(length, config.head_size, config.rope_theta, config.rope_scaling, dtype, device)
     permutations = permutation_matrices(min(config.hyper.rate, 4), torch.float32, device)
     kept = KeptMemory([*decoder.parameters(), *rotary, permutations])
+    if isinstance(history, DepthHistory):
+        kept.add(history.inverse_EN)
     tokens, labels = (torch.randint(config.vocab_size, (batch, length)) for _ in range(2))
     with kept.counting():
         if start:

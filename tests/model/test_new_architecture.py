@@ -120,8 +120,8 @@ class EmbeddingSkip(Llama):
     def entry_width(self) -> int:
         return self.config.hidden_size
 
-    def keeps_slot(self, layer: int) -> bool:
-        return layer == 0
+    def slots_kept(self, layer: int) -> int:
+        return int(layer == 0)
 
     def make_layer(self, layer: int) -> nn.Module:
         return SkipLayer(self.config, layer)
@@ -240,7 +240,7 @@ def test_exports_follow(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_name_is_a_choice_of_the_configuration() -> None:
-    with pytest.raises(LimeError, match="model.architecture='resformer' must be 'embedding_skip', .*'llama'"):
+    with pytest.raises(LimeError, match="model.architecture='resformer' must be .*'embedding_skip', .*'llama'"):
         load_config(None, ["model.architecture=resformer"])
 
 

@@ -41,6 +41,7 @@ def small(**changes: object) -> ModelConfig:
         ("lime_static", 1.1768),
         ("lime_kv", 1.1769),
         ("value_residual", 1.1767),
+        ("attention_residuals", 1.1770),
     ],
 )
 def test_parameter_counts_of_the_paper(name: str, billions: float) -> None:
@@ -58,7 +59,8 @@ def test_parameter_counts_of_the_paper(name: str, billions: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["llama", "lime_static", "lime_dynamic", "lime_kv", "hyper_dynamic", "value_residual"]
+    "model",
+    ["llama", "lime_static", "lime_dynamic", "lime_kv", "hyper_dynamic", "value_residual", "attention_residuals"],
 )
 def test_optimizer_settings_of_the_paper(model: str) -> None:
     config = load_config(CONFIGS / f"paper/{model}.yaml")
@@ -158,8 +160,31 @@ def test_pruned_weights_get_no_gradient_and_kept_ones_do() -> None:
         {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic"}},
         {"architecture": "hyper", "hyper": {"connection": "permutations"}},
         {"architecture": "value_residual", "value_residual": {"learnable": True}},
+        {"architecture": "attention_residuals"},
     ],
-    ids=["llama", "kv", "static", "dynamic", "hyper", "gated", "doubly stochastic", "permutations", "value residual"],
+    ids=[
+        "llama",
+        "kv",
+        "static",
+        "dynamic",
+        "hyper",
+        "doubly stochastic",
+        "permutations",
+        "value residual",
+        "attention residuals",
+    ],
+    ids=[
+        "llama",
+        "kv",
+        "static",
+        "dynamic",
+        "hyper",
+        "gated",
+        "doubly stochastic",
+        "permutations",
+        "value residual",
+        "attention",
+    ],
 )
 def test_128_layers_have_finite_gradients(changes: dict[str, object], precision: torch.dtype) -> None:
     config = small(num_hidden_layers=128, hidden_size=48, intermediate_size=96, num_attention_heads=4, **changes)

@@ -39,6 +39,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "hidden dynamic": {"architecture": "lime", "lime": {"routes": "hidden", "router": "dynamic"}},
     "value residual": {"architecture": "value_residual"},
     "value residual, learnable": {"architecture": "value_residual", "value_residual": {"learnable": True}},
+    "attention residuals": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 3}},
+    "attention residuals, full": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 1}},
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},
     "hyper dynamic": {"architecture": "hyper", "hyper": {"rate": 3}},
     "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 3}},

@@ -87,6 +87,7 @@ MODELS = {
     "llama": ["model.architecture=llama"],
     "hyper": ["model.architecture=hyper"],
     "value residual": ["model.architecture=value_residual"],
+    "attention residuals": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=3"],
     "kv": ["model.num_key_value_heads=2"],
     "kv, chunked": ["model.lime.history={policy: chunked, chunk_size: 3, rank: 1, first: 2}"],
     "hidden, chunked": [
@@ -152,12 +153,13 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
     parameters += embedding if has_embedding else 0
     prices = boundary_prices(config)
     history, gradients = cost.history_bytes(model, layers, tokens, size, prices), 0
-    if model.architecture == "lime" and model.lime.routes == "hidden":
+    depth = model.architecture == "attention_residuals"
+    if depth or (model.architecture == "lime" and model.lime.routes == "hidden"):
         gradients = history * 4 // (4 + size)
     landing = 0
-    if stage > 0:  # one more payload in transfer; with routes: kv it lands in its history
-        kv = model.architecture == "lime" and model.lime.routes == "kv"
-        landing = history if kv else cost.payload_bytes(model, begin, tokens, size, prices)
+    if stage > 0:  # one more payload in transfer; it may land in its history
+        lands = depth or (model.architecture == "lime" and model.lime.routes == "kv")
+        landing = history - gradients if lands else cost.payload_bytes(model, begin, tokens, size, prices)
     return in_flight * (kept + history - gradients) + gradients + landing + parameter * parameters
 
 

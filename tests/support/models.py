@@ -58,4 +58,11 @@ MODELS = {
     "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 3}},
     "hyper doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 3}},
     "hyper permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 3}},
+    **{
+        f"attention residuals, {size}": {
+            "architecture": "attention_residuals",
+            "attention_residuals": {"block_size": size},
+        }
+        for size in (1, 3, 10)
+    },
 }

@@ -26,6 +26,8 @@ def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
         return hyper_logits(config, weights, x)
     if config.architecture == "hyper":
         return constrained_logits(config, weights, x)
+    if config.architecture == "attention_residuals":
+        return attention_residuals_logits(config, weights, x)
     if config.architecture == "lime" and config.lime.routes == "hidden":
         return hidden_logits(config, weights, x)
     if config.architecture == "gated_residual":
@@ -204,6 +206,39 @@ def permuted(z: list[Tensor], rate: int) -> list[list[Tensor]]:
         for i, j in enumerate(permutation):
             rows[i][j] = rows[i][j] + shares[..., index, None]
     return rows
+
+
+def attention_residuals_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """Attention Residuals (arXiv 2603.15031): sub-layer by sub-layer, source by source."""
+    blocks, outputs = [x], []  # finished blocks, and the outputs of the sub-layers of the block that is not finished
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for kind in ("attn", "mlp"):
+            mixed = depth_attention(config, weights, f"{prefix}{kind}_residual.", blocks, outputs)
+            if kind == "attn":
+                normed = rms_norm(mixed, weights[prefix + "input_layernorm.weight"], config.rms_norm_eps)
+                outputs.append(attention(config, weights, prefix, layer, normed, {}))
+            else:
+                normed = rms_norm(mixed, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
+                outputs.append(mlp(weights, prefix, normed))
+            if len(outputs) == config.attention_residuals.block_size:
+                blocks, outputs = [*blocks, sum(outputs, torch.zeros_like(x))], []
+    return head(config, weights, depth_attention(config, weights, f"{prefix}output_residual.", blocks, outputs))
+
+
+def depth_attention(
+    config: ModelConfig, weights: Weights, own: str, blocks: list[Tensor], outputs: list[Tensor]
+) -> Tensor:
+    """Σ_i a_i·v_i with a = softmax_i(wᵀ·RMSNorm(v_i)) over finished blocks and the sum of the outputs since."""
+    sources = [*blocks, sum(outputs, torch.zeros_like(blocks[0]))] if outputs else blocks
+    if len(sources) == 1:
+        return sources[0]
+    scores = []
+    for source in sources:
+        key = rms_norm(source, weights[own + "key_layernorm.weight"], config.rms_norm_eps)
+        scores.append((key * weights[own + "query"]).sum(-1).exp())
+    mixed = [score.unsqueeze(-1) * source for score, source in zip(scores, sources, strict=True)]
+    return sum(mixed, torch.zeros_like(blocks[0])) / sum(scores).unsqueeze(-1)
 
 
 def layer_norm(x: Tensor) -> Tensor:

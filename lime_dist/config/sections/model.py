@@ -160,13 +160,25 @@ class GatedResidualConfig(Section):
     rate: int = Field(4, ge=1, description="number of residual streams")
 
 
+class AttentionResidualsConfig(Section):
+    """Attention Residuals (arXiv 2603.15031); used by `architecture: attention_residuals`."""
+
+    block_size: int = Field(
+        4,
+        ge=1,
+        description="sub-layers whose outputs are summed before later ones can read them; attention and SwiGLU of a layer are two; "
+        "1: every output is read by itself (full attention residuals)",
+    )
+
+
 class ModelConfig(Section):
     """Architecture and size of the decoder. The keys are those of Hugging Face's `LlamaConfig`."""
 
     architecture: ArchitectureName = Field(
         "lime",
         description="`llama` is plain LLaMA, `lime` adds Layer-Integrated Memory to it, `hyper` adds Hyper-Connections, "
-        "`gated_residual` adds residual streams with gates, and `value_residual` adds the first layer's values to those of later layers",
+        "`gated_residual` adds residual streams with gates, `value_residual` adds the first layer's values to those of later layers, "
+        "and `attention_residuals` replaces residual sums by attention over earlier outputs",
     )
     vocab_size: int = Field(4096, ge=2, description="rows of the embedding; at least the pieces of the tokenizer")
     hidden_size: int = Field(128, ge=1, description="width of the residual stream; a multiple of `num_attention_heads`")
@@ -187,6 +199,7 @@ class ModelConfig(Section):
     hyper: HyperConfig = HyperConfig()
     gated_residual: GatedResidualConfig = GatedResidualConfig()
     value_residual: ValueResidualConfig = ValueResidualConfig()
+    attention_residuals: AttentionResidualsConfig = AttentionResidualsConfig()
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:

@@ -19,6 +19,7 @@ class LimeConfig(PretrainedConfig):
         hyper: section ``model.hyper`` of the run: rate (number of residual streams), dynamic.
         gated_residual: section ``model.gated_residual`` of the run: rate (number of residual streams).
         value_residual: section ``model.value_residual`` of the run: weight, learnable.
+        attention_residuals: section ``model.attention_residuals`` of the run: block_size (in sub-layers).
         reads: for every layer, the entries that it reads, as runs in the order of its router's columns. ["slots", 0, 3] are the
             slots of layers 0, 1, 2; ["summaries", 0, 2] are the first two summary rows, counted over all chunks.
         chunks: for every chunk of layers that is summarised: first layer, end (exclusive), number of rows.
@@ -45,6 +46,7 @@ class LimeConfig(PretrainedConfig):
         hyper: dict[str, Any] | None = None,
         gated_residual: dict[str, Any] | None = None,
         value_residual: dict[str, Any] | None = None,
+        attention_residuals: dict[str, Any] | None = None,
         reads: list[list[list[Any]]] | None = None,
         chunks: list[list[int]] | None = None,
         use_cache: bool = True,
@@ -67,6 +69,7 @@ class LimeConfig(PretrainedConfig):
         self.hyper = hyper if hyper is not None else {}
         self.gated_residual = gated_residual if gated_residual is not None else {}
         self.value_residual = value_residual if value_residual is not None else {}
+        self.attention_residuals = attention_residuals if attention_residuals is not None else {}
         self.reads = reads if reads is not None else []
         self.chunks = chunks if chunks is not None else []
         self.use_cache = use_cache

@@ -42,8 +42,8 @@ class Lime(Architecture):
     def entries_read(self, layer: int) -> int:
         return len(self.reads(layer))
 
-    def keeps_slot(self, layer: int) -> bool:
-        return True
+    def slots_kept(self, layer: int) -> int:
+        return 1
 
     @property
     @abstractmethod

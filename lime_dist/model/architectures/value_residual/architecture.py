@@ -64,8 +64,8 @@ class ValueResidual(Architecture):
     def entries_read(self, layer: int) -> int:
         return 2 if layer > 0 and self.config.value_residual.learnable else 0
 
-    def keeps_slot(self, layer: int) -> bool:
-        return layer == 0
+    def slots_kept(self, layer: int) -> int:
+        return int(layer == 0)
 
     def history_gradient_itemsize(self, itemsize: int) -> int:
         """Autograd sums the gradient of v_0: see `block_gradient_bytes`."""
