@@ -75,7 +75,6 @@ SETTINGS: dict[str, Setting] = {
                "precision": "bf16"},
     ),
     "value residual": (3, 1, {"model": {"architecture": "value_residual"}}),
-    "attention residuals": (3, 1, {"model": {"architecture": "attention_residuals"}}),
     "attention residuals, full, checkpointed, bf16": (
         2, 1, {"model": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 1}},
                "parallel": {"activation_checkpointing": True}, "precision": "bf16"},
