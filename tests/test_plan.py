@@ -75,10 +75,7 @@ SETTINGS: dict[str, Setting] = {
                "precision": "bf16"},
     ),
     "value residual": (3, 1, {"model": {"architecture": "value_residual"}}),
-    "attention residuals, full, checkpointed, bf16": (
-        2, 1, {"model": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 1}},
-               "parallel": {"activation_checkpointing": True}, "precision": "bf16"},
-    ),
+    "attention residuals": (3, 1, {"model": {"architecture": "attention_residuals"}}),
     "value residual, checkpointed, bf16": (
         2, 1, {"model": {"architecture": "value_residual", "value_residual": {"learnable": True}, "num_key_value_heads": 2},
                "parallel": CHECKPOINTING, "precision": "bf16"},
