@@ -78,6 +78,21 @@ def test_a_benchmark_makes_its_table(script: str, arguments: str, rows: int, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "rows"),
+    [
+        ("connection_cost.py", "--layers 4 --hidden 32 --heads 4 --kv-heads 2 --length 32", 6),
+        ("deep_start.py", "--layers 3 --hidden 16 --steps 2 --variants value_residual permutations", 3),
+    ],
+)
+def test_a_benchmark_prints_its_table(script: str, arguments: str, rows: int) -> None:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments.split()]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert sum(line.startswith("| ") and "---" not in line for line in finished.stdout.splitlines()) == rows
+
+
+@pytest.mark.slow
 def test_the_cost_of_logging_is_measured_once(dataset: Path, tmp_path: Path) -> None:
     """The table has a row for every kind of work, each with calls; a second call is refused and changes nothing."""
     size = "model.hidden_size=32 model.intermediate_size=48 model.num_hidden_layers=4 data.sequence_length=32"
