@@ -13,7 +13,7 @@ SYNONYMS: dict[str, str] = {
     "run_dir": "run.directory",
     "save": "run.directory",
     "load": "run.directory",
-    "from": "run.start_from",
+    "run.from": "run.start_from",
     "init_from": "run.start_from",
     "initial_load_path": "run.start_from",
     "pretrained_checkpoint": "run.start_from",

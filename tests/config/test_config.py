@@ -37,6 +37,8 @@ def test_every_configuration_in_the_repository_is_valid(path: Path) -> None:
     ("override", "line"),
     [
         ("train.stpes=5", "unknown key train.stpes=5 in the command line; the nearest valid key is train.steps"),
+        ("model.lime.history={policy:chunked}", "unknown key model.lime.history.policy:chunked=None in the command line; the nearest"),
+        ("model.rope_scaling={rope_type:linear}", "unknown key model.rope_scaling.rope_type:linear=None in the command line; the nearest"),
         ("pipeline_stages=2", "unknown key pipeline_stages=2 in the command line; the nearest valid key is parallel.pipeline_stages"),
         ("optimzer.lr=1", "the nearest valid key is optimizer"),
         ("model.lime.historyy.policy=full", "the nearest valid key is model.lime.history"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 from pydantic_core import PydanticCustomError
@@ -30,3 +30,9 @@ class Section(BaseModel):
     """Base class of all sections: frozen, strict about types, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def without_null(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Values without the keys whose ``null`` stands for a default. Unknown keys stay, so that they are refused: in
+        ``{policy:chunked}``, which lacks a space, YAML sees the key ``policy:chunked`` and no value."""
+        return {key: value for key, value in values.items() if value is not None or key not in cls.model_fields}

@@ -54,7 +54,7 @@ class HistoryConfig(Section):
         defaults = (
             HISTORY_KEYS.get(values.get("policy", "full"), {}) if isinstance(values.get("policy", ""), str) else {}
         )
-        given = {key: value for key, value in values.items() if value is not None}
+        given = cls.without_null(values)
         size = given.get("chunk_size")
         if "chunk_size" in defaults and isinstance(size, int):  # a default does not forbid small chunks
             defaults = {**defaults, "first": min(defaults["first"], max(size, 0))}

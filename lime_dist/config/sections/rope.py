@@ -55,7 +55,7 @@ class RopeScalingConfig(Section):
         if not isinstance(values, dict) or not isinstance(values.get("rope_type", ""), str):
             return values
         defaults = ROPE_KEYS.get(values.get("rope_type", "default"), {})
-        return {**defaults, **{key: value for key, value in values.items() if value is not None}}
+        return {**defaults, **cls.without_null(values)}
 
     @model_validator(mode="after")
     def _keys_fit(self) -> RopeScalingConfig:
