@@ -92,7 +92,7 @@ def _type_text(field: FieldInfo) -> str:
             names.append(", ".join(f"`{choice}`" for choice in get_args(option)))
         elif get_origin(option) is list:
             (item,) = get_args(option)
-            if registry := next((one for one in getattr(item, "__metadata__", ()) if isinstance(one, Registry)), None):
+            if registry := next((one for one in get_args(item) if isinstance(one, Registry)), None):
                 names.append(f"list of {_choices(registry)}")
                 continue
             names.append(f"list of {'sections' if _is_section(item) else TYPE_NAMES[item] + 's'}")

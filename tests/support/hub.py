@@ -122,7 +122,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: Any) -> None:
             pass
 
-        def send(self, status: int, body: bytes, length: bool = True, **headers: str) -> None:
+        def send(self, status: int, body: bytes, length: bool = True, /, **headers: str) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)
@@ -239,7 +239,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if kind in ("truncate", "reset", "stall"):
                 headers["Content_Length"] = str(len(body))
             if kind in ("truncate", "short", "reset", "stall"):
-                self.send(206, body[: len(body) // 2], length=False, **headers)
+                self.send(206, body[: len(body) // 2], False, **headers)
                 if kind == "reset":
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 if kind == "stall":
