@@ -86,7 +86,7 @@ def test_what_every_policy_guarantees(policy: str) -> None:
         ({"policy": "chunked", "chunk_size": 4, "rank": 1, "first": 2}, lambda b: min(b, 2 + b // 4 + b % 4)),
         ({"policy": "dilated", "stride": 4, "first": 2, "last": 2}, lambda b: min(b, 4 + -(-b // 4))),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "bound",
 )
 def test_entries_over_a_boundary_stay_within_the_designs_bounds(history: dict[str, Any], bound: Any) -> None:
     policy = make(history)
