@@ -87,7 +87,7 @@ def sent(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def drawn(sink: Any) -> None:
     sink.write({"step": 1, "loss": 2.0, "lr": 0.5, "step_seconds": 0.1})
     sink.write({"step": 2, "loss": float("nan")})
-    sink.draw(2, {"stage0/bubble": 0.25}, [picture("routers/layers", [[1.0, 0.0], [0.5, 0.5]])])
+    sink.draw(2, {"stage0/bubble": 0.25}, [picture("routers/layers", [[1.0, 0.0], [0.5, 0.5]], "layer")])
     sink.close()
 
 

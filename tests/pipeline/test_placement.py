@@ -89,9 +89,17 @@ def test_who_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone.lost(said, None, own=2).startswith("rank 1 is gone: killed, ")
 
 
-@pytest.mark.parametrize(("tied", "named"), [(True, [", with c", "", ", with a"]), (False, ["", "", ""])])
-def test_a_tied_weights_other_host_is_named(
-    workers: Callable[[int], WorkerGroup], tied: bool, named: list[str]
+@pytest.mark.parametrize(
+    ("boundary", "tied", "named"),
+    [
+        ("entries", True, [", with c", "", ", with a"]),
+        ("entries", False, ["", "", ""]),
+        ("minimal", False, [", with b, c", ", with a, c", ", with a, b"]),
+    ],
+)
+def test_the_hosts_that_share_a_gradient_are_named(
+    workers: Callable[[int], WorkerGroup], boundary: str, tied: bool, named: list[str]
 ) -> None:
-    """Its gradient is summed over the first and the last stage, which wait for each other."""
-    assert workers(3).run("support.faults.whom_gradients_need", tie_word_embeddings=tied) == named
+    """That of a tied weight is summed over the first and the last stage, that of copied routers over all: they wait for each other."""
+    group = workers(3)
+    assert group.run("support.faults.whom_gradients_need", tie_word_embeddings=tied, boundary=boundary) == named

@@ -112,7 +112,7 @@ def poisoned_entry(direction: str, value: float) -> dict[str, Any]:
     return {"applied": applied, "unchanged": torch.equal(weights[1], weights[2])}
 
 
-def whom_gradients_need(tie_word_embeddings: bool) -> str:
+def whom_gradients_need(tie_word_embeddings: bool, boundary: str) -> str:
     """Return the hosts that a process names when it waits in ReduceGrads, if each stage has a host of its own."""
     from deepspeed.runtime.pipe.schedule import ReduceGrads
 
@@ -123,7 +123,8 @@ def whom_gradients_need(tie_word_embeddings: bool) -> str:
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     model = {**sizes, "num_hidden_layers": 3, "tie_word_embeddings": tie_word_embeddings}
     with quiet():
-        engine, _ = build_engine(make_config({"model": model, "parallel": {"pipeline_stages": 3}}, "a test"))
+        values = {"model": model, "parallel": {"pipeline_stages": 3}, "pipeline": {"boundary": boundary}}
+        engine, _ = build_engine(make_config(values, "a test"))
     hosts = Placement(["a", "b", "c"], {})
     return hosts.company(engine._partners(ReduceGrads()), engine.global_rank)
 

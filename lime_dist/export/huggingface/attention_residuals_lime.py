@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_lime import LimeConfig
-from .layers_lime import ForwardPass, PreNormLayer, RMSNorm, rms_normalise
+from .layers_lime import ForwardPass, Handed, PreNormLayer, RMSNorm, rms_normalise
 from .modeling_lime import BaseForCausalLM, BaseModel
 
 
@@ -40,7 +40,8 @@ class AttentionResidualsLayer(PreNormLayer):
         self.mlp_residual = DepthAttention(config)
         self.output_residual = DepthAttention(config) if layer == config.num_hidden_layers - 1 else None
 
-    def forward(self, x_BTD: Tensor, blocks: list[Tensor], run: ForwardPass) -> Tensor:
+    def forward(self, x_BTD: Tensor, finished: Handed, run: ForwardPass) -> Tensor:
+        blocks = finished.tensors
         for sublayer, read in ((2 * self.layer, self.attn_residual), (2 * self.layer + 1, self.mlp_residual)):
             begins = sublayer % self.block_size == 0
             if begins:
@@ -65,9 +66,9 @@ class LimeModel(BaseModel):
     def make_layers(self, config: LimeConfig) -> list[nn.Module]:
         return [AttentionResidualsLayer(config, layer) for layer in range(config.num_hidden_layers)]
 
-    def open_history(self) -> list[Tensor]:
+    def open_history(self) -> Handed:
         """The outputs of finished blocks."""
-        return []
+        return Handed()
 
 
 class LimeForCausalLM(BaseForCausalLM):

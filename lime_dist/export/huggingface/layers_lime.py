@@ -110,6 +110,13 @@ def rotary_frequencies(config: LimeConfig, dtype: torch.dtype, device: torch.dev
     return ROPE_TYPES[rope_type](config.rope_theta ** -(even / config.head_dim), scaling)
 
 
+class Handed:
+    """What layers hand on beside their output. It is no list: for layers on different devices, `accelerate` copies lists."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+
 class ForwardPass:
     """What the layers of one forward pass share.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_lime import LimeConfig
-from .layers_lime import ForwardPass, PreNormLayer
+from .layers_lime import ForwardPass, Handed, PreNormLayer
 from .modeling_lime import BaseForCausalLM, BaseModel
 
 
@@ -30,13 +30,13 @@ class ValueResidualLayer(PreNormLayer):
             config, layer, ValueRouter(self.first) if config.value_residual["learnable"] and layer else None
         )
 
-    def forward(self, x_BTD: Tensor, first_values: list[Tensor], run: ForwardPass) -> Tensor:
+    def forward(self, x_BTD: Tensor, first_values: Handed, run: ForwardPass) -> Tensor:
         attention, normed = self.self_attn, self.input_layernorm(x_BTD)
         key, value = attention.keys_and_values(normed)
         if self.layer == 0:
-            first_values.append(value)
+            first_values.tensors.append(value)
         else:
-            first = first_values[0].to(value.device)
+            first = first_values.tensors[0].to(value.device)
             if attention.router is None:
                 value = self.first * first + (1 - self.first) * value
             else:
@@ -51,9 +51,9 @@ class LimeModel(BaseModel):
     def make_layers(self, config: LimeConfig) -> list[nn.Module]:
         return [ValueResidualLayer(config, layer) for layer in range(config.num_hidden_layers)]
 
-    def open_history(self) -> list[Tensor]:
+    def open_history(self) -> Handed:
         """The values of the new tokens in the first layer; the cache holds what attention read for past tokens."""
-        return []
+        return Handed()
 
 
 class LimeForCausalLM(BaseForCausalLM):
