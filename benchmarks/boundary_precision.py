@@ -15,19 +15,20 @@ example:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 import torch
 from results import write
-from stages import run_stages
+from staged import Rounding, as_bf16, staged_logits
 from torch import Tensor
 
 from lime_dist import build_decoder, load_config
 from lime_dist.errors import run_command
-from lime_dist.model.architecture import architecture_of, model_crossings
+from lime_dist.model.architecture import model_crossings
 from lime_dist.model.crossing import ENTRIES, Prices
 from lime_dist.model.decoder import Decoder
+from lime_dist.model.layers import language_model_loss
 from lime_dist.paths import user_path
 
 MINIMAL, FLOAT32_SUMS = Prices(1, 1), Prices(1, 2)
@@ -78,18 +79,9 @@ def main() -> None:
 def measure(whole: Decoder, decoder: Decoder, bounds: list[int], prices: Prices, batch: int) -> list[float]:
     """Return the errors of one batch."""
     tokens_BT = torch.randint(256, (2, 129), generator=torch.Generator().manual_seed(batch))
-    inputs, labels = tokens_BT[:, :-1], tokens_BT[:, 1:]
-    width = architecture_of(whole.config).entry_width
-
-    def wire(payload: Tensor, boundary: int, is_gradient: bool) -> Tensor:
-        rounded = payload.bfloat16().to(payload.dtype)
-        mixtures = len(model_crossings(whole.config, prices)[boundary].mixtures) * width * inputs.numel()
-        if prices is FLOAT32_SUMS and mixtures and not is_gradient:
-            rounded.view(-1)[-mixtures:] = payload.reshape(-1)[-mixtures:]
-        return rounded
-
-    exact_loss, exact = gradients(whole, [0, whole.config.num_hidden_layers], ENTRIES, inputs, labels)
-    loss, actual = gradients(decoder, bounds, prices, inputs, labels, wire=wire)
+    there = (as_bf16, as_bf16, torch.clone if prices is FLOAT32_SUMS else as_bf16)
+    exact_loss, exact = gradients(whole, tokens_BT, [0, whole.config.num_hidden_layers], there, ENTRIES)
+    loss, actual = gradients(decoder, tokens_BT, bounds, there, prices)
     groups = (lambda name: True, lambda name: ".router." in name, lambda name: "embed" in name)
     errors = [abs(loss / exact_loss - 1)]
     for chosen in groups:
@@ -99,10 +91,15 @@ def measure(whole: Decoder, decoder: Decoder, bounds: list[int], prices: Prices,
     return errors
 
 
-def gradients(decoder: Decoder, *arguments: Any, **options: Any) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    decoder: Decoder, tokens_BT: Tensor, bounds: list[int], there: Sequence[Rounding], prices: Prices
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of stages with these bounds. Gradients of payloads are rounded to bf16."""
     decoder.zero_grad()
-    loss = float(run_stages(decoder, *arguments, **options))
-    return loss, {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+    logits = staged_logits(decoder, tokens_BT[:, :-1], bounds, there, [as_bf16] * 3, prices)
+    loss = language_model_loss(logits, tokens_BT[:, 1:])
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
 
 
 if __name__ == "__main__":

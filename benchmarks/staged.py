@@ -21,6 +21,10 @@ Roundings = Sequence[Rounding]
 """Of each part of a payload, in its order (`cost.PayloadParts`)."""
 
 
+def as_bf16(part: Tensor) -> Tensor:
+    return part.bfloat16().to(part.dtype)
+
+
 def staged_logits(
     model: Decoder,
     tokens_BT: Tensor,

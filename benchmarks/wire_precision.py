@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from staged import Rounding, staged_logits
+from staged import Rounding, as_bf16, staged_logits
 from torch import Tensor
 
 from lime_dist import build_decoder, load_config
@@ -44,10 +44,6 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "routers": lambda name: ".router." in name,
     "keys and values": lambda name: "k_proj" in name or "v_proj" in name,
 }
-
-
-def as_bf16(part: Tensor) -> Tensor:
-    return part.bfloat16().to(part.dtype)
 
 
 def as_sent(part: Tensor, block: int = 128) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from support.policies import POLICIES
 
 from benchmarks.equality import perturb
-from benchmarks.stages import run_stages
+from benchmarks.staged import staged_logits
 from lime_dist.config.load import make_config
 from lime_dist.model.crossing import ENTRIES, Prices
 from lime_dist.model.decoder import build_decoder
@@ -32,8 +32,11 @@ def test_stages_equal_the_whole_model(policy: str, prices: Prices) -> None:
     wanted = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     for index, bounds in enumerate(BOUNDS):
         decoder.zero_grad()
-        loss = run_stages(decoder, bounds, prices, tokens_BT, tokens_BT, checkpointing=bool(index % 2))
-        assert loss == pytest.approx(whole.item(), rel=1e-12)
+        decoder.activation_checkpointing = bool(index % 2)
+        logits = staged_logits(decoder, tokens_BT, bounds, [torch.clone] * 3, [torch.clone] * 3, prices)
+        loss = language_model_loss(logits, tokens_BT)
+        loss.backward()
+        assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
         for name, parameter in decoder.named_parameters():
             error = (parameter.grad - wanted[name]).abs().max() / wanted[name].abs().max()
             assert error <= 1e-10, f"{name}, stages {bounds}: {error:.1e}"
