@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.units, arguments.speed) <= 0:
         raise LimeError("--units and --speed must be above 0")
-    pool.ProcessPoolExecutor = few  # type: ignore[misc,assignment]
+    pool.ProcessPoolExecutor = few  # type: ignore[misc,assignment]  # the class of the pool, replaced by a function
     lines = [
         "| workers, as the parent sees it | units/s | ms per unit | of them renames, records and fsync | CPU ms per unit | "
         "workers that it feeds | by its CPU time alone |",

@@ -38,7 +38,7 @@ def test_linear_and_constant_schedules() -> None:
     ("form", "middle", "end"), [("linear", 0.5, 0.0), ("cosine", 0.5, 0.0), ("sqrt", 1 - 0.5**0.5, 0.0)]
 )
 def test_warmup_stable_decay(form: str, middle: float, end: float) -> None:
-    config = OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=10, decay_share=0.4, decay_form=form)  # type: ignore[arg-type]
+    config = OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=10, decay_share=0.4, decay_form=form)  # type: ignore[arg-type]  # a Literal
     schedule = WarmupStableDecay(config, 100)
     assert [schedule.factor(step) for step in (0, 9, 10, 60)] == [0.1, 1, 1, 1]
     assert schedule.factor(61) < 1
