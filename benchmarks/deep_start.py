@@ -22,6 +22,7 @@ from lime_dist.model.layers import language_model_loss
 
 SPIKE = 0.5
 LEFT_OUT = ("copying",)
+"""The model of ``full``, which step_cost.py computes in another way."""
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lime_dist import build_decoder, load_config
 from lime_dist.config.schema import ModelConfig
-from lime_dist.errors import run_command
+from lime_dist.errors import LimeError, run_command
 from lime_dist.model.architecture import architecture_of
 from lime_dist.model.layers import language_model_loss
 
@@ -93,6 +93,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    if arguments.steps < 1:
+        raise LimeError(f"--steps {arguments.steps} must be at least 1")
     print("| model | loss, first | highest | last | gradient norm, first | highest | |\n|---|---|---|---|---|---|---|")
     for name in arguments.models:
         shape = {

@@ -56,6 +56,7 @@ def test_the_map_shows_the_learnable_weights() -> None:
     assert set(architecture_of(config).router_parameters) <= weights.keys()
     assert torch.equal(router_map(config, weights), wanted)
     assert not has_map(small(architecture="value_residual"))
+    assert not architecture_of(small(architecture="value_residual")).router_parameters
 
 
 def test_gradients_of_many_readers_are_summed_in_float32() -> None:

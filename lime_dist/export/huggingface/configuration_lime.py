@@ -16,7 +16,7 @@ class LimeConfig(PretrainedConfig):
             "linear" or "llama3"), factor, and for "llama3" low_freq_factor, high_freq_factor, original_max_position_embeddings.
         max_position_embeddings: the sequence length of training. It is not a limit: longer sequences work.
         lime: section ``model.lime`` of the run: routes ("kv" or "hidden"), router, top_p, start_layer, history.
-        hyper: section ``model.hyper`` of the run: rate (number of residual streams), dynamic.
+        hyper: section ``model.hyper`` of the run: connection, rate (number of residual streams), dynamic.
         gated_residual: section ``model.gated_residual`` of the run: rate (number of residual streams).
         value_residual: section ``model.value_residual`` of the run: weight, learnable.
         attention_residuals: section ``model.attention_residuals`` of the run: block_size (in sub-layers).

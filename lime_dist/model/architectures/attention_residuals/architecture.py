@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -165,9 +166,16 @@ class AttentionResiduals(Architecture):
         self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:
         """The gradients of a group's mixtures; with checkpointing the mixtures themselves."""
-        rows = 2 * len(block) + (block.stop == self.config.num_hidden_layers)
+        rows = self._readers_together(block)
         kept = itemsize + (accumulation_itemsize(itemsize) if checkpointing else 0)
         return rows * self.config.hidden_size * num_tokens * kept
+
+    def _readers_together(self, layers: range) -> int:
+        """The most readers of these layers that share a product. The last read joins the last sub-layer."""
+        groups = Counter(self.policy.group(sublayer).start for sublayer in range(2 * layers.start, 2 * layers.stop))
+        if self._is_last(layers[-1]):
+            groups[self.policy.group(2 * layers.stop - 1).start] += 1
+        return max(groups.values())
 
     def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
         """What a slice of tokens adds to the gradients of the blocks."""

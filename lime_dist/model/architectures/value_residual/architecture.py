@@ -154,7 +154,8 @@ class ValueResidual(Architecture):
 
     @property
     def router_parameters(self) -> Sequence[str]:
-        return [f"{router_name(layer)}.weight" for layer in range(1, self.config.num_hidden_layers)]
+        layers = range(self.config.num_hidden_layers)
+        return [f"{router_name(layer)}.weight" for layer in layers if self.entries_read(layer)]
 
     def head_map(self, weights: Mapping[str, Tensor], layer: int) -> Tensor:
         """One row: all heads have the same weights."""
