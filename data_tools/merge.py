@@ -53,7 +53,7 @@ def _name(folder_index: int, shard: str) -> str:
     return f"{split}-m{folder_index:02d}-{rest}"
 
 
-def merge(given: list[str], output: Path) -> None:
+def merge(given: list[str], output: Path, max_rejected: float | None = None) -> None:
     """Check all folders, then link or copy the shards, and write dataset.json last.
 
     Raises:
@@ -71,7 +71,7 @@ def merge(given: list[str], output: Path) -> None:
     if parts := [folder for folder in folders if is_part(folder)]:
         if whole := [folder for folder in folders if folder not in parts]:
             raise LimeError(f"{whole[0]}: is no part of a dataset, but {parts[0]} is one; join parts first, and alone")
-        merge_parts(folders, output)
+        merge_parts(folders, output, max_rejected)
         return
     descriptions = [read_dataset_json(folder) for folder in folders]
     for folder, one in zip(folders[1:], descriptions[1:], strict=True):
@@ -113,7 +113,7 @@ def merge(given: list[str], output: Path) -> None:
     print(f"dataset written: {output / DATASET_FILE}")
 
 
-def merge_parts(folders: list[Path], output: Path) -> None:
+def merge_parts(folders: list[Path], output: Path, max_rejected: float | None) -> None:
     """Join all parts of a dataset into what one run would have written.
 
     Raises:
@@ -141,7 +141,14 @@ def merge_parts(folders: list[Path], output: Path) -> None:
         tokenizer.copy_to(output / "tokenizer")
         sync_folder(output)
         in_order = sorted((result for of_folder in results for result in of_folder), key=lambda result: result["unit"])
-        finish(manifest, in_order, tokenizer, first["source"], stop=False, max_rejected=first["max_rejected"])
+        finish(
+            manifest,
+            in_order,
+            tokenizer,
+            first["source"],
+            stop=False,
+            max_rejected=first["max_rejected"] if max_rejected is None else max_rejected,
+        )
 
 
 def _link(source: Path, target: Path) -> None:
@@ -169,9 +176,14 @@ def main(arguments: list[str] | None = None) -> None:
         "folders", type=expand, metavar="DIR", nargs="+", help="finished folders, in the order in which to join them"
     )
     parser.add_argument("--output", type=expand, required=True, help="folder for the joined dataset")
+    parser.add_argument(
+        "--max-rejected",
+        type=float,
+        help="of parts: fail if a larger share of rows or files is bad (default: what they were written with)",
+    )
     options = parser.parse_args(arguments)
     with disk_errors("fix this and run the same command again"):
-        merge(options.folders, Path(options.output))
+        merge(options.folders, Path(options.output), options.max_rejected)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def keep(folder: Path, unit: Unit, texts: Iterator[str], tally: Tally) -> Iterat
 
 
 def kept(folder: Path, unit: Unit, tally: Tally) -> Iterator[str] | None:
-    """The texts of a unit, with what their reader counted added to ``tally``; None if they are not there."""
+    """The texts of a unit; None if they are not there. ``tally``, which is empty, gets what their reader counted."""
     path, facts_path = _paths(folder, unit.index)
     if not path.exists():
         return None

@@ -76,7 +76,7 @@ def is_complete_part(folder: Path, verify: bool) -> bool:
     try:
         _, results = read_part(folder)
         for shard in shards_of(results) if verify else ():
-            check_shard_hashes(folder, shard)
+            check_shard_hashes(folder, shard, UNITS_FILE)
         return True
     except LimeError as error:
         print(f"no longer complete: {error}")

@@ -205,7 +205,7 @@ def forget_footers() -> None:
 def _footer(address: str, size: int) -> pq.FileMetaData:
     meta = pq.read_metadata(HubFile(address, size))
     groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
-    chunks = [_chunk(group.column(number)) for group in groups for number in range(group.num_columns)]
+    chunks = [_chunk(group.column(number)) for group in groups if group.num_rows for number in range(group.num_columns)]
     rows = sum(group.num_rows for group in groups)
     if rows != meta.num_rows or any(not 0 < first < end < size for first, end in chunks):
         raise pa.ArrowInvalid("the footer does not fit the file")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -21,6 +22,7 @@ TRANSIENT = (408, 425, 500, 502, 503, 504)
 signed: dict[str, str] = {}
 """Where the content at an address of the hub was found: a signed address, which expires. The parent gives its own to workers."""
 
+_client_lock = threading.Lock()
 _RESET = re.compile(r"\bt=(\d+)")
 
 
@@ -122,8 +124,9 @@ def use_patient_client() -> None:
     """Make `huggingface_hub` and `datasets` use a `PatientClient` in this process."""
     import huggingface_hub
 
-    if not isinstance(huggingface_hub.get_session(), PatientClient):
-        huggingface_hub.set_client_factory(PatientClient)
+    with _client_lock:  # two threads may make a worker's first requests: the second would close the client of the first
+        if not isinstance(huggingface_hub.get_session(), PatientClient):
+            huggingface_hub.set_client_factory(PatientClient)
 
 
 def _check(answer: httpx2.Response) -> None:
@@ -175,7 +178,7 @@ def get(address: str, check: Callable[[httpx2.Response], None], part: str | None
             if known is None:
                 raise
             if signed.get(address) == known:  # another thread may have a new one
-                del signed[address]
+                signed.pop(address, None)
             raise _Expired from None
         if 400 <= answer.status_code < 500 and answer.status_code != 416:
             raise Missing(

@@ -174,6 +174,7 @@ def row_group_bytes(file: InputFile, text_column: str) -> list[int]:
                 raise LimeError(
                     f"{file.name}: its footer cannot be read ({error}); run the same command again"
                 ) from None
+            forget_footers()
     raise AssertionError("unreachable")
 
 

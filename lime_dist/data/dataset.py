@@ -64,7 +64,7 @@ def check_shard_sizes(folder: Path, shard: dict[str, Any], listed_in: str = DATA
             )
 
 
-def check_shard_hashes(folder: Path, shard: dict[str, Any]) -> None:
+def check_shard_hashes(folder: Path, shard: dict[str, Any], listed_in: str = DATASET_FILE) -> None:
     """Check that both files of a listed shard have the listed SHA-256. This reads every byte.
 
     Raises:
@@ -73,7 +73,7 @@ def check_shard_hashes(folder: Path, shard: dict[str, Any]) -> None:
     for path, kind in zip(pair_paths(folder / shard["name"]), ("bin", "idx"), strict=True):
         if sha256_file(path) != shard[f"{kind}_sha256"]:
             raise LimeError(
-                f"{path}: its SHA-256 differs from the one in {DATASET_FILE}; delete it and run data_tools.pretokenize again"
+                f"{path}: its SHA-256 differs from the one in {listed_in}; delete it and run data_tools.pretokenize again"
             )
 
 

@@ -23,6 +23,8 @@ class MetricsFile:
         damaged: number of lines that a crash left unreadable; they are removed.
     """
 
+    required = True
+
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
         self._validations, self.damaged = _trim(path, resumed_step)

@@ -16,9 +16,13 @@ class RecordSink(Protocol):
     """A place for records: ``metrics.jsonl``, TensorBoard.
 
     A method raises OSError if the disk refuses; the sink keeps what it could not write and tries again later.
+
+    Attributes:
+        required: whether the run needs these records. A dashboard elsewhere is not: it loses what it refuses, and ends no run.
     """
 
     path: Path
+    required: bool
 
     @property
     def waiting(self) -> bool:
@@ -52,6 +56,13 @@ class Records:
         """Why records cannot be written, in one line; None: they can."""
         return next(iter(self._problems.values()), None)
 
+    @property
+    def fatal(self) -> str | None:
+        """The problem of a sink that the run needs, in one line; None: there is none."""
+        return next(
+            (self._problems[sink.path] for sink in self._sinks if sink.required and sink.path in self._problems), None
+        )
+
     def write(self, record: Record) -> None:
         self._all(lambda sink: sink.write(record))
 
@@ -59,7 +70,7 @@ class Records:
         self._all(lambda sink: sink.draw(step, scalars, pictures))
 
     def flush(self) -> None:
-        self._all(lambda sink: sink.flush())
+        self._all(lambda sink: sink.flush(), [sink for sink in self._sinks if sink.required])
 
     def rewind(self, step: int) -> None:
         """Remove the records after ``step``, which training went back to."""
@@ -71,8 +82,8 @@ class Records:
             with contextlib.suppress(OSError):
                 sink.close()
 
-    def _all(self, action: Callable[[RecordSink], None]) -> None:
-        for sink in self._sinks:
+    def _all(self, action: Callable[[RecordSink], None], sinks: Sequence[RecordSink] | None = None) -> None:
+        for sink in self._sinks if sinks is None else sinks:
             try:
                 action(sink)
             except OSError as error:

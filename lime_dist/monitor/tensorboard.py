@@ -65,6 +65,8 @@ class TensorBoardLog:
         resumed_step: the step that the run resumes from; later events of earlier starts are hidden.
     """
 
+    required = True
+
     def __init__(self, directory: Path, config_text: str, resumed_step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{resumed_step}"

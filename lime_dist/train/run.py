@@ -83,6 +83,10 @@ class RecordLog(Protocol):
     def problem(self) -> str | None:
         """Why records cannot be written, in one line; None: they can."""
 
+    @property
+    def fatal(self) -> str | None:
+        """The same of records that the run needs."""
+
     def write(self, record: Metrics) -> None: ...
 
     def draw(self, step: int, scalars: Mapping[str, float], pictures: Sequence[Summary] = ()) -> None: ...

@@ -180,7 +180,7 @@ class StageOptimizer:
         self._sum_shared_gradients()
 
     def _sum_shared_gradients(self) -> None:
-        """Sum the gradients of routers and summaries over the stages that hold a copy, in one message. All stages of the replica
+        """Sum the gradients of routers and summaries over the stages that hold a copy, in one message. All stages of every replica
         that updates them take part, and all receive the same sums."""
         sizes = self._process_groups.shared
         if not sizes or self._owner != 0:

@@ -139,7 +139,7 @@ class StepEnd:
         status = Status(
             stop=self._signals.received,
             writing=run.saver.writing,
-            failed=stops_on_error and run.records.problem is not None,
+            failed=stops_on_error and run.records.fatal is not None,
             spike=spike,
             checksum=None if run.train_batches is None else combine(run.train_batches.checksums),
         )
@@ -168,7 +168,7 @@ class StepEnd:
     def _fail_for_records(self, state: TrainState) -> None:
         """End the run on all ranks if a rank cannot write its records."""
         with self._watching("ending the run after", state):
-            problem = self._run.records.problem
+            problem = self._run.records.fatal
             self._settle(state)
             agree(None if problem is None else f"{problem}; {HOW_TO_RESUME} (checkpoint.on_error: stop)")
 

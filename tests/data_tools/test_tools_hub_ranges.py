@@ -59,6 +59,50 @@ def test_requests_of_a_gigabyte() -> None:
             assert inside == end - first
 
 
+def test_empty_files_and_row_groups_have_no_rows(hub: Hub, data: Path, tmp_path: Path) -> None:
+    table = pq.read_table(data / B)
+    pq.write_table(table[:0], data / "data/CC-1/empty.parquet")
+    with pq.ParquetWriter(data / B, table.schema) as writer:
+        for piece in (table[:10], table[:0], table[10:]):
+            writer.write_table(piece)
+    hub.commit(data)
+    assert read(f"hub:{NAME}") == read(str(data / "data")) and len(read(f"hub:{NAME}")) == 600
+
+
+FIRST_REQUESTS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from data_tools.sources import hub_requests
+import huggingface_hub
+
+both, told = Barrier(2), huggingface_hub.get_session
+def slowly():  # until both threads have seen the client of the library
+    client = told()
+    if not isinstance(client, hub_requests.PatientClient):
+        try:
+            both.wait(1)
+        except Exception:
+            pass
+    return client
+huggingface_hub.get_session = slowly
+
+def first(_):
+    hub_requests.use_patient_client()
+    return told()
+
+with ThreadPoolExecutor(2) as threads:
+    one, other = threads.map(first, range(2))
+assert one is other is told() and not one.is_closed
+"""
+
+
+def test_two_threads_may_make_the_first_requests() -> None:
+    """Each took the library's client for its own to replace, which closed that of the other."""
+    finished = subprocess.run([sys.executable, "-c", FIRST_REQUESTS], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_content_comes_in_blocks_and_memory_is_flat(
     hub: Hub, data: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: int
 ) -> None:

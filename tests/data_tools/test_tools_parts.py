@@ -46,8 +46,8 @@ def parts(given: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPath
     return [root / str(number) for number in range(1, COUNT + 1)]
 
 
-def join(folders: list[Path], output: Path) -> None:
-    merge.main([*map(str, folders), "--output", str(output)])
+def join(folders: list[Path], output: Path, *options: str) -> None:
+    merge.main([*map(str, folders), "--output", str(output), *options])
 
 
 def test_joined_parts_are_what_one_run_writes(
@@ -66,6 +66,13 @@ def test_joined_parts_are_what_one_run_writes(
     next((tmp_path / "joined").glob("*.bin")).unlink()
     join(parts, tmp_path / "joined")
     assert content(tmp_path / "joined") == content(tmp_path / "whole")
+
+
+def test_the_share_of_bad_rows_can_be_set_when_parts_are_joined(parts: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(LimeError, match="--max-rejected"):
+        join(parts, tmp_path / "joined", "--max-rejected", "0")
+    join(parts, tmp_path / "joined", "--max-rejected", "0.3")
+    assert (tmp_path / "joined/dataset.json").exists()
 
 
 def test_a_part_is_resumed_and_reused(

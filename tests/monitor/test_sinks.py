@@ -157,9 +157,21 @@ def test_a_dashboard_never_ends_a_training(server: str, tmp_path: Path, monkeypa
         broken.setattr(sinks[1]._client, "log_batch", lambda *a, **b: 1 / 0)
         records.write({"step": 1, "loss": 1.0})
         records.draw(1, {"stage0/bubble": 0.5})
-    assert records.problem == f"{tmp_path / 'wandb'} cannot be written: division by zero"
+        records.flush()
+    assert records.problem == f"{tmp_path / 'wandb'} cannot be written: division by zero" and records.fatal is None
     records.close()
     assert [record["step"] for record in records_of(tmp_path)] == [1]
+
+
+def test_a_run_whose_dashboard_refuses_everything(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """It goes on, although checkpoint.on_error is ``stop``, and says so once."""
+    run = values(dataset, tmp_path / "run", steps=6)
+    ((problem, said),) = workers(1).run("support.runs.run_with_a_broken_dashboard", values=run)
+    assert problem == "" and said.count("dashboard cannot be written: refused") == 2, (
+        "at the first step, and at the end"
+    )
+    assert "records are written again" not in said
+    assert [record["step"] for record in records_of(tmp_path / "run") if "loss" in record] == [1, 2, 3, 4, 5, 6]
 
 
 def test_one_dashboard_twice() -> None:

@@ -38,6 +38,34 @@ def run_in(environment: dict[str, str], values: dict[str, Any]) -> str:
         return run(values)
 
 
+def run_with_a_broken_dashboard(values: dict[str, Any]) -> tuple[str, str]:
+    """`observe`, with a dashboard that refuses everything."""
+    from lime_dist.config.registry import SINKS
+
+    class Broken:
+        required = waiting = False
+        path, note = Path("dashboard"), "a dashboard"
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def write(self, *_: Any) -> None:
+            raise OSError("refused")
+
+        draw = rewind = write
+
+        def flush(self) -> None:
+            pass
+
+        close = flush
+
+    SINKS.register("broken")(Broken)
+    try:
+        return observe({**values, "monitor": {"sinks": ["broken"]}})
+    finally:
+        SINKS.unregister("broken")
+
+
 def observe(
     values: dict[str, Any], events: list[Event] | None = None, per_rank: dict[int, dict[str, Any]] | None = None
 ) -> tuple[str, str]:

@@ -63,7 +63,7 @@ class PipelineConfig(Section):
     wire_dtype: Literal["bf16", "fp8"] | None = Field(
         None,
         description="type of payloads and their gradients between stages; `fp8` sends history entries as float8 (e4m3) with a bf16 "
-        "scale for every 128 elements, and the hidden state in the type of `precision`; `null` uses that of `precision` for all",
+        "scale for every block of up to 128 elements, and everything else in the type of `precision`; `null` uses that of `precision` for all",
     )
     boundary: Literal["minimal", "entries"] = Field(
         "minimal",

@@ -41,7 +41,7 @@ class MLflow:
         LimeError: the package is missing, or the server refuses.
     """
 
-    waiting = False
+    required = waiting = False
 
     def __init__(self, directory: Path, config: Config) -> None:
         for name, value in PATIENCE.items():

@@ -30,7 +30,7 @@ class WeightsAndBiases:
         LimeError: the package is missing, or nobody is logged in.
     """
 
-    waiting = False
+    required = waiting = False
 
     def __init__(self, directory: Path, config: Config) -> None:
         self._wandb = package("wandb", "wandb")
