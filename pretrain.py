@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lime_dist import load_config
 from lime_dist.commands import CommandParser
 from lime_dist.config.deepspeed import batch_split
-from lime_dist.config.schema import Config
+from lime_dist.config.schema import Config, SampleTextsConfig
 from lime_dist.errors import GRACE_SECONDS, LimeError, PeerLost, run_command
 from lime_dist.launchers import is_main_process, world_size
 
@@ -27,12 +27,14 @@ if TYPE_CHECKING:  # at run time these imports wait until `start_processes` has 
     from lime_dist.checkpoint.store import Checkpoint
     from lime_dist.data.run_data import RunData
     from lime_dist.data.state import TrainState
+    from lime_dist.data.validation_sets import ValidationSet
     from lime_dist.monitor.console import Console
     from lime_dist.monitor.metrics import MetricsFile
     from lime_dist.monitor.records import Records
     from lime_dist.pipeline.engine import LimeEngine
     from lime_dist.train.loop import Outcome
     from lime_dist.train.run import Run
+    from lime_dist.train.sample_texts import Prompts
     from lime_dist.train.stage_optimizer import StageOptimizer
 
 EXAMPLES = """examples:
@@ -207,12 +209,22 @@ def assemble(
     """Make the remaining parts of the run and put all of them together. All ranks must call it."""
     from lime_dist.checkpoint.saver import Saver
     from lime_dist.train.control import Control
-    from lime_dist.train.run import Run
+    from lime_dist.train.run import EvaluationData, Run
+    from lime_dist.train.sample_texts import Sampler
 
     replica = engine.grid.get_data_parallel_rank()
     reads_data = engine.is_first_stage() or engine.is_last_stage()
     gpu = None if engine.device.type == "cpu" else engine.device
     validation = data.validation_batches(replica, gpu)
+    sampler = None
+    if (samples := config.monitor.samples) is not None:
+        prompts = open_prompts(config, samples)
+        sampler = Sampler(engine, prompts, samples) if replica == 0 else None
+
+    def evaluation_data(one: ValidationSet) -> EvaluationData:
+        batches = one.batches(config, replica, data.replicas, gpu)
+        return EvaluationData(batches if reads_data else None, len(batches), one.counted_share)
+
     return Run(
         config=config,
         engine=engine,
@@ -221,6 +233,7 @@ def assemble(
         batch_sizes=data.batch_sizes,
         train_batches=data.train_batches(replica, resumed.state.consumed_samples, gpu) if reads_data else None,
         validation_batches=validation if reads_data else None,
+        validation_sets={each.name: evaluation_data(each) for each in data.validation_sets},
         evaluation_micro_batches=0 if validation is None else len(validation),
         saver=Saver(checkpoint_folder(config), config, data.identity, optimizer, engine.stage_id, replica),
         restore=resumed.restore,
@@ -229,7 +242,36 @@ def assemble(
         ),
         console=console,
         records=records,
+        sampler=sampler,
     )
+
+
+def open_prompts(config: Config, settings: SampleTextsConfig) -> Prompts:
+    """Encode the prompts of ``monitor.samples``. Rank 0 reads the tokenizer; all ranks must call it.
+
+    Raises:
+        LimeError: the data name no tokenizer, or a prompt is too long.
+    """
+    from lime_dist.distributed import from_main_process, together
+    from lime_dist.export.run_tokenizer import open_run_tokenizer
+    from lime_dist.train.sample_texts import Prompts, check_length
+
+    def encode() -> Prompts | None:
+        if not is_main_process():
+            return None
+        try:
+            tokenizer, description = open_run_tokenizer(config)
+        except LimeError as error:
+            raise LimeError(f"monitor.samples: {error}") from None
+        begin = tokenizer.bos_id if description["settings"].get("bos") else tokenizer.eos_id
+        tokens = [[begin, *tokenizer.encode(text)] for text in settings.prompts]
+        prompts = Prompts(settings.prompts, tokens, tokenizer.eos_id, tokenizer.decode)
+        check_length(prompts, settings, config.data.sequence_length)
+        return prompts
+
+    own = together(encode)
+    tokens, eos = from_main_process(([], 0) if own is None else (own.tokens, own.eos))
+    return own or Prompts(settings.prompts, tokens, eos, str)
 
 
 def announce(run: Run, data: RunData, state: TrainState) -> None:

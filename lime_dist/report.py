@@ -17,6 +17,7 @@ from lime_dist.model.architecture import architecture_of
 from lime_dist.monitor.charts import COLOURS, Line, bar_chart, heat_map, legend, line_chart
 from lime_dist.monitor.html import distinct_names, html_page, note, section, table
 from lime_dist.monitor.run_folder import RunFolder, read_router_weights, read_run
+from lime_dist.monitor.tags import SET_PREFIX, set_name
 from lime_dist.paths import user_path
 
 EXAMPLES = """examples:
@@ -69,6 +70,7 @@ def make_page(runs: Sequence[RunFolder]) -> str:
         section("Loss", loss_curves(runs, names)),
         section("Where the time went", time_split(runs, names)),
         section("What layers read", '<div class="maps">' + "\n".join(map(router_picture, runs, names)) + "</div>"),
+        section("Sample texts", "\n".join(map(sample_texts, runs, names))),
         section("Settings that differ" if len(runs) > 1 else "Settings", settings_table(runs, names)),
     ]
     return html_page(title, parts)
@@ -164,6 +166,15 @@ def loss_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
         ]
         chart = line_chart(lines, "tokens", f"{title.lower()} loss, nats per {unit}")
         charts += [f"<h3>{title}</h3>\n{chart}"] if chart else []
+    keys = dict.fromkeys(key for run in runs for record in run.validations for key in record)
+    for key in keys:
+        if key.startswith(SET_PREFIX):
+            lines = [
+                Line(name, colour(index), points([one for one in run.validations if key in one], key), True)
+                for index, (run, name) in enumerate(zip(runs, names, strict=True))
+            ]
+            chart = line_chart(lines, "tokens", f"loss on {set_name(key)}, nats per {unit}")
+            charts += [f"<h3>Validation: {escape(set_name(key))}</h3>\n{chart}"] if chart else []
     return "\n".join([*charts, legend([(name, colour(index)) for index, name in enumerate(names)])])
 
 
@@ -218,6 +229,19 @@ def router_picture(run: RunFolder, name: str) -> str:
     ]
     caption = f"Step {step:,}. Mean |weight| over heads; the darkest colour is {top:.3g} and above."
     return f"<div><h3>{escape(name)}</h3>\n{picture}\n{note(caption)}</div>\n<div>{lines[0]}\n{lines[1]}</div>"
+
+
+def sample_texts(run: RunFolder, name: str) -> str:
+    """What the model wrote at the first, the middle and the last sample."""
+    if not run.samples:
+        return ""
+    last = len(run.samples) - 1
+    rows = [
+        [f"{run.samples[index]['step']:,}", str(prompt), str(text)]
+        for index in sorted({0, last // 2, last})
+        for prompt, text in run.samples[index]["sample_texts"].items()
+    ]
+    return f"<h3>{escape(name)}</h3>\n{table(['step', 'prompt', 'continuation'], rows, 'value')}"
 
 
 def settings_table(runs: Sequence[RunFolder], names: Sequence[str]) -> str:

@@ -96,6 +96,8 @@ def _type_text(field: FieldInfo) -> str:
                 names.append(f"list of {_choices(registry)}")
                 continue
             names.append(f"list of {'sections' if _is_section(item) else TYPE_NAMES[item] + 's'}")
+        elif get_origin(option) is dict:
+            names.append("paths by name")
         elif get_origin(option) is tuple:
             names.append(f"{len(get_args(option))} {TYPE_NAMES[get_args(option)[0]]}s")
         elif _is_section(option):

@@ -82,6 +82,22 @@ class RunConfig(Section):
         return self
 
 
+class SampleTextsConfig(Section):
+    """Texts that the model writes during training, for TensorBoard's text tab and the report."""
+
+    prompts: list[str] = Field(min_length=1, description="beginnings that the model continues")
+    interval: int = Field(500, ge=1, description="steps between samples")
+    tokens: int = Field(
+        48,
+        ge=1,
+        description="tokens of a continuation, at most. Each takes the first replica as long as a validation of its prompts; the other "
+        "replicas wait",
+    )
+    temperature: float = Field(
+        0.0, ge=0, description="0 takes the most likely token; higher values draw tokens at random"
+    )
+
+
 class MonitorConfig(Section):
     """What a run records beside its losses."""
 
@@ -96,6 +112,9 @@ class MonitorConfig(Section):
     )
     sinks: list[SinkName] = Field(
         [], description="dashboards that also get the metrics; each needs the extra of its name, such as `.[wandb]`"
+    )
+    samples: SampleTextsConfig | None = Field(
+        None, description="write sample texts during training; `null` writes none"
     )
     project: str = Field("lime_dist", min_length=1, description="the project in `sinks`; an experiment in MLflow")
 

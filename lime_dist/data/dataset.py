@@ -92,8 +92,8 @@ class TokenSplit:
     """The concatenated tokens of one split of a pretokenized folder, or of a Megatron-LM or GPT-NeoX ``.bin``/``.idx`` pair.
 
     Opening checks the sizes of shards; ``data_tools.inspect --verify`` checks their hashes. A pair has no splits: its last
-    documents, a fraction of ``validation_fraction``, are the validation split. A pair does not state its vocabulary either, so
-    the tokens of each sample are compared with ``vocab_size`` when it is read.
+    documents, a fraction of ``validation_fraction``, are the validation split; with 1, all of them. A pair does not state its
+    vocabulary either, so the tokens of each sample are compared with ``vocab_size`` when it is read.
 
     Attributes:
         path: the folder, or the prefix of the pair.
@@ -134,7 +134,7 @@ class TokenSplit:
         if pair.dtype.kind not in "iu":
             raise LimeError(f"{self.path}.idx: its tokens are {pair.dtype}, not integers; give a corpus of token ids")
         first_held_out = min(len(pair) - 1, round(len(pair) * (1 - validation_fraction)))
-        if first_held_out < 1:
+        if first_held_out < 1 and validation_fraction < 1:
             raise LimeError(f"{self.path}: {len(pair)} documents are too few to hold some of them out for validation")
         border = int(pair.lengths[: pair.document_bounds[first_held_out]].sum(dtype=np.int64))
         tokens = pair.tokens.view(np.ndarray)

@@ -15,6 +15,7 @@ from lime_dist.data.identity import DataIdentity
 from lime_dist.data.loader import TrainBatches, ValidationBatches
 from lime_dist.data.order import Order
 from lime_dist.data.ramp import BatchSizes
+from lime_dist.data.validation_sets import ValidationSet, fitting_samples, open_validation_sets
 from lime_dist.distributed import together
 from lime_dist.errors import LimeError
 
@@ -34,6 +35,7 @@ class RunData:
         evaluation_samples: samples of a validation.
         replicas: data-parallel width.
         identity: of the training data.
+        validation_sets: those of ``data.validation``; none if the run has no validation.
     """
 
     training: Samples
@@ -47,6 +49,7 @@ class RunData:
     evaluation_samples: int
     replicas: int
     identity: DataIdentity
+    validation_sets: tuple[ValidationSet, ...] = ()
 
     def settled(self, config: Config) -> Config:
         """The configuration with the number of validation samples that the run uses."""
@@ -96,6 +99,9 @@ def read_run_data(config: Config, replicas: int) -> RunData:
     _check_vocabulary(vocab_size, training.vocab_size, str(training.path))
     answers = find_answers(training, config.data.answer_token)
     validation, evaluation_samples = _open_validation(config, replicas, answers)
+    sets: tuple[ValidationSet, ...] = ()
+    if settings.evaluation_samples != 0:
+        sets = open_validation_sets(config, training, answers, evaluation_samples, replicas)
     shares = CountedShares()
     if answers is not None:
         shares = CountedShares(
@@ -114,6 +120,7 @@ def read_run_data(config: Config, replicas: int) -> RunData:
         evaluation_samples=evaluation_samples,
         replicas=replicas,
         identity=DataIdentity.of(training, length),
+        validation_sets=sets,
     )
 
 
@@ -124,25 +131,21 @@ def _open_validation(config: Config, replicas: int, answers: Answers | None) -> 
     if samples == 0:
         return None, 0
     split = open_validation(config.data, config.model.vocab_size)
+    if config.data.validation and not _has_samples(split, length):
+        return None, 0
     if samples is None:
-        samples = default_evaluation_samples(split.num_samples(length), wide)
+        samples = fitting_samples(EVALUATION_SAMPLES, split.num_samples(length), wide)
         if not samples:
             return None, 0
     ValidationBatches(split, length, samples, settings.micro_batch_size, 0, replicas, answers)
     return split, samples
 
 
-def default_evaluation_samples(available: int, wide: int) -> int:
-    """Samples of a validation if the configuration does not say: `EVALUATION_SAMPLES`, as far as the run allows.
-
-    Args:
-        available: samples of the validation split.
-        wide: samples of one micro-batch of all replicas.
-
-    Returns:
-        A multiple of ``wide``; 0 if not even one micro-batch is available.
-    """
-    return min(max(EVALUATION_SAMPLES, wide), available) // wide * wide
+def _has_samples(split: Samples, length: int) -> bool:
+    try:
+        return split.num_samples(length) > 0
+    except LimeError:
+        return False
 
 
 def describe_evaluation(config: Config, evaluation_samples: int, replicas: int) -> str | None:
@@ -151,7 +154,8 @@ def describe_evaluation(config: Config, evaluation_samples: int, replicas: int) 
         return None
     each = f"train.micro_batch_size={config.train.micro_batch_size} × {replicas} replicas"
     if not evaluation_samples:
-        return f"no validation: the validation split has no full micro-batch of all replicas ({each}); give more validation text"
+        missing = "validation on data.validation only" if config.data.validation else "no validation"
+        return f"{missing}: the validation split has no full micro-batch of all replicas ({each}); give more validation text"
     return f"validations have {evaluation_samples} samples, a multiple of {each} that the split allows"
 
 

@@ -40,6 +40,8 @@ def preflight(config: Config, processes: int) -> tuple[list[str], list[str]]:
             batches.close()
         if (validation := data.validation_batches(replica=0)) is not None:
             next(iter(validation))
+        for each in data.validation_sets:
+            next(iter(each.batches(config, 0, replicas)))
         checkpoints = Path(config.run.directory) / "checkpoints"
         why_not = why_not_resumable(checkpoints, config, data.identity)
         if not saved_steps(checkpoints):

@@ -23,12 +23,13 @@ from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer.round_trip import HARD_TEXTS
 from lime_dist.checkpoint.reading import Weights, load_decoder, read_weights, source_of
 from lime_dist.config.schema import Config
-from lime_dist.data.dataset import TokenSplit, read_dataset_json
+from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.files import json_bytes, sha256_file, write_atomic
 from lime_dist.errors import LimeError
 from lime_dist.export.comparison import TEXT, TOLERANCE, compare_logits, first_tokens
 from lime_dist.export.exported import CERTIFICATE, FORMAT, load_model, load_tokenizer, require_transformers
 from lime_dist.export.model_files import write_card, write_configuration, write_weights
+from lime_dist.export.run_tokenizer import data_folder, open_run_tokenizer
 from lime_dist.export.tokenizer_files import check_ids, special_ids, write_tokenizer
 
 
@@ -54,23 +55,8 @@ def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
     Raises:
         LimeError: there is no tokenizer, it is not the one of the shards, or it has more pieces than the model's vocabulary.
     """
-    data = Path(next((path for path in config.data.paths if Path(path).is_dir()), config.data.paths[0]))
-    description: dict[str, Any] = {}
-    try:
-        description = read_dataset_json(data)
-        if tokenizer_folder is None:
-            tokenizer_folder = data / description["tokenizer"]
-    except LimeError as error:
-        if tokenizer_folder is None:
-            raise LimeError(f"the run's data do not name a tokenizer ({error}); give --tokenizer DIR") from None
-    tokenizer = Tokenizer(tokenizer_folder)
-    if description and description["tokenizer_hash"] != tokenizer.hash:
-        raise LimeError(f"{tokenizer_folder}: is not the tokenizer that {data} was made with; leave out --tokenizer")
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise LimeError(
-            f"{tokenizer_folder}: has {tokenizer.vocab_size} pieces, but model.vocab_size={config.model.vocab_size}; "
-            "give the run's own tokenizer"
-        )
+    data = data_folder(config.data)
+    tokenizer, description = open_run_tokenizer(config, tokenizer_folder)
     bos, length = bool(description.get("settings", {}).get("bos")), config.data.sequence_length
     if description.get("splits", {}).get("validation", {}).get("tokens", 0) > length:
         tokens = first_tokens(TokenSplit(data, "validation"), length)

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line per step and one per validation. It has whole lines only, and a resume repeats none."""
+"""``metrics.jsonl``: one line per step, per validation, and per sample of texts. It has whole lines only, and a resume repeats none."""
 
 from __future__ import annotations
 
@@ -41,11 +41,17 @@ class MetricsFile:
             if record["step"] in self._validations:
                 return
             self._validations[record["step"]] = record["validation_loss"]
+        self._append(record)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
         self._file.write((json.dumps(record) + "\n").encode())
         self._file.flush()
 
     def draw(self, step: int, scalars: Mapping[str, float], pictures: Sequence[Summary]) -> None:
         """Do nothing: ``metrics.jsonl`` has neither pictures nor the scalars of single stages."""
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        self._append({"step": step, "sample_texts": dict(texts)})
 
     def best_validation(self) -> tuple[float, float] | None:
         """(loss, step) of the lowest validation loss over all starts of this run; None: there was no validation."""

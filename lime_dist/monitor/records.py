@@ -35,6 +35,9 @@ class RecordSink(Protocol):
         """Add scalars by tag, and pictures. A sink without charts ignores them."""
         ...
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Add sample texts, by prompt."""
+
     def flush(self) -> None: ...
 
     def rewind(self, step: int) -> None:
@@ -68,6 +71,9 @@ class Records:
 
     def draw(self, step: int, scalars: Mapping[str, float], pictures: Sequence[Summary] = ()) -> None:
         self._all(lambda sink: sink.draw(step, scalars, pictures))
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        self._all(lambda sink: sink.write_texts(step, texts))
 
     def flush(self) -> None:
         self._all(lambda sink: sink.flush(), [sink for sink in self._sinks if sink.required])

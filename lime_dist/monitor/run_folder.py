@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ class RunFolder:
         settings: the values of its ``config.yaml`` by dotted key.
         steps: records of training steps, ascending.
         validations: records with a ``validation_loss``.
+        samples: records with ``sample_texts``.
     """
 
     path: Path
     settings: dict[str, Any]
     steps: list[Record]
     validations: list[Record]
+    samples: list[Record] = field(default_factory=list)
 
 
 def read_run(path: Path) -> RunFolder:
@@ -49,7 +51,8 @@ def read_run(path: Path) -> RunFolder:
     validations = [record for record in records if "validation_loss" in record]
     if not steps and not validations:
         raise LimeError(f"{path / 'metrics.jsonl'} has no step yet; try again when the run has made some")
-    return RunFolder(path, _settings(path / "config.yaml"), steps, validations)
+    samples = [record for record in records if isinstance(record.get("sample_texts"), dict)]
+    return RunFolder(path, _settings(path / "config.yaml"), steps, validations, samples)
 
 
 def _records(file: Path, run: Path) -> list[Record]:

@@ -17,6 +17,8 @@ TAGS = {
 }
 """The tag of each key of a ``metrics.jsonl`` record that becomes a scalar."""
 PERPLEXITY = {"loss": "train/perplexity", "validation_loss": "validation/perplexity"}
+SET_PREFIX = "validation_loss/"
+"""Before the name of a set of ``data.validation``: the key of its loss in a record."""
 MAX_NATS = 80.0
 """A larger loss is drawn with the perplexity of this one, because its own overflows float32."""
 
@@ -25,4 +27,10 @@ def scalars(record: Mapping[str, float | int]) -> dict[str, float]:
     """What dashboards show of a record, by tag."""
     shown = {tag: record[key] for key, tag in TAGS.items() if key in record}
     perplexities = {tag: math.exp(min(record[key], MAX_NATS)) for key, tag in PERPLEXITY.items() if key in record}
-    return {**shown, **perplexities}
+    sets = {f"validation/{set_name(key)}/loss": record[key] for key in record if key.startswith(SET_PREFIX)}
+    return {**shown, **perplexities, **sets}
+
+
+def set_name(key: str) -> str:
+    """The set of ``data.validation`` whose loss a key of a record is."""
+    return key.removeprefix(SET_PREFIX)

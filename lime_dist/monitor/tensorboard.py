@@ -7,6 +7,7 @@ whole events and sees the error.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ FLUSH_SECONDS = 60.0
 LAYOUT = {
     "loss": {
         "training and validation": ["Multiline", ["train/loss", "validation/loss"]],
+        "validation sets": ["Multiline", [r"validation/.+/loss"]],
         "learning rates": ["Multiline", ["train/learning_rate", "train/router_learning_rate"]],
     },
     "training": {
@@ -98,6 +100,10 @@ class TensorBoardLog:
         for summary in [*(scalar(tag, value) for tag, value in scalars.items()), *pictures]:
             self._add(Event(summary=summary, step=step))
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        shown = "\n".join(f"{_as_code(prompt)}goes on with\n{_as_code(written)}" for prompt, written in texts.items())
+        self._add(Event(summary=text("samples", shown), step=step))
+
     def flush(self) -> None:
         self._flushed = time.monotonic()
         self._file.flush()
@@ -113,6 +119,12 @@ class TensorBoardLog:
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
+
+
+def _as_code(written: str) -> str:
+    """Text as Markdown shows it unchanged."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", written)), default=2))
+    return f"\n{fence}\n{written}\n{fence}\n"
 
 
 def _settings(config_text: str) -> dict[str, float | str | bool]:

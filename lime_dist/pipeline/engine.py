@@ -6,7 +6,7 @@ derives from it. `lime_dist/contract.py` lists what both need of DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, ClassVar, Protocol
@@ -82,13 +82,14 @@ class LimeEngine(PipelineEngine):
         super().__init__(args=None, model=module, config=settings, config_class=DeepSpeedConfig(settings, mpu), mpu=mpu)
         self.lime_config = config
         self.optimizer, self.clock = optimizer, clock
-        self._counted_shares = counted_shares
+        self._counted_shares, self._evaluated_share = counted_shares, counted_shares.validation
         self.timers = NoopTimer()  # the stock timers keep two CUDA events per step and never free them
         self.placement = gather_placement()
         self.watchdog = Watchdog(config.pipeline.timeout, self.device)
         self._shape: tuple[int, int] | None = None
         self.fwd_outputs = []
         self._micro_batch_losses: list[float] = []
+        self._read_output: Callable[[Tensor], None] | None = None
 
     def start_after(self, step: int) -> None:
         """Number the next training step ``step + 1``."""
@@ -140,12 +141,20 @@ class LimeEngine(PipelineEngine):
         self.clock.totals()  # frees the events of the clock, which the device has passed
         return loss
 
-    def evaluate(self, batches: Batches | None, micro_batches: int, micro_batch_size: int | None = None) -> float:
+    def evaluate(
+        self,
+        batches: Batches | None,
+        micro_batches: int,
+        micro_batch_size: int | None = None,
+        counted_share: float | None = None,
+    ) -> float:
         """Return the mean loss over ``micro_batches`` micro-batches of every replica, on every rank. No parameter changes.
 
         Args:
             micro_batch_size: samples per micro-batch, the same on all ranks; None: as in training.
+            counted_share: fraction of the labels that count in the loss; None: as in the validation split.
         """
+        self._evaluated_share = self._counted_shares.validation if counted_share is None else counted_share
         self._use_shape(micro_batch_size or self.lime_config.train.micro_batch_size)
         with (
             self.watching(f"the mean loss of the evaluation after step {self.global_steps}"),
@@ -158,6 +167,22 @@ class LimeEngine(PipelineEngine):
                 loss = float(self._aggregate_total_loss())
         self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers  # free the last ones
         return loss
+
+    def read_outputs(self, batches: Batches | None, micro_batches: int, read: Callable[[Tensor], None]) -> None:
+        """Run forward passes without a loss. All ranks of a replica must call it; other replicas need not.
+
+        Args:
+            read: called on the last stage for each micro-batch in turn, with the hidden states [B, T, D] after the last norm.
+        """
+        self._use_shape(self.lime_config.train.micro_batch_size)
+        self.module.eval()
+        self.micro_batches, self.data_iterator, self._read_output = micro_batches, batches, read
+        try:
+            with torch.no_grad(), self.clock.measuring(VALIDATION):
+                self._exec_schedule(self._inference_schedule(micro_batches))
+        finally:
+            self._read_output = None
+        self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers
 
     def micro_batch_losses(self) -> list[float]:
         """Losses of the last step's micro-batches on the last stage; empty on the others."""
@@ -264,8 +289,10 @@ class LimeEngine(PipelineEngine):
 
     def _add_loss(self, outputs_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Return the loss of a micro-batch on the last stage, and add it to the step's total."""
-        shares = self._counted_shares
-        share = shares.training if torch.is_grad_enabled() else shares.validation
+        if self._read_output is not None:
+            self._read_output(outputs_BTD)
+            return outputs_BTD.new_zeros(())
+        share = self._counted_shares.training if torch.is_grad_enabled() else self._evaluated_share
         loss: Tensor = self.module.loss_fn(outputs_BTD, labels_BT, share)
         self.fwd_outputs.append(loss.detach())
         self.total_loss = loss.detach().clone() if self.total_loss is None else self.total_loss + loss.detach()

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import LayerSpec as DeepSpeedLayer
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -177,6 +178,10 @@ class LimePipelineModule(PipelineModule):
         if not self.holds_head:
             return pack(hidden, released, history)
         return apply_norm(config.model, functions[-2], hidden)
+
+    def logits(self, hidden_D: Tensor) -> Tensor:
+        """The logits [..., V] of hidden states [..., D] after the last norm, on the last stage."""
+        return F.linear(hidden_D, cast(Tensor, self.forward_funcs[-1].weight))
 
     def _loss(self, hidden_BTD: Tensor, labels_BT: Tensor, counted_share: float | None) -> Tensor:
         """The loss of a micro-batch on the last stage. The head is an output projection or a tied embedding."""

@@ -15,6 +15,7 @@ from lime_dist.data.state import TrainState
 from lime_dist.model.architecture import architecture_of
 from lime_dist.monitor.peak import measured_flops
 from lime_dist.monitor.routers import has_map
+from lime_dist.monitor.tags import SET_PREFIX
 from lime_dist.train.measurements import Measurements, interval_record, stage_scalars
 from lime_dist.train.run import Metrics, Run
 from lime_dist.train.signals import StopSignals
@@ -37,7 +38,7 @@ class Outcome:
     """How training ended.
 
     Attributes:
-        validation_loss: of the last state; None: the run has no validation, or was stopped.
+        validation_loss: of the last state, as `validate` returns it; None: the run has no validation, or was stopped.
         stopped_by: what stopped the run before its end; None: nothing did.
         time_split: on rank 0, seconds of this start by kind of work, the mean over ranks; {} on the others.
     """
@@ -67,8 +68,10 @@ def train(run: Run, state: TrainState) -> Outcome:
             step_end.check_update(state, loss)
             if has_map(run.config.model) and _due(run.config.monitor.router_interval, state.step):
                 _draw_routers(run, state)
-            if _due(settings.evaluation_interval, state.step) and run.evaluation_micro_batches:
+            if _due(settings.evaluation_interval, state.step) and run.validates:
                 validated = (state.step, validate(run, state))
+            if run.sampler is not None and _due(run.sampler.interval, state.step):
+                run.records.write_texts(state.step, run.sampler.texts(state.step))
             now = validated[1] if validated is not None and validated[0] == state.step else None
             after = step_end.finish(state, loss, now)
             if after.step < state.step and recent.losses:
@@ -76,7 +79,7 @@ def train(run: Run, state: TrainState) -> Outcome:
             state = after
         if step_end.stopped_by is None:
             step_end.save_last(state)
-            if run.evaluation_micro_batches and (validated is None or validated[0] != state.step):
+            if run.validates and (validated is None or validated[0] != state.step):
                 validated = (state.step, validate(run, state))
                 step_end.keep_best(state, validated[1])
     run.console.close()
@@ -85,14 +88,28 @@ def train(run: Run, state: TrainState) -> Outcome:
 
 
 def validate(run: Run, state: TrainState) -> float:
-    """The loss over the validation samples; also recorded and printed. All ranks must call it."""
-    batches = iter(run.validation_batches) if run.validation_batches is not None else None
+    """The loss over the validation samples, and over each set of ``data.validation``; also recorded and printed. All ranks must
+    call it.
+
+    Returns:
+        The loss over the data's own validation split; the mean over the sets if it has none.
+    """
     begin = time.perf_counter()
-    loss = run.engine.evaluate(batches, run.evaluation_micro_batches)
+    losses: dict[str, float] = {}
+    for name, data in run.validation_sets.items():
+        batches = None if data.batches is None else iter(data.batches)
+        losses[name] = run.engine.evaluate(batches, data.micro_batches, counted_share=data.counted_share)
+    if run.evaluation_micro_batches:
+        own = None if run.validation_batches is None else iter(run.validation_batches)
+        loss = run.engine.evaluate(own, run.evaluation_micro_batches)
+    else:
+        loss = fmean(losses.values())
+    record: Metrics = {"validation_loss": loss, **{f"{SET_PREFIX}{name}": each for name, each in losses.items()}}
     seconds = time.perf_counter() - begin
-    run.records.write({**_position(run.config, state), "validation_loss": loss, "seconds_validation": seconds})
+    run.records.write({**_position(run.config, state), **record, "seconds_validation": seconds})
     run.records.flush()
-    run.console.say(f"step {state.step}/{run.config.train.steps} | validation loss {loss:.4f}")
+    each_set = "".join(f" | {name} {each:.4f}" for name, each in losses.items())
+    run.console.say(f"step {state.step}/{run.config.train.steps} | validation loss {loss:.4f}{each_set}")
     return loss
 
 

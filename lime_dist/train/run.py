@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,7 @@ from lime_dist.data.ramp import BatchSizes
 from lime_dist.data.state import TrainState
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.train.control import Control
+from lime_dist.train.sample_texts import Sampler
 from lime_dist.train.stage_optimizer import StageOptimizer
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class RecordLog(Protocol):
 
     def draw(self, step: int, scalars: Mapping[str, float], pictures: Sequence[Summary] = ()) -> None: ...
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None: ...
+
     def flush(self) -> None: ...
 
     def rewind(self, step: int) -> None: ...
@@ -117,12 +120,29 @@ class ProgressConsole(Protocol):
 
 
 @dataclass(frozen=True)
+class EvaluationData:
+    """What an evaluation of one validation set reads.
+
+    Attributes:
+        batches: None on the stages that read no data.
+        micro_batches: of each replica.
+        counted_share: share of the labels that the loss counts; None: all.
+    """
+
+    batches: ValidationBatches | None
+    micro_batches: int
+    counted_share: float | None
+
+
+@dataclass(frozen=True)
 class Run:
     """The finished parts of a run.
 
     Attributes:
         train_batches, validation_batches: None on the stages between the first and the last, which read no data.
-        evaluation_micro_batches: of each replica in a validation; 0: the run has no validation.
+        evaluation_micro_batches: of each replica in a validation; 0: the data have no validation split, or the run does not read it.
+        validation_sets: the other sets that a validation reads, by name.
+        sampler: writes the sample texts of the first replica; None on other replicas, or if the run writes none.
         restore: loads the newest whole checkpoint; returns it, or None, and a line for each one that it passed over.
     """
 
@@ -139,6 +159,13 @@ class Run:
     control: Control
     console: ProgressConsole
     records: RecordLog
+    validation_sets: Mapping[str, EvaluationData] = field(default_factory=dict)
+    sampler: Sampler | None = None
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run has any validation."""
+        return self.evaluation_micro_batches > 0 or bool(self.validation_sets)
 
     @property
     def replica(self) -> int:

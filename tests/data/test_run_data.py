@@ -78,7 +78,7 @@ def test_validation_samples_that_nobody_set_never_stop_a_run(
 
 
 def test_a_split_smaller_than_the_default_is_used_as_far_as_it_goes() -> None:
-    assert [run_data.default_evaluation_samples(available, 6) for available in (5, 6, 17, 59, 60, 1000)] == [
+    assert [run_data.fitting_samples(64, available, 6) for available in (5, 6, 17, 59, 60, 1000)] == [
         0,
         6,
         12,

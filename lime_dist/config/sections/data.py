@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lime_dist.config.sections.base import Section, UserPath
 
@@ -34,6 +35,11 @@ class DataConfig(Section):
         description="share of a `.bin`/`.idx` pair's documents, the last ones, that is held out for validation; folders "
         "have their own validation split",
     )
+    validation: dict[str, UserPath] = Field(
+        {},
+        description="more validation sets by name, such as `{wiki: PATH, code: PATH}`, each with its own curve: the validation "
+        "split of a folder; all of a folder without one, or of a `.bin`/`.idx` pair, that the run does not train on",
+    )
     sequence_length: int = Field(256, ge=1, description="tokens per sample")
     seed: int = Field(0, description="seed of the order of samples")
     accept_change: bool = Field(
@@ -47,6 +53,13 @@ class DataConfig(Section):
         description="id of the token that separates question and answer: the loss counts only what follows it in the "
         "document; `null` counts all tokens; needs `path`",
     )
+
+    @field_validator("validation")
+    @classmethod
+    def _names_of_curves(cls, validation: dict[str, str]) -> dict[str, str]:
+        if wrong := [name for name in validation if not re.fullmatch(r"\w[\w-]*", name)]:
+            raise ValueError(f"data.validation: {wrong[0]!r} cannot name a curve; use letters, digits, _ and -")
+        return validation
 
     @model_validator(mode="before")
     @classmethod

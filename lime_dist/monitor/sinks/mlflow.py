@@ -91,6 +91,10 @@ class MLflow:
         with refusals():
             self._client.log_batch(self._run, metrics=metrics, synchronous=False)
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        with refusals():
+            self._client.log_dict(self._run, dict(texts), f"samples/step{step}.json")
+
     def flush(self) -> None:
         """Do nothing: the package sends by itself."""
 

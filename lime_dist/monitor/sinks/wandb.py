@@ -63,6 +63,11 @@ class WeightsAndBiases:
             images: dict[str, Any] = {tag: self._wandb.Image(image) for tag, image in images_in(pictures)}
             self._run.log({"step": step, **scalars_in(scalars, pictures), **images})
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        with refusals():
+            table = self._wandb.Table(columns=["prompt", "continuation"], data=[list(pair) for pair in texts.items()])
+            self._run.log({"step": step, "samples": table})
+
     def flush(self) -> None:
         """Do nothing: the package sends by itself."""
 

@@ -1,0 +1,45 @@
+"""The tokenizer of a run: by default the one that its shards were made with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_tools.tokenizer import Tokenizer
+from lime_dist.config.schema import Config, DataConfig
+from lime_dist.data.dataset import read_dataset_json
+from lime_dist.errors import LimeError
+
+
+def data_folder(data: DataConfig) -> Path:
+    """The dataset that names the tokenizer of a run: the only one, or the first folder of a blend."""
+    return Path(next((path for path in data.paths if Path(path).is_dir()), data.paths[0]))
+
+
+def open_run_tokenizer(config: Config, tokenizer_folder: Path | None = None) -> tuple[Tokenizer, dict[str, Any]]:
+    """Open the given tokenizer, by default the one that the run's shards were made with.
+
+    Returns:
+        It and the description of the dataset that names it; {} if a tokenizer is given and the dataset cannot be read.
+
+    Raises:
+        LimeError: there is no tokenizer, it is not the one of the shards, or it has more pieces than the model's vocabulary.
+    """
+    data = data_folder(config.data)
+    description: dict[str, Any] = {}
+    try:
+        description = read_dataset_json(data)
+        if tokenizer_folder is None:
+            tokenizer_folder = data / description["tokenizer"]
+    except LimeError as error:
+        if tokenizer_folder is None:
+            raise LimeError(f"the run's data do not name a tokenizer ({error}); give --tokenizer DIR") from None
+    tokenizer = Tokenizer(tokenizer_folder)
+    if description and description["tokenizer_hash"] != tokenizer.hash:
+        raise LimeError(f"{tokenizer_folder}: is not the tokenizer that {data} was made with; leave out --tokenizer")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise LimeError(
+            f"{tokenizer_folder}: has {tokenizer.vocab_size} pieces, but model.vocab_size={config.model.vocab_size}; "
+            "give the run's own tokenizer"
+        )
+    return tokenizer, description
