@@ -56,7 +56,7 @@ def run_text(config: Config, tokenizer_folder: Path | None) -> RunText:
         LimeError: there is no tokenizer, it is not the one of the shards, or it has more pieces than the model's vocabulary.
     """
     data = data_folder(config.data)
-    tokenizer, description = open_run_tokenizer(config, tokenizer_folder)
+    tokenizer, description = open_run_tokenizer(config, tokenizer_folder, "; give --tokenizer DIR")
     bos, length = bool(description.get("settings", {}).get("bos")), config.data.sequence_length
     if description.get("splits", {}).get("validation", {}).get("tokens", 0) > length:
         tokens = first_tokens(TokenSplit(data, "validation"), length)

@@ -16,8 +16,13 @@ def data_folder(data: DataConfig) -> Path:
     return Path(next((path for path in data.paths if Path(path).is_dir()), data.paths[0]))
 
 
-def open_run_tokenizer(config: Config, tokenizer_folder: Path | None = None) -> tuple[Tokenizer, dict[str, Any]]:
+def open_run_tokenizer(
+    config: Config, tokenizer_folder: Path | None = None, remedy: str = ""
+) -> tuple[Tokenizer, dict[str, Any]]:
     """Open the given tokenizer, by default the one that the run's shards were made with.
+
+    Args:
+        remedy: ends the message that there is none.
 
     Returns:
         It and the description of the dataset that names it; {} if a tokenizer is given and the dataset cannot be read.
@@ -33,7 +38,7 @@ def open_run_tokenizer(config: Config, tokenizer_folder: Path | None = None) -> 
             tokenizer_folder = data / description["tokenizer"]
     except LimeError as error:
         if tokenizer_folder is None:
-            raise LimeError(f"the run's data do not name a tokenizer ({error}); give --tokenizer DIR") from None
+            raise LimeError(f"the run's data do not name a tokenizer ({error}){remedy}") from None
     tokenizer = Tokenizer(tokenizer_folder)
     if description and description["tokenizer_hash"] != tokenizer.hash:
         raise LimeError(f"{tokenizer_folder}: is not the tokenizer that {data} was made with; leave out --tokenizer")

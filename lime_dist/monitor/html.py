@@ -10,7 +10,7 @@ STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 24px auto; padding: 0 16px; }
 h1 { font-size: 22px; } h2 { font-size: 17px; margin: 32px 0 8px; } h3 { font-size: 14px; margin: 16px 0 4px; }
 table { border-collapse: collapse; } th, td { padding: 3px 10px; border-bottom: 1px solid #ddd; text-align: left; }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } code, td.value { font-family: ui-monospace, monospace; }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } code, td.value { font-family: ui-monospace, monospace; white-space: pre-wrap; }
 svg { max-width: 100%; height: auto; } svg text { font-size: 11px; fill: #444; } .grid { stroke: #e5e5e5; }
 .legend span { margin-right: 16px; } .legend i { display: inline-block; width: 12px; height: 12px; margin-right: 5px; }
 .maps svg { display: block; }

@@ -88,6 +88,7 @@ def drawn(sink: Any) -> None:
     sink.write({"step": 1, "loss": 2.0, "lr": 0.5, "step_seconds": 0.1})
     sink.write({"step": 2, "loss": float("nan")})
     sink.draw(2, {"stage0/bubble": 0.25}, [picture("routers/layers", [[1.0, 0.0], [0.5, 0.5]], "layer")])
+    sink.write_texts(2, {"A list is": "a list"})
     sink.close()
 
 
@@ -99,6 +100,8 @@ def test_weights_and_biases(server: str, tmp_path: Path) -> None:
     assert curves["train/perplexity"][0] == (1, pytest.approx(math.exp(2)))
     assert curves["stage0/bubble"] == [(2, 0.25)]
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/routers/*.png"))) == 1
+    (texts,) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples*.json")
+    assert json.loads(texts.read_text())["data"] == [["A list is", "a list"]]
     again = WeightsAndBiases(tmp_path, config)
     again.write({"step": 3, "loss": 1.5})
     again.close()
@@ -117,6 +120,7 @@ def test_mlflow(server: str, tmp_path: Path) -> None:
     assert [(metric.step, metric.value) for metric in history if metric.step != 2] == [(1, 2.0), (3, 1.5)]
     assert run.data.params["optimizer.lr"] == "0.002" and run.data.metrics["stage0/bubble"] == 0.25
     assert (run.info.run_name, run.info.status) == (tmp_path.name, "FINISHED")
+    assert mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/samples/step2.json") == {"A list is": "a list"}
     assert [path for path in client.list_artifacts(run.info.run_id, "images") if path.path.endswith(".png")]
 
 
