@@ -14,7 +14,7 @@ from lime_dist.model.layout import StageLayout
 
 def fused_history_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int | None:
     """Bytes of one forward and backward pass of all layers; None for a model without such a history."""
-    layout = stage_layout(config, 0, config.num_hidden_layers)
+    layout = stage_layout(config, range(config.num_hidden_layers))
     architecture = architecture_of(config)
     if layout is None or not architecture.receives_in_place:
         return None

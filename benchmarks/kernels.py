@@ -68,7 +68,7 @@ def step_kernels(
     hidden = torch.empty(
         batch, length, *architecture_of(config).hidden_shape, dtype=dtype, device=meta, requires_grad=True
     )
-    history = open_history(config, stage_layout(config, 0, config.num_hidden_layers), batch * length, dtype, meta)
+    history = open_history(config, stage_layout(config, range(config.num_hidden_layers)), batch * length, dtype, meta)
     with Trace() as trace, OneKernelEach(trace), mock.patch.object(layers_module, "rms_norm", norm_on_cuda):
         out, _ = run_layers(layers, hidden, history, activation_checkpointing)
         del history

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lime_dist.model.architecture import stage_layout
 from lime_dist.model.cost import payload_parts
-from lime_dist.model.crossing import ENTRIES, Prices
+from lime_dist.model.crossing import ENTRIES, Cut, Prices
 from lime_dist.model.decoder import Decoder, apply_head, embed, later_readers, layer_name, open_history, run_layers
 from lime_dist.pipeline.payload import pack, unpack
 
@@ -33,7 +33,7 @@ def staged_logits(
     gradient: Roundings,
     prices: Prices = ENTRIES,
 ) -> Tensor:
-    """Logits [B, T, V] of stages with layers bounds[s] … bounds[s+1]−1.
+    """Logits [B, T, V] of stages with layers bounds[s] … bounds[s+1]−1, or of the parts of a cut (``prices.cut``).
 
     Args:
         payload, gradient: what happens to payloads and to their gradients at a boundary.
@@ -45,10 +45,14 @@ def staged_logits(
     cuts = [*(position[layer_name(bound)] for bound in bounds[:-1]), len(layers)]
     hidden = embed(config, embedding, tokens_BT)
     received = hidden
-    for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(cuts), strict=True):
-        layout = stage_layout(config, start, stop, prices)
-        later = [model.get_submodule(spec.name) for spec in later_readers(config, layout)]
-        history = open_history(config, layout, tokens_BT.numel(), hidden.dtype, hidden.device)
+    cut = prices.cut or Cut(tuple(bounds), len(bounds) - 1)
+    layouts = [stage_layout(config, *cut.of_stage(stage), prices=prices) for stage in range(cut.stages)]
+    histories = [open_history(config, layout, tokens_BT.numel(), hidden.dtype, hidden.device) for layout in layouts]
+    for part, ((start, stop), (first, last)) in enumerate(zip(pairwise(bounds), pairwise(cuts), strict=True)):
+        turn, stage = divmod(part, cut.stages)
+        later = [model.get_submodule(spec.name) for spec in later_readers(config, layouts[stage])]
+        if (history := histories[stage]) is not None and turn:
+            history.begin_part(turn)
         if start:
             hidden = unpack(received, config.hidden_size, history)
         hidden, released = run_layers(layers[first:last], hidden, history, model.activation_checkpointing, later)

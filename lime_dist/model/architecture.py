@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -304,15 +304,13 @@ def architecture_of(config: ModelConfig) -> Architecture:
     return architecture
 
 
-def stage_layout(config: ModelConfig, start: int, stop: int, prices: Prices = ENTRIES) -> StageLayout | None:
-    """Where a stage of decoder layers ``start`` … ``stop``−1 keeps its history; None for models without one."""
+def stage_layout(config: ModelConfig, *parts: range, prices: Prices = ENTRIES) -> StageLayout | None:
+    """Where a stage keeps its history whose parts hold these decoder layers; None for models without one."""
     architecture = architecture_of(config)
     if architecture.policy is None:
         return None
-    prices = prices if architecture.mixtures_cross else ENTRIES
-    return StageLayout(
-        architecture.policy, start, stop, config.num_hidden_layers, architecture.max_block_layers, prices
-    )
+    prices = _possible(architecture, prices)
+    return StageLayout(architecture.policy, parts, config.num_hidden_layers, architecture.max_block_layers, prices)
 
 
 def model_crossings(config: ModelConfig, prices: Prices = ENTRIES) -> Sequence[Crossing]:
@@ -320,8 +318,13 @@ def model_crossings(config: ModelConfig, prices: Prices = ENTRIES) -> Sequence[C
     architecture = architecture_of(config)
     if architecture.policy is None:
         return [Crossing()] * (config.num_hidden_layers + 1)
-    prices = prices if architecture.mixtures_cross else ENTRIES
+    prices = _possible(architecture, prices)
     return crossings(architecture.policy, config.num_hidden_layers, prices)
+
+
+def _possible(architecture: Architecture, prices: Prices) -> Prices:
+    """The prices without that of partial mixtures where they cannot cross."""
+    return prices if architecture.mixtures_cross else replace(prices, entry=1, mixture=None)
 
 
 @lru_cache(maxsize=64)

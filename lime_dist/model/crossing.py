@@ -24,6 +24,14 @@ cost at b, and as A is the largest such set, B ⊆ A. Over the boundaries, X onl
 The largest set has the most entries and the fewest mixtures: ties go to what needs no computation before the boundary.
 
 For the full history, b entries exist and L − b readers are left, and each reads all: min(b, L − b) cross.
+
+Several parts a stage
+---------------------
+If a stage holds several parts (`Cut`), entries alone cross, and the stage keeps what it has. An entry travels from the part that
+makes it from stage to stage, to each at most once, and no further than a later part of some stage reads it. So a part receives
+what the other stages have made since the last part of its own: entries of the P − 1 parts before it, for P stages. For the full
+history of L layers in V equal parts a stage that is L·(P − 1)·(1 − 1/(2V)) entries over all boundaries, and L·(P − 1)/(P·V) at most
+over one.
 """
 
 from __future__ import annotations
@@ -32,17 +40,46 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from lime_dist.model.chunks import summarised_chunks
 from lime_dist.model.policies import Entry, HistoryPolicy
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Where the decoder is cut into parts, and which stage holds which: part i has layers bounds[i] … bounds[i+1]−1 and lies on
+    stage i mod ``stages``. So what leaves a part on the last stage enters the next one on the first stage."""
+
+    bounds: tuple[int, ...]
+    stages: int
+
+    @property
+    def parts(self) -> list[range]:
+        """The layers of each part."""
+        return [range(start, stop) for start, stop in pairwise(self.bounds)]
+
+    @property
+    def parts_per_stage(self) -> int:
+        return (len(self.bounds) - 1) // self.stages
+
+    def of_stage(self, stage: int) -> tuple[range, ...]:
+        """The layers of each part of a stage."""
+        return tuple(self.parts[stage :: self.stages])
+
+
+@dataclass(frozen=True)
 class Prices:
-    """What it costs to send an entry, and a partial mixture; None: partial mixtures are not sent."""
+    """What it costs to send an entry, and a partial mixture; None: partial mixtures are not sent.
+
+    Attributes:
+        cut: where the decoder is cut, if stages hold several parts and keep their entries: an entry that a stage has costs nothing,
+            and partial mixtures are not sent.
+    """
 
     entry: int = 1
     mixture: int | None = None
+    cut: Cut | None = None
 
 
 ENTRIES = Prices()
@@ -81,7 +118,11 @@ def sources_of_readers(policy: HistoryPolicy, num_layers: int) -> Mapping[Entry,
 
 @lru_cache(maxsize=64)
 def crossings(policy: HistoryPolicy, num_layers: int, prices: Prices = ENTRIES) -> tuple[Crossing, ...]:
-    """What crosses the boundary before each layer 0 … L; nothing crosses the first and the last."""
+    """What crosses the boundary before each layer 0 … L; nothing crosses the first and the last. With ``prices.cut`` only the
+    boundaries of the cut count."""
+    if prices.cut is not None:
+        between = dict(zip(prices.cut.bounds, part_crossings(policy, prices.cut), strict=True))
+        return tuple(between.get(boundary, Crossing()) for boundary in range(num_layers + 1))
     sources = sources_of_readers(policy, num_layers)
     made = sorted(set(sources).union(*sources.values()))  # by the time from which they exist
     bit = {entry: 1 << index for index, entry in enumerate(made)}
@@ -93,6 +134,22 @@ def crossings(policy: HistoryPolicy, num_layers: int, prices: Prices = ENTRIES) 
         entries, mixtures = _least_cover(open_pairs, prices)
         result.append(Crossing(_in_order(e for e in made if bit[e] & entries), _in_order(mixtures)))
     return (*result, Crossing())
+
+
+def part_crossings(policy: HistoryPolicy, cut: Cut) -> tuple[Crossing, ...]:
+    """What crosses the boundary before each part, and the one behind the last, if every stage keeps the entries that it has received
+    or made until its last part; nothing crosses the first and the last."""
+    part_of = [part for part, layers in enumerate(cut.parts) for _ in layers]
+    last: dict[Entry, int] = {}  # the last part that an entry is sent to
+    for reader, entries in sources_of_readers(policy, cut.bounds[-1]).items():
+        for entry in entries:
+            maker = part_of[entry.layer]
+            arrival = maker + (part_of[reader.layer] - maker) % cut.stages  # first part after it on the reader's stage
+            last[entry] = max(last.get(entry, 0), arrival)
+    return tuple(
+        Crossing(_in_order(entry for entry in last if part_of[entry.layer] < part <= last[entry]))
+        for part in range(len(cut.bounds))
+    )
 
 
 @lru_cache(maxsize=64)

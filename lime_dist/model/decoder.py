@@ -128,7 +128,7 @@ def run_layers(
             others = [*(layer for layer in layers if isinstance(layer, ChunkSummary)), *later]
             routing = [cast(PreNormLayer, layer).routing() for layer in decoder_layers]
             history.open(routing, [reader_weights(reader) for reader in others])
-            chunks = iter(history.layout.chunks)
+            chunks = iter(history.layout.chunks_of(history.part))
         for layer in layers:
             if isinstance(layer, ChunkSummary):
                 assert history is not None
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.layout = stage_layout(config, 0, config.num_hidden_layers)
+        self.layout = stage_layout(config, range(config.num_hidden_layers))
         specs = decoder_layers(config)
         modules = [spec.build(config, seed, torch.device(device), dtype) for spec in specs]
         if specs[-1] is specs[0]:

@@ -61,6 +61,13 @@ mixture of a later layer into its payload when it packs it. A partial mixture th
 entry; its layer's mixture starts from it. The gradient of a partial mixture is that of the mixture: it comes back with the
 gradients of entries, gives its share to every entry that the stage added, and is sent back unchanged.
 
+Parts
+-----
+A stage may hold several parts of the decoder (`crossing.Cut`). They share one history of a micro-batch: a later part reads, in
+place, what an earlier one has received or made. Each part has an autograd graph of its own. Backward visits the parts from last to
+first, and what a later part computes for the gradient of an entry is there when the part is visited that received or made it: with
+``routes: kv`` it is the g of the later readers. `StageLayout.kept_for` says which readers those are, and a missing one is an error.
+
 Order
 -----
 Autograd does not see the buffer, so the order of writers and readers is made explicit: every operation takes the
@@ -90,7 +97,8 @@ class LayerHistory:
     """What both kinds of route share.
 
     Use, in this order: construct; ``unpack`` a payload (all stages but the first); ``open``; run the layers in ascending
-    order and ``summarise`` each chunk after its last layer; ``release``; ``pack`` a payload (all stages but the last).
+    order and ``summarise`` each chunk after its last layer; ``release``; ``pack`` a payload (all stages but the last). For each
+    further part ``begin_part``, and the same again.
 
     Args:
         slot_shape: shape of one entry.
@@ -101,12 +109,15 @@ class LayerHistory:
         lead: elements before the entries in the same memory, where the hidden state of a payload can be received.
 
     Attributes:
+        part: the part of the stage whose forward pass is running, or was the last to run.
         memory: [lead + all entries].
         entries: [positions, *slot_shape]: every entry that this stage holds.
         dependency: the scalar that orders the operations on this history in the autograd graph.
         accumulation_dtype: type of sums in several steps: that of the entries, at least float32.
         weights: [reader rows, reader heads, positions, entry heads]: the weights of all readers, 0 where nothing is read.
     """
+
+    part: int = 0
 
     def __init__(
         self,
@@ -135,9 +146,13 @@ class LayerHistory:
 
     # -- called by the stage ------------------------------------------------------------------------------------------
 
+    def begin_part(self, part: int) -> None:
+        """Begin the forward pass of a part of the stage that is not its first."""
+        self.part, self.dependency = part, torch.zeros_like(self.dependency.detach())
+
     def landing(self, shape_BTC: tuple[int, ...]) -> Tensor:
-        """The memory that a payload is to be received into, [B, T, C]; then pass it to ``unpack``. Only for architectures
-        with ``receives_in_place``."""
+        """The memory that the payload of the first part is to be received into, [B, T, C]; then pass it to ``unpack``. Only for
+        architectures with ``receives_in_place``."""
         raise NotImplementedError
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
@@ -148,9 +163,9 @@ class LayerHistory:
         """Take the weights of the stage's readers.
 
         Args:
-            routing: for each layer, ascending, the weights with which it mixes entries; None if they are unknown before it
-                runs, or if it has no router.
-            others: A_m of the chunks that the stage summarises, ascending; then the weights of the readers of later stages to
+            routing: for each layer of the part, ascending, the weights with which it mixes entries; None if they are unknown before
+                it runs, or if it has no router.
+            others: A_m of the chunks that the part summarises, ascending; then the weights of the readers of later stages to
                 whose partial mixtures it adds (`StageLayout.later_readers`).
         """
         raise NotImplementedError
@@ -185,20 +200,22 @@ class LayerHistory:
     # -- called by `OpenWeights` ---------------------------------------------------------------------------------------
 
     def take_weights(self, reader_heads: int, weights: Sequence[Tensor | None]) -> None:
-        """Stack the weights of all readers, each [rows · reader heads, entries read · entry heads], into ``weights``."""
-        readers = self._weighted_readers()
-        num_rows = max(rows.stop for _, rows in readers)
-        shape = (num_rows, reader_heads, self.layout.num_positions, self.entry_heads)
-        self.weights = self.entries.new_zeros(shape)
+        """Stack the weights of a part's readers, each [rows · reader heads, entries read · entry heads], into ``weights``."""
+        readers = self._weighted_readers(self.part)
+        if not len(self.weights):
+            every = (readers for part in range(len(self.layout.parts)) for readers in self._weighted_readers(part))
+            num_rows = max(rows.stop for _, rows in every)
+            shape = (num_rows, reader_heads, self.layout.num_positions, self.entry_heads)
+            self.weights = self.entries.new_zeros(shape)
         for (reader, rows), matrix in zip(readers, weights, strict=True):
             if matrix is not None:
                 parts = matrix.reshape(rows.stop - rows.start, reader_heads, -1, self.entry_heads)
                 for columns, run in reader.weight_columns:
                     self.weights[rows, :, run] = parts[:, :, columns]
 
-    def weight_gradients(self, has_weights: Sequence[bool]) -> list[Tensor | None]:
-        """The gradient of each reader's weights, in the shape in which `take_weights` took them; call it once, after all
-        readers have been visited.
+    def weight_gradients(self, part: int, has_weights: Sequence[bool]) -> list[Tensor | None]:
+        """The gradient of the weights of each reader of a part, in the shape in which `take_weights` took them; call it once, after
+        all readers of the part have been visited.
 
         Raises:
             RuntimeError: no reader has been visited.
@@ -208,7 +225,7 @@ class LayerHistory:
             raise RuntimeError("the history has no gradients of router weights: no layer has run backward yet")
         return [
             self._unstacked(stacked, reader, rows) if present else None
-            for (reader, rows), present in zip(self._weighted_readers(), has_weights, strict=True)
+            for (reader, rows), present in zip(self._weighted_readers(part), has_weights, strict=True)
         ]
 
     def _unstacked(self, stacked: Tensor, reader: Reader, rows: slice) -> Tensor:
@@ -221,8 +238,8 @@ class LayerHistory:
 
     # -- for subclasses -----------------------------------------------------------------------------------------------
 
-    def _weighted_readers(self) -> list[tuple[Reader, slice]]:
-        """The readers whose weights ``open`` takes, in that order, each with its rows of ``weights``."""
+    def _weighted_readers(self, part: int) -> list[tuple[Reader, slice]]:
+        """The readers whose weights ``open`` takes for a part, in that order, each with its rows of ``weights``."""
         raise NotImplementedError
 
     @property
@@ -278,7 +295,7 @@ class LayerHistory:
         if self.is_recomputing:
             return None
         before = entry.layer if entry.is_summary else entry.layer - 1
-        if entry in self._written or (before >= self.layout.start and Entry(before) not in self._written):
+        if entry in self._written or (before in self.layout.row and Entry(before) not in self._written):
             raise RuntimeError(
                 f"layer {entry.layer} wrote its entry out of order (entries written so far: {len(self._written)})"
             )
@@ -296,6 +313,20 @@ class LayerHistory:
                 "backward can run only once over a layer history, because it overwrites or frees what it reads"
             )
         self._visited.add(entry)
+
+    def _check_kept(self, entries: Sequence[Entry]) -> None:
+        """Check that the readers of entries in later parts have been visited, before the entries' gradients go back.
+
+        Raises:
+            RuntimeError: some have not.
+        """
+        for entry in entries:
+            later = self.layout.kept_for.get(entry, frozenset())
+            if missing := later - self._visited:
+                raise RuntimeError(
+                    f"the gradient of the entry of layer {entry.layer} lacks what {len(missing)} of its {len(later)} readers in later parts "
+                    "of the stage add to it: their backward passes come first"
+                )
 
 
 class BlockTensor:
@@ -321,11 +352,11 @@ class OpenWeights(torch.autograd.Function):
     def forward(
         ctx: Any, dependency: Tensor, history: LayerHistory, reader_heads: int, *weights: Tensor | None
     ) -> Tensor:
-        ctx.history = history
+        ctx.history, ctx.part = history, history.part
         ctx.has_weights = [matrix is not None for matrix in weights]
         history.take_weights(reader_heads, weights)
         return torch.zeros_like(dependency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return gradients[0], None, None, *ctx.history.weight_gradients(ctx.has_weights)
+        return gradients[0], None, None, *ctx.history.weight_gradients(ctx.part, ctx.has_weights)

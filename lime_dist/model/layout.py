@@ -11,6 +11,10 @@ What a stage receives has the first positions, in the order in which it crossed 
 add; mixtures that begin on the stage are made there as well. The stage's own entries follow, those with the latest last reader
 first. Entries that are read for long thus lie together, and what a block reads forms few runs,
 whatever the policy.
+
+A stage with several parts (`crossing.Cut`) has one layout, and one buffer, for all of them: what its parts receive comes first, one
+part after the other. An entry keeps its place until the last part has read it, so no part receives it again. In backward the readers
+of later parts have been visited by the time at which an entry's own part is: its gradient is complete then, and goes back once.
 """
 
 from __future__ import annotations
@@ -32,11 +36,15 @@ SUMMARY_BLOCK = 4
 
 @dataclass(frozen=True)
 class StageLayout:
-    """Where a stage that holds layers ``start`` … ``stop``−1 keeps its entries; ``block``: most layers of a block."""
+    """Where a stage keeps its entries.
+
+    Attributes:
+        parts: the layers of each of its parts, ascending. A stage with one part holds consecutive layers.
+        block: most layers of a block.
+    """
 
     policy: HistoryPolicy
-    start: int
-    stop: int
+    parts: tuple[range, ...]
     num_layers: int
     block: int = BLOCK
     prices: Prices = ENTRIES
@@ -44,19 +52,43 @@ class StageLayout:
     # -- what the stage receives, makes and sends ---------------------------------------------------------------------
 
     @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layers of all parts."""
+        return tuple(layer for part in self.parts for layer in part)
+
+    @cached_property
+    def row(self) -> dict[int, int]:
+        """By layer of this stage: its number among them."""
+        return {layer: row for row, layer in enumerate(self.layers)}
+
+    @cached_property
+    def received(self) -> list[Crossing]:
+        """By part: what crosses the boundary before it."""
+        return [crossings(self.policy, self.num_layers, self.prices)[part.start] for part in self.parts]
+
+    @cached_property
+    def sent(self) -> list[Crossing]:
+        """By part: what crosses the boundary behind it."""
+        return [crossings(self.policy, self.num_layers, self.prices)[part.stop] for part in self.parts]
+
+    @cached_property
     def incoming(self) -> Crossing:
-        """What crosses the boundary before this stage."""
-        return crossings(self.policy, self.num_layers, self.prices)[self.start]
+        """What all parts receive, one after the other."""
+        return joined(self.received)
 
     @cached_property
     def outgoing(self) -> Crossing:
-        """What crosses the boundary behind this stage."""
-        return crossings(self.policy, self.num_layers, self.prices)[self.stop]
+        """What all parts send, one after the other."""
+        return joined(self.sent)
 
     @cached_property
     def chunks(self) -> list[Chunk]:
         """The chunks whose summary this stage computes: those whose last layer it holds."""
-        return [c for c in self._all_chunks if self.start <= c.layers[-1] < self.stop]
+        return [c for c in self._all_chunks if c.layers[-1] in self.row]
+
+    def chunks_of(self, part: int) -> list[Chunk]:
+        """Those whose last layer a part holds."""
+        return [c for c in self.chunks if c.layers[-1] in self.parts[part]]
 
     @cached_property
     def later_chunks(self) -> list[Chunk]:
@@ -88,12 +120,12 @@ class StageLayout:
 
     @cached_property
     def _made(self) -> list[Entry]:
-        return [*map(Entry, range(self.start, self.stop)), *(row for chunk in self.chunks for row in chunk.rows)]
+        return [*map(Entry, self.layers), *(row for chunk in self.chunks for row in chunk.rows)]
 
     @cached_property
     def reads(self) -> dict[int, tuple[Entry, ...]]:
         """By layer of the stage: the entries that it mixes here, own slot last."""
-        return {layer: self._mixed[Entry(layer)] for layer in range(self.start, self.stop)}
+        return {layer: self._mixed[Entry(layer)] for layer in self.layers}
 
     def sources(self, chunk: Chunk) -> Places:
         """Positions of the slots that the stage adds to the chunk's summary."""
@@ -131,6 +163,28 @@ class StageLayout:
         """By reader: the position of its partial mixture, if that has been received."""
         return {reader: len(self.incoming.entries) + place for place, reader in enumerate(self.incoming.mixtures)}
 
+    @cached_property
+    def part_of(self) -> dict[Entry, int]:
+        """By entry of this stage: the part that receives or makes it."""
+        received = {entry: part for part, each in enumerate(self.received) for entry in each.entries}
+        made = {entry: self.part_of_layer(entry.layer) for entry in self._made}
+        return {**received, **made}
+
+    def part_of_layer(self, layer: int) -> int:
+        return next(part for part, layers in enumerate(self.parts) if layer in layers)
+
+    @cached_property
+    def kept_for(self) -> dict[Entry, frozenset[Entry]]:
+        """By entry of this stage: the readers in later parts than its own, as the entries that they make."""
+        if len(self.parts) == 1:
+            return {}
+        kept = {}
+        for entry, own in self.part_of.items():
+            later = frozenset(r for r in self.readers_of(entry) if self.part_of_layer(r.layer) > own)
+            if later:
+                kept[entry] = later
+        return kept
+
     def slot(self, layer: int) -> int:
         """Position of a layer's slot."""
         return self.position[Entry(layer)]
@@ -142,9 +196,28 @@ class StageLayout:
 
     @cached_property
     def readers(self) -> list[Reader]:
-        """The layers of the stage, ascending, then its chunks, ascending."""
-        rows = [[Entry(layer)] for layer in range(self.start, self.stop)] + [chunk.rows for chunk in self.chunks]
-        return [self._reader(own, contiguous_runs([self.position[entry] for entry in own])) for own in rows]
+        """The readers of all parts, one part after the other."""
+        return [reader for readers in self.readers_by_part for reader in readers]
+
+    @cached_property
+    def readers_by_part(self) -> list[list[Reader]]:
+        """By part: its layers, ascending, then its chunks, ascending."""
+        return [
+            [
+                self._reader(own, contiguous_runs([self.position[entry] for entry in own]))
+                for own in ([*([Entry(layer)] for layer in layers), *(chunk.rows for chunk in self.chunks_of(part))])
+            ]
+            for part, layers in enumerate(self.parts)
+        ]
+
+    @cached_property
+    def reader_of(self) -> dict[int, Reader]:
+        """By layer of the stage."""
+        return {
+            layer: reader
+            for layers, readers in zip(self.parts, self.readers_by_part, strict=True)
+            for layer, reader in zip(layers, readers, strict=False)
+        }
 
     @cached_property
     def later_readers(self) -> list[Reader]:
@@ -206,7 +279,7 @@ class StageLayout:
     def blocks(self) -> dict[int, Block]:
         """By layer of the stage: its block."""
         ends = {chunk.layers[-1] for chunk in self.chunks}
-        ranges = block_ranges(range(self.start, self.stop), ends, self.block)
+        ranges = [block for part in self.parts for block in block_ranges(part, ends, self.block)]
         return {layer: block for block in map(self._block, ranges) for layer in block.layers}
 
     def _block(self, layers: range) -> Block:
@@ -221,8 +294,8 @@ class StageLayout:
     def summary_blocks(self) -> dict[int, Block]:
         """By index of a chunk: the block of up to `SUMMARY_BLOCK` summaries whose newer readers are read once for all of them."""
         blocks: dict[int, Block] = {}
-        for begin in range(0, len(self.chunks), SUMMARY_BLOCK):
-            chunks = self.chunks[begin : begin + SUMMARY_BLOCK]
+        each = [self.chunks_of(part) for part in range(len(self.parts))]
+        for chunks in (own[i : i + SUMMARY_BLOCK] for own in each for i in range(0, len(own), SUMMARY_BLOCK)):
             rows = [row for chunk in chunks for row in chunk.rows]
             layers = range(chunks[0].layers.start, chunks[-1].layers.stop)
             shared = self.shared_readers(rows) if len(chunks) > 1 else Places(())
@@ -243,6 +316,15 @@ class StageLayout:
     def readers_alone(self) -> dict[int, Places]:
         """By layer: the readers of its slot that do not read its block as a whole, itself included."""
         return {layer: self.other_readers(Entry(layer), block.readers) for layer, block in self.blocks.items()}
+
+
+def joined(crossings: Iterable[Crossing]) -> Crossing:
+    """What crosses several boundaries, one after the other."""
+    each = list(crossings)
+    return Crossing(
+        tuple(entry for crossing in each for entry in crossing.entries),
+        tuple(reader for crossing in each for reader in crossing.mixtures),
+    )
 
 
 def block_ranges(layers: range, ends: Container[int], size: int) -> list[range]:

@@ -74,7 +74,7 @@ class LimePipelineModule(PipelineModule):
         self.wire_in = self._wire(self.stage_id) if self.stage_id else None
         self.wire_out = self._wire(self.stage_id + 1) if not self.holds_head else None
         begin, end = self.bounds[self.stage_id], self.bounds[self.stage_id + 1]
-        self.layout = stage_layout(config.model, begin, end, self.prices)
+        self.layout = stage_layout(config.model, range(begin, end), prices=self.prices)
         later = later_readers(config.model, self.layout)
         self.later_readers = nn.ModuleList(spec.build(*arguments) for spec in later)
         self.exported_parameters = self._exported_parameters(specs, later)

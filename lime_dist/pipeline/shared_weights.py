@@ -28,7 +28,7 @@ def boundary_prices(config: Config) -> Prices:
 @lru_cache(maxsize=256)
 def later_parameters(config: ModelConfig, layers: range, prices: Prices) -> Sizes:
     """The parameters of later stages of which a stage that holds ``layers`` has a copy, by exported name."""
-    layout = stage_layout(config, layers.start, layers.stop, prices)
+    layout = stage_layout(config, layers, prices=prices)
     if layout is None:
         return {}
     sizes: Sizes = {}

@@ -110,7 +110,7 @@ def test_misuse_of_the_history_is_an_error() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward can run only once over a layer history"):
         loss.backward()
-    history = open_history(config, stage_layout(config, 0, 4), 20, torch.float32, torch.device("cpu"))
+    history = open_history(config, stage_layout(config, range(4)), 20, torch.float32, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="sub-layer 4 wrote block 1 after 0 blocks"):
         history.read(4, torch.zeros(2, 10, config.hidden_size))
 

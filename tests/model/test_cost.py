@@ -110,7 +110,7 @@ def count_flops(config: ModelConfig, start: int, stop: int, prices: Prices) -> t
     """Forward and backward FLOPs of one stage's decoder layers, counted by torch; the gradient of its output is random."""
     decoder = build_decoder(config)
     layers = stage_modules(decoder, start, stop)
-    layout = stage_layout(config, start, stop, prices)
+    layout = stage_layout(config, range(start, stop), prices=prices)
     later = [decoder.get_submodule(spec.name) for spec in later_readers(config, layout)]
     history = open_history(config, layout, BATCH * LENGTH, torch.float32, torch.device("cpu"))
     if start:
@@ -164,7 +164,7 @@ def test_bytes_of_history_and_payload(model: str, precision: torch.dtype) -> Non
     config = make_config(model)
     tokens = BATCH * LENGTH
     for boundary in range(1, LAYERS):
-        layout = stage_layout(config, 0, boundary)
+        layout = stage_layout(config, range(boundary))
         history = open_history(config, layout, tokens, precision, torch.device("cpu"))
         counted = 0
         if history is not None:
@@ -190,7 +190,7 @@ def test_bytes_of_partial_mixtures(model: str) -> None:
     config = make_config(model)
     for boundary in range(1, LAYERS):
         crossing = model_crossings(config, MINIMAL)[boundary]
-        layout = stage_layout(config, boundary, LAYERS, MINIMAL)
+        layout = stage_layout(config, range(boundary, LAYERS), prices=MINIMAL)
         history = open_history(config, layout, 6, torch.float32, torch.device("cpu"))
         assert history.entries.nbytes == cost.history_bytes(config, range(boundary, LAYERS), 6, 4, MINIMAL)
         sent = len(crossing.entries) + len(crossing.mixtures)
@@ -246,7 +246,7 @@ def count_activations(
     the head with the loss, as far as the stage has them."""
     config, device = decoder.config, torch.device("cpu")
     lead = batch * length * config.hidden_size if start else 0
-    history = open_history(config, stage_layout(config, start, stop), batch * length, dtype, device, lead)
+    history = open_history(config, stage_layout(config, range(start, stop)), batch * length, dtype, device, lead)
     rotary = rotary_table(length, config.head_size, config.rope_theta, config.rope_scaling, dtype, device)
     permutations = permutation_matrices(min(config.hyper.rate, 4), torch.float32, device)
     kept = KeptMemory([*decoder.parameters(), *rotary, permutations])

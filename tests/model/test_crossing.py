@@ -109,7 +109,7 @@ def check_stages(policy: HistoryPolicy, layers: int, bounds: Sequence[int], pric
     sent: set[Entry] = set()
     mixtures: dict[Entry, Counter[Entry]] = {}
     for start, stop in pairwise(bounds):
-        layout = StageLayout(policy, start, stop, layers, 3, prices)
+        layout = StageLayout(policy, (range(start, stop),), layers, 3, prices)
         assert sent == set(layout.incoming.entries) and mixtures.keys() == set(layout.incoming.mixtures)
         entries, places = {position: entry for entry, position in layout.position.items()}, layout.outgoing.mixtures
         mixed: list[Counter[Entry]] = []

@@ -78,7 +78,7 @@ def test_a_step_computes_on_the_device_of_its_parameters(model: str) -> None:
     with meta:
         layers = [spec.make() for spec in decoder_layers(config)[1:-2]]
     hidden = torch.empty(3, 7, *architecture_of(config).hidden_shape, device=meta, requires_grad=True)
-    history = open_history(config, stage_layout(config, 0, config.num_hidden_layers), 3 * 7, hidden.dtype, meta)
+    history = open_history(config, stage_layout(config, range(config.num_hidden_layers)), 3 * 7, hidden.dtype, meta)
     with Devices() as devices:
         out, _ = run_layers(layers, hidden, history, False)
         out.backward(torch.empty_like(out))

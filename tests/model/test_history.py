@@ -37,7 +37,7 @@ LONG = {"full": {"policy": "full"}, "chunked": {"policy": "chunked", "chunk_size
 def run_history(policy: str, layers: int, *values: Tensor, keep: bool = True) -> Tensor:
     """All mixtures of a history of ``layers`` layers; values: k of all layers, v of all layers, the weights of its readers."""
     keys, slots_v, *weights = values
-    layout = StageLayout(make_history_policy(policy), 0, layers, layers)
+    layout = StageLayout(make_history_policy(policy), (range(layers),), layers)
     history = KeyValueHistory(layout, HEADS, SIZE, TOKENS, keys.dtype, keys.device, keep=keep)
     history.open([None, *weights[: layers - 1]], weights[layers - 1 :])
     mixed, chunks = [], {chunk.layers[-1]: chunk for chunk in layout.chunks}
@@ -51,7 +51,7 @@ def run_history(policy: str, layers: int, *values: Tensor, keep: bool = True) ->
 def run_hidden_history(policy: str, layers: int, states: Tensor, *values: Tensor) -> Tensor:
     """Projected mixtures of all layers; values: projections of all layers, the weights of its readers."""
     projections, *weights = values
-    layout = StageLayout(make_history_policy(policy, routes="hidden"), 0, layers, layers, block=3)
+    layout = StageLayout(make_history_policy(policy, routes="hidden"), (range(layers),), layers, block=3)
     history = HiddenHistory(layout, TOKENS, SIZE, 1e-5, states.dtype, states.device, keep=True)
     history.open([weight.softmax(-1) for weight in weights[:layers]], weights[layers:])
     projected, chunks = [], {chunk.layers[-1]: chunk for chunk in layout.chunks}
@@ -116,7 +116,7 @@ def test_backward_runs_once_over_a_history() -> None:
 
 
 def test_layers_write_in_turn() -> None:
-    layout = StageLayout(make_policy(LimeConfig()), 0, 3, 3)
+    layout = StageLayout(make_policy(LimeConfig()), (range(3),), 3)
     history = KeyValueHistory(layout, HEADS, SIZE, TOKENS, torch.float32, torch.device("cpu"))
     history.open([None, torch.randn(HEADS, 2 * HEADS), torch.randn(HEADS, 3 * HEADS)], [])
     slot = torch.randn(TOKENS, HEADS, SIZE)
@@ -211,7 +211,7 @@ def test_bf16_sums_of_128_readers_do_not_stagnate(policy: str, routes: str) -> N
         rule = make_policy(LimeConfig.model_validate({"routes": ROUTES[routes]["routes"], "history": LONG[policy]}))
         reads = [len(rule.reads(layer)) for layer in range(layers)]
         sizes = [(chunk.num_rows, len(chunk.layers)) for chunk in summarised_chunks(rule, layers)]
-        layout = StageLayout(rule, 0, layers, layers)
+        layout = StageLayout(rule, (range(layers),), layers)
         if routes == "kv":
             keys = torch.randn(layers, TOKENS, 1, SIZE, generator=generator).to(dtype).requires_grad_()
             history = KeyValueHistory(layout, 1, SIZE, TOKENS, dtype, keys.device)

@@ -120,7 +120,7 @@ def test_layout(policy: str, block: int) -> None:
     rule = make(POLICIES[policy])
     for start in range(LAYERS):
         for stop in range(start + 1, LAYERS + 1):
-            layout = StageLayout(rule, start, stop, LAYERS, block)
+            layout = StageLayout(rule, (range(start, stop),), LAYERS, block)
             assert layout.incoming.entries == live_entries(
                 rule, start, LAYERS
             ) and layout.outgoing.entries == live_entries(rule, stop, LAYERS)
@@ -147,6 +147,6 @@ def test_layout(policy: str, block: int) -> None:
 def test_stages_make_every_entry_once(policy: str) -> None:
     rule = make(POLICIES[policy])
     cuts = [0, 2, 5, 9, LAYERS]
-    made = [entry for a, b in pairwise(cuts) for entry in StageLayout(rule, a, b, LAYERS).own]
+    made = [entry for a, b in pairwise(cuts) for entry in StageLayout(rule, (range(a, b),), LAYERS).own]
     assert len(made) == len(set(made))
     assert {entry for layer in range(LAYERS) for entry in rule.reads(layer)} <= set(made)

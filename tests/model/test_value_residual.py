@@ -61,7 +61,7 @@ def test_the_map_shows_the_learnable_weights() -> None:
 
 def test_gradients_of_many_readers_are_summed_in_float32() -> None:
     """In bf16, a sum of 1 and 255 gradients of 2⁻⁹ would stay 1: each is half of the last bit."""
-    history = FirstValues(StageLayout(FirstLastHistory(1, 0), 0, 257, 257))
+    history = FirstValues(StageLayout(FirstLastHistory(1, 0), (range(257),), 257))
     first = torch.zeros(1, 1, 2, dtype=torch.bfloat16, requires_grad=True)
     history.write(first)
     gradients = [1.0] + 255 * [2**-9]

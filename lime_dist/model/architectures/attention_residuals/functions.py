@@ -22,13 +22,14 @@ class TakeQueries(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dependency: Tensor, history: DepthHistory, *queries: Tensor) -> Tensor:
-        ctx.history, ctx.rows = history, [len(query) for query in queries]
+        ctx.history, ctx.part, ctx.rows = history, history.part, [len(query) for query in queries]
         history.take_queries(torch.cat(queries))
         return torch.zeros_like(dependency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return gradients[0], None, *ctx.history.query_gradients.to(gradients[0].dtype).split(ctx.rows)
+        of_part = ctx.history.query_gradients[ctx.part].to(gradients[0].dtype)
+        return gradients[0], None, *of_part.split(ctx.rows)
 
 
 class Write(torch.autograd.Function):
@@ -66,18 +67,19 @@ class Read(torch.autograd.Function):
 
 
 class Pack(torch.autograd.Function):
-    """Copies all finished blocks behind the running sum; in backward, their gradients begin with what comes back."""
+    """Copies the finished blocks that cross behind the running sum; in backward, takes the gradients that come back for them."""
 
     @staticmethod
     def forward(ctx: Any, dependency: Tensor, running_BTD: Tensor, history: DepthHistory) -> Tensor:
-        ctx.history, ctx.shape = history, running_BTD.shape
-        payload = torch.cat([running_BTD.flatten(), history.entries.flatten()])
+        ctx.history, ctx.part, ctx.shape = history, history.part, running_BTD.shape
+        blocks_END = history.entries[history.places_of(history.layout.sent[history.part])]
+        payload = torch.cat([running_BTD.flatten(), blocks_END.flatten()])
         return payload.view(*running_BTD.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         flat, size = gradients[0].flatten(), ctx.shape.numel()
-        ctx.history.take_sent_gradient(flat[size:].view_as(ctx.history.entries))
+        ctx.history.take_sent_gradient(ctx.part, flat[size:].view(-1, *ctx.history.slot_shape))
         return flat.new_zeros(()), flat[:size].view(ctx.shape), None
 
 
@@ -86,7 +88,7 @@ class Unpack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, payload_BTC: Tensor, hidden_size: int, history: DepthHistory) -> tuple[Tensor, Tensor]:
-        ctx.history, ctx.payload_shape = history, payload_BTC.shape
+        ctx.history, ctx.part, ctx.payload_shape = history, history.part, payload_BTC.shape
         shape = (*payload_BTC.shape[:2], hidden_size)
         size = payload_BTC.shape[0] * payload_BTC.shape[1] * hidden_size
         if payload_BTC.data_ptr() == history.memory.data_ptr():  # received where it belongs: nothing to copy
@@ -104,5 +106,6 @@ class Unpack(torch.autograd.Function):
         payload_gradient = running_gradient.new_empty(ctx.payload_shape)
         flat = payload_gradient.view(-1)
         flat[: running_gradient.numel()] = running_gradient.flatten()
-        ctx.history.received_gradient(flat[running_gradient.numel() :].view(-1, *ctx.history.slot_shape))
+        received = flat[running_gradient.numel() :].view(-1, *ctx.history.slot_shape)
+        ctx.history.received_gradient(ctx.part, received)
         return payload_gradient, None, None

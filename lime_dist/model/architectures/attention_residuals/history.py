@@ -22,6 +22,7 @@ from lime_dist.model.architectures.attention_residuals.blocks import Blocks
 from lime_dist.model.architectures.attention_residuals.depth_softmax import inverse_rms, mix, spread
 from lime_dist.model.architectures.attention_residuals.functions import Pack, Read, TakeQueries, Unpack, Write
 from lime_dist.model.architectures.lime.kv.functions import separate_view
+from lime_dist.model.crossing import Crossing
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.layout import StageLayout
 
@@ -31,7 +32,7 @@ class DepthHistory(LayerHistory):
 
     Attributes:
         inverse_EN: 1 / rms of every entry.
-        query_gradients: [readers, D], complete when all readers have been visited.
+        query_gradients: by part, [readers, D], complete when all of its readers have been visited.
     """
 
     def __init__(
@@ -49,22 +50,22 @@ class DepthHistory(LayerHistory):
         self.layout, self.blocks, self.eps = layout, blocks, eps
         self.is_recomputing = False
         self.slot_shape, self.accumulation_dtype = (num_tokens, hidden_size), accumulation_dtype
-        num_received = len(layout.incoming.entries)
-        num_blocks = num_received + sum(blocks.begins(j) for j in range(2 * layout.start, 2 * layout.stop))
+        num_blocks = len(layout.incoming.entries)
+        num_blocks += sum(blocks.begins(j) for part in layout.parts for j in range(2 * part.start, 2 * part.stop))
         self.memory = torch.empty(lead + num_blocks * num_tokens * hidden_size, dtype=dtype, device=device)
         self.entries = self.memory[lead:].view(num_blocks, *self.slot_shape)
         self.dependency = torch.zeros((), dtype=dtype, device=device)
         self.inverse_EN = self.entries.new_empty(self.entries.shape[:2], dtype=accumulation_dtype)
-        self.query_gradients = self.entries.new_zeros(0, hidden_size, dtype=accumulation_dtype)
-        self._queries = self.query_gradients
-        self._first = max(1, 2 * layout.start)  # the first reader; sub-layer 0 has nothing to choose from
+        self.query_gradients: dict[int, Tensor] = {}
+        self._queries: dict[int, Tensor] = {}
         self._end = 2 * layout.num_layers  # the last read
         self._older: tuple[range, Tensor, Tensor] | None = None
         self._visited_group: tuple[range, Tensor, Tensor, Tensor] | None = None
         self._gradients: Tensor | None = None
         self._score_products: Tensor | None = None
-        self._num_written = num_received
+        self._num_written = len(layout.received[0].entries)
         self._last_visited = self._end + 1
+        self._visited_parts: set[int] = set()
 
     # -- called by the stage and its layers ---------------------------------------------------------------------------
 
@@ -108,15 +109,17 @@ class DepthHistory(LayerHistory):
     # -- called by autograd Functions in forward ----------------------------------------------------------------------
 
     def take_queries(self, queries_RD: Tensor) -> None:
-        self._queries = queries_RD.to(self.accumulation_dtype)
-        self.query_gradients = torch.zeros_like(self._queries)
+        self._queries[self.part] = queries_RD.to(self.accumulation_dtype)
+        self.query_gradients[self.part] = torch.zeros_like(self._queries[self.part])
 
     def take_received(self, received_END: Tensor | None) -> None:
-        """Copy the received blocks to their places, the first ones; None: they are there."""
+        """Copy the blocks that a part receives to their places; None: they are there."""
+        places = self.places_of(self.layout.received[self.part])
         if received_END is not None:
-            self.entries[: len(received_END)].copy_(received_END)
-        for position in range(len(self.layout.incoming.entries)):
+            self.entries[places].copy_(received_END)
+        for position in range(places.start, places.stop):
             self.inverse_EN[position] = inverse_rms(self.entries[position], self.eps)
+        self._num_written = max(self._num_written, places.stop)
 
     def write_block(self, sublayer: int, finished_ND: Tensor) -> None:
         """Write the output of the block before the one that begins with a sub-layer; does nothing while recomputing.
@@ -160,9 +163,17 @@ class DepthHistory(LayerHistory):
 
     # -- called by autograd Functions in backward ---------------------------------------------------------------------
 
-    def take_sent_gradient(self, gradient_END: Tensor) -> None:
-        """Begin the gradients of all blocks with those that come back over the next boundary."""
-        self._gradients = gradient_END.to(self.accumulation_dtype, copy=True)
+    def take_sent_gradient(self, part: int, gradient_END: Tensor) -> None:
+        """Add the gradients that come back for the blocks that a part has sent.
+
+        Raises:
+            RuntimeError: the backward pass of a later part of the stage has not been here.
+        """
+        self._check_later(part)
+        if self._gradients is None and len(gradient_END) == len(self.entries):
+            self._gradients = gradient_END.to(self.accumulation_dtype, copy=True)
+        else:
+            self.gradients[self.places_of(self.layout.sent[part])] += gradient_END
 
     @property
     def gradients(self) -> Tensor:
@@ -189,6 +200,8 @@ class DepthHistory(LayerHistory):
         if sublayer >= self._last_visited:
             raise RuntimeError("backward can run only once over a layer history, because it adds to the same gradients")
         self._last_visited = sublayer
+        if sublayer == self._first_of(self._part_of(sublayer)):
+            self._visited_parts.add(self._part_of(sublayer))
         readers, dtype = self._readers(sublayer), self.accumulation_dtype
         older, finished = self._num_older(readers), self._num_finished(sublayer)
         wide_ND = gradient_ND.to(dtype)
@@ -219,12 +232,38 @@ class DepthHistory(LayerHistory):
         """[N, D]: the gradient of the block that was written before a sub-layer, once all of its readers are visited."""
         return self._finished_gradient(self._position(sublayer)).to(self.entries.dtype)
 
-    def received_gradient(self, out_END: Tensor) -> None:
-        """Write the gradients to send back over the boundary before this stage, once all layers have been visited."""
-        for position, out_ND in enumerate(out_END):
+    def received_gradient(self, part: int, out_END: Tensor) -> None:
+        """Write the gradients to send back over the boundary before a part, once all of its layers have been visited.
+
+        Raises:
+            RuntimeError: the backward pass of a later part of the stage has not been here.
+        """
+        self._check_later(part)
+        places = self.places_of(self.layout.received[part])
+        for position, out_ND in zip(range(places.start, places.stop), out_END, strict=True):
             out_ND.copy_(self._finished_gradient(position))
 
-    # -- parts --------------------------------------------------------------------------------------------------------
+    # -- places and readers -------------------------------------------------------------------------------------------
+
+    def places_of(self, crossing: Crossing) -> slice:
+        """The positions of the blocks that cross a boundary; they are consecutive."""
+        if not crossing.entries:
+            return slice(0, 0)
+        first = crossing.entries[0]
+        begin = self._position(2 * first.layer + first.row)
+        return slice(begin, begin + len(crossing.entries))
+
+    def _check_later(self, part: int) -> None:
+        missing = [later for later in range(part + 1, len(self.layout.parts)) if later not in self._visited_parts]
+        if missing:
+            raise RuntimeError(f"part {part} of the stage: its blocks lack the gradients of {len(missing)} later parts")
+
+    def _part_of(self, sublayer: int) -> int:
+        return self.layout.part_of_layer(min(sublayer, self._end - 1) // 2)
+
+    def _first_of(self, part: int) -> int:
+        """The first reader of a part; sub-layer 0 has nothing to choose from."""
+        return max(1, 2 * self.layout.parts[part].start)
 
     def _position(self, sublayer: int) -> int:
         """Of the block that is finished when a block begins with this sub-layer."""
@@ -236,37 +275,43 @@ class DepthHistory(LayerHistory):
     def _readers(self, sublayer: int) -> range:
         """The readers on this stage that share a product with this one. The last read joins the last sub-layer."""
         group = self.blocks.group(min(sublayer, self._end - 1))
-        stop = min(group.stop, 2 * self.layout.stop)
-        return range(max(group.start, self._first), stop + (stop == self._end))
+        part = self._part_of(sublayer)
+        stop = min(group.stop, 2 * self.layout.parts[part].stop)
+        return range(max(group.start, self._first_of(part)), stop + (stop == self._end))
 
     def _num_older(self, readers: range) -> int:
         return self._num_finished(readers.start)
 
     def _queries_of(self, readers: range) -> Tensor:
-        return self._queries[readers.start - self._first : readers.stop - self._first]
+        return self._queries[self._part_of(readers.start)][self._rows_of(readers)]
+
+    def _rows_of(self, readers: range) -> slice:
+        """Of readers of one part, among its queries."""
+        first = self._first_of(self._part_of(readers.start))
+        return slice(readers.start - first, readers.stop - first)
 
     def _spread(
         self, readers: range, places: slice, sums_RN: Tensor, gradient_RND: Tensor, products_RN: Tensor
     ) -> None:
         """Add to the gradients of some blocks, and of the queries, what readers read of them."""
-        rows = slice(readers.start - self._first, readers.stop - self._first)
+        query_gradients = self.query_gradients[self._part_of(readers.start)][self._rows_of(readers)]
         spread(
-            self.entries[places], self.inverse_EN[places], self._queries[rows], sums_RN, gradient_RND, products_RN,
-            self.gradients[places], self.score_products[places], self.query_gradients[rows],
+            self.entries[places], self.inverse_EN[places], self._queries_of(readers), sums_RN, gradient_RND, products_RN,
+            self.gradients[places], self.score_products[places], query_gradients,
         )  # fmt: skip
 
     def _running_gradient(
         self, sublayer: int, running_ND: Tensor, sums_N: Tensor, gradient_ND: Tensor, products_N: Tensor
     ) -> Tensor:
         """The gradient of the running sum that a reader read; adds to that of the reader's query."""
-        row = sublayer - self._first
-        query_D, wide_ND = self._queries[row], running_ND.to(self.accumulation_dtype)
+        alone = range(sublayer, sublayer + 1)
+        (query_D,), wide_ND = self._queries_of(alone), running_ND.to(self.accumulation_dtype)
         inverse_N = inverse_rms(running_ND, self.eps)
         scores_N = (wide_ND @ query_D).mul_(inverse_N)
         weights_N = (scores_N - sums_N).exp_()
         score_gradients_N = weights_N * ((gradient_ND * wide_ND).sum(-1) - products_N)
         scaled_N = score_gradients_N * inverse_N
-        self.query_gradients[row] += wide_ND.t() @ scaled_N
+        self.query_gradients[self._part_of(sublayer)][self._rows_of(alone)] += wide_ND.t() @ scaled_N
         total_ND = gradient_ND * weights_N.unsqueeze(-1)
         total_ND.addcmul_(scaled_N.unsqueeze(-1), query_D)
         norm_N = score_gradients_N.mul_(scores_N).mul_(inverse_N.square_()).div_(wide_ND.shape[-1])

@@ -30,12 +30,18 @@ class FirstValues(LayerHistory):
         self.layout, self.is_recomputing = layout, False
         self.first: Tensor | None = None
         self._carrier: Tensor | None = None
+        self._kept_gradients: list[Tensor] = []
+
+    def begin_part(self, part: int) -> None:
+        self.part = part
+        self._carrier = _Keep.apply(torch.zeros((), requires_grad=torch.is_grad_enabled()), self.first, self)
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
         batch, length, width = payload_BTC.shape
         sizes = [batch * length * part for part in (hidden_size, width - hidden_size)]
         hidden, first = (part.view(batch, length, -1) for part in payload_BTC.reshape(-1).split(sizes))
-        self.write(first)
+        if self.layout.received[self.part].entries:
+            self.write(first)
         return hidden
 
     def open(self, routing: Sequence[Tensor | None], others: Sequence[Tensor]) -> None:
@@ -44,7 +50,7 @@ class FirstValues(LayerHistory):
     def write(self, first_BTC: Tensor) -> None:
         """Take v_0."""
         if not self.is_recomputing:
-            self.first, self._carrier = first_BTC.detach(), _Carry.apply(first_BTC)
+            self.first, self._carrier = first_BTC.detach(), _Carry.apply(first_BTC, self)
 
     def mix(self, own_BTC: Tensor, first_factor: Factor, own_factor: Factor) -> Tensor:
         """first_factor · v_0 + own_factor · v_ℓ, [B, T, G·d]."""
@@ -58,23 +64,61 @@ class FirstValues(LayerHistory):
         return [carrier]
 
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
+        if not self.layout.sent[self.part].entries:
+            return hidden_BTD.contiguous()
         (carrier,) = released
         first: Tensor = _Send.apply(carrier, self.first)
         batch, length, _ = hidden_BTD.shape
         return torch.cat([hidden_BTD.reshape(-1), first.reshape(-1)]).view(batch, length, -1)
+
+    def keep_gradient(self, gradient: Tensor) -> None:
+        """Keep what a later part of the stage adds to the gradient of v_0."""
+        self._kept_gradients.append(gradient)
+
+    def whole_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient of v_0 with what the later parts of the stage have added.
+
+        Raises:
+            RuntimeError: some have not yet.
+        """
+        kept, later = self._kept_gradients, len(self.layout.parts) - 1
+        if len(kept) != later:
+            raise RuntimeError(
+                f"the gradient of the first values lacks {later - len(kept)} of {later} later parts of the stage"
+            )
+        return sum(kept, gradient)
 
 
 class _Carry(torch.autograd.Function):
     """The carrier of v_0's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, first: Tensor) -> Tensor:
-        ctx.dtype = first.dtype
-        return first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32)).expand(first.shape)
+    def forward(ctx: Any, first: Tensor, history: FirstValues) -> Tensor:
+        ctx.history, ctx.dtype = history, first.dtype
+        return _carrier(first)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].to(ctx.dtype)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return ctx.history.whole_gradient(gradients[0]).to(ctx.dtype), None
+
+
+class _Keep(torch.autograd.Function):
+    """The carrier for a later part of the stage, which has an autograd graph of its own; in backward, its gradient waits in the
+    history."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: Tensor, first: Tensor, history: FirstValues) -> Tensor:
+        ctx.history = history
+        return _carrier(first)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.history.keep_gradient(gradients[0])
+        return gradients[0].new_zeros((), dtype=torch.float32), None, None
+
+
+def _carrier(first: Tensor) -> Tensor:
+    return first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32)).expand(first.shape)
 
 
 class _Mix(torch.autograd.Function):

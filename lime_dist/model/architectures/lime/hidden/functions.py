@@ -19,11 +19,17 @@ if TYPE_CHECKING:
 
 
 class Write(torch.autograd.Function):
-    """Writes entries with consecutive positions; in backward, after all of their readers, returns their gradient."""
+    """Writes entries with consecutive positions; in backward, after all of their readers, returns their gradient, and those of the
+    states that later parts of the stage borrow."""
 
     @staticmethod
     def forward(
-        ctx: Any, dependency: Tensor, entries_END: Tensor, history: HiddenHistory, entries: Sequence[Entry]
+        ctx: Any,
+        dependency: Tensor,
+        entries_END: Tensor,
+        history: HiddenHistory,
+        entries: Sequence[Entry],
+        *lent_ND: Tensor,
     ) -> Tensor:
         ctx.history, ctx.entries = history, entries
         history.write_entries(entries, entries_END)
@@ -32,7 +38,34 @@ class Write(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         # All readers have been visited: they depend on this operation, so autograd runs their backward first.
-        return gradients[0], ctx.history.entry_gradients(ctx.entries), None, None
+        history: HiddenHistory = ctx.history
+        return gradients[0], history.entry_gradients(ctx.entries), None, None, *history.lent_gradients(ctx.entries)
+
+
+class ComeBefore(torch.autograd.Function):
+    """A payload, behind all operations on the history: their backward runs although nothing of this graph may read what they wrote."""
+
+    @staticmethod
+    def forward(ctx: Any, dependency: Tensor, payload: Tensor) -> Tensor:
+        return payload.view_as(payload)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return gradients[0].new_zeros(()), gradients[0]
+
+
+class Borrow(torch.autograd.Function):
+    """The state of an entry that an earlier part of the stage has received or made; in backward, its gradient waits there."""
+
+    @staticmethod
+    def forward(ctx: Any, dependency: Tensor, history: HiddenHistory, entry: Entry) -> Tensor:
+        ctx.history, ctx.entry = history, entry
+        return history.lent_state(entry)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.history.return_gradient(ctx.entry, gradients[0])
+        return gradients[0].new_zeros(()), None, None
 
 
 class Project(torch.autograd.Function):

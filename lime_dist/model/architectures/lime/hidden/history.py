@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lime_dist.model.architectures.lime.hidden.functions import Project, Write
+from lime_dist.model.architectures.lime.hidden.functions import Borrow, ComeBefore, Project, Write
 from lime_dist.model.architectures.lime.hidden.token_slices import Parts, mix_slice, spread_slice, token_slices
 from lime_dist.model.chunks import Chunk
 from lime_dist.model.history import LayerHistory, OpenWeights
@@ -59,6 +59,14 @@ class HiddenHistory(LayerHistory):
         self._gradients: Tensor | None = None
         self._states: dict[Entry, Tensor] = {}
         self._needed_states = {*layout.outgoing.entries, *(entry for chunk in layout.chunks for entry in chunk.sources)}
+        self._kept_states = {  # of entries that a later part summarises
+            source
+            for chunk in layout.chunks
+            for source in chunk.sources
+            if layout.part_of[source] < layout.part_of[chunk.rows[0]]
+        }
+        self._lent_states: dict[Entry, Tensor] = {}
+        self._lent_gradients: dict[Entry, Tensor] = {}
         self._summary_logits: dict[int, Tensor] = {}
         self._first_readers: dict[Block, int] = {}
         self._mixture_gradients: Tensor | None = None
@@ -67,36 +75,43 @@ class HiddenHistory(LayerHistory):
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
         batch, length, _ = payload_BTC.shape
-        received = self.layout.incoming.entries
+        received = self.layout.received[self.part].entries
         num_slots = sum(not entry.is_summary for entry in received)
         size = self.entries[:1].numel()
         sizes = [batch * length * hidden_size, num_slots * size, (len(received) - num_slots) * size]
         hidden, slots, summaries = payload_BTC.flatten().split(sizes)
         states_ENd, summaries_ENd = slots.view(num_slots, *self.slot_shape), summaries.view(-1, *self.slot_shape)
-        self._remember(received, (*states_ENd.unbind(), *summaries_ENd.unbind()))
+        states = (*states_ENd.unbind(), *summaries_ENd.unbind())
+        self._remember(received, states)
         if received:
             entries = torch.cat([rms_normalise(states_ENd, self.eps), summaries_ENd])
-            self.dependency = Write.apply(self.dependency, entries, self, received)
+            self.dependency = Write.apply(self.dependency, entries, self, received, *self._lent(received, states))
         return hidden.view(batch, length, hidden_size)
 
     def pack(self, hidden_BTD: Tensor, released: list[Tensor]) -> Tensor:
-        flat = torch.cat([hidden_BTD.flatten(), *(state.flatten() for state in released)])
+        states, others = (released[:-1], released[-1:]) if self.layout.kept_for else (released, [])
+        flat = torch.cat([hidden_BTD.flatten(), *(state.flatten() for state in states)])
+        for dependency in others:
+            flat = ComeBefore.apply(dependency, flat)
         return flat.view(*hidden_BTD.shape[:2], -1)
 
     def open(self, routing: Sequence[Tensor | None], others: Sequence[Tensor]) -> None:
         """Take p [H, E] of the stage's layers (None: no router, or a dynamic one) and A_m [rows, chunk size]."""
-        self._summary_logits = {chunk.index: logits for chunk, logits in zip(self.layout.chunks, others, strict=True)}
-        for layer, block in reversed(self.layout.blocks.items()):
-            if routing[layer - self.layout.start] is not None:
-                self._first_readers[block] = layer
+        self._summary_logits = {
+            chunk.index: logits for chunk, logits in zip(self.layout.chunks_of(self.part), others, strict=True)
+        }
+        for layer, matrix in reversed(list(zip(self.layout.parts[self.part], routing, strict=True))):
+            if matrix is not None:
+                self._first_readers[self.layout.blocks[layer]] = layer
         num_heads = next((len(matrix) for matrix in routing if matrix is not None), None)
         if num_heads is not None:
             self.dependency = OpenWeights.apply(self.dependency, self, num_heads, *routing)
 
     def release(self) -> list[Tensor]:
-        super().release()
+        (dependency,) = super().release()
         states, self._states, self._summary_logits = self._states, {}, {}
-        return [states[entry] for entry in self.layout.outgoing.entries if entry in states]
+        sent = [states[entry] for entry in self.layout.sent[self.part].entries if entry in states]
+        return [*sent, dependency] if self.layout.kept_for else sent  # later parts read what this one has written
 
     def write(self, layer: int, entry_ND: Tensor, state_ND: Tensor) -> None:
         """Write a layer's input to the history.
@@ -105,21 +120,26 @@ class HiddenHistory(LayerHistory):
             entry_ND: the input divided by its root mean square.
             state_ND: the input as it is, for a later stage or a summary.
         """
-        self._advance(Write.apply(self.dependency, entry_ND.unsqueeze(0), self, (Entry(layer),)))
+        entry = (Entry(layer),)
+        lent = self._lent(entry, (state_ND,))
+        self._advance(Write.apply(self.dependency, entry_ND.unsqueeze(0), self, entry, *lent))
         if not self.is_recomputing:
             self._remember([Entry(layer)], [state_ND])
 
     def summarise(self, chunk: Chunk) -> None:
         weights = self._summary_logits[chunk.index].to(self.accumulation_dtype).softmax(-1)
-        states = [self._states[entry] for entry in chunk.sources]
+        states = [
+            self._states[entry] if entry in self._states else Borrow.apply(self.dependency, self, entry)
+            for entry in chunk.sources
+        ]
         summary = sum(
             (weights[:, i, None, None] * state for i, state in enumerate(states)), torch.zeros_like(self.dependency)
         )
         entries = rms_normalise(summary, self.eps).to(self.entries.dtype)
         self.dependency = Write.apply(self.dependency, entries, self, tuple(chunk.rows))
         for entry in chunk.sources:
-            if entry not in self.layout.outgoing.entries:
-                del self._states[entry]
+            if entry not in self.layout.sent[self.part].entries:
+                self._states.pop(entry, None)
         self._remember(chunk.rows, entries.unbind())
 
     def project(self, layer: int, weights: Tensor | None, projections_HcD: Tensor) -> Tensor:
@@ -139,6 +159,17 @@ class HiddenHistory(LayerHistory):
     def _remember(self, entries: Sequence[Entry], states: Sequence[Tensor]) -> None:
         """Keep the states that are sent on or summarised later; they belong to the autograd graph until ``release``."""
         self._states.update({e: state for e, state in zip(entries, states, strict=True) if e in self._needed_states})
+        self._lent_states.update(
+            zip(self._kept(entries), (s.detach() for s in self._lent(entries, states)), strict=True)
+        )
+
+    def _kept(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those of which a later part of the stage needs the state."""
+        return [entry for entry in entries if entry in self._kept_states]
+
+    def _lent(self, entries: Sequence[Entry], states: Sequence[Tensor]) -> list[Tensor]:
+        """The states of those."""
+        return [state for entry, state in zip(entries, states, strict=True) if entry in self._kept_states]
 
     # -- called by autograd Functions ---------------------------------------------------------------------------------
 
@@ -150,10 +181,24 @@ class HiddenHistory(LayerHistory):
             if place is not None:
                 place.copy_(entry_ND)
 
+    def lent_state(self, entry: Entry) -> Tensor:
+        """The state of an entry that an earlier part has received or made, [N, D]."""
+        return self._lent_states[entry]
+
+    def return_gradient(self, entry: Entry, gradient_ND: Tensor) -> None:
+        """Keep the gradient of a lent state until the part is visited that has received or made it."""
+        before = self._lent_gradients.get(entry)
+        self._lent_gradients[entry] = gradient_ND if before is None else before + gradient_ND
+
+    def lent_gradients(self, entries: Sequence[Entry]) -> list[Tensor]:
+        """The gradients of the states that later parts have borrowed, of those of ``entries`` that they need."""
+        return [self._lent_gradients.pop(entry) for entry in self._kept(entries)]
+
     def entry_gradients(self, entries: Sequence[Entry]) -> Tensor:
         """[entries, N, D]: the gradient of entries with consecutive positions, once all of their readers are visited."""
         for entry in entries:
             self._visit_once(entry)
+        self._check_kept(entries)
         begin = self.layout.position[entries[0]]
         total = self.gradients[begin : begin + len(entries)]
         if self._keep:  # backward may run again: start from zero then
@@ -187,7 +232,7 @@ class HiddenHistory(LayerHistory):
             The gradient of dynamic weights (that of static ones stays here until ``weight_gradients``), and that of the
             projections.
         """
-        block, row, is_static = self.layout.blocks[layer], layer - self.layout.start, weights is None
+        block, row, is_static = self.layout.blocks[layer], self.layout.row[layer], weights is None
         # 1. The mixtures again, which forward did not keep.
         older = self._mixture_of_older(layer)
         weights, parts = self._read_alone(layer, weights)
@@ -227,13 +272,15 @@ class HiddenHistory(LayerHistory):
 
     # -- what a block shares (static weights) -------------------------------------------------------------------------
 
-    def _weighted_readers(self) -> list[tuple[Reader, slice]]:
-        layers = self.layout.readers[: self.layout.stop - self.layout.start]  # A_m of summaries are autograd's
-        return [(reader, slice(row, row + 1)) for row, reader in enumerate(layers)]
+    def _weighted_readers(self, part: int) -> list[tuple[Reader, slice]]:
+        layers = self.layout.parts[part]  # A_m of summaries are autograd's
+        readers = self.layout.readers_by_part[part][: len(layers)]
+        rows = (self.layout.row[layer] for layer in layers)
+        return [(reader, slice(row, row + 1)) for row, reader in zip(rows, readers, strict=True)]
 
     def _rows_of(self, block: Block) -> slice:
         """Rows of ``weights`` of a block's layers."""
-        return slice(block.layers[0] - self.layout.start, block.layers[-1] + 1 - self.layout.start)
+        return slice(self.layout.row[block.layers[0]], self.layout.row[block.layers[-1]] + 1)
 
     def _matrix_of(self, block: Block) -> Tensor:
         """Weights of a block's layers, [layers · H, positions]."""
@@ -270,7 +317,7 @@ class HiddenHistory(LayerHistory):
     def _read_alone(self, layer: int, weights: Tensor | None) -> tuple[Tensor, Parts]:
         """The weights and positions of what a layer reads alone: all of its entries (dynamic weights, [N, H, E]), or what
         its block does not read for it (static weights, [H, positions])."""
-        row = layer - self.layout.start
+        row = self.layout.row[layer]
         if weights is not None:
-            return weights, self.layout.readers[row].weight_columns
+            return weights, self.layout.reader_of[layer].weight_columns
         return self.weights[row].squeeze(-1), [(run, run) for run in self.layout.read_alone[layer].runs]

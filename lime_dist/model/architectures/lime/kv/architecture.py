@@ -148,7 +148,7 @@ class KeyValueLime(Lime):
     ) -> int:
         """Gradients of the block's slots and of a group's summaries, where newer readers or later stages give them some together;
         with checkpointing also the block's mixtures of older entries, which are computed again."""
-        layout = stage_layout(self.config, layers.start, layers.stop, prices)
+        layout = stage_layout(self.config, layers, prices=prices)
         assert layout is not None
         has_older = bool(layout.blocks[block.start].older.runs)
         slots = len(block) * (self._have_shared_gradient(layers, block) + (checkpointing and has_older))

@@ -58,7 +58,7 @@ class Pack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dependency: Tensor, hidden_BTD: Tensor, history: KeyValueHistory) -> Tensor:
-        ctx.history, ctx.hidden_shape = history, hidden_BTD.shape
+        ctx.history, ctx.part, ctx.hidden_shape = history, history.part, hidden_BTD.shape
         batch, length, size = hidden_BTD.shape
         sent_shape = history.sent_shape
         payload = hidden_BTD.new_empty(batch, length, size + math.prod(sent_shape) // (batch * length))
@@ -73,7 +73,7 @@ class Pack(torch.autograd.Function):
         history: KeyValueHistory = ctx.history
         flat = gradients[0].contiguous().view(-1)
         size = ctx.hidden_shape.numel()
-        history.take_sent_gradient(flat[size:].view(history.sent_shape))
+        history.take_sent_gradient(ctx.part, flat[size:].view(-1, *history.slot_shape))
         return flat.new_zeros(()), flat[:size].view(ctx.hidden_shape), None
 
 
@@ -82,7 +82,7 @@ class Unpack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, payload_BTC: Tensor, hidden_size: int, history: KeyValueHistory) -> tuple[Tensor, Tensor]:
-        ctx.history, ctx.payload_shape = history, payload_BTC.shape
+        ctx.history, ctx.part, ctx.payload_shape = history, history.part, payload_BTC.shape
         batch, length, _ = payload_BTC.shape
         flat = payload_BTC.contiguous().view(-1)
         size = batch * length * hidden_size
@@ -101,7 +101,8 @@ class Unpack(torch.autograd.Function):
         payload_gradient = hidden_gradient.new_empty(ctx.payload_shape)
         flat = payload_gradient.view(-1)
         flat[: hidden_gradient.numel()] = hidden_gradient.reshape(-1)
-        ctx.history.received_gradient(flat[hidden_gradient.numel() :].view(-1, *ctx.history.slot_shape))
+        received = flat[hidden_gradient.numel() :].view(-1, *ctx.history.slot_shape)
+        ctx.history.received_gradient(ctx.part, received)
         return payload_gradient, None, None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lime_dist.model.architectures.lime.kv.functions import Mix, Pack, Summarise, Unpack, separate_view
 from lime_dist.model.chunks import Chunk
+from lime_dist.model.crossing import Crossing
 from lime_dist.model.history import BlockTensor, LayerHistory, OpenWeights
 from lime_dist.model.layout import StageLayout
 from lime_dist.model.places import Places, Reader, paired_runs
@@ -51,7 +52,8 @@ class KeyValueHistory(LayerHistory):
         # Each gradient of a weight is one product, set once, so that the entries' type is precise enough.
         super().__init__(layout, (num_heads, 2, num_tokens, head_size), num_heads, dtype, device, dtype, keep, lead)
         self.gradients = torch.zeros_like(self.entries) if keep else self.entries
-        self._sent_gradient: Tensor | None = None
+        self._sent_gradient: Tensor | None = None  # for what ``_sent`` says: of the part whose backward pass is running
+        self._sent = Crossing()
         self._newer_gradients = BlockTensor()
         self._newer_summary_gradients = BlockTensor()
 
@@ -87,13 +89,14 @@ class KeyValueHistory(LayerHistory):
 
     def take_weights(self, reader_heads: int, weights: Sequence[Tensor | None]) -> None:
         super().take_weights(reader_heads, weights)
-        for (reader, rows), matrix in zip(self._weighted_readers(), weights, strict=True):
+        for (reader, rows), matrix in zip(self._weighted_readers(self.part), weights, strict=True):
             if matrix is None:  # no router: the mixture is the layer's own slot
                 self.weights[rows.start, :, reader.rows.start].diagonal().fill_(1)
 
     def take_received(self, entries: Tensor) -> None:
-        """Copy what was received, entries and partial mixtures [received, G, 2, N, d], to its places, the first ones."""
-        self.entries[: len(entries)].copy_(entries)
+        """Copy what was received, entries and partial mixtures [received, G, 2, N, d], to its places."""
+        begin = sum(map(len, self.layout.received[: self.part]))
+        self.entries[begin : begin + len(entries)].copy_(entries)
 
     def write_slot(self, layer: int, k_NGd: Tensor, v_NGd: Tensor) -> None:
         """Write a layer's keys and values to its place; does nothing while recomputing."""
@@ -134,14 +137,15 @@ class KeyValueHistory(LayerHistory):
     @property
     def sent_shape(self) -> tuple[int, ...]:
         """[entries and partial mixtures sent, G, 2, N, d]."""
-        return len(self.layout.outgoing), *self.slot_shape
+        return len(self.layout.sent[self.part]), *self.slot_shape
 
     def write_sent(self, target: Tensor) -> None:
         """Write what crosses the next boundary into ``target``: entries, then partial mixtures, to which this stage adds its part."""
         layout = self.layout
-        for index, entry in enumerate(layout.outgoing.entries):
+        entries = layout.sent[self.part].entries
+        for index, entry in enumerate(entries):
             target[index].copy_(self.entries[layout.position[entry]])
-        mixtures = target[len(layout.outgoing.entries) :]
+        mixtures = target[len(entries) :]
         for places, positions in layout.passed_mixtures:
             mixtures[places].copy_(self.entries[positions])
         for group in layout.later_groups:
@@ -152,10 +156,10 @@ class KeyValueHistory(LayerHistory):
 
     # -- called by autograd Functions in backward ---------------------------------------------------------------------
 
-    def take_sent_gradient(self, gradient: Tensor) -> None:
-        """Keep the gradient that comes back for what was sent, [entries and partial mixtures sent, G, 2, N, d], and set that of the
-        weights in the partial mixtures: all entries are still there."""
-        self._sent_gradient = gradient
+    def take_sent_gradient(self, part: int, gradient: Tensor) -> None:
+        """Keep the gradient that comes back for what a part has sent, [entries and partial mixtures sent, G, 2, N, d], and set that of
+        the weights in the partial mixtures: all entries are still there."""
+        self._sent, self._sent_gradient = self.layout.sent[part], gradient
         for group in self.layout.later_groups:
             for run in group.rows.runs:
                 of_mixtures = self._flat(self._mixture_gradients, run)
@@ -169,6 +173,7 @@ class KeyValueHistory(LayerHistory):
         """
         layout = self.layout
         self._visit_once(Entry(layer))
+        self._check_kept([Entry(layer)])
         block, position = layout.blocks[layer], layout.slot(layer)
         own = slice(position, position + 1)
 
@@ -210,6 +215,7 @@ class KeyValueHistory(LayerHistory):
         layout = self.layout
         for row in chunk.rows:
             self._visit_once(row)
+        self._check_kept(chunk.rows)
         rows, block = layout.places(chunk.rows), layout.summary_blocks[chunk.index]
         place = self._flat(self.gradients, rows.runs[0])
         others = layout.other_readers(chunk.rows[0], block.readers)  # all rows of a summary have the same readers
@@ -227,18 +233,19 @@ class KeyValueHistory(LayerHistory):
             self._newer_summary_gradients.drop()
         self._set_weight_gradient(self._weight_rows(rows.runs[0]), layout.sources(chunk).runs, place)
 
-    def received_gradient(self, out: Tensor) -> None:
-        """Write the gradient to send back over the boundary before this stage, [received, G, 2, N, d], once all layers have been
+    def received_gradient(self, part: int, out: Tensor) -> None:
+        """Write the gradient to send back over the boundary before a part, [received, G, 2, N, d], once all of its layers have been
         visited. That of a partial mixture is that of the mixture."""
         layout = self.layout
-        entries = layout.incoming.entries
+        entries = layout.received[part].entries
+        self._check_kept(entries)
         if entries:
             shared = layout.shared_readers(entries)
             places = layout.places(entries)
             self._shared_gradient(places, shared, entries, self._flat(out, slice(0, len(entries))))
-            for position, entry in enumerate(entries):
-                place = slice(position, position + 1)
-                self._gradient_of_readers(place, layout.other_readers(entry, shared), out[position].flatten(1))
+            for index, entry in enumerate(entries):
+                place = slice(layout.position[entry], layout.position[entry] + 1)
+                self._gradient_of_readers(place, layout.other_readers(entry, shared), out[index].flatten(1))
         for reader, position in layout.mixture_position.items():
             if reader in layout.position:
                 out[position].copy_(self.gradients[layout.position[reader]])
@@ -247,8 +254,8 @@ class KeyValueHistory(LayerHistory):
 
     # -- products -----------------------------------------------------------------------------------------------------
 
-    def _weighted_readers(self) -> list[tuple[Reader, slice]]:
-        here = [(reader, self._weight_rows(reader.rows)) for reader in self.layout.readers]
+    def _weighted_readers(self, part: int) -> list[tuple[Reader, slice]]:
+        here = [(reader, self._weight_rows(reader.rows)) for reader in self.layout.readers_by_part[part]]
         return here + [(reader, self._later_rows(reader.rows)) for reader in self.layout.later_readers]
 
     def _weight_rows(self, positions: slice) -> slice:
@@ -299,7 +306,7 @@ class KeyValueHistory(LayerHistory):
     def _mixture_gradients(self) -> Tensor:
         """The gradients that came back for the partial mixtures sent, [partial mixtures, G, 2, N, d]."""
         assert self._sent_gradient is not None
-        return self._sent_gradient[len(self.layout.outgoing.entries) :]
+        return self._sent_gradient[len(self._sent.entries) :]
 
     def _come_back(self, entries: Sequence[Entry]) -> bool:
         """Whether later stages contribute to the gradient of some of these entries."""
@@ -322,9 +329,9 @@ class KeyValueHistory(LayerHistory):
             total = self.entries.new_empty(shape).flatten(0, 1).flatten(1) if out is None else out
             by_place = total.view(shape).zero_()
             for entry in entries:
-                if self._sent_gradient is not None and entry in self.layout.outgoing.entries:
+                if self._sent_gradient is not None and entry in self._sent.entries:
                     index = places.index_of(self.layout.position[entry])
-                    by_place[index] = self._sent_gradient[self.layout.outgoing.entries.index(entry)]
+                    by_place[index] = self._sent_gradient[self._sent.entries.index(entry)]
             self._add_gradient_of_later_readers(places, total)
         return self._gradient_of_readers(places, readers, total, out).view(shape)
 
