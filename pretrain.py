@@ -119,7 +119,7 @@ def train(config: Config, verbose: bool) -> str | None:
         together(lambda: hold_directory(directory, held))
         held.enter_context(console.logging(directory / "console.log"))
         with quiet(verbose):
-            engine, optimizer = build_engine(config, verbose, data.counted_shares)
+            engine, optimizer = build_engine(config, verbose, data.counted_shares, data.eos)
         if engine.module.compile_obstacle is not None:
             console.say(engine.module.compile_obstacle)
         resumed = resume(config, data, optimizer, console)
@@ -213,7 +213,7 @@ def assemble(
     from lime_dist.train.sample_texts import Sampler
 
     replica = engine.grid.get_data_parallel_rank()
-    reads_data = engine.is_first_stage() or engine.is_last_stage()
+    reads_data = engine.is_first_stage() or engine.is_last_stage() or data.eos is not None
     gpu = None if engine.device.type == "cpu" else engine.device
     validation = data.validation_batches(replica, gpu)
     sampler = None
@@ -237,9 +237,7 @@ def assemble(
         evaluation_micro_batches=0 if validation is None else len(validation),
         saver=Saver(checkpoint_folder(config), config, data.identity, optimizer, engine.stage_id, replica),
         restore=resumed.restore,
-        control=Control(
-            replica, data.replicas, engine.is_first_stage(), engine.is_last_stage(), config.pipeline.timeout
-        ),
+        control=Control(replica, data.replicas, engine.stage_id, engine.num_stages, config.pipeline.timeout),
         console=console,
         records=records,
         sampler=sampler,
@@ -277,6 +275,7 @@ def open_prompts(config: Config, settings: SampleTextsConfig) -> Prompts:
 def announce(run: Run, data: RunData, state: TrainState) -> None:
     """Print what is about to be trained, on what, and where."""
     from lime_dist.data.blend import BlendOrder
+    from lime_dist.data.documents import attention_length
     from lime_dist.model.cost import count_parameters
     from lime_dist.pipeline.placement import describe_placement
 
@@ -290,7 +289,13 @@ def announce(run: Run, data: RunData, state: TrainState) -> None:
     say(
         f"{count_parameters(config.model):,} parameters; {samples / data.order.num_samples:.2f} epochs of training samples"
     )
-    if data.counted_shares.training is not None:
+    if data.eos is not None:
+        length = attention_length(config.data, config.model.vocab_size)
+        say(
+            f"documents do not see each other (data.document_mask): attention reads {(length + 1) / 2:,.0f} tokens on average, "
+            f"{(length + 1) / (data.sequence_length + 1):.0%} of those without the mask"
+        )
+    if data.counts_answers_only and data.counted_shares.training is not None:
         say(f"the loss counts answers only: {data.counted_shares.training:.1%} of all tokens")
     if isinstance(data.order, BlendOrder):
         shares = data.order.shares(data.batch_sizes.consumed_after(settings.steps))
@@ -316,7 +321,7 @@ def report(run: Run, data: RunData, outcome: Outcome, metrics: MetricsFile | Non
     run.console.time_split(outcome.time_split)
     if (loss := outcome.validation_loss) is not None:
         say(
-            f"validation loss: {loss:.4f} nats per {'token' if data.answers is None else 'answer token'} "
+            f"validation loss: {loss:.4f} nats per {'answer token' if data.counts_answers_only else 'token'} "
             f"({math.log(vocab_size) - loss:.2f} below ln({vocab_size}))"
         )
     if metrics is not None and (best := metrics.best_validation()) is not None:

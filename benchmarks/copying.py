@@ -38,9 +38,9 @@ def copying_layer(layer: nn.Module, x_BTD: Tensor, history: Tensor) -> tuple[Ten
     """Run one layer. ``history`` [ℓ·G, 2, N, d] holds the slots of the ℓ layers before it; it is returned with one more slot."""
     assert isinstance(layer, KeyValueLayer)
     attention = layer.self_attn
-    rotary = attention.rotary(x_BTD)
+    positions = attention.positions(x_BTD, None)
     batch, length, _ = x_BTD.shape
-    q_BHTd, *own_BTC = layer.project(x_BTD, rotary)
+    q_BHTd, *own_BTC = layer.project(x_BTD, positions)
     slot = torch.stack([t.view(batch * length, -1, attention.head_size).transpose(0, 1) for t in own_BTC], dim=1)
     history = torch.cat([history, slot])
     mixed = slot
@@ -48,7 +48,7 @@ def copying_layer(layer: nn.Module, x_BTD: Tensor, history: Tensor) -> tuple[Ten
         assert isinstance(attention.router, KeyValueRouter)
         mixed = (attention.router.weight @ history.flatten(1)).view_as(slot)
     k_BGTd, v_BGTd = (t.view(-1, batch, length, attention.head_size).transpose(0, 1) for t in mixed.unbind(1))
-    return layer.finish(x_BTD, q_BHTd, k_BGTd, v_BGTd, rotary), history
+    return layer.finish(x_BTD, q_BHTd, k_BGTd, v_BGTd, positions), history
 
 
 def copied_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype, checkpointing: bool) -> int:

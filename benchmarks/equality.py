@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lime_dist.config.schema import Config
-from lime_dist.data.answers import Answers
+from lime_dist.data.answers import Answers, CountedLabels, WithinDocuments
 from lime_dist.data.order import rank_positions
 from lime_dist.model.architecture import architecture_of
 from lime_dist.model.decoder import Decoder, build_decoder
@@ -34,7 +35,7 @@ Logits = Callable[[Decoder, Tensor], Tensor]
 """From tokens [B, T] to logits [B, T, V]."""
 EOS = 2
 SHARES = {"training": 0.2, "validation": 0.25}
-"""Assumed shares of counted tokens, which divide the loss of runs that count answers only. Any constants will do."""
+"""Assumed shares of counted tokens, which divide the loss of runs that do not count all tokens. Any constants will do."""
 
 
 def random_batch(config: Config, step: int) -> Batch:
@@ -42,10 +43,26 @@ def random_batch(config: Config, step: int) -> Batch:
     generator = torch.Generator().manual_seed(1000 + step)
     size = (config.train.global_batch_size, config.data.sequence_length + 1)
     tokens = torch.randint(0, config.model.vocab_size, size, generator=generator)
-    if config.data.answer_token is not None:
-        labels = Answers(config.data.answer_token, EOS).labels(tokens.numpy())
+    if (counted := counted_labels(config)) is not None:
+        labels = counted.labels(tokens.numpy())
         return tokens[:, :-1].contiguous(), torch.from_numpy(labels)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def counted_labels(config: Config) -> CountedLabels | None:
+    """Which labels count; None: all."""
+    if config.data.answer_token is not None:
+        return Answers(config.data.answer_token, EOS)
+    return WithinDocuments(EOS) if config.data.document_mask else None
+
+
+def document_by_document(model: Decoder, tokens_BT: Tensor) -> Tensor:
+    """Logits [B, T, V] of every document of every sample alone."""
+    logits = []
+    for row in tokens_BT:
+        ends = [0, *(torch.nonzero(row == EOS).flatten() + 1).tolist(), len(row)]
+        logits.append(torch.cat([model(row[None, begin:end])[0] for begin, end in pairwise(ends) if begin < end]))
+    return torch.stack(logits)
 
 
 def rank_batches(config: Config, step: int, replica: int, width: int, micro_batch_size: int) -> Iterator[Batch]:
@@ -66,15 +83,17 @@ def train_one_process(
     steps: int,
     evaluation_micro_batch_size: int = 0,
     dtype: torch.dtype | None = None,
-    logits: Logits = Decoder.__call__,
+    logits: Logits | None = None,
 ) -> Result:
     """Train the single-process decoder on the CPU with torch's own optimizer, clipping and schedule, without DeepSpeed.
 
     Args:
         evaluation_micro_batch_size: if given, each step is followed by an evaluation in micro-batches of that size.
         dtype: in which everything is computed, from weights in the precision of the run; None: in that precision.
-        logits: how the decoder makes logits from tokens.
+        logits: how the decoder makes logits from tokens; None: at once, or with ``data.document_mask`` document by document.
     """
+    if logits is None:
+        logits = document_by_document if config.data.document_mask else Decoder.__call__
     model = build_decoder(config.model, seed=config.train.seed, dtype=DTYPES[config.precision])
     for name, parameter in model.named_parameters():
         perturb(name, parameter)
@@ -130,8 +149,8 @@ def train_one_process(
 
 
 def _mean_loss(config: Config, logits: Tensor, labels: Tensor, use: str) -> Tensor:
-    """Mean loss. If only answers count: each label's loss by itself, summed over counted labels, over their expected number."""
-    if config.data.answer_token is None:
+    """Mean loss. If not all labels count: each label's loss by itself, summed over counted labels, over their expected number."""
+    if counted_labels(config) is None:
         return language_model_loss(logits, labels)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = labels.clamp(min=0).unsqueeze(-1)

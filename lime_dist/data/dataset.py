@@ -82,6 +82,8 @@ class Samples(Protocol):
 
     path: Any
     split: str
+    vocab_size: int | None
+    eos_id: int | None
 
     def num_samples(self, sequence_length: int) -> int: ...
 

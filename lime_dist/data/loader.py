@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from lime_dist.data.answers import Answers
+from lime_dist.data.answers import CountedLabels
 from lime_dist.data.dataset import Samples
 from lime_dist.data.order import Order, rank_positions
 from lime_dist.data.ramp import BatchSizes
@@ -30,20 +30,26 @@ ORDER_BLOCK = 1024
 """Samples whose order is computed at once: the overhead of a call is that of about 700 samples."""
 
 
-def read_batch(split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None = None) -> Batch:
-    """Tokens and labels, int64 [b, T] each, of ``samples`` [b]. Labels are the tokens shifted by one; with ``answers``, labels
-    outside answers are IGNORED."""
-    return _read(split, samples, sequence_length, answers, None)[0]
+def read_batch(
+    split: Samples, samples: np.ndarray, sequence_length: int, counted: CountedLabels | None = None
+) -> Batch:
+    """Tokens and labels, int64 [b, T] each, of ``samples`` [b]. Labels are the tokens shifted by one; those that
+    are not ``counted`` are IGNORED."""
+    return _read(split, samples, sequence_length, counted, None)[0]
 
 
 def _read(
-    split: Samples, samples: np.ndarray, sequence_length: int, answers: Answers | None, pinned_for: torch.device | None
+    split: Samples,
+    samples: np.ndarray,
+    sequence_length: int,
+    counted: CountedLabels | None,
+    pinned_for: torch.device | None,
 ) -> _Read:
     """A micro-batch and its checksum, which covers tokens as they are stored: a quarter of the bytes of int64."""
     stored = np.concatenate([split.sample(sample, sequence_length) for sample in samples.tolist()])
     rows = stored.reshape(len(samples), sequence_length + 1)
     checksum = zlib.crc32(rows.data)
-    labels = rows[:, 1:].astype(np.int64) if answers is None else answers.labels(rows.astype(np.int64))
+    labels = rows[:, 1:].astype(np.int64) if counted is None else counted.labels(rows.astype(np.int64))
     batch = torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(labels).contiguous()
     return (batch if pinned_for is None else _pinned(batch, pinned_for)), checksum
 
@@ -133,13 +139,13 @@ class TrainBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
         consumed_samples: int = 0,
-        answers: Answers | None = None,
+        counted: CountedLabels | None = None,
         pinned_for: torch.device | None = None,
     ) -> None:
         available = split.num_samples(sequence_length)
         if order.num_samples != available:
             raise ValueError(f"the order is over {order.num_samples} samples, but the split has {available}")
-        self._split, self._order, self._sequence_length, self._answers = split, order, sequence_length, answers
+        self._split, self._order, self._sequence_length, self._counted = split, order, sequence_length, counted
         self._pinned_for = pinned_for
         self._batch_sizes = BatchSizes(batch_sizes) if isinstance(batch_sizes, int) else batch_sizes
         self._layout = (micro_batch_size, data_parallel_rank, data_parallel_size)
@@ -178,7 +184,7 @@ class TrainBatches:
     def __next__(self) -> Batch:
         if self._reader is None:
             place = (self._consumed_samples, self._batch_sizes, self._layout)
-            stream = _stream(self._split, self._order, self._sequence_length, *place, self._answers, self._pinned_for)
+            stream = _stream(self._split, self._order, self._sequence_length, *place, self._counted, self._pinned_for)
             self._reader = _ReadAhead(stream, max(1, GROUP_SAMPLES // self._layout[0]))
         try:
             batch, checksum = self._reader.get()
@@ -200,7 +206,7 @@ def _stream(
     consumed: int,
     batch_sizes: BatchSizes,
     layout: tuple[int, int, int],
-    answers: Answers | None,
+    counted: CountedLabels | None,
     pinned_for: torch.device | None,
 ) -> Iterator[_Read]:
     while True:
@@ -210,7 +216,7 @@ def _stream(
             positions.append(rank_positions(consumed, size, *layout))
             consumed += size
         for samples in order.samples_at(np.concatenate(positions)):
-            yield _read(split, samples, sequence_length, answers, pinned_for)
+            yield _read(split, samples, sequence_length, counted, pinned_for)
 
 
 class ValidationBatches:
@@ -231,7 +237,7 @@ class ValidationBatches:
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
-        answers: Answers | None = None,
+        counted: CountedLabels | None = None,
         pinned_for: torch.device | None = None,
     ) -> None:
         wide = micro_batch_size * data_parallel_size
@@ -249,7 +255,7 @@ class ValidationBatches:
                 f"samples of {sequence_length} tokens; use at most {available // wide * wide}, or give more validation text "
                 "(--validation-fraction of data_tools.pretokenize, data.validation_fraction of a .bin/.idx pair)"
             )
-        self._split, self._sequence_length, self._answers = split, sequence_length, answers
+        self._split, self._sequence_length, self._counted = split, sequence_length, counted
         self._pinned_for = pinned_for
         self._samples = rank_positions(0, evaluation_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
 
@@ -258,4 +264,4 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for samples in self._samples:
-            yield _read(self._split, samples, self._sequence_length, self._answers, self._pinned_for)[0]
+            yield _read(self._split, samples, self._sequence_length, self._counted, self._pinned_for)[0]

@@ -8,9 +8,10 @@ import torch
 
 from lime_dist.config.schema import Config
 from lime_dist.config.sections.train import EVALUATION_SAMPLES
-from lime_dist.data.answers import MEASURED_SAMPLES, Answers, CountedShares, find_answers
+from lime_dist.data.answers import MEASURED_SAMPLES, Answers, CountedLabels, CountedShares, find_counted
 from lime_dist.data.blend import open_training, open_validation
 from lime_dist.data.dataset import Samples
+from lime_dist.data.documents import MASK, find_eos
 from lime_dist.data.identity import DataIdentity
 from lime_dist.data.loader import TrainBatches, ValidationBatches
 from lime_dist.data.order import Order
@@ -29,8 +30,9 @@ class RunData:
         order: which training sample comes when.
         batch_sizes: of the global batch, by consumed samples.
         validation: the validation samples; None: the run has no validation.
-        answers: which labels the loss counts; None: all.
+        counted: which labels the loss counts; None: all.
         counted_shares: of all labels, those that the loss counts.
+        eos: the token that ends every document; None: attention and positions do not stop there.
         sequence_length: tokens of a sample.
         evaluation_samples: samples of a validation.
         replicas: data-parallel width.
@@ -42,8 +44,9 @@ class RunData:
     order: Order
     batch_sizes: BatchSizes
     validation: Samples | None
-    answers: Answers | None
+    counted: CountedLabels | None
     counted_shares: CountedShares
+    eos: int | None
     sequence_length: int
     micro_batch_size: int
     evaluation_samples: int
@@ -56,13 +59,17 @@ class RunData:
         train = config.train.model_copy(update={"evaluation_samples": self.evaluation_samples})
         return config.model_copy(update={"train": train})
 
+    @property
+    def counts_answers_only(self) -> bool:
+        return isinstance(self.counted, Answers)
+
     def train_batches(
         self, replica: int, consumed_samples: int, pinned_for: torch.device | None = None
     ) -> TrainBatches:
         """The training stream of a replica, from the step after ``consumed_samples`` samples on, pinned for a GPU."""
         return TrainBatches(
             self.training, self.order, self.sequence_length, self.batch_sizes, self.micro_batch_size, replica,
-            self.replicas, consumed_samples, self.answers, pinned_for,
+            self.replicas, consumed_samples, self.counted, pinned_for,
         )  # fmt: skip
 
     def validation_batches(self, replica: int, pinned_for: torch.device | None = None) -> ValidationBatches | None:
@@ -75,7 +82,7 @@ class RunData:
             return None
         return ValidationBatches(
             self.validation, self.sequence_length, self.evaluation_samples, self.micro_batch_size, replica,
-            self.replicas, self.answers, pinned_for,
+            self.replicas, self.counted, pinned_for,
         )  # fmt: skip
 
 
@@ -97,24 +104,25 @@ def read_run_data(config: Config, replicas: int) -> RunData:
     settings, length, vocab_size = config.train, config.data.sequence_length, config.model.vocab_size
     training, order = open_training(config.data, vocab_size)
     _check_vocabulary(vocab_size, training.vocab_size, str(training.path))
-    answers = find_answers(training, config.data.answer_token)
-    validation, evaluation_samples = _open_validation(config, replicas, answers)
+    counted = find_counted(training, config.data)
+    validation, evaluation_samples = _open_validation(config, replicas, counted)
     sets: tuple[ValidationSet, ...] = ()
     if settings.evaluation_samples != 0:
-        sets = open_validation_sets(config, training, answers, evaluation_samples, replicas)
+        sets = open_validation_sets(config, training, counted, evaluation_samples, replicas)
     shares = CountedShares()
-    if answers is not None:
+    if counted is not None:
         shares = CountedShares(
-            answers.share(training, length, order.num_samples, MEASURED_SAMPLES),
-            None if validation is None else answers.share(validation, length, evaluation_samples),
+            counted.share(training, length, order.num_samples, MEASURED_SAMPLES),
+            None if validation is None else counted.share(validation, length, evaluation_samples),
         )
     return RunData(
         training=training,
         order=order,
         batch_sizes=BatchSizes(settings.global_batch_size, settings.batch_ramp),
         validation=validation,
-        answers=answers,
+        counted=counted,
         counted_shares=shares,
+        eos=find_eos(training, config.data.eos_token, MASK) if config.data.document_mask else None,
         sequence_length=length,
         micro_batch_size=settings.micro_batch_size,
         evaluation_samples=evaluation_samples,
@@ -124,7 +132,7 @@ def read_run_data(config: Config, replicas: int) -> RunData:
     )
 
 
-def _open_validation(config: Config, replicas: int, answers: Answers | None) -> tuple[Samples | None, int]:
+def _open_validation(config: Config, replicas: int, counted: CountedLabels | None) -> tuple[Samples | None, int]:
     """The validation split and how many of its samples a validation has; None and 0 without validation."""
     settings, length = config.train, config.data.sequence_length
     samples, wide = settings.evaluation_samples, settings.micro_batch_size * replicas
@@ -137,7 +145,7 @@ def _open_validation(config: Config, replicas: int, answers: Answers | None) -> 
         samples = fitting_samples(EVALUATION_SAMPLES, split.num_samples(length), wide)
         if not samples:
             return None, 0
-    ValidationBatches(split, length, samples, settings.micro_batch_size, 0, replicas, answers)
+    ValidationBatches(split, length, samples, settings.micro_batch_size, 0, replicas, counted)
     return split, samples
 
 

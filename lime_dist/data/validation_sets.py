@@ -8,7 +8,7 @@ import torch
 
 from lime_dist.config.schema import Config
 from lime_dist.config.sections.train import EVALUATION_SAMPLES
-from lime_dist.data.answers import Answers
+from lime_dist.data.answers import CountedLabels
 from lime_dist.data.blend import Blend
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.indexed import is_pair
@@ -23,14 +23,14 @@ class ValidationSet:
     Attributes:
         name: key in ``data.validation``.
         evaluation_samples: number of its first samples that a validation reads.
-        answers: which labels the loss counts; None: all.
+        counted: which labels the loss counts; None: all.
         counted_share: share of the labels that the loss counts; None: all.
     """
 
     name: str
     split: TokenSplit
     evaluation_samples: int
-    answers: Answers | None
+    counted: CountedLabels | None
     counted_share: float | None
 
     def batches(
@@ -39,12 +39,12 @@ class ValidationSet:
         """Its micro-batches of a replica, pinned for a GPU."""
         return ValidationBatches(
             self.split, config.data.sequence_length, self.evaluation_samples, config.train.micro_batch_size, replica,
-            replicas, self.answers, pinned_for,
+            replicas, self.counted, pinned_for,
         )  # fmt: skip
 
 
 def open_validation_sets(
-    config: Config, training: TokenSplit | Blend, answers: Answers | None, wanted: int, replicas: int
+    config: Config, training: TokenSplit | Blend, counted: CountedLabels | None, wanted: int, replicas: int
 ) -> tuple[ValidationSet, ...]:
     """Open the sets of ``data.validation``, in their order.
 
@@ -72,8 +72,8 @@ def open_validation_sets(
                 f"data.validation.{name}: {path} has {split.num_samples(length)} samples of {length} tokens, but one micro-batch "
                 f"of all replicas needs {wide}; give more text, or lower train.micro_batch_size"
             )
-        share = None if answers is None else answers.share(split, length, samples)
-        sets.append(ValidationSet(name, split, samples, answers, share))
+        share = None if counted is None else counted.share(split, length, samples)
+        sets.append(ValidationSet(name, split, samples, counted, share))
     return tuple(sets)
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lime_dist.data.answers import Answers
+from lime_dist.data.answers import CountedLabels
 from lime_dist.data.dataset import Samples
 from lime_dist.data.loader import Batch, ValidationBatches
 from lime_dist.errors import LimeError
@@ -80,10 +80,10 @@ def first_tokens(split: Samples, sequence_length: int) -> Tensor:
 
 
 def validation_batches(
-    split: Samples, sequence_length: int, samples: int, answers: Answers | None = None
+    split: Samples, sequence_length: int, samples: int, counted: CountedLabels | None = None
 ) -> Iterator[Batch]:
     """The first samples of a split, on which a run validates, one at a time: (tokens, labels), [1, T] each."""
-    return iter(ValidationBatches(split, sequence_length, samples, 1, 0, 1, answers))
+    return iter(ValidationBatches(split, sequence_length, samples, 1, 0, 1, counted))
 
 
 def mean_loss(

@@ -223,9 +223,10 @@ class Architecture(Protocol):
     # -- costs --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
+    def layer_flops(self, sequence_length: float, layers: range, prices: Prices) -> list[Flops]:
         """FLOPs of matrix products per token, by layer of a stage that holds ``layers``.
 
+        With a document mask, ``sequence_length`` is the length in which causal attention reads as many keys per token.
         Summaries count with the last layer of their chunk, parts of later mixtures as `crossing.pairs_by_layer` says.
         """
 

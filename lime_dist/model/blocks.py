@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError, first_line
-from lime_dist.model.layers import MLP, RMSNorm, Rotary, causal_attention, rotary_table, rotate
+from lime_dist.model.layers import MLP, Positions, RMSNorm, causal_attention, rotary_table, rotate, within_documents
 
 
 class Router(Protocol):
@@ -40,27 +40,32 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * size, hidden, bias=False)
         self.router = router
 
-    def rotary(self, x_BTD: Tensor) -> Rotary:
-        """The rotary table for a hidden state, with or without residual streams."""
+    def positions(self, x_BTD: Tensor, starts_BT: Tensor | None) -> Positions:
+        """The positions of a micro-batch with this hidden state, with or without residual streams.
+
+        Args:
+            starts_BT: where documents begin (`documents.document_starts`); None: attention and positions cross them.
+        """
         length, dtype, device = x_BTD.shape[1], x_BTD.dtype, x_BTD.device
-        return rotary_table(length, self.head_size, self.rope_theta, self.rope_scaling, dtype, device)
+        table = rotary_table(length, self.head_size, self.rope_theta, self.rope_scaling, dtype, device)
+        return Positions(*table) if starts_BT is None else within_documents(*table, starts_BT, dtype)
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
         """[B, T, G·d] -> [B, G, T, d]."""
         return x_BTC.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
-    def queries(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
+    def queries(self, x_BTD: Tensor, positions: Positions) -> Tensor:
         """Rotated queries, [B, H, T, d]."""
-        return rotate(self.split_heads(self.q_proj(x_BTD)), rotary)
+        return rotate(self.split_heads(self.q_proj(x_BTD)), positions)
 
-    def attend(self, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, rotary: Rotary) -> Tensor:
+    def attend(self, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, positions: Positions) -> Tensor:
         """Attention, from rotated queries, keys before rotation, and values; returns [B, T, D]."""
-        return self.o_proj(causal_attention(q_BHTd, rotate(k_BGTd, rotary), v_BGTd))
+        return self.o_proj(causal_attention(q_BHTd, rotate(k_BGTd, positions), v_BGTd, positions.mask))
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions: Positions) -> Tensor:
         """Attention without a history."""
         key, value = self.split_heads(self.k_proj(x_BTD)), self.split_heads(self.v_proj(x_BTD))
-        return self.attend(self.queries(x_BTD, rotary), key, value, rotary)
+        return self.attend(self.queries(x_BTD, positions), key, value, positions)
 
 
 class PreNormLayer(nn.Module):
@@ -81,14 +86,14 @@ class PreNormLayer(nn.Module):
         router = self.self_attn.router
         return None if router is None else cast(Router, router).matrix()
 
-    def project(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, T, d]; the layer's own keys and values, [B, T, G·d] each."""
         normed, attention = self.input_layernorm(x_BTD), self.self_attn
-        return attention.queries(normed, rotary), attention.k_proj(normed), attention.v_proj(normed)
+        return attention.queries(normed, positions), attention.k_proj(normed), attention.v_proj(normed)
 
-    def finish(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, rotary: Rotary) -> Tensor:
+    def finish(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, positions: Positions) -> Tensor:
         """The layer's output from its input, rotated queries, keys before rotation, and values."""
-        x_BTD = x_BTD + self.self_attn.attend(q_BHTd, k_BGTd, v_BGTd, rotary)
+        x_BTD = x_BTD + self.self_attn.attend(q_BHTd, k_BGTd, v_BGTd, positions)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 

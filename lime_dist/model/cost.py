@@ -27,7 +27,7 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def layer_flops(
-    config: ModelConfig, sequence_length: int, layers: range | None = None, prices: Prices = ENTRIES
+    config: ModelConfig, sequence_length: float, layers: range | None = None, prices: Prices = ENTRIES
 ) -> list[Flops]:
     """FLOPs per token by layer of a stage that holds ``layers`` (by default all): projections, SwiGLU, attention, routing.
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import CHUNKS, architecture_of, chunk_ends, router_name, stage_layout
-from lime_dist.model.blocks import PreNormLayer, Router
+from lime_dist.model.blocks import Attention, PreNormLayer, Router
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.init import build
 from lime_dist.model.layers import Embedding
@@ -111,20 +111,23 @@ def run_layers(
     history: LayerHistory | None,
     activation_checkpointing: bool,
     later: Sequence[nn.Module] = (),
+    starts_BT: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run consecutive decoder layers and the chunk summaries between them.
 
     Args:
         activation_checkpointing: keep only the input of each layer, and compute the rest again in backward.
         later: the modules of `later_readers`.
+        starts_BT: where documents begin (`documents.document_starts`); None: attention and positions cross them.
 
     Returns:
         The hidden state, and the tensors of the autograd graph that ``history.pack`` needs.
     """
     released: list[Tensor] = []
+    decoder_layers = [layer for layer in layers if not isinstance(layer, ChunkSummary)]
+    positions = cast(Attention, decoder_layers[0].self_attn).positions(hidden, starts_BT)
     try:
         if history is not None:
-            decoder_layers = [layer for layer in layers if not isinstance(layer, ChunkSummary)]
             others = [*(layer for layer in layers if isinstance(layer, ChunkSummary)), *later]
             routing = [cast(PreNormLayer, layer).routing() for layer in decoder_layers]
             history.open(routing, [reader_weights(reader) for reader in others])
@@ -140,13 +143,14 @@ def run_layers(
                         layer,
                         hidden,
                         history,
+                        positions,
                         use_reentrant=False,
                         preserve_rng_state=False,
                         context_fn=partial(_checkpoint_contexts, history),
                     ),
                 )
             else:
-                hidden = layer(hidden, history)
+                hidden = layer(hidden, history, positions)
     finally:
         if history is not None:
             released = history.release()
@@ -197,11 +201,12 @@ class Decoder(nn.Module):
             _register(self, spec.name, module)
         self.specs = specs
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """Logits. ``starts_BT``: see `run_layers`."""
         embedding, *layers, norm, head = (self.get_submodule(spec.name) for spec in self.specs)
         hidden = embed(self.config, embedding, tokens_BT)
         history = open_history(self.config, self.layout, tokens_BT.numel(), hidden.dtype, hidden.device)
-        hidden, _ = run_layers(layers, hidden, history, self.activation_checkpointing)
+        hidden, _ = run_layers(layers, hidden, history, self.activation_checkpointing, starts_BT=starts_BT)
         return apply_head(self.config, norm, head, hidden)
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_dist.config.schema import RopeScalingConfig
+from lime_dist.model.documents import attention_with_mask, document_mask
 from lime_dist.model.norm_rotation import Rotate, rms_norm
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class RMSNorm(nn.Module):
@@ -35,10 +39,6 @@ def rms_normalise(x: Tensor, eps: float) -> Tensor:
     return rms_norm(x, None, eps)
 
 
-Rotary = tuple[Tensor, Tensor]
-"""cos and sin, as `rotary_table` returns them."""
-
-
 @lru_cache(maxsize=16)
 def rotary_table(
     length: int,
@@ -47,7 +47,7 @@ def rotary_table(
     scaling: RopeScalingConfig,
     dtype: torch.dtype,
     device: torch.device,
-) -> Rotary:
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position · frequency, [T, d] each, in at least float32. Both halves of d are equal, as in LLaMA."""
     accumulation_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = theta ** -(torch.arange(0, head_size, 2, dtype=accumulation_dtype, device=device) / head_size)
@@ -74,16 +74,47 @@ def scaled_frequencies(frequency: Tensor, scaling: RopeScalingConfig) -> Tensor:
     return kept * frequency + (1 - kept) * frequency / scaling.factor
 
 
-def rotate(x_BHTd: Tensor, rotary: Rotary) -> Tensor:
-    """Apply rotary position embedding (arXiv 2104.09864) to [B, H, T, d]; the table has T positions."""
-    return Rotate.apply(x_BHTd, *rotary)
+class Positions(NamedTuple):
+    """Where the tokens of a micro-batch stand, as attention needs to know it.
+
+    Attributes:
+        cos, sin: of position · frequency, in at least float32; [T, d], or [B, 1, T, d] where positions restart within samples.
+        mask: which keys a query reads, of `documents.document_mask`; None: all up to its own.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | BlockMask | None = None
 
 
-def causal_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
+def within_documents(cos_Td: Tensor, sin_Td: Tensor, starts_BT: Tensor, dtype: torch.dtype) -> Positions:
+    """Positions that restart where documents begin, and the mask of attention within documents.
+
+    Args:
+        cos_Td, sin_Td: of `rotary_table`.
+        starts_BT: of `documents.document_starts`.
+        dtype: of queries and keys.
+    """
+    positions_BT = torch.arange(starts_BT.shape[1], device=starts_BT.device) - starts_BT
+    cos, sin = (table[positions_BT].unsqueeze(1) for table in (cos_Td, sin_Td))
+    return Positions(cos, sin, document_mask(starts_BT, dtype, cos_Td.shape[-1]))
+
+
+def rotate(x_BHTd: Tensor, positions: Positions) -> Tensor:
+    """Apply rotary position embedding (arXiv 2104.09864) to [B, H, T, d]."""
+    return Rotate.apply(x_BHTd, positions.cos, positions.sin)
+
+
+def causal_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
     """Causal softmax attention; K/V head g serves the H/G query heads from g·H/G on; returns [B, T, H·d].
 
     On a GPU, the kernels for float32 and float64 need as many K/V heads as query heads.
+
+    Args:
+        mask: of `Positions`.
     """
+    if mask is not None:
+        return attention_with_mask(q_BHTd, k_BGTd, v_BGTd, mask).transpose(1, 2).flatten(2)
     group = q_BHTd.shape[1] // k_BGTd.shape[1]
     if group > 1 and q_BHTd.device.type != "cpu" and q_BHTd.dtype in (torch.float32, torch.float64):
         k_BGTd, v_BGTd, group = k_BGTd.repeat_interleave(group, 1), v_BGTd.repeat_interleave(group, 1), 1

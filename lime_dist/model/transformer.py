@@ -73,7 +73,7 @@ def initialise_shared(config: ModelConfig, name: str, value: Tensor, generator: 
 # -- FLOPs ----------------------------------------------------------------------------------------------------------------
 
 
-def transformer_flops(config: ModelConfig, sequence_length: int) -> Flops:
+def transformer_flops(config: ModelConfig, sequence_length: float) -> Flops:
     """FLOPs per token of a layer's projections, SwiGLU and causal attention.
 
     Attention counts the pairs that the mask leaves, (T + 1)/2 per token; its backward pass computes the scores again.

@@ -25,6 +25,7 @@ from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.errors import PeerLost
 from lime_dist.model.history import LayerHistory
 from lime_dist.pipeline.clock import INSTRUCTIONS, VALIDATION, WAITING, Clock
+from lime_dist.pipeline.document_stream import Batches, DocumentStream
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.placement import gather_placement
 from lime_dist.pipeline.process_groups import tied_communicators
@@ -32,8 +33,6 @@ from lime_dist.pipeline.shared_weights import shared_parameters
 from lime_dist.pipeline.transfer import TransferStats
 from lime_dist.pipeline.warm_up import needs_warm_up, run_on_zeros
 from lime_dist.pipeline.watchdog import Watchdog
-
-Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
@@ -61,6 +60,7 @@ class LimeEngine(PipelineEngine):
     Args:
         clock: times the instructions; the optimizer may use it as well.
         counted_shares: fractions of the labels that count in the loss.
+        eos: the token that ends every document, beyond which attention does not reach; None: it reaches across documents.
     """
 
     optimizer: GradientOptimizer
@@ -75,6 +75,7 @@ class LimeEngine(PipelineEngine):
         optimizer: GradientOptimizer,
         clock: Clock,
         counted_shares: CountedShares = ALL_COUNTED,
+        eos: int | None = None,
     ) -> None:
         world_size = dist.get_world_size()
         settings = deepspeed_config(config, world_size)
@@ -83,6 +84,8 @@ class LimeEngine(PipelineEngine):
         self.lime_config = config
         self.optimizer, self.clock = optimizer, clock
         self._counted_shares, self._evaluated_share = counted_shares, counted_shares.validation
+        self._eos = eos
+        self._documents: DocumentStream | None = None
         self.timers = NoopTimer()  # the stock timers keep two CUDA events per step and never free them
         self.placement = gather_placement()
         self.watchdog = Watchdog(config.pipeline.timeout, self.device)
@@ -102,6 +105,11 @@ class LimeEngine(PipelineEngine):
     def needs_warm_up(self) -> bool:
         """Whether this stage has something to load or to compile before its first transfer (`lime_dist.pipeline.warm_up`)."""
         return needs_warm_up(self.num_stages, self.device, self.lime_config.train.compile is True)
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention stops where documents begin."""
+        return self._eos is not None
 
     def warm_up(self) -> None:
         """Run a micro-batch of zeros through this stage, in training and in evaluation, and an update. No state changes.
@@ -132,7 +140,7 @@ class LimeEngine(PipelineEngine):
         self._use_shape(self.lime_config.train.micro_batch_size)
         self.micro_batches = micro_batches or self.gradient_accumulation_steps()
         with self.watching(f"the mean loss of step {self.global_steps + 1}"):
-            mean = self.train_batch(batches)
+            mean = self.train_batch(self._streamed(batches))
             wanted = [mean, self._norms, *([torch.stack(self.fwd_outputs)] if self.fwd_outputs else [])]
             # The step's only wait for the device, after all its work has been queued.
             values: list[float] = torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in wanted]).tolist()
@@ -161,7 +169,7 @@ class LimeEngine(PipelineEngine):
             self.clock.measuring(VALIDATION),
         ):
             self.module.eval()
-            self.micro_batches, self.data_iterator, self.total_loss = micro_batches, batches, None
+            self.micro_batches, self.data_iterator, self.total_loss = micro_batches, self._streamed(batches), None
             with torch.no_grad():
                 self._exec_schedule(self._inference_schedule(micro_batches))
                 loss = float(self._aggregate_total_loss())
@@ -176,13 +184,25 @@ class LimeEngine(PipelineEngine):
         """
         self._use_shape(self.lime_config.train.micro_batch_size)
         self.module.eval()
-        self.micro_batches, self.data_iterator, self._read_output = micro_batches, batches, read
+        self.micro_batches, self.data_iterator, self._read_output = micro_batches, self._streamed(batches), read
         try:
             with torch.no_grad(), self.clock.measuring(VALIDATION):
                 self._exec_schedule(self._inference_schedule(micro_batches))
         finally:
             self._read_output = None
         self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers
+
+    def _streamed(self, batches: Batches | None) -> Batches | None:
+        """The micro-batches of a step, of which the stage's forward passes learn where documents begin."""
+        self._documents = None
+        if self._eos is None or batches is None:
+            return batches
+        self._documents = DocumentStream(batches, self._eos, self.device)
+        return self._documents
+
+    def _document_starts(self) -> Tensor | None:
+        """Where documents begin in the micro-batch whose forward pass is next; None: attention reaches across documents."""
+        return None if self._documents is None else self._documents.take()
 
     def micro_batch_losses(self) -> list[float]:
         """Losses of the last step's micro-batches on the last stage; empty on the others."""
@@ -280,7 +300,7 @@ class LimeEngine(PipelineEngine):
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         """The stock method also clones the payload, and adds a hook that refuses a backward pass outside the engine."""
-        outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
+        outputs = self.module(self.pipe_buffers["inputs"][buffer_id], starts_BT=self._document_starts())
         if (wire := self.module.wire_out) is not None:
             outputs = outputs.to(wire.wire_dtype)
         self.pipe_buffers["outputs"][buffer_id] = outputs

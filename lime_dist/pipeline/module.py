@@ -164,7 +164,8 @@ class LimePipelineModule(PipelineModule):
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, inputs: Tensor, history: LayerHistory | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, history: LayerHistory | None = None, starts_BT: Tensor | None = None) -> Tensor:
+        """The stage's output. ``starts_BT``: see `run_layers`."""
         config, functions = self.config, self.forward_funcs
         if history is None:
             num_tokens = inputs.shape[:2].numel()
@@ -174,7 +175,7 @@ class LimePipelineModule(PipelineModule):
         else:
             hidden = unpack(inputs.to(self.dtype), config.model.hidden_size, history)
         checkpointing, later = config.parallel.activation_checkpointing, list(self.later_readers)
-        hidden, released = run_layers(self._layers(), hidden, history, checkpointing, later)
+        hidden, released = run_layers(self._layers(), hidden, history, checkpointing, later, starts_BT)
         if not self.holds_head:
             return pack(hidden, released, history)
         return apply_norm(config.model, functions[-2], hidden)

@@ -65,8 +65,9 @@ class OverlapEngine(LimeEngine):
         optimizer: GradientOptimizer,
         clock: Clock,
         counted_shares: CountedShares = ALL_COUNTED,
+        eos: int | None = None,
     ) -> None:
-        super().__init__(module, config, optimizer, clock, counted_shares)
+        super().__init__(module, config, optimizer, clock, counted_shares, eos)
         self._in_flight: dict[int, MicroBatch] = {}
         self._failed = False
         self._from_previous: Receiver[LayerHistory | None] | None = None
@@ -198,7 +199,7 @@ class OverlapEngine(LimeEngine):
                 micro_batch.inputs, micro_batch.history, *self._shape
             )
             micro_batch.inputs.requires_grad_(training)
-        output = self.module(micro_batch.inputs, micro_batch.history)
+        output = self.module(micro_batch.inputs, micro_batch.history, self._document_starts())
         micro_batch.history = None  # the graph holds it as long as it needs it
         if self.is_last_stage():
             assert micro_batch.labels is not None

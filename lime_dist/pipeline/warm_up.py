@@ -37,7 +37,8 @@ def run_on_zeros(engine: LimeEngine, is_training: bool) -> None:
         inputs, history = (tokens_BT, None) if engine.is_first_stage() else engine.payload_of_zeros(*shape)
         if not engine.is_first_stage():
             inputs.requires_grad_(is_training)
-        output = engine.module(inputs, history)
+        starts_BT = torch.zeros_like(tokens_BT) if engine.masks_documents else None
+        output = engine.module(inputs, history, starts_BT)
         if engine.is_last_stage():
             for _ in range(LOSSES):
                 loss = engine._add_loss(output, tokens_BT)

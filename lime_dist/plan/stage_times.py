@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from lime_dist.config.schema import Config
+from lime_dist.data.documents import attention_length
 from lime_dist.model import cost
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.shared_weights import boundary_prices
@@ -28,8 +29,9 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
     """
     if not flops_per_second > 0:
         raise ValueError(f"flops_per_second={flops_per_second} must be above 0")
-    model, length = config.model, config.data.sequence_length
-    scale = config.train.micro_batch_size * length / flops_per_second
+    model = config.model
+    scale = config.train.micro_batch_size * config.data.sequence_length / flops_per_second
+    length = attention_length(config.data, model.vocab_size)
     bounds, prices = stage_bounds(config) if bounds is None else bounds, boundary_prices(config)
     times = []
     for start, stop in pairwise(bounds):

@@ -35,11 +35,15 @@ def make_stage_optimizer(
 
 
 def build_engine(
-    config: Config, verbose: bool = False, counted_shares: CountedShares = ALL_COUNTED
+    config: Config, verbose: bool = False, counted_shares: CountedShares = ALL_COUNTED, eos: int | None = None
 ) -> tuple[LimeEngine, StageOptimizer]:
-    """Build the engine and the optimizer of this rank's stage; all ranks must call it."""
+    """Build the engine and the optimizer of this rank's stage; all ranks must call it.
+
+    Args:
+        eos: the token that ends every document, for ``data.document_mask``; None: without the mask.
+    """
     module = LimePipelineModule(config, verbose)
     clock = Clock(next(module.parameters()).device)
     optimizer = make_stage_optimizer(config, module.exported_parameters, stage_process_groups(module), clock)
     engine_class: type[LimeEngine] = SCHEDULES[config.pipeline.schedule].engine_class()
-    return engine_class(module, config, optimizer, clock, counted_shares), optimizer
+    return engine_class(module, config, optimizer, clock, counted_shares, eos), optimizer

@@ -43,7 +43,7 @@ class JointStatus:
     Attributes:
         stop: the largest ``stop`` of any rank.
         writing, failed, spike: whether any rank reported it.
-        different_replicas: the replicas whose first and last stage read different tokens.
+        different_replicas: the replicas of which two stages read different tokens.
     """
 
     stop: int
@@ -58,26 +58,24 @@ class Control:
 
     Args:
         replica: index of this rank's replica, of ``replicas``.
-        is_first, is_last: whether this rank holds the first, or the last, stage of its replica.
+        stage: this rank's stage, of ``stages``.
         timeout: ``pipeline.timeout`` in seconds.
     """
 
-    def __init__(self, replica: int, replicas: int, is_first: bool, is_last: bool, timeout: float) -> None:
+    def __init__(self, replica: int, replicas: int, stage: int, stages: int, timeout: float) -> None:
         self._group = dist.new_group(backend="gloo", timeout=group_timeout(timeout))
-        self._replicas = replicas
-        # Positions of this rank's checksum: those of all first stages come first, then those of all last stages.
-        self._positions = [4 + end * replicas + replica for end, is_end in enumerate((is_first, is_last)) if is_end]
+        self._replicas, self._stages, self._index = replicas, stages, 4 + replica * stages + stage
 
     def exchange(self, own: Status) -> JointStatus:
         """Combine the status of all ranks; all ranks must call it."""
-        values = torch.zeros(4 + 2 * self._replicas, dtype=torch.int64)
+        values = torch.full((4 + self._replicas * self._stages,), -1, dtype=torch.int64)
         values[:4] = torch.tensor([own.stop, own.writing, own.failed, own.spike])
         if own.checksum is not None:
-            values[self._positions] = own.checksum
+            values[self._index] = own.checksum
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         stop, writing, failed, spike, *checksums = values.tolist()
-        pairs = zip(checksums[: self._replicas], checksums[self._replicas :], strict=True)
-        different = tuple(replica for replica, (first, last) in enumerate(pairs) if first != last)
+        by_replica = (checksums[begin : begin + self._stages] for begin in range(0, len(checksums), self._stages))
+        different = tuple(index for index, read in enumerate(by_replica) if len(set(read) - {-1}) > 1)
         return JointStatus(stop, bool(writing), bool(failed), bool(spike), different)
 
     def gather(self, own: T) -> list[T]:

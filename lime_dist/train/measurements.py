@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lime_dist.config.schema import Config
+from lime_dist.data.documents import attention_length
 from lime_dist.model import cost
 from lime_dist.model.architecture import model_crossings
 from lime_dist.pipeline.clock import COMPUTATION, KINDS, TRANSFER, VALIDATION, WAITING
@@ -128,7 +129,8 @@ def interval_record(config: Config, intervals: Sequence[Interval]) -> dict[str, 
     ``mfu`` is model FLOPs over the devices' peak FLOPs. Recomputation for activation checkpointing does not count.
     """
     record = {f"seconds_{kind}": mean(one.seconds[kind] for one in intervals) for kind in KINDS if kind != VALIDATION}
-    per_token = sum(layer.both for layer in cost.layer_flops(config.model, config.data.sequence_length))
+    length = attention_length(config.data, config.model.vocab_size)
+    per_token = sum(layer.both for layer in cost.layer_flops(config.model, length))
     per_token += cost.head_flops(config.model).both
     peak = intervals[0].step_seconds * sum(one.peak_flops for one in intervals)
     record["mfu"] = intervals[0].tokens * per_token / peak

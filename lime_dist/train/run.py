@@ -139,7 +139,8 @@ class Run:
     """The finished parts of a run.
 
     Attributes:
-        train_batches, validation_batches: None on the stages between the first and the last, which read no data.
+        train_batches, validation_batches: None on the stages between the first and the last, which read data only
+            for ``data.document_mask``.
         evaluation_micro_batches: of each replica in a validation; 0: the data have no validation split, or the run does not read it.
         validation_sets: the other sets that a validation reads, by name.
         sampler: writes the sample texts of the first replica; None on other replicas, or if the run writes none.

@@ -1,4 +1,4 @@
-"""Which samples a step read: for messages, and to check that both ends of a pipeline read the same."""
+"""Which samples a step read: for messages, and to check that all stages of a pipeline that read data read the same."""
 
 from __future__ import annotations
 
@@ -93,15 +93,16 @@ def describe_difference(
     different: int,
     own: tuple[int, str, Sequence[int]] | None,
 ) -> str:
-    """Name the sample for which the two ends of replica ``different`` read different tokens; all ranks must call it.
+    """Name the sample for which two stages of replica ``different`` read different tokens; all ranks must call it.
 
     Args:
-        own: (stage, data folder, checksum of each micro-batch) on these two ranks; None on all others.
+        own: (stage, data folder, checksum of each micro-batch) on the ranks of this replica that read data; None on all others.
     """
     own_with_host = None if own is None else (*own, socket.gethostname())
     gathered: list[tuple[int, str, Sequence[int], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own_with_host)
-    first, last = sorted(filter(None, gathered))
+    first, *others = sorted(filter(None, gathered))
+    last = next(other for other in reversed(others) if other[2] != first[2])
     samples = step_samples(config, order, consumed, different, replicas)
     index = next((i for i, (a, b) in enumerate(zip(first[2], last[2], strict=False)) if a != b), 0)
     sources = " and ".join(f"stage {stage} from {folder} on {host}" for stage, folder, _, host in (first, last))

@@ -75,7 +75,7 @@ class StepEnd:
         """Exchange the status of all ranks, save if it is time, stop if asked to; returns the state to continue from.
 
         Raises:
-            LimeError: the two ends of a replica read different tokens, or something cannot be written.
+            LimeError: two stages of a replica read different tokens, or something cannot be written.
         """
         run = self._run
         joint = self._exchange(state, self._spikes.is_spike(loss))
@@ -180,7 +180,7 @@ class StepEnd:
         with self._watching("comparing the tokens read at", state):
             difference = describe_difference(run.config, run.order, self._consumed_before, run.replicas, replica, own)
         return (
-            f"step {state.step}: the first and the last stage of replica {replica} read different tokens for {difference}; "
+            f"step {state.step}: two stages of replica {replica} read different tokens for {difference}; "
             f"make both folders hold the same files (data_tools.inspect --verify finds the damaged one); {HOW_TO_RESUME}"
         )
 

@@ -89,9 +89,9 @@ def test_representations_are_those_of_the_trainers_decoder(
     values, states = [], []
     attend = Attention.attend
 
-    def kept(self: Attention, q: Any, k: Any, v: Any, rotary: Any) -> Any:
+    def kept(self: Attention, q: Any, k: Any, v: Any, positions: Any) -> Any:
         values.append(v[0].transpose(0, 1).flatten(1))
-        return attend(self, q, k, v, rotary)
+        return attend(self, q, k, v, positions)
 
     monkeypatch.setattr(Attention, "attend", kept)
     for layer in range(5):

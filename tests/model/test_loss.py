@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from lime_dist.config.schema import RopeScalingConfig
 from lime_dist.model import cost
-from lime_dist.model.layers import language_model_loss, rotary_table, rotate
+from lime_dist.model.layers import Positions, language_model_loss, rotary_table, rotate
 from lime_dist.model.loss import projected_loss
 from lime_dist.model.norm_rotation import rms_norm
 
@@ -97,8 +97,8 @@ def test_norm_and_rotation_have_the_right_gradients(weighted: bool) -> None:
     table = rotary_table(3, 8, 10000.0, RopeScalingConfig(), torch.float64, torch.device("cpu"))
     cos, sin = table
     turned = torch.cat((-x[..., 4:], x[..., :4]), -1)
-    torch.testing.assert_close(rotate(x, table), x * cos + turned * sin, rtol=1e-14, atol=1e-14)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, table), (x,))
+    torch.testing.assert_close(rotate(x, Positions(*table)), x * cos + turned * sin, rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, Positions(*table)), (x,))
 
 
 def test_a_bf16_norm_is_rounded_once() -> None:

@@ -30,6 +30,7 @@ from lime_dist.model.architecture import Architecture, ExportFormat, architectur
 from lime_dist.model.architectures.llama.architecture import Llama
 from lime_dist.model.architectures.llama.layer import LlamaLayer
 from lime_dist.model.history import LayerHistory
+from lime_dist.model.layers import Positions
 from lime_dist.model.layout import StageLayout
 from lime_dist.model.policies import FirstLastHistory
 from lime_dist.plan import __main__ as plan
@@ -99,13 +100,13 @@ class FirstInput(LayerHistory):
 
 
 class SkipLayer(LlamaLayer):
-    def forward(self, x_BTD: Tensor, history: FirstInput) -> Tensor:
+    def forward(self, x_BTD: Tensor, history: FirstInput, positions: Positions) -> Tensor:
         if self.layer > 0:
             assert history.first is not None
             x_BTD = (x_BTD + history.first) / 2
         elif not history.is_recomputing:
             history.first = x_BTD
-        return self.compute(x_BTD, self.self_attn.rotary(x_BTD))
+        return self.compute(x_BTD, positions)
 
 
 class EmbeddingSkip(Llama):
@@ -179,8 +180,9 @@ def test_one_process_computes_the_equation() -> None:
     llama = build_decoder(model.model_copy(update={"architecture": "llama"}), dtype=torch.float64)
     llama.load_state_dict(decoder.state_dict())
     x = first = llama.model.embed_tokens(tokens)
+    positions = llama.model.layers[0].self_attn.positions(x, None)
     for layer in llama.model.layers:
-        x = layer(0.5 * x + 0.5 * first, None)
+        x = layer(0.5 * x + 0.5 * first, None, positions)
     torch.testing.assert_close(
         decoder(tokens), llama.model.embed_tokens.logits(llama.model.norm(x)), rtol=0, atol=1e-12
     )

@@ -281,6 +281,44 @@ def test_every_other_model_in_bf16_with_two_replicas(workers: Callable[[int], Wo
     check_equal(settings(model, 4, True, "bf16", pipeline_stages=2, zero_stage=1), workers(4), steps=3)
 
 
+DOCUMENT_CASES = [
+    (model, 1 + turn % 4, "stock" if turn % 5 == 4 else "overlap", turn % 2 == 1, turn % 3, 1 + turn % 2)
+    for turn, model in enumerate([*MODELS, *MODELS])
+    if turn < len(MODELS) or 1 + turn % 4 != 1 + (turn - len(MODELS)) % 4
+]
+"""Model, stages, engine, activation checkpointing, extra micro-batches in flight, samples per micro-batch."""
+
+
+@pytest.mark.parametrize(("model", "stages", "engine", "checkpointing", "extra", "micro_batch_size"), DOCUMENT_CASES)
+def test_documents_that_do_not_see_each_other(
+    workers: Callable[[int], WorkerGroup],
+    model: str,
+    stages: int,
+    engine: str,
+    checkpointing: bool,
+    extra: int,
+    micro_batch_size: int,
+) -> None:
+    """Compared with one process that runs every document alone. A stage in the middle reads the tokens, too."""
+    values = documents(settings(model, 4, True, "fp64", pipeline_stages=stages, activation_checkpointing=checkpointing))
+    values["train"] = {**values["train"], "micro_batch_size": micro_batch_size}
+    values["pipeline"] = {"engine": engine, "extra_in_flight": extra if engine == "overlap" else 0}
+    check_equal(values, workers(stages), steps=2)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_documents_with_two_replicas(workers: Callable[[int], WorkerGroup], precision: str) -> None:
+    values = documents(settings("lime", 2, True, precision, pipeline_stages=2, zero_stage=1))
+    check_equal(values, workers(4), steps=2)
+
+
+def documents(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with the document mask: a vocabulary of seven tokens, so that documents have seven tokens on average."""
+    values["model"] = {**values["model"], "vocab_size": 7}
+    values["data"] = {"sequence_length": 12, "document_mask": True}
+    return values
+
+
 CUTS = {1: [9], 2: [5, 4], 3: [2, 5, 2], 4: [1, 3, 3, 2]}
 """Layers per stage: boundaries inside chunks of 3 and of 4, a stage with a whole chunk, one without a router."""
 

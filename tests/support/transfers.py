@@ -182,7 +182,7 @@ def group_timeouts(values: dict[str, Any]) -> tuple[list[float], str]:
     from lime_dist.train.control import Control
 
     config, engine, _ = build(values)
-    control = Control(0, 2, True, True, config.pipeline.timeout)
+    control = Control(0, 2, 0, 1, config.pipeline.timeout)
     groups = list(distributed_c10d._world.pg_map)
     del engine, control
     timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]

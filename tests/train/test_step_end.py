@@ -107,7 +107,7 @@ def test_deepspeeds_own_schedule_stops_and_is_checked_too(workers: Workers, data
     assert error.startswith(f"{tmp_path}/checkpoints/global_step3 is of another run (data.seed: 0 there, 7 here)")
     shutil.rmtree(tmp_path / "checkpoints")
     error, _ = observe(workers, values=changed, per_rank={1: {"data": {"seed": 7}}})
-    assert error.startswith("step 1: the first and the last stage of replica 0 read different tokens for ")
+    assert error.startswith("step 1: two stages of replica 0 read different tokens for ")
 
 
 def test_what_a_crash_left_in_the_records_is_said_once(
@@ -347,7 +347,7 @@ def test_stages_that_read_different_tokens_end_the_run(workers: Workers, dataset
     error, _ = observe(workers, 4, values=changed, per_rank={3: {"data": {"path": str(other)}}})
     host = socket.gethostname()
     assert error.startswith(
-        f"step 5: the first and the last stage of replica 1 read different tokens for sample {sample} (micro-batch 1), "
+        f"step 5: two stages of replica 1 read different tokens for sample {sample} (micro-batch 1), "
         f"stage 0 from {dataset} on {host} and stage 1 from {other} on {host}; "
     ), error
     assert names(tmp_path / "run") == ["global_step4", "latest"]

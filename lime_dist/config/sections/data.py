@@ -53,6 +53,17 @@ class DataConfig(Section):
         description="id of the token that separates question and answer: the loss counts only what follows it in the "
         "document; `null` counts all tokens; needs `path`",
     )
+    document_mask: bool = Field(
+        False,
+        description="attention stops at the begin of a document within a sample, positions restart there, and the loss does not count "
+        "the prediction of a document's first token from the document before; needs documents that end with an eos token",
+    )
+    eos_token: int | None = Field(
+        None,
+        ge=0,
+        description="id of the token that ends every document of a `.bin`/`.idx` pair, for `document_mask` and `answer_token`; `null`: "
+        "folders name it themselves",
+    )
 
     @field_validator("validation")
     @classmethod
@@ -74,6 +85,10 @@ class DataConfig(Section):
             raise ValueError("set either data.path or data.blend; data.path=null goes with data.blend")
         if self.blend is not None and self.answer_token is not None:
             raise ValueError(f"data.answer_token={self.answer_token} needs data.path; it does not go with data.blend")
+        if self.eos_token is not None and not self.document_mask and self.answer_token is None:
+            raise ValueError(
+                f"data.eos_token={self.eos_token} has no meaning without data.document_mask or data.answer_token"
+            )
         return self
 
     @property

@@ -137,7 +137,7 @@ class AttentionResiduals(Architecture):
         reads = [self.policy.finished(sublayer) for sublayer in (2 * layer, 2 * layer + 1) if sublayer > 0]
         return [*reads, self.policy.finished_at_end(self.config.num_hidden_layers)] if self._is_last(layer) else reads
 
-    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
+    def layer_flops(self, sequence_length: float, layers: range, prices: Prices) -> list[Flops]:
         """Beside the transformer, for each finished block: score and mixture; in backward the score again, and the gradients of the
         weight, of the block through its value and its key, and of the query. The running sum is elementwise work."""
         unit = 2 * self.config.hidden_size

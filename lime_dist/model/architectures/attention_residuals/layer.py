@@ -11,7 +11,7 @@ from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architectures.attention_residuals.blocks import Blocks
 from lime_dist.model.architectures.attention_residuals.history import DepthHistory
 from lime_dist.model.blocks import PreNormLayer
-from lime_dist.model.layers import RMSNorm, Rotary
+from lime_dist.model.layers import Positions, RMSNorm
 
 
 class DepthQuery(nn.Module):
@@ -50,17 +50,17 @@ class AttentionResidualsLayer(PreNormLayer):
         queries = (self.attn_residual, self.mlp_residual, self.output_residual)
         return torch.stack([query() for query in queries if query is not None])
 
-    def forward(self, x_BTD: Tensor, history: DepthHistory) -> Tensor:
-        sublayer, rotary = 2 * self.layer, self.self_attn.rotary(x_BTD)
+    def forward(self, x_BTD: Tensor, history: DepthHistory, positions: Positions) -> Tensor:
+        sublayer = 2 * self.layer
         mixed_BTD = history.read(sublayer, x_BTD)
-        x_BTD = self.attend(mixed_BTD, None if self.blocks.begins(sublayer) else x_BTD, rotary)
+        x_BTD = self.attend(mixed_BTD, None if self.blocks.begins(sublayer) else x_BTD, positions)
         mixed_BTD = history.read(sublayer + 1, x_BTD)
         x_BTD = self.feed_forward(mixed_BTD, None if self.blocks.begins(sublayer + 1) else x_BTD)
         return x_BTD if self.output_residual is None else history.read(sublayer + 2, x_BTD)
 
-    def attend(self, mixed_BTD: Tensor, running_BTD: Tensor | None, rotary: Rotary) -> Tensor:
+    def attend(self, mixed_BTD: Tensor, running_BTD: Tensor | None, positions: Positions) -> Tensor:
         """The output of attention, added to the running sum of its block."""
-        out_BTD = self.self_attn(self.input_layernorm(mixed_BTD), rotary)
+        out_BTD = self.self_attn(self.input_layernorm(mixed_BTD), positions)
         return out_BTD if running_BTD is None else running_BTD + out_BTD
 
     def feed_forward(self, mixed_BTD: Tensor, running_BTD: Tensor | None) -> Tensor:

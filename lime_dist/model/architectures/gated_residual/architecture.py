@@ -88,7 +88,7 @@ class GatedResidual(WithoutHistory, Architecture):
         products = 2 * 2 * self.rate * self.hidden * self.bottleneck
         return Flops(products, 2 * products)
 
-    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
+    def layer_flops(self, sequence_length: float, layers: range, prices: Prices) -> list[Flops]:
         write = 2 * self.rate**2 * self.hidden
         connection = self.final_norm_flops() + Flops(write, 2 * write)
         return [transformer_flops(self.config, sequence_length) + connection + connection] * len(layers)

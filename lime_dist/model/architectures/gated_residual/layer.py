@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.blocks import Attention
-from lime_dist.model.layers import MLP, Rotary
+from lime_dist.model.layers import MLP, Positions
 
 
 class GatedRead(nn.Module):
@@ -73,14 +73,14 @@ class GatedResidualLayer(nn.Module):
         self.mlp_connection = GatedConnection(*sizes)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, streams_BTnD: Tensor, history: None) -> Tensor:
-        return self.compute(streams_BTnD, self.self_attn.rotary(streams_BTnD))
+    def forward(self, streams_BTnD: Tensor, history: None, positions: Positions) -> Tensor:
+        return self.compute(streams_BTnD, positions)
 
-    def compute(self, streams_BTnD: Tensor, rotary: Rotary) -> Tensor:
+    def compute(self, streams_BTnD: Tensor, positions: Positions) -> Tensor:
         """The whole layer as one graph."""
 
         def attend(x_BTD: Tensor) -> Tensor:
-            return self.self_attn(x_BTD, rotary)
+            return self.self_attn(x_BTD, positions)
 
         return self.mlp_connection(self.attn_connection(streams_BTnD, attend), self.mlp)
 

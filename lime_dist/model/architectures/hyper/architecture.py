@@ -86,7 +86,7 @@ class Hyper(WithoutHistory, Architecture):
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
+    def layer_flops(self, sequence_length: float, layers: range, prices: Prices) -> list[Flops]:
         connection = self.connection.flops()
         return [transformer_flops(self.config, sequence_length) + connection + connection] * len(layers)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architectures.hyper.connection import Connection
 from lime_dist.model.blocks import Attention
-from lime_dist.model.layers import MLP, Rotary
+from lime_dist.model.layers import MLP, Positions
 
 
 class HyperDecoderLayer(nn.Module):
@@ -26,14 +26,14 @@ class HyperDecoderLayer(nn.Module):
         self.post_attention_layernorm = connection.make_norm()
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, streams_BTnD: Tensor, history: None) -> Tensor:
-        return self.compute(streams_BTnD, self.self_attn.rotary(streams_BTnD))
+    def forward(self, streams_BTnD: Tensor, history: None, positions: Positions) -> Tensor:
+        return self.compute(streams_BTnD, positions)
 
-    def compute(self, streams_BTnD: Tensor, rotary: Rotary) -> Tensor:
+    def compute(self, streams_BTnD: Tensor, positions: Positions) -> Tensor:
         """The whole layer as one graph."""
 
         def attend(x_BTD: Tensor) -> Tensor:
-            return self.self_attn(self.input_layernorm(x_BTD), rotary)
+            return self.self_attn(self.input_layernorm(x_BTD), positions)
 
         def feed_forward(x_BTD: Tensor) -> Tensor:
             return self.mlp(self.post_attention_layernorm(x_BTD))

@@ -59,7 +59,7 @@ class Llama(WithoutHistory, Architecture):
     def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         initialise_shared(self.config, name, value, generator)
 
-    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
+    def layer_flops(self, sequence_length: float, layers: range, prices: Prices) -> list[Flops]:
         return [transformer_flops(self.config, sequence_length)] * len(layers)
 
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:

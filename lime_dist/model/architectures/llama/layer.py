@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.blocks import PreNormLayer
-from lime_dist.model.layers import Rotary
+from lime_dist.model.layers import Positions
 
 
 class LlamaLayer(PreNormLayer):
@@ -19,11 +19,11 @@ class LlamaLayer(PreNormLayer):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer, router=None)
 
-    def forward(self, x_BTD: Tensor, history: None) -> Tensor:
-        return self.compute(x_BTD, self.self_attn.rotary(x_BTD))
+    def forward(self, x_BTD: Tensor, history: None, positions: Positions) -> Tensor:
+        return self.compute(x_BTD, positions)
 
-    def compute(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
+    def compute(self, x_BTD: Tensor, positions: Positions) -> Tensor:
         """The whole layer as one graph."""
-        q_BHTd, k_BTC, v_BTC = self.project(x_BTD, rotary)
+        q_BHTd, k_BTC, v_BTC = self.project(x_BTD, positions)
         split = self.self_attn.split_heads
-        return self.finish(x_BTD, q_BHTd, split(k_BTC), split(v_BTC), rotary)
+        return self.finish(x_BTD, q_BHTd, split(k_BTC), split(v_BTC), positions)

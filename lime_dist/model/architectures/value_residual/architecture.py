@@ -116,7 +116,7 @@ class ValueResidual(Architecture):
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
+    def layer_flops(self, sequence_length: float, layers: range, prices: Prices) -> list[Flops]:
         return [transformer_flops(self.config, sequence_length)] * len(layers)
 
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:

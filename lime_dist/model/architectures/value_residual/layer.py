@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architectures.value_residual.history import FirstValues
 from lime_dist.model.blocks import PreNormLayer
+from lime_dist.model.layers import Positions
 
 
 class ValueRouter(nn.Module):
@@ -36,12 +37,12 @@ class ValueResidualLayer(PreNormLayer):
         super().__init__(config, layer, ValueRouter() if settings.learnable and layer > 0 else None)
         self.factors = settings.weight, 1 - settings.weight
 
-    def forward(self, x_BTD: Tensor, history: FirstValues) -> Tensor:
-        rotary, split = self.self_attn.rotary(x_BTD), self.self_attn.split_heads
-        q_BHTd, k_BTC, v_BTC = self.project(x_BTD, rotary)
+    def forward(self, x_BTD: Tensor, history: FirstValues, positions: Positions) -> Tensor:
+        split = self.self_attn.split_heads
+        q_BHTd, k_BTC, v_BTC = self.project(x_BTD, positions)
         if self.layer == 0:
             history.write(v_BTC)
         else:
             router = self.self_attn.router
             v_BTC = history.mix(v_BTC, *(router.factors() if isinstance(router, ValueRouter) else self.factors))
-        return self.finish(x_BTD, q_BHTd, split(k_BTC), split(v_BTC), rotary)
+        return self.finish(x_BTD, q_BHTd, split(k_BTC), split(v_BTC), positions)

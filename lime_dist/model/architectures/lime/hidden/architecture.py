@@ -129,7 +129,7 @@ class HiddenLime(Lime):
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
+    def layer_flops(self, sequence_length: float, layers: range, prices: Prices) -> list[Flops]:
         """Beside the transformer: mixing states per head; in backward the gradients of weights and of entries, and the
         mixtures again. Dynamic weights come from logits, which are products as well."""
         unit = 2 * self.config.num_attention_heads * self.config.hidden_size

@@ -11,7 +11,7 @@ from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architectures.lime.hidden.history import HiddenHistory
 from lime_dist.model.architectures.lime.hidden.router import DynamicRouter
 from lime_dist.model.blocks import PreNormLayer
-from lime_dist.model.layers import RMSNorm, Rotary, rms_normalise
+from lime_dist.model.layers import Positions, RMSNorm, rms_normalise
 
 
 class HiddenLayer(PreNormLayer):
@@ -25,22 +25,21 @@ class HiddenLayer(PreNormLayer):
         if router is not None:
             self.history_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, history: HiddenHistory) -> Tensor:
+    def forward(self, x_BTD: Tensor, history: HiddenHistory, positions: Positions) -> Tensor:
         attention = self.self_attn
-        rotary = attention.rotary(x_BTD)
-        state_BTD, normed_BTD, q_BHTd = self.prepare(x_BTD, rotary)
+        state_BTD, normed_BTD, q_BHTd = self.prepare(x_BTD, positions)
         history.write(self.layer, state_BTD.flatten(0, 1), x_BTD.flatten(0, 1))
         if attention.router is None:
             k_BHTd, v_BHTd = (attention.split_heads(p(normed_BTD)) for p in (attention.k_proj, attention.v_proj))
         else:
             k_BHTd, v_BHTd = self.read(state_BTD, history)
-        return self.finish(x_BTD, q_BHTd, k_BHTd, v_BHTd, rotary)
+        return self.finish(x_BTD, q_BHTd, k_BHTd, v_BHTd, positions)
 
-    def prepare(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """The input divided by its root mean square, the normed input (both [B, T, D]), and rotated queries [B, H, T, d]."""
         state_BTD = rms_normalise(x_BTD, self.input_layernorm.eps)
         normed_BTD = state_BTD * self.input_layernorm.weight
-        return state_BTD, normed_BTD, self.self_attn.queries(normed_BTD, rotary)
+        return state_BTD, normed_BTD, self.self_attn.queries(normed_BTD, positions)
 
     def read(self, state_BTD: Tensor, history: HiddenHistory) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, T, d], projected from mixtures of entries after the layer's history norm."""

@@ -122,7 +122,7 @@ class KeyValueLime(Lime):
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    def layer_flops(self, sequence_length: int, layers: range, prices: Prices) -> list[Flops]:
+    def layer_flops(self, sequence_length: float, layers: range, prices: Prices) -> list[Flops]:
         """Beside the transformer: mixing, each pair of a reader and an entry once; in backward the gradients of weights and of
         entries."""
         heads = self.config.key_value_heads
