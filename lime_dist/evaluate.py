@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 from lime_dist.commands import CommandParser
@@ -24,7 +25,7 @@ def evaluate(
     batch_size: int = 1,
 ) -> float:
     """Mean cross-entropy in nats per token over the first samples of a split, in order, in float32. For a run that was trained
-    on answers only (``data.answer_token``), over the tokens of answers.
+    on answers only (``data.answer_token``), over the tokens of answers; with ``data.document_mask``, within documents.
 
     Args:
         samples: number of samples; None: as many as the run validated on (or all, if there are fewer); 0: all.
@@ -44,8 +45,9 @@ def evaluate(
         if value is not None and value < least:
             raise LimeError(f"{flag} {value}: must be at least {least}")
     from lime_dist.config.schema import DataConfig
-    from lime_dist.data.answers import find_answers
+    from lime_dist.data.answers import find_counted
     from lime_dist.data.dataset import TokenSplit
+    from lime_dist.data.documents import MASK, find_eos
     from lime_dist.export.comparison import mean_loss, validation_batches
     from lime_dist.export.exported import check_vocabulary, open_verified, verify
 
@@ -62,13 +64,20 @@ def evaluate(
     elif samples > available:
         raise LimeError(f"--samples {samples}: {data} has {available} {split_name} samples of {length} tokens")
     samples = samples or available
-    answers = None if all_tokens else find_answers(split, training.get("answer_token"))
-    share = answers.share(split, length, samples) if answers is not None else None
+    keys = ("answer_token", "document_mask", "eos_token")
+    settings = DataConfig(path=str(data), **{key: training[key] for key in keys if training.get(key) is not None})
+    if all_tokens:
+        settings = settings.model_copy(update={"answer_token": None})
+    counted = find_counted(split, settings)
+    share = counted.share(split, length, samples) if counted is not None else None
+    eos = find_eos(split, settings.eos_token, MASK) if settings.document_mask else None
     exported = open_verified(model, certificate, device)
-    batches = validation_batches(split, length, samples, answers)
-    loss = mean_loss(exported.logits, batches, counted_share=share, batch_size=batch_size)
+    batches = validation_batches(split, length, samples, counted)
+    loss = mean_loss(partial(exported.logits, eos=eos), batches, counted_share=share, batch_size=batch_size)
     print(f"{samples:,} {split_name} samples of {length} tokens of {data}")
-    print(f"loss {loss:.6f} nats per {'answer ' if answers else ''}token, perplexity {math.exp(loss):.4f}")
+    print(
+        f"loss {loss:.6f} nats per {'answer ' if settings.answer_token is not None else ''}token, perplexity {math.exp(loss):.4f}"
+    )
     return loss
 
 

@@ -77,8 +77,13 @@ def final_answer(solution: str) -> str:
     return re.split("[=\n]", solution)[-1]
 
 
-def read_questions(data: Path, split: str, mark: int, eos: int, bos: int, samples: int) -> list[Question]:
+def read_questions(
+    data: Path, split: str, mark: int, eos: int, bos: int, samples: int, document_mask: bool = False
+) -> list[Question]:
     """The first ``samples`` documents of a split that contain the mark; 0: all.
+
+    Args:
+        document_mask: whether documents did not see each other in training.
 
     Raises:
         LimeError: no document contains it.
@@ -89,8 +94,8 @@ def read_questions(data: Path, split: str, mark: int, eos: int, bos: int, sample
         if mark not in ids:
             continue
         place = ids.index(mark) + 1
-        # In training, a document without bos follows the eos of another one.
-        begin = [] if ids[0] == bos else [eos]
+        # In training, a document without bos follows the eos of another one, which it sees without a document mask.
+        begin = [] if ids[0] == bos or document_mask else [eos]
         solution = ids[place:-1] if ids[-1] == eos else ids[place:]
         questions.append(Question([*begin, *ids[:place]], solution))
         if len(questions) == samples:
@@ -185,7 +190,8 @@ def exact_match(
     if answers is None:
         raise LimeError(f"{model}: was trained without data.answer_token; pass the id of the mark as --answer-token")
     bos = read_dataset_json(data).get("bos_id", -1)
-    questions = read_questions(data, split_name, answers.mark, answers.eos, bos, samples)
+    masked = bool(certificate["training"].get("document_mask"))
+    questions = read_questions(data, split_name, answers.mark, answers.eos, bos, samples, masked)
     return score(open_verified(model, certificate), questions, answers.eos, batch_size)
 
 

@@ -16,6 +16,7 @@ JUMP = 0.01
 CONSEQUENCES = {
     "train.seed": "the weights come from the checkpoint, so train.seed has no effect",
     "precision": "from now on weights and activations are of another type; master weights and moments continue",
+    "data.document_mask": "from now on attention, positions and the loss treat documents differently",
     "train.micro_batch_size": "the same samples are summed in another order",
     "optimizer.betas": "the moments of the checkpoint were averaged with other betas",
 }

@@ -21,15 +21,18 @@ from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.commands import CommandParser
 from lime_dist.config.load import dump_config, make_config
 from lime_dist.config.schema import Config
-from lime_dist.data.answers import find_answers
+from lime_dist.data.answers import find_counted
 from lime_dist.data.blend import open_training, open_validation
+from lime_dist.data.documents import MASK, find_eos
 from lime_dist.data.files import write_atomic
 from lime_dist.data.identity import DataIdentity
 from lime_dist.errors import LimeError, run_command
-from lime_dist.export.comparison import mean_loss, validation_batches
+from lime_dist.export.comparison import Logits, mean_loss, validation_batches
 from lime_dist.model.architecture import CHUNKS, architecture_of
 from lime_dist.model.architectures.lime.kv.architecture import KeyValueLime
 from lime_dist.model.chunks import Chunk, summarised_chunks
+from lime_dist.model.decoder import Decoder
+from lime_dist.model.documents import document_starts
 from lime_dist.model.policies import FullHistory, make_policy
 from lime_dist.paths import user_path
 
@@ -126,6 +129,11 @@ def _columns(router: Tensor, chunk: Chunk, heads: int) -> Tensor:
     return router[:, chunk.layers.start * heads : chunk.layers.stop * heads].clone()
 
 
+def masked_logits(decoder: Decoder, eos: int | None) -> Logits:
+    """The decoder's logits; within documents if ``eos`` is the token that ends them."""
+    return lambda tokens_BT: decoder(tokens_BT, None if eos is None else document_starts(tokens_BT, eos))
+
+
 def compress(
     checkpoint: Path, output: Path, chunk_size: int, num_rows: int, first: int, samples: int | None
 ) -> tuple[float, float]:
@@ -145,13 +153,14 @@ def compress(
     training, _ = open_training(config.data, config.model.vocab_size)
     validation = open_validation(config.data, config.model.vocab_size)
     samples = samples or min(config.train.evaluation_samples_or_default, validation.num_samples(length)) or 1
-    answers = find_answers(validation, config.data.answer_token)
-    share = answers.share(validation, length, samples) if answers is not None else None
+    counted = find_counted(validation, config.data)
+    share = counted.share(validation, length, samples) if counted is not None else None
+    eos = find_eos(validation, config.data.eos_token, MASK) if config.data.document_mask else None
     new_weights, fits = compress_weights(compressed, weights)
     before, after = (
         mean_loss(
-            load_decoder(version.model, values),
-            validation_batches(validation, length, samples, answers),
+            masked_logits(load_decoder(version.model, values), eos),
+            validation_batches(validation, length, samples, counted),
             counted_share=share,
         )
         for version, values in ((config, weights), (compressed, new_weights))

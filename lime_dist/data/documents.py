@@ -35,7 +35,7 @@ def find_eos(split: Samples, given: int | None, needed: str) -> int:
     if given is None and named is None:
         raise LimeError(
             f"{needed} needs documents that end with a known eos token, and {split.path} names none; "
-            "give folders made by data_tools.pretokenize without --no-eos, or name the token of a .bin/.idx pair with data.eos_token"
+            "give a folder made by data_tools.pretokenize without --no-eos, or name the token of a .bin/.idx pair with data.eos_token"
         )
     if given is not None and named is not None and given != named:
         raise LimeError(

@@ -31,10 +31,28 @@ class ExportedModel:
     model: Any
     tokenizer: Any
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Tokens [B, T], on any device -> logits [B, T, V] on the model's device."""
-        logits: Tensor = self.model(tokens_BT.to(self.model.device), use_cache=False).logits
+    def logits(self, tokens_BT: Tensor, eos: int | None = None) -> Tensor:
+        """Tokens [B, T], on any device -> logits [B, T, V] on the model's device.
+
+        Args:
+            eos: the token that ends every document, for attention within documents; None: attention crosses them.
+        """
+        tokens_BT = tokens_BT.to(self.model.device)
+        places = {} if eos is None else within_documents(tokens_BT, eos)
+        logits: Tensor = self.model(tokens_BT, use_cache=False, **places).logits
         return logits
+
+
+def within_documents(tokens_BT: Tensor, eos: int) -> dict[str, Tensor]:
+    """The arguments with which a model's attention, and its positions, stop where documents begin."""
+    import torch
+
+    from lime_dist.model.documents import document_starts
+
+    starts_BT = document_starts(tokens_BT, eos)
+    index = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    is_read = (starts_BT.unsqueeze(2) == starts_BT.unsqueeze(1)) & (index.unsqueeze(1) >= index)
+    return {"position_ids": index - starts_BT, "attention_mask": is_read.unsqueeze(1)}
 
 
 def open_export(path: str | Path) -> ExportedModel:

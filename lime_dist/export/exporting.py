@@ -144,6 +144,8 @@ def make_certificate(
             "evaluation_samples": config.train.evaluation_samples_or_default,
             "answer_token": config.data.answer_token,
             "validation_fraction": config.data.validation_fraction,
+            "document_mask": config.data.document_mask,
+            "eos_token": config.data.eos_token,
         },
         "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
