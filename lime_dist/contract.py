@@ -146,6 +146,10 @@ NAMES: Mapping[str, Entries] = {
         "GradientEdge": (CLASS, "keeps an output's place in the graph without its memory"),
         "get_gradient_edge": ("(tensor)", "makes one; torch.autograd.backward starts from it"),
     },
+    "torch.nn.attention.flex_attention": {
+        "flex_attention": ("(query, key, value, score_mod, block_mask, scale, enable_gqa, ...)", "attention within documents on CUDA"),
+        "BlockMask": (CLASS, "its from_kv_blocks makes a mask from the blocks that documents leave, without a T × T table"),
+    },
     "torch.Tensor": {
         "register_post_accumulate_grad_hook": ("(self, hook)", "moves low-precision gradients into the float32 sum"),
     },

@@ -125,6 +125,12 @@ def received_activation_bytes(
     return architecture_of(config).received_activation_bytes(boundary, num_tokens, itemsize, checkpointing)
 
 
+def document_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:
+    """Bytes that a stage keeps of a micro-batch because of ``data.document_mask``: the rotary tables of its positions. (The mask of
+    flex attention is small. The tensor that takes its place on a CPU is not counted: T elements per token.)"""
+    return 2 * config.head_size * num_tokens * accumulation_itemsize(itemsize)
+
+
 def embedding_activation_bytes(num_tokens: int) -> int:
     """Bytes that the embedding keeps on the first stage: token ids."""
     return 8 * num_tokens

@@ -29,7 +29,7 @@ class MicroBatchBytes:
 
     Attributes:
         layers: by decoder layer, activations that autograd keeps.
-        received: by boundary 0 … L, what autograd keeps of the payload received there.
+        received: by boundary 0 … L, what a stage that begins there keeps of the payload received, and of documents.
         made: by decoder layer, history entries that its stage adds because of it.
         crossing: by boundary, history entries and partial mixtures that cross it.
         payload: by boundary, hidden state and what crosses of the history, in the type of the run.
@@ -57,9 +57,10 @@ class MicroBatchBytes:
         entry, prices = architecture_of(model).entry_width * tokens * size, boundary_prices(config)
         payload = [cost.payload_bytes(model, boundary, tokens, size, prices) for boundary in inner]
         received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
+        documents = cost.document_bytes(model, tokens, size) if config.data.document_mask else 0
         return cls(
             layers=[cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers],
-            received=[0, *received, 0],
+            received=[documents, *(each + documents for each in received), 0],
             made=[cost.entries_made(model, layer) * entry for layer in layers],
             crossing=[0, *(cost.boundary_entries(model, boundary, prices) * entry for boundary in inner), 0],
             payload=[0, *payload, 0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model.test_cost import KeptMemory
 from support.models import MODELS, small
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
@@ -11,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from benchmarks.equality import perturb
 from lime_dist import build_decoder
 from lime_dist.data.documents import positions
-from lime_dist.model import documents
+from lime_dist.model import cost, documents
 from lime_dist.model.documents import attention_with_mask, block_mask, document_mask, document_starts
 
 EOS = 2
@@ -52,6 +53,22 @@ def test_a_document_is_computed_as_if_alone(name: str) -> None:
         for one, other in zip(own, wanted, strict=True):
             if other is not None:
                 assert one is not None and (one - other).abs().max() <= 1e-10 * other.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_stage_keeps_of_documents(dtype: torch.dtype) -> None:
+    """Tables and mask exist once for all layers."""
+    config = small(architecture="llama")
+    decoder = build_decoder(config, dtype=dtype)
+    kept = []
+    for starts in (None, document_starts(TOKENS, EOS)):
+        table = decoder.model.layers[0].self_attn.positions(torch.zeros(2, 12, 24, dtype=dtype), None)
+        memory = KeptMemory([*decoder.parameters(), table.cos, table.sin])
+        with memory.counting():
+            decoder(TOKENS, starts)
+        kept.append(memory.bytes)
+    mask = TOKENS.numel() * 12 * dtype.itemsize
+    assert kept[1] - kept[0] == cost.document_bytes(config, TOKENS.numel(), dtype.itemsize) + mask
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 300, 512])
