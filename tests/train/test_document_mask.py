@@ -33,12 +33,14 @@ EOS = 2
 
 
 def masked(dataset: Path, directory: Path, **parallel: Any) -> dict[str, Any]:
-    """Six steps over samples of two or three documents, of a blend, with a growing batch."""
+    """Six steps over samples of two or three documents, of a blend, with a growing batch, a second validation set and sample texts."""
     configuration = values(dataset, directory, steps=6, **parallel)
     blend = [{"path": str(dataset), "weight": weight} for weight in (1.0, 2.0)]
     configuration["data"] = {"blend": blend, "sequence_length": 128, "document_mask": True}
     ramp = {"start": 2, "increment": 2, "samples": 8}
     configuration["train"] |= {"batch_ramp": ramp, "evaluation_interval": 2, "checkpoint_interval": 3}
+    configuration["data"]["validation"] = {"again": str(dataset)}
+    configuration["monitor"] = {"samples": {"prompts": ["alpha beta"], "interval": 3, "tokens": 4}}
     return configuration
 
 
@@ -57,7 +59,7 @@ def test_a_run_of_three_stages(workers: Workers, dataset: Path, tmp_path: Path) 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert workers(1).run(case, values=masked(dataset, tmp_path / "one"))[0][0] == ""
     for own, other in zip(records(tmp_path / "one"), records(tmp_path / "straight"), strict=True):
-        for key in ("loss", "validation_loss"):
+        for key in ("loss", "validation_loss", "validation_loss/again"):
             assert own.get(key, 0.0) == pytest.approx(other.get(key, 0.0), rel=1e-5)
     other_seed = masked(dataset, tmp_path / "other", pipeline_stages=3)
     (error, _), *_ = run(case, values=other_seed, per_rank={1: {"data": {"seed": 7}}})
