@@ -277,6 +277,7 @@ def announce(run: Run, data: RunData, state: TrainState) -> None:
     from lime_dist.data.blend import BlendOrder
     from lime_dist.data.documents import attention_length
     from lime_dist.model.cost import count_parameters
+    from lime_dist.pipeline.boundaries import describe_boundaries
     from lime_dist.pipeline.placement import describe_placement
 
     config, settings, engine, say = run.config, run.config.train, run.engine, run.console.say
@@ -303,6 +304,8 @@ def announce(run: Run, data: RunData, state: TrainState) -> None:
             say(f"{entry.path}: {share}")
     if engine.placement.several:
         say(describe_placement(engine.grid.topology(), engine.placement.hosts))
+    for line in describe_boundaries(config, engine.module.bounds):
+        say(line)
     if engine.transfer_ctas is not None:
         say(f"a transfer between stages occupies at most {engine.transfer_ctas} CTAs (pipeline.transfer_ctas)")
     if state.step >= settings.steps:
@@ -315,7 +318,7 @@ def report(run: Run, data: RunData, outcome: Outcome, metrics: MetricsFile | Non
     Args:
         metrics: on rank 0, the file with the validation losses of all starts.
     """
-    from lime_dist.train.measurements import describe_boundaries
+    from lime_dist.train.measurements import describe_transfers
 
     directory, vocab_size, say = Path(run.config.run.directory), run.config.model.vocab_size, run.console.say
     run.console.time_split(outcome.time_split)
@@ -326,7 +329,7 @@ def report(run: Run, data: RunData, outcome: Outcome, metrics: MetricsFile | Non
         )
     if metrics is not None and (best := metrics.best_validation()) is not None:
         say(f"best validation loss {best[0]:.4f} at step {best[1]}")
-    for line in describe_boundaries(run.engine):
+    for line in describe_transfers(run.engine):
         say(line)
     say(f"tokens seen: {outcome.state.consumed_samples * data.sequence_length:,}")
     say(f"run folder: {directory}")

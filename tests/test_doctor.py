@@ -34,6 +34,7 @@ from lime_dist.doctor.transferred_bytes import bytes_between_hosts
 from lime_dist.errors import LimeError
 from lime_dist.model.cost import count_parameters, payload_bytes
 from lime_dist.model.parameters import stage_parameters
+from lime_dist.pipeline.boundaries import describe_boundaries
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -88,6 +89,8 @@ def problems(findings: Sequence[Finding]) -> list[str]:
 
 def test_good_hosts_have_no_problems() -> None:
     assert problems(findings_for()) == [] and len(findings_for()) >= 9
+    (line,) = describe_boundaries(job().config)
+    assert f"ok: {line}" in map(str, findings_for())
 
 
 ONE_CHECKPOINT = 12 * count_parameters(load_config(None, SMALL).model)

@@ -508,4 +508,10 @@ def test_pretrain_under_the_slurm_script(environment: dict[str, str], dataset: P
     done = run(environment, "slurm.sbatch", CONFIG, *overrides, **JOB, **more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 layers in 2 stage(s) × 1 replica(s)" in done.stdout and re.search("validation loss: ", done.stdout)
+    assert (
+        len(
+            re.findall(r"^stage 0 to 1: .* a micro-batch: hidden state \+ 1 partial mixture", done.stdout, re.MULTILINE)
+        )
+        == 2
+    )
     assert requeued(environment) == []

@@ -21,7 +21,10 @@ from lime_dist.config.load import make_config
 from lime_dist.config.schema import HISTORY_KEYS
 from lime_dist.errors import LimeError
 from lime_dist.model import cost, memory_traffic
+from lime_dist.model.crossing import Prices
+from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
+from lime_dist.pipeline.shared_weights import shared_parameters
 from lime_dist.plan import __main__ as plan
 from lime_dist.plan import text
 from lime_dist.plan.forecast import Machine, forecast, machine_times
@@ -219,7 +222,8 @@ def test_the_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("bandwidth", [1e7, 1e9, 1e12])
 def test_a_step_takes_the_simulated_seconds(engine: str, bandwidth: float) -> None:
     """And its bubble is the simulated one, on average over stages."""
-    config = load_config(None, [*SIZE, f"pipeline.engine={engine}", "model.tie_word_embeddings=false"])
+    no_shared_weights = ["model.tie_word_embeddings=false", "pipeline.boundary=entries"]
+    config = load_config(None, [*SIZE, f"pipeline.engine={engine}", *no_shared_weights])
     planned = forecast(config, Machine(1e12, 1e18, bandwidth, 1e-5), 4)
     trace = simulate(
         stage_times(config, 1e12), boundary_bytes(config), Link(bandwidth, 1e-5), make_schedule(config, 32)
@@ -251,21 +255,34 @@ def test_passes_take_products_and_memory_traffic(checkpointing: bool) -> None:
 
 def test_a_history_moves_memory() -> None:
     """Reads are in blocks: a layer of a full history moves more than one of first_last, and less than with a read per entry."""
+    layers, prices = [range(8, 16)], Prices(1, 1)
     moved = {
-        name: memory_traffic.layer_traffic(
-            load_config(None, [*SIZE, f"model.lime.history={{policy: {name}}}"]).model, 15, 128, 4
+        name: memory_traffic.stage_traffic(
+            load_config(None, [*SIZE, f"model.lime.history={{policy: {name}}}"]).model, layers, 128, 4, prices
         )
         for name in ("first_last", "full")
     }
-    llama = memory_traffic.layer_traffic(load_config(None, [*SIZE, "model.architecture=llama"]).model, 15, 128, 4)
-    entry, mixed_keys = 2 * 64 * 128 * 4, 64 * 128 * 4  # mixed keys are kept, and move twice
-    extra = {name: (forward - llama[0] - 2 * mixed_keys) / entry for name, (forward, _) in moved.items()}
-    assert extra["first_last"] == 2 + 4 + 2, (
-        "write the slot; read the first two, the last and the own slot; write the mixture"
+    llama_model = load_config(None, [*SIZE, "model.architecture=llama"]).model
+    llama = memory_traffic.stage_traffic(llama_model, layers, 128, 4, prices)
+    entry, mixed_keys = 2 * 64 * 128 * 4, 8 * 64 * 128 * 4  # mixed keys are kept, and move twice
+    extra = {name: (forward - llama[0] - 2 * mixed_keys) / entry / 8 for name, (forward, _) in moved.items()}
+    assert 2 + 4 + 1 < extra["first_last"] < extra["full"] < 2 + 12 + 1, (
+        "write the slot; read entries; write the mixture"
     )
-    assert extra["first_last"] < extra["full"] < 2 + 16 + 2
     backward = moved["first_last"][1] - llama[1] - 4 * mixed_keys
-    assert backward == 2 * entry * extra["first_last"]
+    assert backward == pytest.approx(2 * entry * 8 * extra["first_last"])
+
+
+def test_mixing_takes_the_time_of_the_stage_that_does_it() -> None:
+    """With `minimal` the third of four stages mixes for the last one: its passes take longer, those of the last one less."""
+    machine, bounds = Machine(1e12, 1e12, 1.0, 0.0), [0, 4, 8, 12, 16]
+    times = {}
+    for form in ("minimal", "entries"):
+        config = load_config(None, [*SIZE, "model.lime.history={policy: full}", f"pipeline.boundary={form}"])
+        times[form] = machine_times(config, machine, bounds, stage_times(config, 1.0, bounds))
+    for minimal, entries, sign in zip(times["minimal"], times["entries"], (0, 0, 1, -1), strict=True):
+        assert sign * minimal.forward >= sign * entries.forward and sign * minimal.backward >= sign * entries.backward
+        assert (minimal == entries) == (sign == 0)
 
 
 def test_the_parts_of_a_step() -> None:
@@ -285,9 +302,15 @@ def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
     for zero, size in ((0, 4 + 4), (1, 4 + 2)):
         planned = forecast(load_config(None, [*SIZE, *one_stage, f"parallel.zero_stage={zero}"]), machine, 4)
         assert planned.parts.reduction == pytest.approx(3 / 4 * size * planned.parameters / 1e9)
-    tied = forecast(load_config(None, SIZE), machine, 4)
+    entries, untied = "pipeline.boundary=entries", "model.tie_word_embeddings=false"
+    tied = forecast(load_config(None, [*SIZE, entries]), machine, 4)
     assert tied.parts.reduction == pytest.approx(64 * 64 * 4 / 1e9)
-    assert forecast(load_config(None, [*SIZE, "model.tie_word_embeddings=false"]), machine, 4).parts.reduction == 0
+    assert forecast(load_config(None, [*SIZE, entries, untied]), machine, 4).parts.reduction == 0
+    config = load_config(None, [*SIZE, untied])
+    shared = sum(shared_parameters(config, stage_bounds(config)).values())
+    assert shared > 0
+    planned = forecast(config, Machine(1e12, 1e18, 1e9, 1e-6), 4)
+    assert planned.parts.reduction == pytest.approx(2 * 3 / 4 * shared * 4 / 1e9 + 2 * 3 * 1e-6)
 
 
 # -- the sweep ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lime_dist.doctor.findings import Finding, Findings, Job, differing, everywh
 from lime_dist.doctor.transferred_bytes import bytes_between_hosts
 from lime_dist.errors import LimeError
 from lime_dist.model.cost import count_parameters
+from lime_dist.pipeline.boundaries import describe_boundaries
 from lime_dist.pipeline.partition import memory_costs, stage_bounds
 from lime_dist.pipeline.placement import AXES, describe_placement, process_grid
 
@@ -24,7 +25,7 @@ CHECKPOINT_BYTES = 12
 def check_hosts(job: Job, facts: Sequence[Facts]) -> list[Finding]:
     """All findings about the hosts that answered, except the network's; ``facts`` in the order of the hostfile."""
     checks: list[Callable[[Job, Sequence[Facts]], Findings]] = [
-        versions, same_code, same_config, split, placement, data, fit, doubtful, disk, memory, accelerators,
+        versions, same_code, same_config, split, placement, boundaries, data, fit, doubtful, disk, memory, accelerators,
     ]  # fmt: skip
     if len(facts) > 1:
         checks += [run_folder]
@@ -114,6 +115,12 @@ def placement(job: Job, facts: Sequence[Facts]) -> Findings:
             f"parallel.topology={parallel.topology} sends {size(own)} between hosts per step, {other} would send "
             f"{size(sent[other])}: set parallel.topology={other}",
         )
+
+
+def boundaries(job: Job, facts: Sequence[Facts]) -> Findings:
+    """Report what crosses each boundary."""
+    for line in describe_boundaries(job.config):
+        yield Finding("ok", line)
 
 
 def memory(job: Job, facts: Sequence[Facts]) -> Findings:

@@ -258,8 +258,12 @@ class Architecture(Protocol):
         """Bytes of the largest temporary tensors in the backward pass of what the last layer of a block reads."""
 
     @abstractmethod
-    def entries_moved(self, layer: int) -> float:
-        """Memory traffic of a layer's history in forward, in entries read or written."""
+    def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:
+        """Memory traffic of the history of a stage in forward, in entries read or written.
+
+        Args:
+            parts: the layers of each part of the stage.
+        """
 
     # -- pictures of routers ------------------------------------------------------------------------------------------
 
@@ -305,6 +309,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
     return architecture
 
 
+@lru_cache(maxsize=256)
 def stage_layout(config: ModelConfig, *parts: range, prices: Prices = ENTRIES) -> StageLayout | None:
     """Where a stage keeps its history whose parts hold these decoder layers; None for models without one."""
     architecture = architecture_of(config)

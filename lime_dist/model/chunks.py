@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lime_dist.model.policies import Entry, HistoryPolicy
 
@@ -24,10 +25,10 @@ class Chunk:
         return [Entry(self.layers[-1], True, row, len(self.layers)) for row in range(self.num_rows)]
 
 
-def summarised_chunks(policy: HistoryPolicy, num_layers: int) -> list[Chunk]:
+@lru_cache(maxsize=64)
+def summarised_chunks(policy: HistoryPolicy, num_layers: int) -> tuple[Chunk, ...]:
     """The chunks whose summary some layer reads, ascending."""
     read = {entry for layer in range(num_layers) for entry in policy.reads(layer) if entry.is_summary}
     num_rows = {entry.layers: max(e.row for e in read if e.layers == entry.layers) + 1 for entry in read}
-    return [
-        Chunk(i, layers, num_rows[layers]) for i, layers in enumerate(sorted(num_rows, key=lambda layers: layers.start))
-    ]
+    ranges = sorted(num_rows, key=lambda layers: layers.start)
+    return tuple(Chunk(index, layers, num_rows[layers]) for index, layers in enumerate(ranges))

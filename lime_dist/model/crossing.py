@@ -102,9 +102,12 @@ class Crossing:
         return len(self.entries) + len(self.mixtures)
 
     def __str__(self) -> str:
-        """For messages, such as ``12 entries + 20 partial mixtures``."""
-        parts = ((self.entries, "entries", "entry"), (self.mixtures, "partial mixtures", "partial mixture"))
-        return " + ".join(f"{len(p)} {one if len(p) == 1 else many}" for p, many, one in parts if p) or "no entries"
+        """The whole payload, for messages, such as ``hidden state + 12 slots + 2 summary rows + 20 partial mixtures``."""
+        summary_rows = sum(entry.is_summary for entry in self.entries)
+        counts = {"slot": len(self.entries) - summary_rows, "summary row": summary_rows}
+        counts["partial mixture"] = len(self.mixtures)
+        parts = [f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items() if count]
+        return " + ".join(["hidden state", *parts])
 
 
 @lru_cache(maxsize=64)

@@ -19,7 +19,8 @@ of later parts have been visited by the time at which an entry's own part is: it
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -101,7 +102,7 @@ class StageLayout:
         return [r.layer for r in self.outgoing.mixtures if not r.is_summary and self._mixed[r]]
 
     @cached_property
-    def _all_chunks(self) -> list[Chunk]:
+    def _all_chunks(self) -> Sequence[Chunk]:
         return summarised_chunks(self.policy, self.num_layers)
 
     @cached_property
@@ -110,13 +111,17 @@ class StageLayout:
 
         They are those that the stage makes and, if the reader's mixture begins here, those that it receives.
         """
-        sources, made = sources_of_readers(self.policy, self.num_layers), set(self._made)
-        available = made | set(self.incoming.entries)
+        sources, made = sources_of_readers(self.policy, self.num_layers), sorted(self._made)
+        available = {*made, *self.incoming.entries}
         begun = set(self.incoming.mixtures)
-        return {
-            reader: tuple(entry for entry in sources[reader] if entry in (made if reader in begun else available))
-            for reader in (*self._made, *self.outgoing.mixtures)
-        }
+
+        def mixed(reader: Entry) -> Iterator[Entry]:
+            read = sources[reader]
+            if reader in begun:  # sources are sorted, and most of them were mixed before
+                return (entry for entry in made if read[min(bisect_left(read, entry), len(read) - 1)] == entry)
+            return (entry for entry in read if entry in available)
+
+        return {reader: tuple(mixed(reader)) for reader in (*self._made, *self.outgoing.mixtures)}
 
     @cached_property
     def _made(self) -> list[Entry]:

@@ -55,7 +55,7 @@ class WithoutHistory:
     def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
         return 0
 
-    def entries_moved(self, layer: int) -> float:
+    def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:
         return 0.0
 
     def head_map(self, weights: Mapping[str, Tensor], layer: int) -> Tensor:

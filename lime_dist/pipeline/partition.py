@@ -14,13 +14,15 @@ import numpy.typing as npt
 
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.model.architecture import architecture_of, chunk_ends
+from lime_dist.model.architecture import architecture_of, chunk_ends, model_crossings
+from lime_dist.model.crossing import sources_of_readers
 from lime_dist.model.parameters import final_norm_parameters, layer_parameters
+from lime_dist.model.policies import Entry
 from lime_dist.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes
 from lime_dist.pipeline.optimizer_memory import parameter_bytes
 from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, make_schedule
-from lime_dist.pipeline.shared_weights import boundary_prices
+from lime_dist.pipeline.shared_weights import boundary_prices, router_parameters, summary_parameters
 
 TOLERANCE = 0.05
 """For cuts at chunk ends the costliest stage may exceed that of the best cut by compute by this fraction."""
@@ -95,7 +97,7 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     activations = range_sums(kept.layers) + np.array(kept.received)[:, None] + history
     layers = range(model.num_hidden_layers)
     parameters = [layer_parameters(model, layer) for layer in layers]
-    fixed = range_sums([parameter_bytes(config, sizes) for sizes in parameters])
+    fixed = range_sums([parameter_bytes(config, sizes) for sizes in parameters]) + copy_costs(config)
     landing = history if kept.lands else np.array(kept.sent)[:, None]
     # Gradients of entries, of the micro-batch that is in backward.
     if gradient_size := architecture_of(model).history_gradient_itemsize(size):
@@ -125,6 +127,32 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
         return costs
 
     return of_stage
+
+
+def copy_costs(config: Config) -> Costs:
+    """Bytes of the copies of later routers and summaries that a stage holds (`shared_weights`)."""
+    model, prices = config.model, boundary_prices(config)
+    costs = np.zeros((model.num_hidden_layers + 1,) * 2)
+    first_crossing: dict[Entry, int] = {}
+    for boundary, crossing in enumerate(model_crossings(model, prices)):
+        for reader in crossing.mixtures:
+            first_crossing.setdefault(reader, boundary)
+    if not first_crossing:
+        return costs
+    policy, chunks, layers = architecture_of(model).policy, chunk_ends(model), np.arange(model.num_hidden_layers + 1)
+    assert policy is not None
+    sources = sources_of_readers(policy, model.num_hidden_layers)
+    for reader, first in first_crossing.items():
+        if reader.row > 0:  # a summary's rows cross together, and have one weight
+            continue
+        layer = reader.layer
+        weights = summary_parameters(model, chunks[layer]) if reader.is_summary else router_parameters(model, layer)
+        # A stage that sends the mixture adds to it, unless it received the mixture and makes nothing that the reader reads.
+        older = np.searchsorted(sorted(entry.layer for entry in sources[reader]), layers)
+        sends = (first <= layers) & (layers <= layer)
+        adds = (layers[:, None] < first) | (older[:, None] < older)
+        costs += parameter_bytes(config, weights) * (sends & adds)
+    return costs
 
 
 def range_sums(values: Sequence[float]) -> Costs:

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.model.architecture import CHUNKS, Sizes, architecture_of, router_name, stage_layout
+from lime_dist.model.chunks import Chunk
 from lime_dist.model.crossing import ENTRIES, Prices
 from lime_dist.model.parameters import layer_parameters, stage_parameters
 from lime_dist.pipeline.entry_format import prices_by_bytes
@@ -33,11 +34,20 @@ def later_parameters(config: ModelConfig, layers: range, prices: Prices) -> Size
         return {}
     sizes: Sizes = {}
     for layer in layout.later_layers:
-        of_layer = layer_parameters(config, layer)
-        sizes |= {name: size for name, size in of_layer.items() if name.startswith(router_name(layer))}
+        sizes |= router_parameters(config, layer)
     for chunk in layout.later_chunks:
-        sizes[f"{CHUNKS}{chunk.index}.weight"] = architecture_of(config).summary_parameters(chunk)
+        sizes |= summary_parameters(config, chunk)
     return sizes
+
+
+def router_parameters(config: ModelConfig, layer: int) -> Sizes:
+    """The parameters of a layer's router, by exported name."""
+    return {name: size for name, size in layer_parameters(config, layer).items() if name.startswith(router_name(layer))}
+
+
+def summary_parameters(config: ModelConfig, chunk: Chunk) -> Sizes:
+    """The weight of a chunk's summary, by exported name."""
+    return {f"{CHUNKS}{chunk.index}.weight": architecture_of(config).summary_parameters(chunk)}
 
 
 def shared_parameters(config: Config, bounds: Sequence[int]) -> Sizes:

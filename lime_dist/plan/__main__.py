@@ -150,6 +150,7 @@ def stage_values(planned: Forecast, stage: int) -> Values:
         "bytes_from_next": each.boundary_bytes,
         "entries_to_next": len(each.crossing.entries),
         "mixtures_to_next": len(each.crossing.mixtures),
+        "crosses_to_next": str(each.crossing) if each.boundary_bytes else None,
     }
 
 

@@ -23,7 +23,7 @@ from lime_dist.model.crossing import Crossing
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
-from lime_dist.pipeline.shared_weights import boundary_prices, parameters_of_stage
+from lime_dist.pipeline.shared_weights import boundary_prices, parameters_of_stage, shared_parameters
 from lime_dist.plan.simulate import Link, StageTimes, simulate
 from lime_dist.plan.stage_times import boundary_bytes, stage_times
 from lime_dist.plan.wavefront import step_seconds
@@ -81,7 +81,7 @@ class Parts:
         link: the time that transfers add to the step. If links bind: the time in which a stage does not compute.
         bubble: filling and draining the pipeline. 0 if links bind.
         latency: the time that the latency of transfers adds.
-        reduction: of gradients over the replicas and of tied weights, and with ZeRO-1 the exchange of updated weights.
+        reduction: of gradients over the replicas and of weights of several stages, and with ZeRO-1 the exchange of updated weights.
     """
 
     computation: float
@@ -160,7 +160,8 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
         for stage in range(len(flops))
     ]
     times = machine_times(config, machine, bounds, flops)
-    reduction = reduction_seconds(config, [stage.parameters for stage in stages], machine, replicas)
+    shared = sum(shared_parameters(config, bounds).values())
+    reduction = reduction_seconds(config, [stage.parameters for stage in stages], shared, machine, replicas)
     parts = step_parts(config, times, sizes, machine, micro_batches, reduction)
     seconds = sum(vars(parts).values())
     return Forecast(
@@ -210,11 +211,9 @@ def machine_times(
     """
     model, size = config.model, ITEM_BYTES[config.precision]
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    moved = [memory_traffic.layer_traffic(model, layer, tokens, size) for layer in range(model.num_hidden_layers)]
-    times = []
+    prices, times = boundary_prices(config), []
     for (start, stop), each in zip(pairwise(bounds), flops, strict=True):
-        parts = moved[start:stop]
-        forward, backward = (sum(part) for part in zip(*parts, strict=True))
+        forward, backward = memory_traffic.stage_traffic(model, [range(start, stop)], tokens, size, prices)
         if config.parallel.activation_checkpointing:
             backward += forward
         if stop == model.num_hidden_layers:
@@ -278,14 +277,16 @@ def _scenarios(
     return [float(seconds) for seconds in step_seconds(schedule, forward, backward, durations, latencies)]
 
 
-def reduction_seconds(config: Config, parameters: Sequence[int], machine: Machine, replicas: int) -> float:
+def reduction_seconds(config: Config, parameters: Sequence[int], shared: int, machine: Machine, replicas: int) -> float:
     """Seconds of the reduction of gradients after the last pass, on the stage that takes longest.
 
     Over replicas it is a ring: each sends (replicas − 1) / replicas of the bytes for the sum, and as much to distribute it (with
-    ZeRO-1 the weights are distributed). The gradient of a tied weight between first and last stage comes after it.
+    ZeRO-1 the weights are distributed). The gradient of a tied weight between first and last stage comes after it, then a ring of
+    all stages over the gradients of the routers and summaries of which several stages have a copy.
 
     Args:
         parameters: by stage.
+        shared: elements of those routers and summaries.
     """
     model, size = config.model, ITEM_BYTES[config.precision]
     accumulation_bytes = max(4, size)
@@ -294,6 +295,9 @@ def reduction_seconds(config: Config, parameters: Sequence[int], machine: Machin
     seconds = ring / machine.bandwidth + 2 * (replicas - 1) * machine.latency
     if model.tie_word_embeddings and len(parameters) > 1:
         seconds += model.vocab_size * model.hidden_size * accumulation_bytes / machine.bandwidth + 2 * machine.latency
+    if shared:
+        hops = 2 * (len(parameters) - 1)
+        seconds += hops * (shared * accumulation_bytes / len(parameters) / machine.bandwidth + machine.latency)
     return seconds
 
 

@@ -8,9 +8,9 @@ from itertools import pairwise
 from lime_dist.config.schema import Config
 from lime_dist.data.documents import attention_length
 from lime_dist.model import cost
+from lime_dist.pipeline.boundaries import stage_boundaries
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.shared_weights import boundary_prices
-from lime_dist.pipeline.wire_format import WireFormat
 from lime_dist.plan.simulate import StageTimes
 
 
@@ -46,6 +46,4 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
 
 def boundary_bytes(config: Config, bounds: Sequence[int] | None = None) -> list[int]:
     """Bytes by boundary of one micro-batch's payload, in the form in which it is sent."""
-    num_tokens = config.train.micro_batch_size * config.data.sequence_length
-    bounds = stage_bounds(config) if bounds is None else bounds
-    return [WireFormat.of(config, bound).nbytes(num_tokens) for bound in bounds[1:-1]]
+    return [boundary.nbytes for boundary in stage_boundaries(config, bounds)]

@@ -14,7 +14,7 @@ Values = dict[str, Any]
 
 COLUMNS = [
     "stage", "layers", "parameters", "forward", "backward", "weights", "optimizer", "activations", "history", "transfers",
-    "working", "peak", "in flight", "to next", "entries + mixtures",
+    "working", "peak", "in flight", "to next", "what crosses",
 ]  # fmt: skip
 
 
@@ -33,8 +33,7 @@ def plan_table(config: Config, values: Values) -> str:
         "",
         "forward, backward: FLOPs of a micro-batch; memory at the peak of a step "
         f"(schedule {config.pipeline.schedule}), with the number of micro-batches in flight;",
-        f"to next: bytes of a micro-batch{wire_of(config)}; its gradient has as many; entries + mixtures: of the layer history "
-        f"(pipeline.boundary={config.pipeline.boundary}).",
+        f"to next: bytes of a micro-batch{wire_of(config)}; its gradient has as many (pipeline.boundary={config.pipeline.boundary}).",
         "",
     ]
     peak, memory = values["peak_memory"], values["machine"]["memory"]
@@ -76,7 +75,7 @@ def stage_row(row: Values) -> list[str]:
         str(row["stage"]), f"{begin}–{end - 1}", f"{row['parameters']:,}", show(row["forward_flops"]),
         show(row["backward_flops"]), *(show(memory[name], "B") for name in parts), str(memory["in_flight"]),
         show(row["bytes_to_next"], "B") if row["bytes_to_next"] else "",
-        f"{row['entries_to_next']} + {row['mixtures_to_next']}" if row["bytes_to_next"] else "",
+        row["crosses_to_next"] or "",
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lime_dist.config.schema import Config
 from lime_dist.data.documents import attention_length
 from lime_dist.model import cost
-from lime_dist.model.architecture import model_crossings
+from lime_dist.pipeline.boundaries import stage_boundaries
 from lime_dist.pipeline.clock import COMPUTATION, KINDS, TRANSFER, VALIDATION, WAITING
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.transfer import TransferStats
@@ -157,16 +157,8 @@ def stage_scalars(intervals: Sequence[Interval]) -> dict[str, float]:
     return scalars
 
 
-def crossing_after(engine: LimeEngine, stage: int) -> str:
-    """What of the layer history crosses the boundary behind a stage, for messages; empty without a history."""
-    module = engine.module
-    if module.layout is None:
-        return ""
-    return f"; {model_crossings(module.config.model, module.prices)[module.bounds[stage + 1]]}"
-
-
-def describe_boundaries(engine: LimeEngine) -> list[str]:
-    """A line for each boundary of replica 0: the bytes that crossed it, and how long its ends waited.
+def describe_transfers(engine: LimeEngine) -> list[str]:
+    """A line for each boundary of replica 0: what crossed it, counted, and how long its ends waited.
 
     All ranks must call it.
     """
@@ -175,15 +167,16 @@ def describe_boundaries(engine: LimeEngine) -> list[str]:
     with engine.watching("the end of the run"):
         dist.all_gather_object(gathered, own)
     stages = {stage: stats for replica, stage, stats in filter(None, gathered) if replica == 0}
+    boundaries = stage_boundaries(engine.module.config, engine.module.bounds)
     lines = []
     for stage in sorted(stages):
         if SENT in stages[stage]:
             there, back = stages[stage][SENT], stages[stage][RETURNED]
             waited = stages[stage + 1]["received from previous"].waited + there.waited
             waited_back = back.waited + stages[stage + 1]["sent to previous"].waited
+            counted = replace(boundaries[stage], nbytes=round(there.bytes / max(1, there.transfers)))
             lines.append(
-                f"stage {stage} to {stage + 1}: {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back, "
-                f"{there.bytes / max(1, there.transfers) / 1e6:,.2f} MB a micro-batch; "
-                f"waited {waited:.1f} s there, {waited_back:.1f} s back{crossing_after(engine, stage)}"
+                f"stage {stage} to {stage + 1}: {counted}; {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back; "
+                f"waited {waited:.1f} s there, {waited_back:.1f} s back"
             )
     return lines

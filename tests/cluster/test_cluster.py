@@ -23,6 +23,7 @@ from support.workers import WorkerGroup
 
 from lime_dist.config.load import make_config
 from lime_dist.monitor.metrics import without_clock
+from lime_dist.pipeline.boundaries import describe_boundaries
 from lime_dist.plan.stage_times import boundary_bytes
 
 pytestmark = pytest.mark.slow
@@ -131,7 +132,9 @@ def test_a_slow_link_between_two_stages_changes_no_bit_and_no_byte(
     (payload,) = boundary_bytes(make_config(settings, "a test"))
     back = 8 * 16 * payload
     there = back + payload  # one micro-batch of evaluation
-    assert f"stage 0 to 1: {there / 1e6:,.1f} MB there, {back / 1e6:,.1f} MB back" in said
+    (line,) = describe_boundaries(make_config(settings, "a test"))
+    assert said.count(line) == 2, "at the start and at the end"
+    assert f"{line}; {there / 1e6:,.1f} MB there, {back / 1e6:,.1f} MB back" in said
     (link,) = json.loads(slow_cluster.hosts[0].run("ip", "-json", "-statistics", "link", "show", "eth0"))
     for counted, predicted in ((link["stats64"]["tx"], there), (link["stats64"]["rx"], back)):
         assert predicted < counted["bytes"] < 1.2 * predicted  # headers, and bytes of the launcher and ssh

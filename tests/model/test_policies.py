@@ -109,7 +109,7 @@ def test_the_last_chunk_has_no_summary() -> None:
         (range(0, 4), 2),
         (range(4, 8), 2),
     ]
-    assert summarised_chunks(policy, 4) == []
+    assert summarised_chunks(policy, 4) == ()
     assert live_entries(policy, 11, 12) == tuple(sorted(policy.reads(11)[:-1], key=lambda e: (e.is_summary, e)))
 
 

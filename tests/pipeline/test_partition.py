@@ -25,7 +25,7 @@ from lime_dist.pipeline.partition import (
     stage_bounds,
 )
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
-from lime_dist.pipeline.shared_weights import boundary_prices
+from lime_dist.pipeline.shared_weights import boundary_prices, later_parameters
 
 
 def every_cut(count: int, parts: int) -> Iterator[list[int]]:
@@ -89,6 +89,10 @@ MODELS = {
     "value residual": ["model.architecture=value_residual"],
     "attention residuals": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=3"],
     "kv": ["model.num_key_value_heads=2"],
+    "kv, two rows, first boundary in a chunk": [
+        "model.num_key_value_heads=4",
+        "model.lime.history={policy: chunked, chunk_size: 4, rank: 2, first: 0}",
+    ],
     "kv, chunked": ["model.lime.history={policy: chunked, chunk_size: 3, rank: 1, first: 2}"],
     "hidden, chunked": [
         "model.lime={routes: hidden, history: {policy: chunked, chunk_size: 3, rank: 2, first: 1}}",
@@ -152,6 +156,7 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
         has_embedding = has_embedding or model.tie_word_embeddings
     parameters += embedding if has_embedding else 0
     prices = boundary_prices(config)
+    parameters += sum(padded(count, size) for count in later_parameters(model, layers, prices).values())
     history, gradients = cost.history_bytes(model, layers, tokens, size, prices), 0
     depth = model.architecture == "attention_residuals"
     if depth or (model.architecture == "lime" and model.lime.routes == "hidden"):
@@ -182,6 +187,25 @@ def test_cut_by_memory(model: str, precision: str, stages: int) -> None:
             assert costs(stage)[begin, LAYERS] == cost_of(stage, begin, LAYERS)
     bounds = stage_bounds(config)
     assert_is_best(bounds, stages, cost_of, inside_a_chunk(config), 0.0)
+
+
+def costliest(config: Config, bounds: list[int]) -> float:
+    costs = compute_costs(config)
+    return max(float(costs[begin, end]) for begin, end in pairwise(bounds))
+
+
+def test_cuts_move_with_the_mixing() -> None:
+    """Where partial mixtures begin, in the middle of a full history, one layer mixes for all later ones. With narrow layers and many
+    heads that is much: its stage gets fewer layers, and each form of boundary has a cut that would be bad for the other."""
+    shape = ["model.num_hidden_layers=64", "model.hidden_size=256", "model.intermediate_size=1024", "model.num_attention_heads=8",
+             "data.sequence_length=256", "model.vocab_size=1024", "parallel.pipeline_stages=8", "model.lime.history={policy: full}"]  # fmt: skip
+    minimal, entries = (load_config(None, [*shape, f"pipeline.boundary={form}"]) for form in ("minimal", "entries"))
+    of_minimal, of_entries = stage_bounds(minimal), stage_bounds(entries)
+    turning = next(stage for stage in range(8) if of_minimal[stage + 1] > 32)
+    assert layers_of(minimal)[turning] == min(layers_of(minimal)) < min(layers_of(entries))
+    assert layers_of(minimal)[-1] > layers_of(entries)[-1], "what it reads has been mixed before"
+    assert costliest(minimal, of_minimal) < 0.8 * costliest(minimal, of_entries)
+    assert costliest(entries, of_entries) < 0.9 * costliest(entries, of_minimal)
 
 
 def layers_of(config: Config) -> list[int]:

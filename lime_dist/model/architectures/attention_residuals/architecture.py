@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from lime_dist.config.precision import accumulation_itemsize
@@ -183,10 +184,13 @@ class AttentionResiduals(Architecture):
         slice_tokens = min(num_tokens, max(SLICE_TOKENS, SLICE_ELEMENTS_GPU // (entries * hidden)))
         return entries * hidden * slice_tokens * accumulation_itemsize(itemsize)
 
-    def entries_moved(self, layer: int) -> float:
+    def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:
         """Blocks are written once. A group reads older ones twice, for scores and mixtures; its mixtures are written and read."""
-        finished = self._finished(layer)
-        return self.slots_kept(layer) + sum(2 * read / GROUP for read in finished) + 2 * len(finished)
+        moved = 0.0
+        for layer in chain.from_iterable(parts):
+            finished = self._finished(layer)
+            moved += self.slots_kept(layer) + sum(2 * read / GROUP for read in finished) + 2 * len(finished)
+        return moved
 
     # -- pictures of routers ------------------------------------------------------------------------------------------
 

@@ -142,9 +142,9 @@ class ValueResidual(Architecture):
     def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
         return 0
 
-    def entries_moved(self, layer: int) -> float:
+    def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:
         """Both values are read, and their sum is written."""
-        return 0.0 if layer == 0 else 3.0
+        return 3.0 * sum(layer > 0 for layers in parts for layer in layers)
 
     # -- pictures of routers ------------------------------------------------------------------------------------------
 

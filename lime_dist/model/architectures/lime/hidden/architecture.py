@@ -6,7 +6,8 @@ w_ℓ [H, entries] (``router: static``) or logits W_ℓ·x per token (``router: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from lime_dist.config.precision import accumulation_itemsize
@@ -221,9 +222,12 @@ class HiddenLime(Lime):
         shared = set.intersection(*(set(self.policy.reads(layer)) for layer in block))
         return {entry for entry in shared if entry.layer < block.start}
 
-    def entries_moved(self, layer: int) -> float:
-        """Its slot is written; its mixture, a state for every head, is written and read. With static weights it reads its
+    def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:
+        """Slots are written; mixtures, a state for every head, are written and read. With static weights a layer reads its
         block's share of older entries."""
+        return sum(map(self._moved_by_layer, chain.from_iterable(parts)))
+
+    def _moved_by_layer(self, layer: int) -> float:
         read, block = float(self.entries_read(layer)), self.max_block_layers
         if not self.is_dynamic:
             read = min(read, block / 2 + read / block)

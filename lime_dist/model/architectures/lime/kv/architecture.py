@@ -7,10 +7,11 @@ over (head of the reader) × (entry, head of the entry), the same for keys and v
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, router_name, stage_layout
+from lime_dist.model.architectures.lime.kv.traffic import entries_moved
 from lime_dist.model.architectures.lime.lime import Lime
 from lime_dist.model.crossing import Prices, pairs_by_layer
 from lime_dist.model.layout import BLOCK, SUMMARY_BLOCK, StageLayout
@@ -178,10 +179,10 @@ class KeyValueLime(Lime):
         """Products go into memory that is there."""
         return 0
 
-    def entries_moved(self, layer: int) -> float:
-        """Its slot is written, and its mixture written and read. Of older entries it reads its block's share."""
-        read, block = float(self.entries_read(layer)), self.max_block_layers
-        return 2 + min(read, block / 2 + read / block) + 2
+    def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:
+        layout = stage_layout(self.config, *parts, prices=prices)
+        assert layout is not None
+        return entries_moved(layout)
 
     # -- pictures of routers ------------------------------------------------------------------------------------------
 
