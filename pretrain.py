@@ -33,14 +33,17 @@ if TYPE_CHECKING:  # at run time these imports wait until `start_processes` has 
     from lime_dist.monitor.records import Records
     from lime_dist.pipeline.engine import LimeEngine
     from lime_dist.train.loop import Outcome
+    from lime_dist.train.profile import Profiler
     from lime_dist.train.run import Run
     from lime_dist.train.sample_texts import Prompts
     from lime_dist.train.stage_optimizer import StageOptimizer
+    from lime_dist.train.steps import Steps
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 pretrain.py --config configs/quickstart.yaml
   deepspeed --hostfile hosts pretrain.py --config C train.steps=1000 parallel.pipeline_stages=8
   python pretrain.py --config configs/quickstart.yaml parallel.pipeline_stages=1     (one process)
+  deepspeed --num_gpus 2 pretrain.py --config configs/quickstart.yaml --profile=20-22
 
 A run whose folder (run.directory) holds checkpoints resumes from the newest whole one."""
 
@@ -49,6 +52,11 @@ def parse() -> argparse.Namespace:
     parser = CommandParser(prog="pretrain.py", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's messages")
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="write traces of some steps, such as 20 or 20-22, and a summary of where their time went, into the run folder",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the configuration"
@@ -66,20 +74,24 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    if arguments.profile is not None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints lines of its own
     # Importing torch takes seconds. Here, `run_command` turns a Ctrl-C meanwhile into an exit status without a traceback.
     import torch
 
     from lime_dist.distributed import check_versions, start_processes
     from lime_dist.monitor.run_lock import wait_for_predecessor
+    from lime_dist.train.steps import Steps
 
     check_versions()
+    profiled = None if arguments.profile is None else Steps.parse(arguments.profile)
     config = load_config(arguments.config, arguments.overrides)
     batch_split(config, world_size())
     wait_for_predecessor(Path(config.run.directory))
     start_processes(arguments.verbose, config.pipeline.timeout)
     stopped_by = None
     try:
-        stopped_by = train(config, arguments.verbose)
+        stopped_by = train(config, arguments.verbose, profiled)
     except RuntimeError as error:
         from lime_dist.pipeline.engine import is_lost_connection
 
@@ -92,8 +104,11 @@ def main() -> None:
         raise SystemExit(128 + signal.SIGINT)
 
 
-def train(config: Config, verbose: bool) -> str | None:
+def train(config: Config, verbose: bool, profiled: Steps | None = None) -> str | None:
     """Run a training from its data to its closing lines, and hold the run folder meanwhile. All ranks must call it.
+
+    Args:
+        profiled: the steps to record; None: none.
 
     Returns:
         What stopped it before its end; None: nothing did.
@@ -107,6 +122,7 @@ def train(config: Config, verbose: bool) -> str | None:
     from lime_dist.monitor.run_lock import hold_directory
     from lime_dist.train import loop
     from lime_dist.train.build import build_engine
+    from lime_dist.train.profile import Profiler
 
     console = Console(is_main_process())
     directory = Path(config.run.directory)
@@ -123,12 +139,15 @@ def train(config: Config, verbose: bool) -> str | None:
         if engine.module.compile_obstacle is not None:
             console.say(engine.module.compile_obstacle)
         resumed = resume(config, data, optimizer, console)
+        if profiled is not None:
+            profiled.check(resumed.state.step, config.train.steps)
         files = together(lambda: open_run_files(directory, config, resumed.state.step))
         if files.metrics is not None and (damaged := files.metrics.damaged):
             console.say(f"{files.metrics.path}: {damaged} unreadable line(s) dropped, left by a crash")
         for line in files.notes:
             console.say(line)
-        run = assemble(config, data, engine, optimizer, resumed, files.records, console)
+        profiler = None if profiled is None else Profiler(profiled, directory / "profile")
+        run = assemble(config, data, engine, optimizer, resumed, files.records, console, profiler)
         announce(run, data, resumed.state)
         try:
             outcome = loop.train(run, resumed.state)
@@ -205,6 +224,7 @@ def assemble(
     resumed: Resumed,
     records: Records,
     console: Console,
+    profiler: Profiler | None = None,
 ) -> Run:
     """Make the remaining parts of the run and put all of them together. All ranks must call it."""
     from lime_dist.checkpoint.saver import Saver
@@ -241,6 +261,7 @@ def assemble(
         console=console,
         records=records,
         sampler=sampler,
+        profiler=profiler,
     )
 
 

@@ -7,7 +7,7 @@ derives from it. `lime_dist/contract.py` lists what both need of DeepSpeed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, ClassVar, Protocol
 
@@ -18,6 +18,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
+from torch.profiler import record_function
 
 from lime_dist.config.deepspeed import deepspeed_config
 from lime_dist.config.schema import Config
@@ -61,6 +62,9 @@ class LimeEngine(PipelineEngine):
         clock: times the instructions; the optimizer may use it as well.
         counted_shares: fractions of the labels that count in the loss.
         eos: the token that ends every document, beyond which attention does not reach; None: it reaches across documents.
+
+    Attributes:
+        names_instructions: whether traces of torch's profiler name the instructions.
     """
 
     optimizer: GradientOptimizer
@@ -92,6 +96,7 @@ class LimeEngine(PipelineEngine):
         self._shape: tuple[int, int] | None = None
         self.fwd_outputs = []
         self._micro_batch_losses: list[float] = []
+        self.names_instructions = False
         self._read_output: Callable[[Tensor], None] | None = None
 
     def start_after(self, step: int) -> None:
@@ -264,15 +269,28 @@ class LimeEngine(PipelineEngine):
                 with (
                     self.watching(self._describe(instruction, counts[name]), self._partners(instruction)),
                     self.clock.measuring(INSTRUCTIONS[name]),
+                    record_function(self._trace_name(instruction, counts[name]))
+                    if self.names_instructions
+                    else nullcontext(),
                 ):
                     MethodType(self._INSTRUCTION_MAP[type(instruction)], self)(**instruction.kwargs)
 
+    def _trace_name(self, instruction: schedule.PipeInstruction, count: int) -> str:
+        name = type(instruction).__name__
+        if not isinstance(instruction, schedule.BufferOpInstruction):
+            return name
+        return f"{name} of micro-batch {self._micro_batch_of(instruction, count)}"
+
+    def _micro_batch_of(self, instruction: schedule.PipeInstruction, count: int) -> int:
+        """Micro-batch of the ``count``-th instruction of a kind."""
+        return count
+
     def _describe(self, instruction: schedule.PipeInstruction, count: int) -> str:
-        """An instruction with its micro-batch and its peer, for messages. The ``count``-th instruction of a kind belongs to
-        micro-batch ``count``."""
+        """An instruction, the ``count``-th of its kind, with its micro-batch and its peer, for messages."""
         name, step = type(instruction).__name__, f"step {self.global_steps + 1}"
         if not isinstance(instruction, schedule.BufferOpInstruction):
             return f"{name} of {step}"
+        count = self._micro_batch_of(instruction, count)
         peer = {"RecvActivation": -1, "SendGrad": -1, "SendActivation": 1, "RecvGrad": 1}.get(name)
         if peer is None:
             return f"{name} of micro-batch {count}, {step}"

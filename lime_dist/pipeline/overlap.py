@@ -145,8 +145,8 @@ class OverlapEngine(LimeEngine):
                     sender.drain()
         self._failed = False
 
-    def _describe(self, instruction: schedule.PipeInstruction, count: int) -> str:
-        return super()._describe(instruction, instruction.kwargs.get("buffer_id", count))
+    def _micro_batch_of(self, instruction: schedule.PipeInstruction, count: int) -> int:
+        return int(instruction.kwargs["buffer_id"])
 
     def _begin(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """Announce the receives of a step and set the windows of the senders."""

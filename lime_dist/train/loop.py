@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
@@ -12,11 +13,14 @@ import torch
 
 from lime_dist.config.schema import Config
 from lime_dist.data.state import TrainState
+from lime_dist.distributed import together
+from lime_dist.errors import LimeError
 from lime_dist.model.architecture import architecture_of
 from lime_dist.monitor.peak import measured_flops
 from lime_dist.monitor.routers import has_map
 from lime_dist.monitor.tags import SET_PREFIX
 from lime_dist.train.measurements import Measurements, interval_record, stage_scalars
+from lime_dist.train.profile import Profiler
 from lime_dist.train.run import Metrics, Run
 from lime_dist.train.signals import StopSignals
 from lime_dist.train.step_end import StepEnd
@@ -66,6 +70,8 @@ def train(run: Run, state: TrainState) -> Outcome:
         while state.step < settings.steps and step_end.stopped_by is None:
             state, loss = _step(run, state, recent, measurements)
             step_end.check_update(state, loss)
+            if run.profiler is not None and run.profiler.is_over(state.step):
+                write_profile(run, run.profiler)
             if has_map(run.config.model) and _due(run.config.monitor.router_interval, state.step):
                 _draw_routers(run, state)
             if _due(settings.evaluation_interval, state.step) and run.validates:
@@ -113,6 +119,19 @@ def validate(run: Run, state: TrainState) -> float:
     return loss
 
 
+def write_profile(run: Run, profiler: Profiler) -> None:
+    """Write the traces of all ranks and their summary. A disk that refuses does not stop training. All ranks must call it."""
+    with run.engine.watching(f"writing the profile of steps {profiler.steps}"):
+        try:
+            together(lambda: profiler.write_trace(run.engine.global_rank))
+            ranks = run.control.gather(profiler.summary(run.engine))
+            written = together(lambda: profiler.write_summary(ranks) if ranks else None)
+        except LimeError as error:
+            run.console.say(f"{error}; training continues")
+        else:
+            run.console.say(f"profile of steps {profiler.steps}: {written}; the traces beside it open in Perfetto")
+
+
 def _step(run: Run, state: TrainState, recent: _Recent, measurements: Measurements) -> tuple[TrainState, float]:
     """One step and its record; returns the state after it and its loss."""
     config, settings = run.config, run.config.train
@@ -120,7 +139,8 @@ def _step(run: Run, state: TrainState, recent: _Recent, measurements: Measuremen
     begin = time.perf_counter()
     batch_size = run.batch_sizes.at(state.consumed_samples)
     tokens = batch_size * config.data.sequence_length
-    with measurements.step(tokens):
+    profiling = nullcontext() if run.profiler is None else run.profiler.step(state.step + 1, run.engine)
+    with profiling, measurements.step(tokens):
         loss = run.engine.train_step(run.train_batches, batch_size // (settings.micro_batch_size * run.replicas))
     seconds = time.perf_counter() - begin
     state = TrainState(state.step + 1, state.consumed_samples + batch_size)

@@ -17,6 +17,7 @@ from lime_dist.data.ramp import BatchSizes
 from lime_dist.data.state import TrainState
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.train.control import Control
+from lime_dist.train.profile import Profiler
 from lime_dist.train.sample_texts import Sampler
 from lime_dist.train.stage_optimizer import StageOptimizer
 
@@ -143,6 +144,7 @@ class Run:
             for ``data.document_mask``.
         evaluation_micro_batches: of each replica in a validation; 0: the data have no validation split, or the run does not read it.
         validation_sets: the other sets that a validation reads, by name.
+        profiler: records some steps; None: the run is not profiled.
         sampler: writes the sample texts of the first replica; None on other replicas, or if the run writes none.
         restore: loads the newest whole checkpoint; returns it, or None, and a line for each one that it passed over.
     """
@@ -162,6 +164,7 @@ class Run:
     records: RecordLog
     validation_sets: Mapping[str, EvaluationData] = field(default_factory=dict)
     sampler: Sampler | None = None
+    profiler: Profiler | None = None
 
     @property
     def validates(self) -> bool:

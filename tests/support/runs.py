@@ -17,14 +17,16 @@ from typing import Any
 import pretrain
 from lime_dist.config.load import make_config
 from lime_dist.errors import LimeError
+from lime_dist.train.steps import Steps
 
 Event = dict[str, Any]
 
 
-def run(values: dict[str, Any]) -> str:
+def run(values: dict[str, Any], profile: str | None = None) -> str:
     """Train; return the error line of a user's mistake, empty on success."""
+    steps = None if profile is None else Steps.parse(profile)
     try:
-        pretrain.train(make_config(values, "a test"), verbose=False)
+        pretrain.train(make_config(values, "a test"), verbose=False, profiled=steps)
     except LimeError as error:
         return str(error)
     return ""
@@ -67,7 +69,10 @@ def run_with_a_broken_dashboard(values: dict[str, Any]) -> tuple[str, str]:
 
 
 def observe(
-    values: dict[str, Any], events: list[Event] | None = None, per_rank: dict[int, dict[str, Any]] | None = None
+    values: dict[str, Any],
+    events: list[Event] | None = None,
+    per_rank: dict[int, dict[str, Any]] | None = None,
+    profile: str | None = None,
 ) -> tuple[str, str]:
     """Train with faults; return the error line and the output.
 
@@ -75,6 +80,7 @@ def observe(
         events: each has ``do`` (see `_ACTIONS` and `_AROUND_WRITES`), the ``step`` in which it happens, the ``rank`` on which
             it happens (None: all), and ``once`` if it does not happen again when the step is repeated.
         per_rank: sections of the configuration that differ on a rank.
+        profile: the value of ``--profile``.
     """
     import torch.distributed as dist
 
@@ -107,7 +113,7 @@ def observe(
     LimeEngine.train_step, saver.write_tensors = disturbed_step, disturbed_write
     try:
         with contextlib.redirect_stdout(said):
-            return run(values), said.getvalue()
+            return run(values, profile), said.getvalue()
     finally:
         LimeEngine.train_step, saver.write_tensors = train_step, write_file
 
