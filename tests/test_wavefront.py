@@ -10,6 +10,7 @@ from test_simulate import random_setting
 
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
 from lime_dist.pipeline.schedules.stock import StockSchedule
+from lime_dist.pipeline.schedules.zero_bubble import ZeroBubble
 from lime_dist.plan.simulate import Link, StageTimes, simulate
 from lime_dist.plan.wavefront import step_seconds
 
@@ -20,9 +21,15 @@ def test_equals_the_simulator(scenarios: int) -> None:
     for _ in range(150):
         times, payloads, links, micro_batches = random_setting(generator)
         schedule = OneForwardOneBackward(micro_batches, len(times), generator.randint(0, 3))
+        if generator.random() < 0.5:
+            deferred = generator.choice([None, 0, 2])
+            schedule = ZeroBubble(micro_batches, len(times), schedule.extra_in_flight, deferred)
         cases = [
             (
-                [StageTimes(t.forward * generator.random(), t.backward * generator.random()) for t in times],
+                [
+                    StageTimes(t.forward * generator.random(), t.backward, t.backward * generator.random())
+                    for t in times
+                ],
                 [Link(link.bandwidth, link.latency * generator.random()) for link in links],
             )
             for _ in range(scenarios)
@@ -32,6 +39,7 @@ def test_equals_the_simulator(scenarios: int) -> None:
             schedule,
             np.array([[t.forward for t in each] for each, _ in cases]).T,
             np.array([[t.backward for t in each] for each, _ in cases]).T,
+            np.array([[t.weights for t in each] for each, _ in cases]).T,
             np.array([[s / x.bandwidth for s, x in zip(payloads, each, strict=True)] for _, each in cases]).T.reshape(
                 shape
             ),
@@ -43,4 +51,4 @@ def test_equals_the_simulator(scenarios: int) -> None:
 def test_a_schedule_without_diagonals_is_refused() -> None:
     times = np.ones((2, 1))
     with pytest.raises(ValueError, match="the schedule stock has no diagonals"):
-        step_seconds(StockSchedule(4, 2), times, times, times[:1], times[:1])
+        step_seconds(StockSchedule(4, 2), times, times, times, times[:1], times[:1])

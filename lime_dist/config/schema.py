@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lime_dist.config.registry import SINKS, choice_of
+from lime_dist.config.registry import SCHEDULES, SINKS, choice_of
 from lime_dist.config.sections.base import Section, UserPath
 from lime_dist.config.sections.data import BlendEntry, DataConfig
 from lime_dist.config.sections.model import (
@@ -143,6 +143,15 @@ class Config(Section):
         description="type of weights and activations; gradient accumulation, moments and master weights are never below "
         "float32; `fp64` is for equality tests",
     )
+
+    @model_validator(mode="after")
+    def _can_compile(self) -> Config:
+        if self.train.compile is True and SCHEDULES[self.pipeline.schedule].splits_backward:
+            raise ValueError(
+                f"train.compile=true does not work with pipeline.schedule={self.pipeline.schedule}: the backward pass of a compiled "
+                "graph computes all of its gradients at once; leave out train.compile, or choose another schedule"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Config:

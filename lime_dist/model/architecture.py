@@ -54,13 +54,18 @@ BASELINE = "llama"
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations per token, of the forward and of the backward pass."""
+    """Floating-point operations per token, of the forward and of the backward pass.
+
+    Attributes:
+        weights: the part of ``backward`` that a weight pass can take (`lime_dist.model.weight_gradients`).
+    """
 
     forward: float
     backward: float
+    weights: float = 0.0
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.forward + other.forward, self.backward + other.backward)
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.weights + other.weights)
 
     @property
     def both(self) -> float:
@@ -241,6 +246,12 @@ class Architecture(Protocol):
     @abstractmethod
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         """Bytes that autograd keeps of a decoder layer; see `cost.activation_bytes`."""
+
+    def weight_pass_bytes(self, layer: int, num_tokens: int, itemsize: int) -> int:
+        """Bytes that a weight pass keeps of a decoder layer while it is held back: inputs and output gradients of projections."""
+        from lime_dist.model.transformer import weight_pass_activations
+
+        return weight_pass_activations(self.config).nbytes(num_tokens, itemsize)
 
     @abstractmethod
     def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError, first_line
 from lime_dist.model.layers import MLP, Positions, RMSNorm, causal_attention, rotary_table, rotate, within_documents
+from lime_dist.model.weight_gradients import Projection
 
 
 class Router(Protocol):
@@ -34,10 +35,10 @@ class Attention(nn.Module):
         super().__init__()
         hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_size
         self.head_size, self.rope_theta, self.rope_scaling = size, config.rope_theta, config.rope_scaling
-        self.q_proj = nn.Linear(hidden, heads * size, bias=False)
-        self.k_proj = nn.Linear(hidden, config.key_value_heads * size, bias=False)
-        self.v_proj = nn.Linear(hidden, config.key_value_heads * size, bias=False)
-        self.o_proj = nn.Linear(heads * size, hidden, bias=False)
+        self.q_proj = Projection(hidden, heads * size)
+        self.k_proj = Projection(hidden, config.key_value_heads * size)
+        self.v_proj = Projection(hidden, config.key_value_heads * size)
+        self.o_proj = Projection(heads * size, hidden)
         self.router = router
 
     def positions(self, x_BTD: Tensor, starts_BT: Tensor | None) -> Positions:
@@ -97,13 +98,16 @@ class PreNormLayer(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
-def compile_layers(layers: Iterable[nn.Module], device: torch.device, setting: bool | Literal["auto"]) -> str | None:
+def compile_layers(
+    layers: Iterable[nn.Module], device: torch.device, setting: bool | Literal["auto"], splits_backward: bool = False
+) -> str | None:
     """Compile the `compiled_parts` of decoder layers in place, each as one graph, with torch's inductor.
 
     Layers of the same class share the compiled code. Every input shape is compiled once.
 
     Args:
         setting: ``train.compile``; ``auto`` compiles for CUDA, where torch can.
+        splits_backward: whether weight gradients are computed apart, which a compiled graph does not allow.
 
     Returns:
         In one line, why nothing was compiled, although ``auto`` would have compiled; else None.
@@ -113,6 +117,11 @@ def compile_layers(layers: Iterable[nn.Module], device: torch.device, setting: b
     """
     if setting is False or (setting == "auto" and device.type != "cuda"):
         return None
+    if splits_backward:
+        return (
+            "layers run uncompiled, which is slower: the backward pass of a compiled graph computes all of its gradients at once, "
+            "but pipeline.schedule asks for weight gradients apart; set train.compile=false, or choose another schedule"
+        )
     if (reason := compile_obstacle(device)) is not None:
         problem = f"torch cannot compile for {device} here ({reason})"
         if setting == "auto":

@@ -115,6 +115,11 @@ def activation_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize:
     return architecture_of(config).activation_bytes(layer, num_tokens, itemsize, checkpointing)
 
 
+def weight_pass_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize: int) -> int:
+    """Bytes that the weight pass of one micro-batch keeps of a decoder layer while it is held back."""
+    return architecture_of(config).weight_pass_bytes(layer, num_tokens, itemsize)
+
+
 def received_activation_bytes(
     config: ModelConfig, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool
 ) -> int:

@@ -6,8 +6,8 @@ The list reads like the model: embedding, decoder layers, final norm, output pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -26,6 +26,7 @@ from lime_dist.model.layout import StageLayout
 from lime_dist.model.parameters import FINAL_NORM
 from lime_dist.model.summaries import ChunkSummary
 from lime_dist.model.transformer import EMBEDDING
+from lime_dist.model.weight_gradients import WeightGradients, deferring
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,14 @@ def _checkpoint_contexts(
     history: LayerHistory | None,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Context managers for the forward pass of a checkpointed layer and for its recomputation."""
-    return nullcontext(), nullcontext() if history is None else history.recomputing()
+    return nullcontext(), _recomputing(history, WeightGradients.active)
+
+
+@contextmanager
+def _recomputing(history: LayerHistory | None, gradients: WeightGradients | None) -> Iterator[None]:
+    """What recomputation has in common with the forward pass, where weight gradients go, and what it does not write again."""
+    with deferring(gradients), nullcontext() if history is None else history.recomputing():
+        yield
 
 
 def apply_norm(config: ModelConfig, norm: nn.Module, hidden: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lime_dist.config.schema import RopeScalingConfig
 from lime_dist.model.documents import attention_with_mask, document_mask
 from lime_dist.model.norm_rotation import Rotate, rms_norm
+from lime_dist.model.weight_gradients import Projection
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -127,9 +128,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Projection(hidden_size, intermediate_size)
+        self.up_proj = Projection(hidden_size, intermediate_size)
+        self.down_proj = Projection(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -81,7 +81,7 @@ def transformer_flops(config: ModelConfig, sequence_length: float) -> Flops:
     hidden, size, heads = config.hidden_size, config.head_size, config.num_attention_heads
     products = 2 * hidden * (2 * size * (heads + config.key_value_heads) + 3 * config.intermediate_size)
     attention = 2 * 2 * heads * size * (sequence_length + 1) / 2
-    return Flops(products + attention, 2 * products + 2.5 * attention)
+    return Flops(products + attention, 2 * products + 2.5 * attention, products)
 
 
 # -- activations ----------------------------------------------------------------------------------------------------------
@@ -124,6 +124,14 @@ def transformer_activations(config: ModelConfig) -> Activations:
         per_token=2 * config.hidden_size + 2 * config.key_value_heads * config.head_size + 4 * config.intermediate_size,
         accumulated_per_token=config.num_attention_heads,  # log of the sum of exponentials
     )
+
+
+def weight_pass_activations(config: ModelConfig) -> Activations:
+    """What the weight gradients of attention and SwiGLU are made from."""
+    queries, keys = config.num_attention_heads * config.head_size, config.key_value_heads * config.head_size
+    inputs = 2 * config.hidden_size + queries + config.intermediate_size  # normed states, attention, SwiGLU's product
+    gradients = queries + 2 * keys + 2 * config.intermediate_size + 2 * config.hidden_size
+    return Activations(per_token=inputs + gradients)
 
 
 def norm_activations(config: ModelConfig) -> Activations:

@@ -22,6 +22,8 @@ batches. checkpoint and validation: all work within them."""
 INSTRUCTIONS = {
     "ForwardPass": COMPUTATION,
     "BackwardPass": COMPUTATION,
+    "BackwardInput": COMPUTATION,
+    "BackwardWeight": COMPUTATION,
     "OptimizerStep": COMPUTATION,
     "SendActivation": TRANSFER,
     "SendGrad": TRANSFER,

@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lime_dist.config.deepspeed import deepspeed_config
+from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.errors import PeerLost
 from lime_dist.model.history import LayerHistory
+from lime_dist.model.weight_gradients import WeightGradients
 from lime_dist.pipeline.clock import INSTRUCTIONS, VALIDATION, WAITING, Clock
 from lime_dist.pipeline.document_stream import Batches, DocumentStream
 from lime_dist.pipeline.module import LimePipelineModule
@@ -45,6 +47,9 @@ class GradientOptimizer(Protocol):
     """What the engine needs of an optimizer."""
 
     def warm_up(self, loss: Tensor | None) -> None: ...
+
+    def gradient_of(self, weight: Tensor) -> Tensor:
+        """The accumulated gradient of a parameter, in its shape; it may be added to."""
 
     def reduce_gradients(self, loss: Tensor | None) -> None: ...
 
@@ -132,6 +137,10 @@ class LimeEngine(PipelineEngine):
         assert self.module.wire_in is not None
         shape = self.module.payload_shape(self.stage_id, batch, length)
         return self.module.wire_in.empty(shape, self.device).zero_(), None
+
+    def deferred_gradients(self) -> WeightGradients | None:
+        """Where the weight gradients of a micro-batch go in training; None: backward computes them at once."""
+        return WeightGradients() if SCHEDULES[self.lime_config.pipeline.schedule].splits_backward else None
 
     def train_step(self, batches: Batches | None, micro_batches: int | None = None) -> float:
         """Run one training step and return the mean loss over the global batch (nats per token), on every rank.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lime_dist.config.precision import ITEM_BYTES, accumulation_itemsize
+from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.architecture import Sizes, architecture_of, chunk_ends
@@ -29,6 +30,7 @@ class MicroBatchBytes:
 
     Attributes:
         layers: by decoder layer, activations that autograd keeps.
+        weight_passes: by decoder layer, what a weight pass that is held back keeps; 0 if the schedule has none.
         received: by boundary 0 … L, what a stage that begins there keeps of the payload received, and of documents.
         made: by decoder layer, history entries that its stage adds because of it.
         crossing: by boundary, history entries and partial mixtures that cross it.
@@ -39,6 +41,7 @@ class MicroBatchBytes:
     """
 
     layers: list[int]
+    weight_passes: list[int]
     received: list[int]
     made: list[int]
     crossing: list[int]
@@ -55,11 +58,13 @@ class MicroBatchBytes:
         size, wires = ITEM_BYTES[config.precision], [WireFormat.of(config, boundary) for boundary in inner]
         tokens = config.train.micro_batch_size * config.data.sequence_length
         entry, prices = architecture_of(model).entry_width * tokens * size, boundary_prices(config)
+        splits = SCHEDULES[config.pipeline.schedule].splits_backward
         payload = [cost.payload_bytes(model, boundary, tokens, size, prices) for boundary in inner]
         received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
         documents = cost.document_bytes(model, tokens, size) if config.data.document_mask else 0
         return cls(
             layers=[cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers],
+            weight_passes=[splits * cost.weight_pass_bytes(model, layer, tokens, size) for layer in layers],
             received=[documents, *(each + documents for each in received), 0],
             made=[cost.entries_made(model, layer) * entry for layer in layers],
             crossing=[0, *(cost.boundary_entries(model, boundary, prices) * entry for boundary in inner), 0],
@@ -94,7 +99,7 @@ class StageMemory:
     Attributes:
         weights: in the precision of the run.
         optimizer: accumulated gradients, and masters and optimizer states of the replica that has most.
-        activations: of the micro-batches in flight.
+        activations: of the micro-batches in flight, and what is kept for weight passes that are held back.
         history: entries of the micro-batches in flight.
         transfers: payloads and their gradients in transfer.
         working: temporary tensors of the backward pass.
@@ -136,12 +141,13 @@ def stage_memory(
     elsewhere = shared_parameters(config, bounds).keys() | ({EMBEDDING_WEIGHT} if is_tied else set())
     weights, optimizer = optimizer_bytes(config, sizes, elsewhere, replicas)
     activations, history = kept.activations(layers), kept.history(layers)
-    held, transfers = schedule.memory_in_flight(stage, kept.boundary(layers))
-    worst = int((held * (activations + history) + transfers).argmax())
+    held, held_back, transfers = schedule.memory_in_flight(stage, kept.boundary(layers))
+    weight_pass = sum(kept.weight_passes[layers.start : layers.stop])
+    worst = int((held * (activations + history) + held_back * weight_pass + transfers).argmax())
     return StageMemory(
         weights=weights,
         optimizer=optimizer,
-        activations=int(held[worst]) * activations,
+        activations=int(held[worst]) * activations + int(held_back[worst]) * weight_pass,
         history=int(held[worst]) * history,
         transfers=int(transfers[worst]),
         working=working_bytes(config, kept, layers),
@@ -160,18 +166,21 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     stream = tokens * model.hidden_size * size
     feed_forward = tokens * model.intermediate_size * size
     embedding = model.vocab_size * model.hidden_size * size
-    last, everything = layers.stop == model.num_hidden_layers, kept.activations(layers)
+    last = layers.stop == model.num_hidden_layers
+    everything = kept.activations(layers) - sum(kept.weight_passes[layers.start : layers.stop])
     freed = kept.head if last else 0
 
     shape = architecture_of(model).hidden_shape
     streams = tokens * math.prod(shape) * size if len(shape) > 1 else 0  # gradients of mixed residual streams
+    splits_backward = any(kept.weight_passes)
+    in_swiglu = (3 if splits_backward else 2) * feed_forward  # gradients of its parts; a weight pass keeps its product as well
     peaks = []
     for block in reversed(_blocks(config, layers)):
         top = block.stop - 1
         again = cost.activation_bytes(model, top, tokens, size, False) - kept.layers[top] if checkpointing else 0
         history = _history_bytes(config, kept, layers, block)
         peaks += [
-            again + 2 * feed_forward + streams + (stream if last else 0) - freed,  # SwiGLU of the block's last layer
+            again + in_swiglu + streams + (stream if last else 0) - freed,  # SwiGLU of the block's last layer
             again + history + 6 * stream - 4 * feed_forward - 2 * stream - freed,  # its attention
         ]
         if read := architecture_of(model).read_gradient_bytes(
@@ -179,8 +188,12 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
         ):  # its read: three states, four gradients
             peaks.append(history + read + 7 * stream - (0 if checkpointing else kept.layers[top]) - freed)
         if checkpointing and len(block) > 1:
-            peaks.append(again + history + 2 * feed_forward + streams - freed)  # SwiGLU of the layer before
-        freed += sum(kept.layers[block.start : block.stop])
+            peaks.append(again + history + in_swiglu + streams - freed)  # SwiGLU of the layer before
+        if checkpointing and splits_backward:  # SwiGLU of the block's first layer, after those that keep something for weight passes
+            newer = slice(block.start + 1, block.stop)
+            left = sum(kept.weight_passes[newer]) - sum(kept.layers[newer])
+            peaks.append(again + history + in_swiglu + streams + left - freed)
+        freed += sum(kept.layers[block.start : block.stop]) - sum(kept.weight_passes[block.start : block.stop])
     if last:
         logits = cost.loss_piece_tokens(model.vocab_size, tokens) * model.vocab_size
         peaks += [

@@ -18,6 +18,7 @@ from deepspeed.runtime.pipe.module import TiedLayerSpec as DeepSpeedTiedLayer
 from torch import Tensor, nn
 
 from lime_dist.config.deepspeed import batch_split
+from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.model.architecture import architecture_of, stage_layout
 from lime_dist.model.blocks import compile_layers
@@ -79,7 +80,8 @@ class LimePipelineModule(PipelineModule):
         self.later_readers = nn.ModuleList(spec.build(*arguments) for spec in later)
         self.exported_parameters = self._exported_parameters(specs, later)
         layers_to_compile = (layer for layer in self._layers() if not isinstance(layer, ChunkSummary))
-        self.compile_obstacle = compile_layers(layers_to_compile, device, config.train.compile)
+        splits_backward = SCHEDULES[config.pipeline.schedule].splits_backward
+        self.compile_obstacle = compile_layers(layers_to_compile, device, config.train.compile, splits_backward)
 
     @property
     def embeds_tokens(self) -> bool:

@@ -20,13 +20,14 @@ from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.distributed import group_timeout
 from lime_dist.model.history import LayerHistory
-from lime_dist.pipeline.clock import TRANSFER, Clock
+from lime_dist.model.weight_gradients import WeightGradients, deferring
+from lime_dist.pipeline.clock import COMPUTATION, TRANSFER, Clock
 from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.process_groups import limits_ctas, transfer_options
 from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, RECV_GRAD, make_schedule
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
-from lime_dist.pipeline.stage_schedule import EvaluationStage, TrainingStage
+from lime_dist.pipeline.stage_schedule import BackwardInput, BackwardWeight, EvaluationStage, TrainingStage
 from lime_dist.pipeline.transfer import Receiver, Sender, TransferStats
 
 
@@ -43,6 +44,7 @@ class MicroBatch:
         returned: gradient of ``inputs`` for the previous stage, as it travels.
         edge: the output's place in the autograd graph, without the output's memory; the backward pass starts from it.
         loss: on the last stage.
+        weights: where the backward pass leaves weight gradients, if its schedule splits backward passes.
     """
 
     inputs: Tensor | None = None
@@ -53,6 +55,7 @@ class MicroBatch:
     returned: Tensor | None = None
     edge: GradientEdge | None = None
     loss: Tensor | None = None
+    weights: WeightGradients | None = None
 
 
 class OverlapEngine(LimeEngine):
@@ -69,6 +72,7 @@ class OverlapEngine(LimeEngine):
     ) -> None:
         super().__init__(module, config, optimizer, clock, counted_shares, eos)
         self._in_flight: dict[int, MicroBatch] = {}
+        self._held_back: dict[int, WeightGradients] = {}  # by micro-batch, the oldest one first
         self._failed = False
         self._from_previous: Receiver[LayerHistory | None] | None = None
         self._from_next: Receiver[None] | None = None
@@ -152,23 +156,33 @@ class OverlapEngine(LimeEngine):
         """Announce the receives of a step and set the windows of the senders."""
         assert self._shape is not None and isinstance(pipe_schedule, TrainingStage | EvaluationStage)
         shape, configured, count = self._shape, pipe_schedule.schedule, pipe_schedule.micro_batches
+        is_training = isinstance(pipe_schedule, TrainingStage)
+        fills_waits = is_training and configured.splits_backward and self._sees_arrivals
+        meanwhile = self._go_on_with_weights if fills_waits else None
         payloads_ahead, gradients_ahead = map(configured.receives_ahead, (RECV_ACTIVATION, RECV_GRAD))
         payload_window = pipe_schedule.num_pipe_buffers() + payloads_ahead
         for sender in (self._to_next, self._to_previous):
             if sender is not None:
                 sender.release()  # the device has come to the end of the last step
         if self._from_previous is not None:
-            self._from_previous.begin(count, payloads_ahead, lambda: self.module.landing(*shape))
-        if isinstance(pipe_schedule, TrainingStage):
+            self._from_previous.begin(count, payloads_ahead, lambda: self.module.landing(*shape), meanwhile)
+        if is_training:
             payload_window = configured.payload_window(self.stage_id)
             if self._from_next is not None:
                 returning, wire = self.module.payload_shape(self.stage_id + 1, *shape), self.module.wire_out
                 assert wire is not None
-                self._from_next.begin(count, gradients_ahead, lambda: (wire.empty(returning, self.device), None))
+                self._from_next.begin(
+                    count, gradients_ahead, lambda: (wire.empty(returning, self.device), None), meanwhile
+                )
             if self._to_previous is not None:
                 self._to_previous.window = configured.gradient_window(self.stage_id)
         if self._to_next is not None:
             self._to_next.window = payload_window
+
+    @property
+    def _sees_arrivals(self) -> bool:
+        """Whether the host knows which of its receives are over. On a GPU it has queued what comes after them."""
+        return self.device.type == "cpu"
 
     def payload_of_zeros(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
         received, history = self.module.landing(batch, length)
@@ -199,7 +213,9 @@ class OverlapEngine(LimeEngine):
                 micro_batch.inputs, micro_batch.history, *self._shape
             )
             micro_batch.inputs.requires_grad_(training)
-        output = self.module(micro_batch.inputs, micro_batch.history, self._document_starts())
+        micro_batch.weights = self.deferred_gradients() if training else None
+        with deferring(micro_batch.weights):
+            output = self.module(micro_batch.inputs, micro_batch.history, self._document_starts())
         micro_batch.history = None  # the graph holds it as long as it needs it
         if self.is_last_stage():
             assert micro_batch.labels is not None
@@ -232,6 +248,8 @@ class OverlapEngine(LimeEngine):
             micro_batch.gradient = self.module.arrived_gradient(micro_batch.gradient, *self._shape)
             torch.autograd.backward([micro_batch.edge], [micro_batch.gradient])
         micro_batch.loss = micro_batch.edge = micro_batch.gradient = None
+        if micro_batch.weights is not None:
+            self._held_back[buffer_id] = micro_batch.weights
         if self.is_first_stage():
             del self._in_flight[buffer_id]
         else:
@@ -245,6 +263,23 @@ class OverlapEngine(LimeEngine):
         assert self._to_previous is not None and micro_batch.returned is not None
         self._to_previous.post(micro_batch.returned)
 
+    def _exec_backward_weight(self, buffer_id: int) -> None:
+        """Compute what is left of the weight gradients. Micro-batches come in their order, so that every sum has the same order,
+        whatever has been computed while the stage waited."""
+        gradients = self._held_back.pop(buffer_id)
+        while gradients:
+            gradients.compute_next(self.optimizer.gradient_of)
+
+    def _go_on_with_weights(self) -> bool:
+        """Compute one of the weight gradients that are held back, of the oldest micro-batch; returns whether there was one."""
+        for micro_batch, gradients in self._held_back.items():
+            if gradients:
+                place = f"{BackwardWeight.__name__} of micro-batch {micro_batch}, step {self.global_steps + 1}"
+                with self.watching(place, ranks=()), self.clock.measuring(COMPUTATION):
+                    gradients.compute_next(self.optimizer.gradient_of)
+                return True
+        return False
+
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **LimeEngine._INSTRUCTION_MAP,
         schedule.LoadMicroBatch: _exec_load_micro_batch,
@@ -253,5 +288,7 @@ class OverlapEngine(LimeEngine):
         schedule.SendActivation: _exec_send_activations,
         schedule.RecvGrad: _exec_recv_grads,
         schedule.BackwardPass: _exec_backward_pass,
+        BackwardInput: _exec_backward_pass,
+        BackwardWeight: _exec_backward_weight,
         schedule.SendGrad: _exec_send_grads,
     }

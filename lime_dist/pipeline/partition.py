@@ -95,6 +95,7 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     size, kept = ITEM_BYTES[config.precision], MicroBatchBytes.of(config)
     history = range_sums(kept.made) + np.array(kept.crossing)[:, None]
     activations = range_sums(kept.layers) + np.array(kept.received)[:, None] + history
+    weight_passes = range_sums(kept.weight_passes)
     layers = range(model.num_hidden_layers)
     parameters = [layer_parameters(model, layer) for layer in layers]
     fixed = range_sums([parameter_bytes(config, sizes) for sizes in parameters]) + copy_costs(config)
@@ -122,6 +123,8 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
             if stage > 0 or not model.tie_word_embeddings:
                 once += head
         costs: Costs = (activations + own) * schedule.micro_batches_in_flight(stage) + fixed + once
+        if (held_back := int(schedule.weight_passes_held(stage).max())) > 0:
+            costs = costs + held_back * weight_passes
         if stage > 0 and (ahead := schedule.receives_ahead(RECV_ACTIVATION)):
             costs = costs + ahead * landing
         return costs

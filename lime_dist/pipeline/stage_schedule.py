@@ -9,12 +9,23 @@ from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 from lime_dist.pipeline.schedules.base import Instruction
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule, forward_instructions
 
+
+class BackwardInput(deepspeed_schedule.BufferOpInstruction):
+    """The backward pass of a micro-batch without the weight gradients of projections."""
+
+
+class BackwardWeight(deepspeed_schedule.BufferOpInstruction):
+    """The weight gradients of a micro-batch that BackwardInput has left."""
+
+
 CLASSES: dict[str, type[deepspeed_schedule.PipeInstruction]] = {
     each.__name__: each
     for each in (
         deepspeed_schedule.LoadMicroBatch,
         deepspeed_schedule.ForwardPass,
         deepspeed_schedule.BackwardPass,
+        BackwardInput,
+        BackwardWeight,
         deepspeed_schedule.SendActivation,
         deepspeed_schedule.RecvActivation,
         deepspeed_schedule.SendGrad,
@@ -23,7 +34,7 @@ CLASSES: dict[str, type[deepspeed_schedule.PipeInstruction]] = {
         deepspeed_schedule.OptimizerStep,
     )
 }
-"""DeepSpeed's class of each kind of instruction. The buffer of an instruction is its micro-batch."""
+"""The class of each kind of instruction, DeepSpeed's or ours. The buffer of an instruction is its micro-batch."""
 
 
 class TrainingStage(deepspeed_schedule.PipeSchedule):

@@ -11,6 +11,7 @@ over other boundaries, and the pipeline would deadlock.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -103,6 +104,31 @@ class Sender:
         self._under_way.popleft()
 
 
+class WatchedReceive:
+    """A receive over gloo that a host can ask whether it is over. gloo tells only a thread that waits for it."""
+
+    def __init__(self, work: Any) -> None:
+        self._over = threading.Event()
+        self._error: Exception | None = None
+        threading.Thread(target=self._wait, args=(work,), name="receive", daemon=True).start()
+
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait()
+        except Exception as error:  # raised where the tensor is taken
+            self._error = error
+        finally:
+            self._over.set()
+
+    def is_completed(self) -> bool:
+        return self._over.is_set()
+
+    def wait(self) -> None:
+        self._over.wait()
+        if self._error is not None:
+            raise self._error
+
+
 @dataclass
 class Receiver(Generic[T]):
     """The receiving end of one direction. Call ``begin``, then ``take`` once per announced tensor.
@@ -116,23 +142,35 @@ class Receiver(Generic[T]):
     stats: TransferStats = field(default_factory=TransferStats)
     _posted: deque[tuple[Any, Tensor, T]] = field(default_factory=deque)
     _left: int = 0
+    _meanwhile: Callable[[], bool] | None = None
 
-    def begin(self, count: int, ahead: int, allocate: Callable[[], tuple[Tensor, T]]) -> None:
+    def begin(
+        self,
+        count: int,
+        ahead: int,
+        allocate: Callable[[], tuple[Tensor, T]],
+        meanwhile: Callable[[], bool] | None = None,
+    ) -> None:
         """Announce ``count`` tensors. The first ``take`` posts the first receive.
 
         Args:
             ahead: receives that are posted beyond the one that is waited for.
             allocate: returns memory for the next tensor, and the object that the memory belongs to.
+            meanwhile: does a short piece of other work, and returns whether there was any; called again and again while ``take``
+                would wait. For tensors in host memory only: a host that queues work for a device does not know what it waits for.
         """
-        self._left, self._ahead, self._allocate = count, ahead, allocate
+        self._left, self._ahead, self._allocate, self._meanwhile = count, ahead, allocate, meanwhile
 
     def take(self) -> tuple[Tensor, T]:
         """Wait for the next tensor and return it with its owner. The tensors after it can arrive meanwhile."""
         while self._left and len(self._posted) < 1 + self._ahead:
             memory, belongs_to = self._allocate()
-            self._posted.append((dist.irecv(memory, self.peer, group=self.group), memory, belongs_to))
+            work = dist.irecv(memory, self.peer, group=self.group)
+            self._posted.append((work if self._meanwhile is None else WatchedReceive(work), memory, belongs_to))
             self._left -= 1
         work, tensor, owner = self._posted.popleft()
+        while self._meanwhile is not None and not work.is_completed() and self._meanwhile():
+            pass
         begin = time.perf_counter()
         work.wait()
         self.stats.waited += time.perf_counter() - begin

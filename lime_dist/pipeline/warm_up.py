@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lime_dist.model.weight_gradients import deferring
+
 if TYPE_CHECKING:
     from lime_dist.pipeline.engine import LimeEngine
 
@@ -38,7 +40,9 @@ def run_on_zeros(engine: LimeEngine, is_training: bool) -> None:
         if not engine.is_first_stage():
             inputs.requires_grad_(is_training)
         starts_BT = torch.zeros_like(tokens_BT) if engine.masks_documents else None
-        output = engine.module(inputs, history, starts_BT)
+        gradients = engine.deferred_gradients() if is_training else None
+        with deferring(gradients):
+            output = engine.module(inputs, history, starts_BT)
         if engine.is_last_stage():
             for _ in range(LOSSES):
                 loss = engine._add_loss(output, tokens_BT)
@@ -49,6 +53,8 @@ def run_on_zeros(engine: LimeEngine, is_training: bool) -> None:
             sent = engine.module.wire_out.encode(output.detach())
             if is_training:
                 output.backward(engine.module.arrived_gradient(torch.zeros_like(sent), *shape))
+        while gradients:
+            gradients.compute_next(engine.optimizer.gradient_of)
         if inputs.grad is not None:
             assert engine.module.wire_in is not None
             engine.module.wire_in.encode(inputs.grad)

@@ -204,7 +204,8 @@ def whole_run(config: Config, machine: Machine, planned: Forecast) -> tuple[int,
 def machine_times(
     config: Config, machine: Machine, bounds: Sequence[int], flops: Sequence[StageTimes]
 ) -> list[StageTimes]:
-    """Seconds by stage of one micro-batch's passes: matrix products, and then all other memory traffic.
+    """Seconds by stage of one micro-batch's passes: matrix products, and then all other memory traffic. Weight passes consist of
+    products alone.
 
     Args:
         flops: by stage; the result of `stage_times` at one FLOP per second.
@@ -223,6 +224,7 @@ def machine_times(
             StageTimes(
                 each.forward / machine.flops + forward / machine.memory_bandwidth,
                 each.backward / machine.flops + backward / machine.memory_bandwidth,
+                each.weights / machine.flops,
             )
         )
     return times
@@ -269,12 +271,13 @@ def _scenarios(
         return [
             simulate(each, payloads, Link(bandwidth, delay), schedule).seconds for each, bandwidth, delay in settings
         ]
-    forward, backward = (
-        np.outer([getattr(each, name) for each in times], [1.0, 1.0, 1.0, 0.0]) for name in ("forward", "backward")
+    forward, backward, weights = (
+        np.outer([getattr(each, name) for each in times], [1.0, 1.0, 1.0, 0.0])
+        for name in ("forward", "backward", "weights")
     )
     durations = np.outer(transfers, [1.0, 1.0, 0.0, 1.0])
     latencies = np.outer(np.full(len(transfers), latency), [1.0, 0.0, 0.0, 0.0])
-    return [float(seconds) for seconds in step_seconds(schedule, forward, backward, durations, latencies)]
+    return [float(seconds) for seconds in step_seconds(schedule, forward, backward, weights, durations, latencies)]
 
 
 def reduction_seconds(config: Config, parameters: Sequence[int], shared: int, machine: Machine, replicas: int) -> float:

@@ -8,6 +8,10 @@ a stage turns to a receive, it posts this one and `Schedule.receives_ahead` beyo
 posted it and the link is free.
 If transfers block, a transfer starts when both ends have reached it, and the sender continues when the bytes are out.
 
+A stage that holds weight passes back can go on with them while it waits for a receive (``fill_waits``), as the engine does where
+its host knows what has arrived; otherwise they come in the order of the schedule. A pass is interrupted when the receive is over: it
+consists of many products.
+
 Left out: broadcasting the loss, data-parallel reductions, and processor time that transfers take.
 """
 
@@ -19,7 +23,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lime_dist.pipeline.schedules.base import (
+    BACKWARD_INPUT,
     BACKWARD_PASS,
+    BACKWARD_WEIGHT,
     FORWARD_PASS,
     LOAD_MICRO_BATCH,
     OPTIMIZER_STEP,
@@ -53,10 +59,15 @@ class Link:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds of one micro-batch's passes on one stage."""
+    """Seconds of one micro-batch's passes on one stage.
+
+    Attributes:
+        weights: the part of ``backward`` that a schedule can make a pass of its own, the weight gradients of projections.
+    """
 
     forward: float
     backward: float
+    weights: float = 0.0
 
 
 class Interval(NamedTuple):
@@ -134,7 +145,11 @@ class _Wait(NamedTuple):
 
 
 def _perform(
-    schedule: Schedule, stage: int, compute: Mapping[str, float], directions: Mapping[str, _Direction]
+    schedule: Schedule,
+    stage: int,
+    compute: Mapping[str, float],
+    directions: Mapping[str, _Direction],
+    fill_waits: bool,
 ) -> Iterator[_Wait | Interval]:
     """Perform a stage's step: yield each interval; before it, yield what it waits for as long as its end is not known.
 
@@ -147,9 +162,14 @@ def _perform(
     """
     clock, blocks = 0.0, schedule.is_blocking
     transfers: Counter[str] = Counter()
+    held_back: dict[int, float] = {}  # by micro-batch, seconds of its weight pass that are left
     for kind, micro_batch in schedule.instructions(stage):
         begin, index = clock, micro_batch or 0
-        if kind in compute:
+        if kind == BACKWARD_INPUT:
+            held_back[index] = compute[BACKWARD_WEIGHT]
+        if kind == BACKWARD_WEIGHT:
+            clock += held_back.pop(index)
+        elif kind in compute:
             clock += compute[kind]
         elif kind in directions:
             direction, sends, transfer = directions[kind], kind in SENDS, transfers[kind]
@@ -161,7 +181,12 @@ def _perform(
             if blocks or not sends:
                 while not direction.is_settled(transfer):
                     yield _Wait(kind, index, direction, transfer)
-                clock = max(clock, direction.out[transfer] + (0.0 if sends else direction.latency))
+                over = direction.out[transfer] + (0.0 if sends else direction.latency)
+                for waiting, left in held_back.items() if fill_waits and not sends else ():
+                    if spent := min(left, max(0.0, over - clock)):
+                        held_back[waiting] -= spent
+                        yield Interval(BACKWARD_WEIGHT, waiting, clock, clock := clock + spent)
+                begin, clock = clock, max(clock, over)
         elif kind in WITHOUT_TIME:
             continue
         else:
@@ -205,6 +230,7 @@ def simulate(
     schedule: Schedule,
     *,
     update: float = 0.0,
+    fill_waits: bool = False,
 ) -> StepTrace:
     """Simulate one training step.
 
@@ -215,6 +241,7 @@ def simulate(
         schedule: of the step; it has the number of micro-batches.
         update: seconds that each stage spends on the optimizer's step. (It waits for the gradient norms of all stages. That
             changes when it runs, but not when the last stage has finished.)
+        fill_waits: stages go on with weight passes that are held back while they wait for a receive.
 
     Raises:
         ValueError: lengths that do not match, no stages, no micro-batches, a bandwidth of 0, a negative value, or an
@@ -227,13 +254,19 @@ def simulate(
     forwards, backwards = ([_Direction(seconds, latency) for seconds, latency in boundaries] for _ in range(2))
     stages = []
     for stage, time in enumerate(times):
-        compute = {FORWARD_PASS: time.forward, BACKWARD_PASS: time.backward, OPTIMIZER_STEP: update}
+        compute = {
+            FORWARD_PASS: time.forward,
+            BACKWARD_PASS: time.backward,
+            BACKWARD_INPUT: time.backward - time.weights,
+            BACKWARD_WEIGHT: time.weights,
+            OPTIMIZER_STEP: update,
+        }
         directions: dict[str, _Direction] = {}
         if stage > 0:
             directions |= {RECV_ACTIVATION: forwards[stage - 1], SEND_GRAD: backwards[stage - 1]}
         if stage < len(times) - 1:
             directions |= {SEND_ACTIVATION: forwards[stage], RECV_GRAD: backwards[stage]}
-        stages.append(_perform(schedule, stage, compute, directions))
+        stages.append(_perform(schedule, stage, compute, directions, fill_waits))
     intervals = _run(stages)
     seconds = max(own[-1].end for own in intervals)
     transfers = SENDS | RECEIVES
@@ -259,7 +292,7 @@ def transfer_times(
         )
     if micro_batches < 1:
         raise ValueError(f"micro_batches={micro_batches} must be at least 1")
-    seconds = [value for time in times for value in (time.forward, time.backward)]
+    seconds = [value for time in times for value in (time.forward, time.backward - time.weights, time.weights)]
     if min([*seconds, *payload_bytes, *(link.latency for link in links), update]) < 0:
         raise ValueError(f"negative: one of {times}, payload_bytes={payload_bytes}, {links}, update={update}")
     if any(link.bandwidth <= 0 for link in links):

@@ -40,7 +40,7 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
             flops += cost.Flops(0.0, flops.forward)
         if stop == bounds[-1]:
             flops += cost.head_flops(model)
-        times.append(StageTimes(flops.forward * scale, flops.backward * scale))
+        times.append(StageTimes(flops.forward * scale, flops.backward * scale, flops.weights * scale))
     return times
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lime_dist.pipeline.schedules.base import (
-    BACKWARD_PASS,
+    BACKWARD_WEIGHT,
     FORWARD_PASS,
     RECV_ACTIVATION,
     RECV_GRAD,
@@ -59,13 +59,19 @@ class _Pass:
 
 
 def step_seconds(
-    schedule: Schedule, forward: Seconds, backward: Seconds, durations: Seconds, latencies: Seconds
+    schedule: Schedule,
+    forward: Seconds,
+    backward: Seconds,
+    weights: Seconds,
+    durations: Seconds,
+    latencies: Seconds,
 ) -> Seconds:
     """Seconds until the last stage has finished, by scenario, without the optimizer's update.
 
     Args:
         schedule: one that has diagonals.
         forward, backward: [stages, scenarios], of one micro-batch.
+        weights: [stages, scenarios], the part of ``backward`` that a schedule can make a pass of its own.
         durations, latencies: [stages − 1, scenarios], of a transfer over each boundary, the same in both directions.
 
     Raises:
@@ -79,13 +85,15 @@ def step_seconds(
     latencies_there, latencies_back = np.concatenate([none, latencies]), np.concatenate([latencies, none])
     micro_batches = schedule.micro_batches
     payloads_ahead, gradients_ahead = map(schedule.receives_ahead, (RECV_ACTIVATION, RECV_GRAD))
-    passes = {
-        FORWARD_PASS: _Pass(-1, durations_there, latencies_there, forward, micro_batches, payloads_ahead),
-        BACKWARD_PASS: _Pass(+1, durations_back, latencies_back, backward, micro_batches, gradients_ahead),
-    }
+    backward = backward - weights if schedule.splits_backward else backward
+    forwards = _Pass(-1, durations_there, latencies_there, forward, micro_batches, payloads_ahead)
+    backwards = _Pass(+1, durations_back, latencies_back, backward, micro_batches, gradients_ahead)
     clock = np.zeros((stages, scenarios))
     for diagonal in diagonals:
-        if len(diagonal.stages):
-            passes[diagonal.kind].perform(clock, diagonal.stages, diagonal.micro_batches)
+        if diagonal.kind == BACKWARD_WEIGHT:
+            clock[diagonal.stages] += weights[diagonal.stages]
+        elif len(diagonal.stages):
+            chosen = forwards if diagonal.kind == FORWARD_PASS else backwards
+            chosen.perform(clock, diagonal.stages, diagonal.micro_batches)
     result: Seconds = clock.max(0)
     return result

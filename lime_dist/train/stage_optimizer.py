@@ -115,8 +115,10 @@ class StageOptimizer:
 
     def _move_parameters(self) -> None:
         """Make parameters views of flat_weights, and backward add to flat_gradients: directly if the type allows, else by a hook."""
+        self._gradients: dict[int, Tensor] = {}  # by id of the parameter, which lives as long as this object
         for name, parameter in self.parameters.items():
             weight, gradient = self._view(self.flat_weights, name), self._view(self.flat_gradients, name)
+            self._gradients[id(parameter)] = gradient
             weight.copy_(parameter.data)
             parameter.data = weight
             if weight.dtype == gradient.dtype:
@@ -160,6 +162,10 @@ class StageOptimizer:
     def gradient(self, name: str) -> Tensor:
         """A view of a parameter's accumulated gradient, in the parameter's shape. Any rank may call it alone."""
         return self._view(self.flat_gradients, name)
+
+    def gradient_of(self, weight: Tensor) -> Tensor:
+        """`gradient` by parameter. What is added to it counts as a part of the gradient."""
+        return self._gradients[id(weight)]
 
     def reduce_gradients(self, loss: Tensor | None = None) -> None:
         """Average gradients over replicas, then sum gradients of tied and shared weights over the stages that hold them.

@@ -23,10 +23,11 @@ from lime_dist.config.load import dump_config, make_config
 from lime_dist.config.registry import SCHEDULES
 from lime_dist.errors import LimeError
 from lime_dist.pipeline.partition import memory_costs
-from lime_dist.pipeline.schedules.base import Instruction, Schedule, make_schedule
+from lime_dist.pipeline.schedules.base import BACKWARDS, Instruction, Schedule, make_schedule
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 from lime_dist.pipeline.schedules.stock import StockSchedule
+from lime_dist.pipeline.schedules.zero_bubble import ZeroBubble
 from lime_dist.plan import __main__ as plan
 from lime_dist.plan.forecast import Machine, forecast
 from lime_dist.plan.simulate import Link, StageTimes, simulate
@@ -88,7 +89,7 @@ def measure_stage(values: dict[str, Any]) -> Any:
 def test_a_new_schedule_is_a_choice(gpipe: None) -> None:
     config = load_config(None, ["pipeline.schedule=gpipe"])
     assert config.pipeline.engine == "overlap" and isinstance(make_schedule(config, 4), GPipe)
-    with pytest.raises(LimeError, match="pipeline.schedule='other' must be '1f1b', 'gpipe' or 'stock'"):
+    with pytest.raises(LimeError, match="pipeline.schedule='other' must be '1f1b', 'gpipe', 'stock' or 'zero_bubble'"):
         load_config(None, ["pipeline.schedule=other"])
 
 
@@ -173,9 +174,16 @@ def test_it_equals_one_process(workers: Callable[[int], WorkerGroup], stages: in
 # -- all schedules --------------------------------------------------------------------------------------------------------
 
 
+PASSES = {"ForwardPass", "BackwardWeight", *BACKWARDS}
+
+
 def every_schedule(micro_batches: int, stages: int) -> list[Schedule]:
     return [
         *(OneForwardOneBackward(micro_batches, stages, extra) for extra in (0, 1, 3)),
+        *(
+            ZeroBubble(micro_batches, stages, extra, deferred)
+            for extra, deferred in ((0, None), (1, None), (0, 2), (1, 0))
+        ),
         StockSchedule(micro_batches, stages),
         GPipe(micro_batches, stages),
     ]
@@ -188,29 +196,32 @@ def test_formulas_are_what_the_instructions_do() -> None:
             for schedule in every_schedule(micro_batches, stages):
                 for stage in range(stages):
                     kinds = [instruction.kind for instruction in schedule.instructions(stage)]
-                    forwards, before, in_flight, most = 0, [], 0, 0
+                    forwards, before, in_flight, most, waiting, held = 0, [], 0, 0, 0, []
                     for kind in kinds:
-                        if kind == "BackwardPass":
+                        if kind in BACKWARDS:
                             before.append(forwards)
+                            held.append(waiting)
                         forwards += kind == "ForwardPass"
-                        in_flight += (kind == "ForwardPass") - (kind == "BackwardPass")
+                        in_flight += (kind == "ForwardPass") - (kind in BACKWARDS)
+                        waiting += (kind == "BackwardInput") - (kind == "BackwardWeight")
                         most = max(most, in_flight)
+                    assert waiting == 0 and schedule.weight_passes_held(stage).tolist() == held
                     assert schedule.forwards_before_backwards(stage).tolist() == before
                     assert schedule.warm_up(stage) == before[0] - 1
                     assert schedule.micro_batches_in_flight(stage) == most <= schedule.buffers(stage)
 
 
 def test_diagonals_have_every_pass_once() -> None:
-    schedule = OneForwardOneBackward(7, 4, 1)
-    passes = [
-        (diagonal.kind, int(stage), int(micro_batch))
-        for diagonal in schedule.diagonals()
-        for stage, micro_batch in zip(diagonal.stages, diagonal.micro_batches, strict=True)
-    ]
-    assert len(passes) == len(set(passes)) == 2 * 7 * 4
-    for stage in range(4):
-        own = [(kind, micro_batch) for kind, at, micro_batch in passes if at == stage]
-        assert own == [each for each in schedule.instructions(stage) if each.kind.endswith("Pass")]
+    for schedule, kinds in ((OneForwardOneBackward(7, 4, 1), 2), (ZeroBubble(7, 4, 1), 3), (ZeroBubble(7, 4, 0, 1), 3)):
+        passes = [
+            (diagonal.kind, int(stage), int(micro_batch))
+            for diagonal in schedule.diagonals()
+            for stage, micro_batch in zip(diagonal.stages, diagonal.micro_batches, strict=True)
+        ]
+        assert len(passes) == len(set(passes)) == kinds * 7 * 4
+        for stage in range(4):
+            own = [(kind, micro_batch) for kind, at, micro_batch in passes if at == stage]
+            assert own == [each for each in schedule.instructions(stage) if each.kind in PASSES]
 
 
 def test_stock_buffers_are_those_of_deepspeed() -> None:
@@ -223,7 +234,7 @@ def test_stock_buffers_are_those_of_deepspeed() -> None:
 
 
 def test_names_are_those_of_the_registry() -> None:
-    assert list(SCHEDULES) == [schedule.name for schedule in SCHEDULES.values()] == ["1f1b", "stock"]
+    assert list(SCHEDULES) == [schedule.name for schedule in SCHEDULES.values()] == ["1f1b", "stock", "zero_bubble"]
 
 
 def test_a_schedule_that_lacks_a_member_is_refused() -> None:
@@ -265,7 +276,7 @@ def test_schedule_and_engine_imply_each_other(overrides: list[str], schedule: st
             "pipeline.engine=stock does not run pipeline.schedule=1f1b; set pipeline.engine=overlap, or leave one of the two out",
         ),
         (["pipeline.schedule=5"], "pipeline.schedule=5 in the command line: input should be a valid string"),
-        (["pipeline.schedule=fast"], "pipeline.schedule='fast' must be '1f1b' or 'stock'"),
+        (["pipeline.schedule=fast"], "pipeline.schedule='fast' must be '1f1b', 'stock' or 'zero_bubble'"),
     ],
 )
 def test_contradictions_are_one_line(overrides: list[str], line: str) -> None:

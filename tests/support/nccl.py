@@ -20,7 +20,7 @@ import numpy as np
 COMPUTE = "compute"
 """Name of the compute stream. The others have the names of their communicators."""
 
-LAUNCHES = ("forward", "backward", "update")
+LAUNCHES = ("forward", "backward", "weights", "update")
 """Kinds of operations that launch kernels of the model or the optimizer."""
 
 
@@ -28,7 +28,7 @@ class Operation(NamedTuple):
     """What the host of a stage queues on its device.
 
     Attributes:
-        kind: forward, backward, update, read (a value that the host waits for), send, receive, reduce, wait or block (for a
+        kind: forward, backward, weights, update, read (a value that the host waits for), send, receive, reduce, wait or block (for a
             transfer; the compute stream waits, the host blocks).
         stream: that it is queued on.
         ends: number of stages that take part in it.

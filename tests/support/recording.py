@@ -18,7 +18,7 @@ from support.nccl import Program
 from lime_dist.pipeline import transfer
 from lime_dist.pipeline.overlap import MicroBatch, OverlapEngine
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
-from lime_dist.pipeline.stage_schedule import EvaluationStage, TrainingStage
+from lime_dist.pipeline.stage_schedule import BackwardInput, BackwardWeight, EvaluationStage, TrainingStage
 
 
 class FakeDist:
@@ -68,6 +68,10 @@ class RecordingEngine(OverlapEngine):
     def _receiver(self, peer: int, group: Any) -> transfer.Receiver[Any]:
         return transfer.Receiver(peer, group)
 
+    @property
+    def _sees_arrivals(self) -> bool:
+        return False
+
     def _reserve_pipe_buffers(self, num_buffers: int) -> None:
         """The overlap engine uses none."""
 
@@ -99,6 +103,9 @@ class RecordingEngine(OverlapEngine):
             assert micro_batch.inputs is not None
             micro_batch.returned = torch.empty_like(micro_batch.inputs)
 
+    def _weights(self, buffer_id: int) -> None:
+        self.program.compute("weights")
+
     def _count_held(self) -> Counter[str]:
         """Tensors of transfers for which there is memory during a backward pass."""
         held = Counter[str]()
@@ -122,6 +129,8 @@ class RecordingEngine(OverlapEngine):
         deepspeed_schedule.LoadMicroBatch: _load,
         deepspeed_schedule.ForwardPass: _forward,
         deepspeed_schedule.BackwardPass: _backward,
+        BackwardInput: _backward,
+        BackwardWeight: _weights,
         deepspeed_schedule.ReduceGrads: _reduce,
         deepspeed_schedule.OptimizerStep: _update,
     }

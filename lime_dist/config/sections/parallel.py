@@ -47,7 +47,8 @@ class PipelineConfig(Section):
     schedule: ScheduleName = Field(
         "1f1b",
         description="order of forward and backward passes: `1f1b` alternates them, with transfers that overlap the "
-        "computation; `stock` is DeepSpeed's own, with blocking transfers",
+        "computation; `zero_bubble` does so too, and computes weight gradients apart, where a stage would be idle; `stock` is "
+        "DeepSpeed's own, with blocking transfers",
     )
     engine: Literal["overlap", "stock"] = Field(
         "overlap",
@@ -58,7 +59,13 @@ class PipelineConfig(Section):
         1,
         ge=0,
         description="micro-batches in flight beyond those that 1F1B needs, for each boundary downstream; they hide transfers "
-        "and cost memory (`1f1b`)",
+        "and cost memory (`1f1b`, `zero_bubble`)",
+    )
+    deferred_weight_passes: int | None = Field(
+        None,
+        ge=0,
+        description="most micro-batches whose weight gradients a stage holds back (`zero_bubble`); each keeps the inputs and output "
+        "gradients of the stage's projections. `null`: s · (1 + `extra_in_flight`) on stage s, counted from 0",
     )
     wire_dtype: Literal["bf16", "fp8"] | None = Field(
         None,

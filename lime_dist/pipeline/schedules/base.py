@@ -24,18 +24,22 @@ Integers = npt.NDArray[np.int64]
 
 LOAD_MICRO_BATCH = "LoadMicroBatch"
 FORWARD_PASS, BACKWARD_PASS = "ForwardPass", "BackwardPass"
+BACKWARD_INPUT, BACKWARD_WEIGHT = "BackwardInput", "BackwardWeight"
 SEND_ACTIVATION, RECV_ACTIVATION = "SendActivation", "RecvActivation"
 SEND_GRAD, RECV_GRAD = "SendGrad", "RecvGrad"
 REDUCE_TIED_GRADS, REDUCE_GRADS, OPTIMIZER_STEP = "ReduceTiedGrads", "ReduceGrads", "OptimizerStep"
 
 SENDS = frozenset({SEND_ACTIVATION, SEND_GRAD})
 RECEIVES = frozenset({RECV_ACTIVATION, RECV_GRAD})
+BACKWARDS = frozenset({BACKWARD_PASS, BACKWARD_INPUT})
+"""Instructions that make the gradient for the previous stage: a whole backward pass, or all of it but the weight gradients of
+projections, which BACKWARD_WEIGHT computes."""
 
 
 class Instruction(NamedTuple):
     """One thing that a stage does in a step.
 
-    ``kind`` is the name of DeepSpeed's instruction. ``micro_batch`` is None for an instruction that concerns the whole step.
+    ``kind`` is the name of DeepSpeed's instruction, or of ours (`stage_schedule.py`). ``micro_batch`` is None for an instruction that concerns the whole step.
     """
 
     kind: str
@@ -52,6 +56,8 @@ class Mark(NamedTuple):
 MARKS = {
     FORWARD_PASS: Mark("forward", "#4477aa"),
     BACKWARD_PASS: Mark("backward", "#66aa77"),
+    BACKWARD_INPUT: Mark("backward, inputs", "#66aa77"),
+    BACKWARD_WEIGHT: Mark("backward, weights", "#aabb55"),
     RECV_ACTIVATION: Mark("waiting for a payload", "#eecc66"),
     RECV_GRAD: Mark("waiting for a gradient", "#ee8866"),
     SEND_ACTIVATION: Mark("sending a payload", "#bb5566"),
@@ -78,10 +84,12 @@ class MemoryInFlight(NamedTuple):
 
     Attributes:
         micro_batches: micro-batches whose activations are held.
+        weight_passes: micro-batches whose weight gradients are held back.
         transfers: bytes of payloads and gradients that are sent, received, or about to be received.
     """
 
     micro_batches: Integers
+    weight_passes: Integers
     transfers: Integers
 
 
@@ -89,7 +97,7 @@ class Diagonal(NamedTuple):
     """Passes of one kind on several stages, none of which depends on another one of them.
 
     Attributes:
-        kind: FORWARD_PASS or BACKWARD_PASS.
+        kind: FORWARD_PASS, one of `BACKWARDS`, or BACKWARD_WEIGHT.
         stages, micro_batches: arrays of equal length; entry i is the pass of ``micro_batches[i]`` on ``stages[i]``.
     """
 
@@ -108,6 +116,8 @@ class Schedule(Protocol):
         engine: the value of ``pipeline.engine`` that runs it.
         encodes_payloads: its engine can send payloads in other forms than one floating-point type (``pipeline.wire_dtype: fp8``).
         is_blocking: a send returns when its bytes have left, and a receive is posted when the stage waits for it.
+        splits_backward: whether weight gradients are instructions of their own. If the next receive has not arrived, a stage then
+            makes the oldest weight pass that is held back instead of waiting, where its host can tell (`transfer.Receiver`).
         legend: marks of the instructions that can take time, in the order of a timeline's legend.
     """
 
@@ -117,6 +127,7 @@ class Schedule(Protocol):
     engine: ClassVar[str]
     encodes_payloads: ClassVar[bool]
     is_blocking: ClassVar[bool]
+    splits_backward: ClassVar[bool] = False
     legend: ClassVar[Mapping[str, Mark]]
 
     @classmethod
@@ -151,8 +162,17 @@ class Schedule(Protocol):
         Counted from the instructions. A schedule overrides it with a formula if planning many settings has to be fast.
         """
         kinds = np.array([each.kind for each in self.instructions(stage)])
-        counts: Integers = np.cumsum(kinds == FORWARD_PASS)[kinds == BACKWARD_PASS]
+        counts: Integers = np.cumsum(kinds == FORWARD_PASS)[np.isin(kinds, list(BACKWARDS))]
         return counts
+
+    def weight_passes_held(self, stage: int) -> Integers:
+        """Number of weight passes that ``stage`` holds back during each of its backward passes, [micro-batches]; counted likewise."""
+        held = np.zeros(self.micro_batches, np.int64)
+        if self.splits_backward:
+            kinds = np.array([each.kind for each in self.instructions(stage)])
+            is_input = kinds == BACKWARD_INPUT
+            held += np.arange(self.micro_batches) - np.cumsum(kinds == BACKWARD_WEIGHT)[is_input]
+        return held
 
     def warm_up(self, stage: int) -> int:
         """Forward passes of ``stage`` before its first backward pass, less one."""

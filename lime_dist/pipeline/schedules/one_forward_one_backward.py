@@ -45,6 +45,11 @@ class OneForwardOneBackward(OverlappedSchedule):
         return cls(micro_batches, config.parallel.pipeline_stages, config.pipeline.extra_in_flight)
 
     def instructions(self, stage: int) -> Iterator[Instruction]:
+        yield from self.passes(stage)
+        yield from self.update()
+
+    def passes(self, stage: int) -> Iterator[Instruction]:
+        """The instructions of ``stage`` before the end of the step."""
         warm_up = self.warm_up(stage)
         for micro_batch in range(warm_up):
             yield from self.forward(stage, micro_batch)
@@ -53,7 +58,6 @@ class OneForwardOneBackward(OverlappedSchedule):
             yield from self.backward(stage, micro_batch - warm_up)
         for micro_batch in range(self.micro_batches - warm_up, self.micro_batches):
             yield from self.backward(stage, micro_batch)
-        yield from self.update()
 
     def warm_up(self, stage: int) -> int:
         return min(self.micro_batches - 1, (self.stages - 1 - stage) * (1 + self.extra_in_flight))

@@ -85,7 +85,7 @@ class OverlappedSchedule(Schedule):
         transfers += (1 + np.minimum(self.receives_ahead(RECV_GRAD), left)) * boundary.sent  # gradients that come back
         transfers += np.minimum(backwards, self.gradient_window(stage)) * boundary.received
         transfers += np.minimum(self.receives_ahead(RECV_ACTIVATION), self.micro_batches - forwards) * boundary.landing
-        return MemoryInFlight(forwards - backwards, transfers)
+        return MemoryInFlight(forwards - backwards, self.weight_passes_held(stage), transfers)
 
     # -- parts of a step, from which subclasses make their instructions -----------------------------------------------
 

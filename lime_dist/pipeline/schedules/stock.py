@@ -66,4 +66,4 @@ class StockSchedule(Schedule):
         """A micro-batch keeps what the stage received and sends; one payload and one gradient are being transferred."""
         held = self.forwards_before_backwards(stage) - np.arange(self.micro_batches)
         exchanged = boundary.received + boundary.sent
-        return MemoryInFlight(held, held * exchanged + exchanged)
+        return MemoryInFlight(held, self.weight_passes_held(stage), held * exchanged + exchanged)

@@ -24,6 +24,7 @@ from lime_dist.model.transformer import (
     projection_parameters,
     transformer_activations,
     transformer_flops,
+    weight_pass_activations,
 )
 
 if TYPE_CHECKING:
@@ -137,7 +138,22 @@ class HiddenLime(Lime):
         forward, backward = (2, 2 + 3) if self.is_dynamic else (1, 3)
         fixed = transformer_flops(self.config, sequence_length)
         counts = [self.entries_read(layer) for layer in layers]
-        return [fixed + Flops(forward * unit * read, backward * unit * read) for read in counts]
+        mixed = 2 * self.config.hidden_size * self.entry_projections  # weight gradients that are made with the mixtures
+        return [
+            fixed + Flops(forward * unit * read, backward * unit * read, -mixed if read else 0.0) for read in counts
+        ]
+
+    @property
+    def entry_projections(self) -> int:
+        """Rows with which a layer projects keys and values from mixtures, if it has a router."""
+        return 2 * self.config.key_value_heads * self.config.head_size
+
+    def weight_pass_bytes(self, layer: int, num_tokens: int, itemsize: int) -> int:
+        """A layer with a router makes the weight gradients of its keys and values at once."""
+        kept = weight_pass_activations(self.config)
+        if self.entries_read(layer):
+            kept += Activations(per_token=-self.entry_projections)
+        return kept.nbytes(num_tokens, itemsize)
 
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         kept = Activations(per_token=self.config.hidden_size)  # the layer's input
