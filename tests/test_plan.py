@@ -83,6 +83,13 @@ SETTINGS: dict[str, Setting] = {
         2, 1, {"model": {"architecture": "value_residual", "value_residual": {"learnable": True}, "num_key_value_heads": 2},
                "parallel": CHECKPOINTING, "precision": "bf16"},
     ),
+    "zero bubble": (3, 1, {"pipeline": {"schedule": "zero_bubble"}}),
+    "zero bubble, checkpointed, bf16": (
+        3, 1, {"pipeline": {"schedule": "zero_bubble", "extra_in_flight": 0}, "parallel": CHECKPOINTING, "precision": "bf16"},
+    ),
+    "zero bubble, hidden, 2 held back": (
+        2, 1, {"model": {"lime": HIDDEN}, "pipeline": {"schedule": "zero_bubble", "deferred_weight_passes": 2}},
+    ),
     "ZeRO 1, 3 replicas": (1, 3, {"parallel": {"zero_stage": 1}}),
     "ZeRO 1, 2 stages × 2 replicas, bf16": (2, 2, {"parallel": {"zero_stage": 1}, "precision": "bf16"}),
     "stock": (2, 1, {"pipeline": {"engine": "stock"}}),

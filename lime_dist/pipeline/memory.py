@@ -173,7 +173,10 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     shape = architecture_of(model).hidden_shape
     streams = tokens * math.prod(shape) * size if len(shape) > 1 else 0  # gradients of mixed residual streams
     splits_backward = any(kept.weight_passes)
-    in_swiglu = (3 if splits_backward else 2) * feed_forward  # gradients of its parts; a weight pass keeps its product as well
+    # Gradients of SwiGLU's parts, and what is gone after it. A weight pass keeps the product, and what it makes gradients from.
+    in_swiglu, swiglu = 2 * feed_forward, 4 * feed_forward + 2 * stream
+    if splits_backward:
+        in_swiglu, swiglu = 3 * feed_forward, feed_forward
     peaks = []
     for block in reversed(_blocks(config, layers)):
         top = block.stop - 1
@@ -181,15 +184,16 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
         history = _history_bytes(config, kept, layers, block)
         peaks += [
             again + in_swiglu + streams + (stream if last else 0) - freed,  # SwiGLU of the block's last layer
-            again + history + 6 * stream - 4 * feed_forward - 2 * stream - freed,  # its attention
+            again + history + 6 * stream - swiglu - freed,  # its attention
         ]
-        if read := architecture_of(model).read_gradient_bytes(
-            block, tokens, size
-        ):  # its read: three states, four gradients
-            peaks.append(history + read + 7 * stream - (0 if checkpointing else kept.layers[top]) - freed)
+        if read := architecture_of(model).read_gradient_bytes(block, tokens, size):
+            left = kept.weight_passes[top] - (0 if checkpointing else kept.layers[top])
+            peaks.append(history + read + 7 * stream + left - freed)  # its read: three states, four gradients
         if checkpointing and len(block) > 1:
             peaks.append(again + history + in_swiglu + streams - freed)  # SwiGLU of the layer before
-        if checkpointing and splits_backward:  # SwiGLU of the block's first layer, after those that keep something for weight passes
+        if (
+            checkpointing and splits_backward
+        ):  # SwiGLU of the block's first layer, when weight passes keep much of the others
             newer = slice(block.start + 1, block.stop)
             left = sum(kept.weight_passes[newer]) - sum(kept.layers[newer])
             peaks.append(again + history + in_swiglu + streams + left - freed)

@@ -151,8 +151,8 @@ def test_the_model_finds_tensors_that_are_freed_too_early(monkeypatch: pytest.Mo
 class EarlyReceiver(transfer.Receiver[Any]):
     """Posts the first receive when a step begins."""
 
-    def begin(self, count: int, ahead: int, allocate: Callable[[], tuple[Any, Any]]) -> None:
-        super().begin(count, ahead, allocate)
+    def begin(self, count: int, ahead: int, allocate: Callable[[], tuple[Any, Any]], meanwhile: Any = None) -> None:
+        super().begin(count, ahead, allocate, meanwhile)
         memory, belongs_to = allocate()
         self._posted.append((FakeDist.irecv(memory, self.peer, self.group), memory, belongs_to))
         self._left -= 1

@@ -36,7 +36,9 @@ def rows() -> Iterator[tuple[str, bool, str, int, int]]:
             yield architecture, checkpointing, precision, *STAGES[(index + shift) % len(STAGES)]
 
 
-def values_of(architecture: str, checkpointing: bool, precision: str, stages: int) -> dict[str, Any]:
+def values_of(
+    architecture: str, checkpointing: bool, precision: str, stages: int, schedule: str = "1f1b"
+) -> dict[str, Any]:
     """A run in which constants are small. In float32, attention on a GPU keeps copies of K/V heads that several query heads share,
     which plans leave out; so there are as many K/V heads as query heads."""
     model = {**MODELS[architecture], "num_attention_heads": 8}
@@ -47,16 +49,28 @@ def values_of(architecture: str, checkpointing: bool, precision: str, stages: in
             **model, "num_key_value_heads": 2 if shared else 8,
         },
         "data": {"sequence_length": 1024},
-        "train": {"global_batch_size": 8, "micro_batch_size": 4},
+        "train": {"global_batch_size": 8 if schedule == "1f1b" else 16, "micro_batch_size": 4},
         "parallel": {"pipeline_stages": stages, "activation_checkpointing": checkpointing},
+        "pipeline": {"schedule": schedule},
         "precision": precision,
     }  # fmt: skip
 
 
+SPLIT = [
+    (architecture, checkpointing, precision, *STAGES[(index + checkpointing) % len(STAGES)])
+    for index, architecture in enumerate(["llama", "lime kv", "lime static", "hyper dynamic"])
+    for checkpointing, precision in [((False, "bf16"), (True, "fp32"))[index % 2]]
+]
+"""Cases with weight passes."""
 CASES = {
     f"{architecture}, {precision}, {'checkpointed, ' if checkpointing else ''}stage {stage} of {stages}":
     Case("peak", values_of(architecture, checkpointing, precision, stages), stage, stages)
     for architecture, checkpointing, precision, stage, stages in rows()
+}  # fmt: skip
+CASES |= {
+    f"weight passes, {architecture}, {precision}, {'checkpointed, ' if checkpointing else ''}stage {stage} of {stages}":
+    Case("peak", values_of(architecture, checkpointing, precision, stages, "zero_bubble"), stage, stages)
+    for architecture, checkpointing, precision, stage, stages in SPLIT
 }  # fmt: skip
 
 

@@ -46,6 +46,13 @@ def test_without_triton_layers_run_uncompiled_with_one_line(monkeypatch: pytest.
         compiled_parts(monkeypatch, CUDA, True, "Cannot find a working triton installation.")
 
 
+def test_layers_with_weight_passes_run_uncompiled_with_one_line() -> None:
+    assert (said := blocks.compile_layers([], CUDA, "auto", splits_backward=True)) is not None
+    assert said.startswith("layers run uncompiled, which is slower: ") and "pipeline.schedule" in said
+    assert blocks.compile_layers([], CUDA, False, splits_backward=True) is None
+    assert blocks.compile_layers([], CPU, "auto", splits_backward=True) is None
+
+
 def test_an_obstacle_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(function: object) -> object:
         raise RuntimeError("InvalidCxxCompiler: no C++ compiler\n\nmore lines")

@@ -23,6 +23,9 @@ INSTRUCTIONS = [
 ]  # fmt: skip
 
 
+SPLIT_INSTRUCTIONS = ["BackwardInput", "BackwardWeight"]
+
+
 def settings(stages: int, policy: str = "full", precision: str = "fp64", **pipeline: Any) -> dict[str, Any]:
     return {
         "model": {
@@ -130,12 +133,14 @@ def test_late_transfers_change_nothing(workers: Callable[[int], WorkerGroup], st
     assert late == undisturbed and len(set(late[0])) > 190
 
 
-@pytest.mark.parametrize(("engine", "wire"), [("overlap", None), ("overlap", "fp8"), ("stock", None)])
+@pytest.mark.parametrize(
+    ("schedule", "wire"), [("1f1b", None), ("1f1b", "fp8"), ("zero_bubble", None), ("stock", None)]
+)
 def test_training_is_not_disturbed_by_evaluations_and_checkpoints(
-    workers: Callable[[int], WorkerGroup], tmp_path: Path, engine: str, wire: str | None
+    workers: Callable[[int], WorkerGroup], tmp_path: Path, schedule: str, wire: str | None
 ) -> None:
     """Evaluations with two batch sizes and a checkpoint between training steps, on one engine."""
-    values = settings(2, "chunked", engine=engine, wire_dtype=wire)
+    values = settings(2, "chunked", schedule=schedule, wire_dtype=wire)
     group = workers(4)
     straight = group.run("support.transfers.train_with_interruptions", values=values, folder="")
     interrupted = group.run("support.transfers.train_with_interruptions", values=values, folder=str(tmp_path))
@@ -154,7 +159,8 @@ def gone(
     for item in request.session.items:
         if "gone" in item.fixturenames:
             instruction, harm = item.callspec.params["instruction"], item.callspec.params["harm"]
-            values = settings(3, timeout=GONE_TIMEOUT)
+            split = {"schedule": "zero_bubble"} if instruction in SPLIT_INSTRUCTIONS else {}
+            values = settings(3, timeout=GONE_TIMEOUT, **split)
             values["train"] = {**values["train"], "global_batch_size": 3}
             victim, folder = 0 if instruction == "LoadMicroBatch" else 1, tmp_path_factory.mktemp("gone")
             cases[instruction, harm] = victims.Case(values, victim, instruction, victims.HARMS[harm], folder)
@@ -164,7 +170,7 @@ def gone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", victims.HARMS)
-@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+@pytest.mark.parametrize("instruction", [*INSTRUCTIONS, *SPLIT_INSTRUCTIONS])
 def test_a_peer_that_is_gone_is_named(gone: dict[tuple[str, str], victims.Case], instruction: str, harm: str) -> None:
     """One of three stages is killed or stopped at each kind of instruction: both others end within the time-out and say at which
     instruction; a stage that waited for a transfer names its peer."""

@@ -60,6 +60,7 @@ CASES = {
     "value residual": (3, settings(3, "bf16", architecture="value_residual", value_residual={"learnable": True})),
     "llama, two replicas": (4, settings(2, "bf16", zero_stage=1, architecture="llama")),
     "wire": (3, settings(3, "fp32") | {"pipeline": {"wire_dtype": "bf16"}}),
+    "weight passes": (3, settings(3, "bf16") | {"pipeline": {"schedule": "zero_bubble"}}),
     "wire, float8": (3, settings(3, "bf16") | {"pipeline": {"wire_dtype": "fp8"}}),
 }
 

@@ -11,7 +11,7 @@ from benchmarks.equality import rank_batches
 from lime_dist.config.load import make_config
 
 
-def poisoned_step(zero_stage: int, optimizer: dict[str, Any] | None = None) -> dict[str, Any]:
+def poisoned_step(zero_stage: int, optimizer: dict[str, Any] | None = None, schedule: str = "1f1b") -> dict[str, Any]:
     """Run three steps; in the second, one gradient of the last stage of one replica is infinite."""
     from lime_dist.distributed import quiet
     from lime_dist.train.build import build_engine
@@ -28,6 +28,7 @@ def poisoned_step(zero_stage: int, optimizer: dict[str, Any] | None = None) -> d
             "data": {"sequence_length": 4},
             "train": {"global_batch_size": 4, "micro_batch_size": 2},
             "parallel": {"pipeline_stages": 2, "zero_stage": zero_stage},
+            "pipeline": {"schedule": schedule},
             "optimizer": optimizer or {},
         },
         "a test",

@@ -65,12 +65,12 @@ def test_a_stable_run_with_more_steps_goes_on_without_a_jump() -> None:
     assert short.factor(81) < long.factor(81) == 1.0
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize(("zero_stage", "schedule"), [(0, "1f1b"), (1, "1f1b"), (1, "zero_bubble")])
 def test_all_ranks_skip_an_update_with_a_non_finite_gradient(
-    workers: Callable[[int], WorkerGroup], zero_stage: int
+    workers: Callable[[int], WorkerGroup], zero_stage: int, schedule: str
 ) -> None:
     group = workers(4)
-    results = group.run("support.faults.poisoned_step", zero_stage=zero_stage)
+    results = group.run("support.faults.poisoned_step", zero_stage=zero_stage, schedule=schedule)
     for result in results:
         assert result == {"applied": [True, False, True], "unchanged": True, "moved": True, "skipped": 1, "updates": 2}
 
