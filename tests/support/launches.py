@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.equality import rank_batches
 
 NO_KERNELS = re.compile(r"aten\.((new_)?empty|promote_types)|c10d\.(send|recv)")
-INSTRUCTIONS_OF_PASSES = ("LoadMicroBatch", "ForwardPass", "BackwardPass", "Send", "Recv")
+INSTRUCTIONS_OF_PASSES = ("LoadMicroBatch", "ForwardPass", "Backward", "Send", "Recv")
 
 Launch = tuple[str, tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]]
 """An operation with the type, the shape and the strides of each tensor that it takes: what decides about its kernels."""
