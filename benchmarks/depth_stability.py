@@ -26,6 +26,7 @@ from lime_dist.model.layers import language_model_loss
 
 MODELS: dict[str, list[str]] = {
     "llama": ["model.architecture=llama"],
+    "moda": ["model.lime.depth_attention=moda", "model.lime.mlp_entries=true"],
     "attention_residuals-full": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=1"],
     "attention_residuals": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=8"],
 }

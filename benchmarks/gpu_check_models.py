@@ -30,6 +30,8 @@ MODELS: dict[str, list[str]] = {
     "mhc-lite": ["model.architecture=hyper", "model.hyper={connection: permutations, rate: 2}"],
     "gated residual": ["model.architecture=gated_residual", "model.gated_residual.rate=2"],
     "value residual": ["model.architecture=value_residual", "model.value_residual.learnable=true"],
+    "moda": ["model.lime.depth_attention=moda"],
+    "moda, MLP, chunked": ["model.lime.depth_attention=moda", "model.lime.mlp_entries=true", CHUNKED],
     "attention residuals": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=3"],
 }
 """By name. Policies have small numbers, so that a few layers already drop, summarise or skip entries."""

@@ -25,6 +25,7 @@ MODELS: dict[str, list[str]] = {
     "gated-residual": ["model.architecture=gated_residual"],
     "value-residual": ["model.architecture=value_residual"],
     "attention-residuals": ["model.architecture=attention_residuals"],
+    "moda": ["model.lime.depth_attention=moda", "model.lime.mlp_entries=true"],
     "lime-static": ["model.lime.routes=hidden"],
     "lime-dynamic": ["model.lime.routes=hidden", "model.lime.router=dynamic"],
     "lime-kv": ["model.lime.routes=kv"],

@@ -39,6 +39,7 @@ from lime_dist.model.decoder import Decoder
 from lime_dist.paths import user_path
 
 CHUNKED = "model.lime.history={policy: chunked, chunk_size: 16, rank: 2, first: 2}"
+MODA = "model.lime.depth_attention=moda"
 VARIANTS: dict[str, list[str]] = {
     "llama": ["model.architecture=llama"],
     "copying": [],
@@ -48,6 +49,9 @@ VARIANTS: dict[str, list[str]] = {
     "dilated": ["model.lime.history={policy: dilated, stride: 4, first: 1, last: 1}"],
     "hidden-full": ["model.lime.routes=hidden"],
     "hidden-chunked": ["model.lime.routes=hidden", CHUNKED],
+    "moda": [MODA],
+    "moda-mlp": [MODA, "model.lime.mlp_entries=true"],
+    "moda-chunked": [MODA, CHUNKED],
     "hyper": ["model.architecture=hyper", "model.hyper.rate=4", "model.hyper.dynamic=true"],
     "doubly_stochastic": ["model.architecture=hyper", "model.hyper.connection=doubly_stochastic"],
     "permutations": ["model.architecture=hyper", "model.hyper.connection=permutations"],

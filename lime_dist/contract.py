@@ -156,6 +156,34 @@ NAMES: Mapping[str, Entries] = {
     "torch.nn.Module": {
         "_modules": (INSTANCE, "whether a submodule of this name exists"),
     },
+    "torch.ops.aten": {
+        "_scaled_dot_product_flash_attention": (
+            "(query, key, value, dropout_p, is_causal, return_debug_mask, scale)",
+            "CUDA: causal attention that returns the logarithms of its sums of exponentials",
+        ),
+        "_scaled_dot_product_flash_attention_backward": (
+            "(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, "
+            "philox_seed, philox_offset, scale)",
+            "its backward, with the output and the logarithms of a softmax that has further keys",
+        ),
+        "_scaled_dot_product_efficient_attention": (
+            "(query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, scale)",
+            "the same in float32 on CUDA",
+        ),
+        "_scaled_dot_product_efficient_attention_backward": (
+            "(grad_out_, query, key, value, attn_bias, out, logsumexp, philox_seed, philox_offset, dropout_p, grad_input_mask, "
+            "is_causal, scale)",
+            "its backward",
+        ),
+        "_scaled_dot_product_flash_attention_for_cpu": (
+            "(query, key, value, dropout_p, is_causal, attn_mask, scale)",
+            "the same on CPUs",
+        ),
+        "_scaled_dot_product_flash_attention_for_cpu_backward": (
+            "(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, attn_mask, scale)",
+            "its backward",
+        ),
+    },
     "torch.ops.aten.mm": {
         "dtype": ("(self, mat2, out_dtype)", "torch.mm with out_dtype: low-precision factors, float32 product (CUDA)"),
     },

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lime_dist.config.registry import ARCHITECTURES, CONNECTIONS, LEARNING_RATES, OPTIMIZERS, SCHEDULES
-from lime_dist.config.schema import ROUTER_KEYS, ROUTES_KEYS
+from lime_dist.config.schema import DEPTH_KEYS, ROUTER_KEYS, ROUTES_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -72,7 +72,7 @@ def files_that_compare(names: set[str], *homes: str) -> list[str]:
 def test_architectures_are_compared_in_their_folders_only() -> None:
     """Also `lime`'s routes and routers. Modelling code is exempt: an export carries the code of its architecture."""
     modelling_code = [f"lime_dist/export/huggingface/{name}_lime.py" for name in ("key_value", "hidden", "hyper")]
-    names = {*ARCHITECTURES, *ROUTES_KEYS, *ROUTER_KEYS}
+    names = {*ARCHITECTURES, *ROUTES_KEYS, *ROUTER_KEYS, *DEPTH_KEYS} - {"none"}
     assert names == {
         "llama",
         "lime",
@@ -84,6 +84,7 @@ def test_architectures_are_compared_in_their_folders_only() -> None:
         "hidden",
         "static",
         "dynamic",
+        "moda",
     }
     assert files_that_compare(names, "lime_dist/model/architectures", *modelling_code) == []
 

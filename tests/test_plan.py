@@ -78,6 +78,11 @@ SETTINGS: dict[str, Setting] = {
                "precision": "bf16"},
     ),
     "value residual": (3, 1, {"model": {"architecture": "value_residual"}}),
+    "moda": (3, 1, {"model": {"lime": {"depth_attention": "moda"}}}),
+    "moda, MLP, chunked, checkpointed, bf16": (
+        2, 1, {"model": {"lime": {"depth_attention": "moda", "mlp_entries": True, "history": POLICIES["chunked"]},
+                         "num_key_value_heads": 2}, "parallel": CHECKPOINTING, "precision": "bf16"},
+    ),
     "attention residuals": (3, 1, {"model": {"architecture": "attention_residuals"}}),
     "value residual, checkpointed, bf16": (
         2, 1, {"model": {"architecture": "value_residual", "value_residual": {"learnable": True}, "num_key_value_heads": 2},

@@ -21,7 +21,8 @@ EXPLAINED = {
     "one layer: mean and standard deviation over {folds} folds.",
     "Values of words (t-SNE)": "Each point is a word in its context.",
     "What layers read": "Each row is divided by its sum. Routers over keys and values: mean |weight| over pairs of heads; "
-    "dynamic routers: mean over all tokens.",
+    "dynamic routers: mean over all tokens; mixture-of-depths attention: mean share of attention, that of the sequence for the layer "
+    "itself.",
     "Retrieval": "Statistics of the rows of the maps.",
 }
 

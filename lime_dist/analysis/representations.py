@@ -23,7 +23,8 @@ class Representations:
     Attributes:
         tokens: [T].
         layers: by kind (`KINDS`), by layer, [T, elements] in float32.
-        routing: weights by layer with a dynamic router, [T, H, entries read].
+        routing: weights by layer with a dynamic router, [T, H, entries read]; with attention over depth the shares of attention that
+            each entry has, and last that of the sequence.
     """
 
     tokens: Tensor
@@ -50,7 +51,7 @@ def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Itera
 
         return keep
 
-    routers = dynamic_routers(exported)
+    routers, depth_readers = dynamic_routers(exported), readers_over_depth(exported)
     hooks = [router.register_forward_hook(watch(layer)) for layer, router in routers.items()]
     try:
         for tokens in samples:
@@ -61,8 +62,10 @@ def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Itera
                     past_key_values=Recorder(),
                     use_cache=True,
                     output_hidden_states=True,
+                    output_attentions=bool(depth_readers),
                     logits_to_keep=1,
                 )
+            routing |= {layer: depth_shares(output.attentions[layer][0], n) for layer, n in depth_readers.items()}
             layers = {
                 "values": [values[layer].cpu() for layer in sorted(values)],
                 "states": [state[0].cpu() for state in output.hidden_states],
@@ -81,6 +84,19 @@ def dynamic_routers(exported: ExportedModel) -> dict[int, Any]:
         if getattr(router, "is_dynamic", False):
             routers[layer] = router
     return routers
+
+
+def readers_over_depth(exported: ExportedModel) -> dict[int, int]:
+    """By layer whose attention also reads entries of earlier layers: their number."""
+    counts = {layer: getattr(module, "num_entries", 0) for layer, module in enumerate(exported.model.model.layers)}
+    return {layer: count for layer, count in counts.items() if count}
+
+
+def depth_shares(weights_HTS: Tensor, num_entries: int) -> Tensor:
+    """[T, H, entries + 1]: the share of each entry, and of the sequence, in attention [H, T, tokens + columns of entries]."""
+    sequence, depth = weights_HTS.tensor_split([weights_HTS.shape[1]], -1)
+    by_entry = depth.unflatten(-1, (num_entries, -1)).sum(-1)
+    return torch.cat([by_entry, sequence.sum(-1, keepdim=True)], -1).transpose(0, 1)
 
 
 def matrix_entropy(rows: Tensor) -> float:

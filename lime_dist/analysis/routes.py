@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.analysis.representations import Representations
+from lime_dist.analysis.representations import Representations, readers_over_depth
 from lime_dist.config.schema import ModelConfig
 from lime_dist.export.exported import ExportedModel, model_config
 from lime_dist.model.architecture import architecture_of
@@ -95,7 +95,10 @@ class DynamicWeights:
 
     def routes(self, exported: ExportedModel) -> list[Route]:
         """The `ROUTES` routes whose weight depends most on the token type, in descending order of that."""
-        policy = make_policy(model_config(exported).lime)
+        policy, slot = (
+            make_policy(model_config(exported).lime),
+            "keys of" if readers_over_depth(exported) else "input of",
+        )
         enough = self._counts >= MIN_OCCURRENCES
         if enough.sum() < 2:
             return []
@@ -113,7 +116,7 @@ class DynamicWeights:
         for deviation, layer, head, column, by_type in candidates[:ROUTES]:
             order = by_type.argsort(descending=True)[:TOKENS].tolist()
             tokens = [(_text(exported, int(types[i])), by_type[i].item()) for i in order]
-            name = _entry_name(policy.reads(layer)[column])
+            name = _entry_name(policy.reads(layer)[column], slot)
             listed.append(Route(layer, head, name, overall[layer][head, column].item(), deviation, tokens))
         return listed
 
@@ -128,7 +131,7 @@ def frequent_types(samples: Sequence[Tensor]) -> list[int]:
 def routes_of(exported: ExportedModel, dynamic: DynamicWeights) -> Routes | None:
     """What the layers of a model read; None if it has no routers."""
     config = model_config(exported)
-    if not architecture_of(config).router_parameters:
+    if not (architecture_of(config).router_parameters or dynamic.means()):
         return None
     map_LL = router_map(config, _weights(config, exported.model.state_dict(), dynamic.means()))
     parts = shares(map_LL)
@@ -145,10 +148,10 @@ def _weights(config: ModelConfig, weights: Mapping[str, Any], dynamic: Mapping[i
     return for_map
 
 
-def _entry_name(entry: Entry) -> str:
+def _entry_name(entry: Entry, slot: str) -> str:
     if entry.is_summary:
         return f"summary {entry.row} of layers {entry.layers.start} to {entry.layers.stop - 1}"
-    return f"input of layer {entry.layer}"
+    return f"{slot} layer {entry.layer}"
 
 
 def _text(exported: ExportedModel, token: int) -> str:

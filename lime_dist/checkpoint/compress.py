@@ -68,7 +68,8 @@ def chunked_config(config: Config, chunk_size: int, num_rows: int, first: int, o
     if not isinstance(architecture, KeyValueLime) or not isinstance(architecture.policy, FullHistory):
         raise LimeError(
             f"model.architecture={model.architecture}, model.lime.routes={model.lime.routes}, "
-            f"model.lime.history.policy={model.lime.history.policy}: only lime, kv, full can be compressed"
+            f"model.lime.depth_attention={model.lime.depth_attention}, model.lime.history.policy={model.lime.history.policy}: "
+            "only lime, kv, none, full can be compressed"
         )
     values = config.model_dump(mode="json")
     history = {"policy": "chunked", "chunk_size": chunk_size, "rank": num_rows, "first": first}

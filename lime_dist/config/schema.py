@@ -13,6 +13,7 @@ from lime_dist.config.registry import SCHEDULES, SINKS, choice_of
 from lime_dist.config.sections.base import Section, UserPath
 from lime_dist.config.sections.data import BlendEntry, DataConfig
 from lime_dist.config.sections.model import (
+    DEPTH_KEYS,
     HISTORY_KEYS,
     ROUTER_KEYS,
     ROUTES_KEYS,
@@ -31,6 +32,7 @@ __all__ = [
     "BlendEntry",
     "CheckpointConfig",
     "Config",
+    "DEPTH_KEYS",
     "DataConfig",
     "HISTORY_KEYS",
     "HistoryConfig",

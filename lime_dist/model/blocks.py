@@ -30,6 +30,8 @@ class Attention(nn.Module):
     """Grouped-query causal attention with rotary embedding, and the router of the layer, if it has one."""
 
     router: nn.Module | None
+    needs_tensor_mask: ClassVar[bool] = False
+    """Whether the mask of documents is to be a tensor on every device."""
 
     def __init__(self, config: ModelConfig, router: nn.Module | None) -> None:
         super().__init__()
@@ -49,7 +51,11 @@ class Attention(nn.Module):
         """
         length, dtype, device = x_BTD.shape[1], x_BTD.dtype, x_BTD.device
         table = rotary_table(length, self.head_size, self.rope_theta, self.rope_scaling, dtype, device)
-        return Positions(*table) if starts_BT is None else within_documents(*table, starts_BT, dtype)
+        return (
+            Positions(*table)
+            if starts_BT is None
+            else within_documents(*table, starts_BT, dtype, self.needs_tensor_mask)
+        )
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
         """[B, T, G·d] -> [B, G, T, d]."""

@@ -41,6 +41,11 @@ def document_mask(starts_BT: Tensor, dtype: torch.dtype, head_size: int) -> Tens
     """
     if starts_BT.is_cuda and dtype != torch.float64 and head_size >= LEAST_HEAD_SIZE and find_spec("triton"):
         return block_mask(starts_BT)
+    return tensor_mask(starts_BT, dtype)
+
+
+def tensor_mask(starts_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as a tensor that is added to the scores, [B, 1, T, T]."""
     index = torch.arange(starts_BT.shape[1], device=starts_BT.device)
     is_read = (starts_BT.unsqueeze(2) == starts_BT.unsqueeze(1)) & (index.unsqueeze(1) >= index)
     mask = torch.zeros(is_read.shape, dtype=dtype, device=starts_BT.device)

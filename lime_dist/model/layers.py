@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_dist.config.schema import RopeScalingConfig
-from lime_dist.model.documents import attention_with_mask, document_mask
+from lime_dist.model.documents import attention_with_mask, document_mask, tensor_mask
 from lime_dist.model.norm_rotation import Rotate, rms_norm
 from lime_dist.model.weight_gradients import Projection
 
@@ -88,17 +88,21 @@ class Positions(NamedTuple):
     mask: Tensor | BlockMask | None = None
 
 
-def within_documents(cos_Td: Tensor, sin_Td: Tensor, starts_BT: Tensor, dtype: torch.dtype) -> Positions:
+def within_documents(
+    cos_Td: Tensor, sin_Td: Tensor, starts_BT: Tensor, dtype: torch.dtype, as_tensor: bool = False
+) -> Positions:
     """Positions that restart where documents begin, and the mask of attention within documents.
 
     Args:
         cos_Td, sin_Td: of `rotary_table`.
         starts_BT: of `documents.document_starts`.
         dtype: of queries and keys.
+        as_tensor: make the mask a tensor on every device.
     """
     positions_BT = torch.arange(starts_BT.shape[1], device=starts_BT.device) - starts_BT
     cos, sin = (table[positions_BT].unsqueeze(1) for table in (cos_Td, sin_Td))
-    return Positions(cos, sin, document_mask(starts_BT, dtype, cos_Td.shape[-1]))
+    mask = tensor_mask(starts_BT, dtype) if as_tensor else document_mask(starts_BT, dtype, cos_Td.shape[-1])
+    return Positions(cos, sin, mask)
 
 
 def rotate(x_BHTd: Tensor, positions: Positions) -> Tensor:

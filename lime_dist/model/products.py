@@ -76,3 +76,10 @@ def batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.device.type != "cpu":
         return torch.bmm(left, right, out_dtype=dtype)
     return torch.bmm(left.to(dtype), right.to(dtype))
+
+
+def mixed_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """A batch of products of factors of different precision, with sums and result in ``dtype``. The factors take the lower
+    precision of the two, unless this is a CPU."""
+    factor = dtype if left.device.type == "cpu" else min(left.dtype, right.dtype, key=lambda one: one.itemsize)
+    return batched_product(left.to(factor), right.to(factor), dtype)

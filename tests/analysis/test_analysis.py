@@ -30,6 +30,7 @@ from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
 from lime_dist.export.exported import ExportedModel
 from lime_dist.export.model_files import model_description
+from lime_dist.model.architectures.lime.depth.history import DepthKeyValueHistory
 from lime_dist.model.blocks import Attention
 from lime_dist.model.decoder import Decoder
 
@@ -49,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hyper": {"architecture": "hyper", "hyper": {"rate": 3, "dynamic": True}},
     "gated": {"architecture": "gated_residual", "gated_residual": {"rate": 3}},
     "attention-residuals": {"architecture": "attention_residuals"},
+    "moda": {"lime": {"depth_attention": "moda", "mlp_entries": True, "history": CHUNKED}},
     "value-residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
 }
 
@@ -87,13 +89,18 @@ def test_representations_are_those_of_the_trainers_decoder(
     """The values that attention reads (after the mixture over layers), and every layer's input."""
     exported, decoder = exported_and_decoder(name, tmp_path)
     values, states = [], []
-    attend = Attention.attend
+    attend, attend_over_depth = Attention.attend, DepthKeyValueHistory.attend
 
     def kept(self: Attention, q: Any, k: Any, v: Any, positions: Any) -> Any:
         values.append(v[0].transpose(0, 1).flatten(1))
         return attend(self, q, k, v, positions)
 
+    def kept_by_depth_attention(self: DepthKeyValueHistory, layer: int, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        values.append(v[0].transpose(0, 1).flatten(1))
+        return attend_over_depth(self, layer, q, k, v, mask)
+
     monkeypatch.setattr(Attention, "attend", kept)
+    monkeypatch.setattr(DepthKeyValueHistory, "attend", kept_by_depth_attention)
     for layer in range(5):
         decoder.get_submodule(f"model.layers.{layer}").register_forward_pre_hook(
             lambda module, given: states.append(given[0][0].sum(-2) if given[0].dim() == 4 else given[0][0])
@@ -195,6 +202,20 @@ def test_maps(tmp_path: Path) -> None:
         assert routes is not None and routes.map.shape == (5, 5)
         assert routes.self_retrieval[0] == 1 and routes.distance[0] == 0 and routes.entropy[0] == 0
         assert (routes.map.triu(1) == 0).all() and 0 < routes.distance[4] < 4
+        if name == "moda":
+            torch.testing.assert_close(routes.map.sum(1), torch.ones(5))
+            model = exported.model
+            with torch.no_grad():
+                shares = [model(one[None], output_attentions=True).attentions[3][0] for one in given]
+            mean = torch.cat(shares, 1).mean(
+                (0, 1)
+            )  # 24 tokens; then slot 0, the summary of layers 0 and 1, slot 2: a pair each
+            summary = model.state_dict()["model.history.chunks.0.weight"][0].abs()
+            wanted = torch.zeros(5)
+            wanted[:2] = mean[26:28].sum() * summary / summary.sum()
+            wanted[0] += mean[24:26].sum()
+            wanted[2], wanted[3] = mean[28:].sum(), mean[:24].sum()
+            torch.testing.assert_close(routes.map[3], wanted, rtol=1e-5, atol=1e-6)
         if name == "dynamic":
             rows = torch.stack([dynamic.means()[layer].mean(0).sum() for layer in range(1, 5)])
             torch.testing.assert_close(routes.map[1:].sum(1).double(), rows, rtol=1e-5, atol=1e-6)

@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 2}},
     "permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 2}},
+    "moda": {"lime": {"depth_attention": "moda"}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "attention residuals": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 3}},
 }

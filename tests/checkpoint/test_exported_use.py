@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
     "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 2}},
     "permutations": {"architecture": "hyper", "hyper": {"connection": "permutations", "rate": 2}},
+    "moda": {"lime": {"depth_attention": "moda", "mlp_entries": True}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "attention residuals": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 3}},
 }
@@ -76,7 +77,11 @@ def test_gradient_checkpointing_changes_no_gradient(exported: Path) -> None:
         kept.append(sum(sizes))
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert losses[0] == losses[1] and kept[1] < kept[0]
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    rounding = (
+        1e-6 if exported.name == "moda" else 0.0
+    )  # an entry has many readers, whose gradients autograd sums in any order
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=rounding * float(gradient.abs().max()))
     assert model.eval()(TOKENS, use_cache=True).past_key_values is not None
 
 
@@ -89,9 +94,12 @@ def test_attention_weights_are_returned_when_asked_for(exported: Path) -> None:
             plain, explained = model(TOKENS, **given), model(TOKENS, output_attentions=True, **given)
             assert plain.attentions is None and len(explained.attentions) == model.config.num_hidden_layers
             assert torch.allclose(plain.logits, explained.logits, atol=1e-5)
-            for weights in explained.attentions:
-                assert weights.shape == (2, 4, 12, 12) and torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
-                assert not weights.triu(1).any(), "no token reads later ones"
+            for layer, weights in enumerate(explained.attentions):
+                others = 2 * layer if exported.name == "moda" else 0  # columns of earlier layers follow
+                assert weights.shape == (2, 4, 12, 12 + others) and torch.allclose(
+                    weights.sum(-1), torch.ones(()), atol=1e-5
+                )
+                assert not weights[..., :12].triu(1).any(), "no token reads later ones"
         assert not explained.attentions[0][0, :, 3:, :3].any(), "no token reads padding"
 
 

@@ -138,6 +138,7 @@ def test_mistakes_are_one_line(original: Path, dataset: Path, tmp_path: Path) ->
     llama = {"architecture": "llama"}
     assert "cannot start from a LLaMA" in line({"architecture": "hyper"})
     assert "set model.value_residual.weight=0" in line({"architecture": "value_residual"})
+    assert "set model.lime.depth_attention=none" in line({"lime": {"depth_attention": "moda"}})
     assert "set model.lime.routes=kv and model.lime.router_init=identity" in line({})
     assert "set model.intermediate_size=24 model.tie_word_embeddings=true" in line(
         llama, "model.intermediate_size=32", "model.tie_word_embeddings=false"

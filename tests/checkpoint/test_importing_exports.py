@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
     "gated residual": {"architecture": "gated_residual", "gated_residual": {"rate": 2}},
     "doubly stochastic": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic", "rate": 2}},
+    "moda": {"lime": {"depth_attention": "moda", "mlp_entries": True}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "attention residuals": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 3}},
 }

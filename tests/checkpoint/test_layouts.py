@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
     "value residual": {"architecture": "value_residual", "value_residual": {"learnable": True}},
+    "moda": {"lime": {"depth_attention": "moda", "mlp_entries": True}},
     "attention residuals": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 3}},
 }  # fmt: skip
 

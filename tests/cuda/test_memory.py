@@ -18,7 +18,7 @@ from lime_dist.plan.forecast import Machine, forecast
 ARCHITECTURES = [
     "llama", "lime kv", "lime kv, chunked", "lime static", "lime dynamic", "hyper static", "hyper dynamic",
     "value residual, learnable", "hyper doubly stochastic", "hyper permutations", "gated residual",
-    "attention residuals, 3",
+    "attention residuals, 3", "moda, MLP, full",
 ]  # fmt: skip
 STAGES = [(0, 3), (1, 3), (2, 3), (0, 1)]
 """Index, and number of stages."""

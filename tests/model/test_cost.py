@@ -54,6 +54,14 @@ MODELS: dict[str, dict[str, Any]] = {
         }
         for size in (1, 3)
     },
+    "moda": {"lime": {"depth_attention": "moda"}},
+    **{
+        f"moda, MLP, {name}": {
+            "num_key_value_heads": 2,
+            "lime": {"depth_attention": "moda", "mlp_entries": True, "history": POLICIES[name]},
+        }
+        for name in ("full", "last alone", "chunked, two rows")
+    },
     "top_p": {"lime": {"routes": "hidden", "top_p": 0.5}},
     **{f"kv, {name}": {"num_key_value_heads": 2, "lime": {"history": history}} for name, history in POLICIES.items()},
     **{

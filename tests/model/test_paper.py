@@ -42,6 +42,7 @@ def small(**changes: object) -> ModelConfig:
         ("lime_kv", 1.1769),
         ("value_residual", 1.1767),
         ("attention_residuals", 1.1770),
+        ("moda", 1.1767),
     ],
 )
 def test_parameter_counts_of_the_paper(name: str, billions: float) -> None:
@@ -60,7 +61,16 @@ def test_parameter_counts_of_the_paper(name: str, billions: float) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    ["llama", "lime_static", "lime_dynamic", "lime_kv", "hyper_dynamic", "value_residual", "attention_residuals"],
+    [
+        "llama",
+        "lime_static",
+        "lime_dynamic",
+        "lime_kv",
+        "hyper_dynamic",
+        "value_residual",
+        "attention_residuals",
+        "moda",
+    ],
 )
 def test_optimizer_settings_of_the_paper(model: str) -> None:
     config = load_config(CONFIGS / f"paper/{model}.yaml")

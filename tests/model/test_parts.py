@@ -159,7 +159,7 @@ def test_parts_equal_the_whole_model(case: str, tokens_BT: Tensor) -> None:
     check_parts(make_decoder(CASES[case]), tokens_BT, CUTS)
 
 
-@pytest.mark.parametrize("case", ["kv, full", "static, full", "attention residuals", "value residual"])
+@pytest.mark.parametrize("case", ["kv, full", "static, full", "attention residuals", "value residual", "moda"])
 def test_a_missing_gradient_of_a_later_part_raises(case: str) -> None:
     """The backward pass of a stage's first part before that of its second."""
     decoder = make_decoder(CASES[case])

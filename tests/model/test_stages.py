@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.policies import POLICIES
@@ -17,12 +19,23 @@ LAYERS, BATCH, LENGTH = 9, 2, 5
 BOUNDS = [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 2, 3, 7, 9], [0, 5, 9], [0, 8, 9]]
 
 
+KINDS: dict[str, tuple[dict[str, Any], Prices]] = {
+    "minimal": ({}, Prices(1, 1)),
+    "mixtures": ({}, Prices(2, 1)),
+    "entries": ({}, ENTRIES),
+    "moda": ({"depth_attention": "moda"}, ENTRIES),
+    "moda, MLP": ({"depth_attention": "moda", "mlp_entries": True}, ENTRIES),
+}
+"""Keys of `model.lime`, and prices of what crosses boundaries."""
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("prices", [Prices(1, 1), Prices(2, 1), ENTRIES], ids=["minimal", "mixtures", "entries"])
-def test_stages_equal_the_whole_model(policy: str, prices: Prices) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_equal_the_whole_model(policy: str, kind: str) -> None:
     """Loss and all gradients, for stages of one layer and of unequal sizes, with and without checkpointing."""
+    lime, prices = KINDS[kind]
     sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS}
-    model = {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "lime": {"history": POLICIES[policy]}}
+    model = {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "lime": {**lime, "history": POLICIES[policy]}}
     decoder = build_decoder(make_config({"model": model}, "a test").model, dtype=torch.float64)
     for name, parameter in decoder.named_parameters():
         perturb(name, parameter)

@@ -86,6 +86,8 @@ def names_of(owner: type, *packages: str) -> set[str]:
 
 def parameters(function: Any) -> list[str]:
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        function = function.default
     if isinstance(function, torch._ops.OpOverload):
         return [argument.name for argument in function._schema.arguments]
     return [stars.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
@@ -96,6 +98,8 @@ def problem_of(owner: Any, name: str, expected: str) -> str:
     if expected == INSTANCE:
         missing = not any(name in stored(base) for base in bases(owner, "deepspeed", "torch"))
         return "no method assigns it" if missing else ""
+    if isinstance(owner, torch._ops._OpNamespace):
+        getattr(owner, name, None)  # operations are made when they are asked for
     try:
         actual = inspect.getattr_static(owner, name)
     except AttributeError:
@@ -160,6 +164,8 @@ def test_the_libraries_keep_every_name() -> None:
         ("deepspeed.runtime.pipe.engine.PipelineEngine", "is_first_stage", PROPERTY, "is no property"),
         ("deepspeed.runtime.pipe.module.TiedLayerSpec", "__init__", "(self, name, ...)", "has the parameters"),
         ("torch.ops.aten.mm", "dtype", "(self, mat2, dtype)", "has the parameters"),
+        ("torch.ops.aten", "_scaled_dot_product_flash_attention", "(query, key, value)", "has the parameters"),
+        ("torch.ops.aten", "_scaled_dot_product_attention_of_old", "(query, key, value)", "does not exist"),
         ("torch.distributed", "get_rank", CLASS, "is no class"),
     ],
 )

@@ -37,6 +37,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "hidden static": {"architecture": "lime", "lime": {"routes": "hidden"}},
     "hidden top_p": {"architecture": "lime", "lime": {"routes": "hidden", "top_p": 0.7, "start_layer": 2}},
     "hidden dynamic": {"architecture": "lime", "lime": {"routes": "hidden", "router": "dynamic"}},
+    "moda": {"architecture": "lime", "lime": {"depth_attention": "moda"}},
+    "moda, MLP, chunked": {
+        "architecture": "lime",
+        "lime": {
+            "depth_attention": "moda",
+            "mlp_entries": True,
+            "history": {"policy": "chunked", "chunk_size": 2, "rank": 1, "first": 1},
+        },
+    },
     "value residual": {"architecture": "value_residual"},
     "value residual, learnable": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "attention residuals": {"architecture": "attention_residuals", "attention_residuals": {"block_size": 3}},

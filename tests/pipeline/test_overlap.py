@@ -93,9 +93,12 @@ def test_bytes_are_as_predicted(
 
 
 def test_a_model_without_history_and_streams_are_counted_too(workers: Callable[[int], WorkerGroup]) -> None:
-    for architecture in ("llama", "hyper", "value_residual", "attention_residuals"):
+    for architecture, lime in (
+        *((name, {}) for name in ("llama", "hyper", "value_residual", "attention_residuals")),
+        ("lime", {"depth_attention": "moda", "mlp_entries": True}),
+    ):
         values = settings(2)
-        values["model"] = {**values["model"], "architecture": architecture, "num_key_value_heads": 4, "lime": {}}
+        values["model"] = {**values["model"], "architecture": architecture, "num_key_value_heads": 4, "lime": lime}
         for directions in workers(2).run("support.transfers.count_transferred_bytes", values=values, steps=1):
             assert all(counted == predicted > 0 for counted, predicted in directions.values())
 

@@ -88,6 +88,7 @@ MODELS = {
     "hyper": ["model.architecture=hyper"],
     "value residual": ["model.architecture=value_residual"],
     "attention residuals": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=3"],
+    "moda": ["model.lime={depth_attention: moda, mlp_entries: true}", "model.num_key_value_heads=2"],
     "kv": ["model.num_key_value_heads=2"],
     "kv, two rows, first boundary in a chunk": [
         "model.num_key_value_heads=4",
@@ -158,7 +159,7 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
     prices = boundary_prices(config)
     parameters += sum(padded(count, size) for count in later_parameters(model, layers, prices).values())
     history, gradients = cost.history_bytes(model, layers, tokens, size, prices), 0
-    depth = model.architecture == "attention_residuals"
+    depth = model.architecture == "attention_residuals" or model.lime.depth_attention == "moda"
     if depth or (model.architecture == "lime" and model.lime.routes == "hidden"):
         gradients = history * 4 // (4 + size)
     landing = 0

@@ -57,6 +57,7 @@ CASES = {
     "gated residual": (3, settings(3, "bf16", architecture="gated_residual")),
     "permutations": (3, settings(3, "bf16", architecture="hyper", hyper={"connection": "permutations"})),
     "attention residuals": (3, settings(3, "bf16", architecture="attention_residuals")),
+    "moda": (3, settings(3, "bf16", lime={"depth_attention": "moda", "mlp_entries": True})),
     "value residual": (3, settings(3, "bf16", architecture="value_residual", value_residual={"learnable": True})),
     "llama, two replicas": (4, settings(2, "bf16", zero_stage=1, architecture="llama")),
     "wire": (3, settings(3, "fp32") | {"pipeline": {"wire_dtype": "bf16"}}),

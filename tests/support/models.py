@@ -46,6 +46,11 @@ MODELS = {
         }.items()
         for name, history in list(POLICIES.items())[1:]
     },
+    "moda": {"num_key_value_heads": 6, "lime": {"depth_attention": "moda"}},
+    **{
+        f"moda, MLP, {name}": {"lime": {"depth_attention": "moda", "mlp_entries": True, "history": POLICIES[name]}}
+        for name in ("full", "first_last", "chunked, two rows", "dilated")
+    },
     "value residual": {"architecture": "value_residual", "value_residual": {"weight": 0.3}},
     "value residual, learnable": {"architecture": "value_residual", "value_residual": {"learnable": True}},
     "hyper static": {"architecture": "hyper", "hyper": {"rate": 2, "dynamic": False}},

@@ -30,6 +30,8 @@ def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
         return attention_residuals_logits(config, weights, x)
     if config.architecture == "lime" and config.lime.routes == "hidden":
         return hidden_logits(config, weights, x)
+    if config.architecture == "lime" and config.lime.depth_attention == "moda":
+        return moda_logits(config, weights, x)
     if config.architecture == "gated_residual":
         return gated_logits(config, weights, x)
     for layer in range(config.num_hidden_layers):
@@ -82,6 +84,52 @@ def hidden_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
         normed_x = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
         x = x + mlp(weights, prefix, normed_x)
     return head(config, weights, x)
+
+
+def moda_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """Mixture-of-depths attention (arXiv 2603.15619): head by head and token by token, one softmax over the sequence's keys of the
+    layer and over earlier layers' keys at the token."""
+    heads, groups, size = config.num_attention_heads, config.key_value_heads, config.head_size
+    entries: dict[Entry, list[tuple[Tensor, Tensor]]] = {}  # keys and values [B, T, G, d] of attention, then of the MLP
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for m, entry in summaries_after(config, layer - 1):
+            row = weights[f"model.history.chunks.{m}.weight"][entry.row]
+            sources = [entries[Entry(one)] for one in entry.layers]
+            entries[entry] = [
+                tuple(sum(a * slot[pair][part] for a, slot in zip(row, sources, strict=True)) for part in (0, 1))
+                for pair in range(len(sources[0]))
+            ]
+        normed = rms_norm(x, weights[prefix + "input_layernorm.weight"], config.rms_norm_eps)
+        q = rotate((normed @ weights[prefix + "self_attn.q_proj.weight"].T).unflatten(-1, (heads, size)), config)
+        own = key_and_value(config, weights, prefix + "self_attn.", normed)
+        read = make_policy(config.lime).reads(layer)
+        others = [pair for entry in read if entry != Entry(layer) for pair in entries[entry]]
+        outputs = []
+        for h in range(heads):
+            g, rows = h // (heads // groups), []
+            for t in range(x.shape[1]):
+                keys = [own[0][:, s, g] for s in range(t + 1)] + [key[:, t, g] for key, _ in others]
+                values = [own[1][:, s, g] for s in range(t + 1)] + [value[:, t, g] for _, value in others]
+                shares = torch.stack([(q[:, t, h] * key).sum(-1) / size**0.5 for key in keys]).softmax(0)
+                rows.append((shares.unsqueeze(-1) * torch.stack(values)).sum(0))
+            outputs.append(torch.stack(rows, 1))
+        x = x + torch.cat(outputs, -1) @ weights[prefix + "self_attn.o_proj.weight"].T
+        normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
+        entries[Entry(layer)] = [own]
+        if prefix + "mlp.k_proj.weight" in weights:
+            entries[Entry(layer)].append(key_and_value(config, weights, prefix + "mlp.", normed))
+        x = x + mlp(weights, prefix, normed)
+    return head(config, weights, x)
+
+
+def key_and_value(config: ModelConfig, weights: Weights, prefix: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values, [B, T, G, d] each."""
+    key, value = (
+        (x @ weights[f"{prefix}{kind}_proj.weight"].T).unflatten(-1, (config.key_value_heads, config.head_size))
+        for kind in "kv"
+    )
+    return rotate(key, config), value
 
 
 def top_p(shares: Tensor, limit: float | None) -> Tensor:

@@ -80,10 +80,15 @@ class HistoryConfig(Section):
         return self
 
 
-ROUTES_KEYS: dict[str, tuple[str, ...]] = {"kv": ("router_init",), "hidden": ("router", "top_p", "start_layer")}
+ROUTES_KEYS: dict[str, tuple[str, ...]] = {
+    "kv": ("router_init", "depth_attention"),
+    "hidden": ("router", "top_p", "start_layer"),
+}
 """By ``routes``: the keys that only they have."""
 ROUTER_KEYS: dict[str, tuple[str, ...]] = {"static": ("top_p",), "dynamic": ()}
 """By ``router``: the keys that only it has."""
+DEPTH_KEYS: dict[str, tuple[str, ...]] = {"none": ("router_init",), "moda": ("mlp_entries",)}
+"""By ``depth_attention``: the keys that only it has."""
 
 
 class LimeConfig(Section):
@@ -100,6 +105,16 @@ class LimeConfig(Section):
         description="initial weights for earlier layers: random, as in the paper, or 0, so that the model starts as LLaMA; "
         "`identity` needs `routes: kv`",
     )
+    depth_attention: Literal["none", "moda"] = Field(
+        "none",
+        description="`moda` (mixture-of-depths attention, arXiv 2603.15619): no routers; attention is one softmax over the sequence's keys "
+        "of its own layer and the keys of earlier layers at the query's token; needs `routes: kv`",
+    )
+    mlp_entries: bool = Field(
+        False,
+        description="every layer also projects keys and values from the input of its MLP, for later layers; needs "
+        "`depth_attention: moda`",
+    )
     top_p: float | None = Field(
         None,
         gt=0,
@@ -114,7 +129,7 @@ class LimeConfig(Section):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> LimeConfig:
-        for name, keys_of in (("routes", ROUTES_KEYS), ("router", ROUTER_KEYS)):
+        for name, keys_of in (("routes", ROUTES_KEYS), ("router", ROUTER_KEYS), ("depth_attention", DEPTH_KEYS)):
             chosen = getattr(self, name)
             for choice, keys in keys_of.items():
                 for key in keys:

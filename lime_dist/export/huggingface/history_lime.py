@@ -22,6 +22,7 @@ class Reads:
         by_layer: for every layer, its entries in the order of the router's columns.
         chunks: by a chunk's last layer: index of the chunk, its slots, the rows of its summary.
         summarised: the slots of all chunks.
+        summarised_or_read: the layers whose slots a later layer or a summary reads.
         dropped: for every layer, the entries that no later layer reads.
     """
 
@@ -37,6 +38,8 @@ class Reads:
             self.chunks[end - 1] = (chunk, sources, rows)
             first_row += num_rows
         self.summarised = {entry for _, sources, _ in self.chunks.values() for entry in sources}
+        read = {entry for layer, entries in enumerate(self.by_layer) for entry in entries if entry != ("slots", layer)}
+        self.summarised_or_read = {index for kind, index in self.summarised | read if kind == "slots"}
         last_reader: dict[Entry, int] = {}
         for layer, entries in enumerate(self.by_layer):
             own: list[Entry] = [("slots", layer)]

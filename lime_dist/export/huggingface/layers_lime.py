@@ -160,11 +160,7 @@ class ForwardPass:
 
     def attend(self, layer: int, attention: Attention, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
         """Attention, from queries and keys before rotation; returns [B, T, D]."""
-        q_BHTd, k_BGTd = self._rotate(q_BHTd), self._rotate(k_BGTd)
-        if self.cache is not None:
-            k_BGTd, v_BGTd = self.cache.update(k_BGTd, v_BGTd, layer)
-        mask, is_causal = self._mask_for(k_BGTd.shape[2])
-        mask = None if mask is None else mask.to(q_BHTd.device)
+        q_BHTd, k_BGTd, v_BGTd, mask, is_causal = self.with_past(layer, q_BHTd, k_BGTd, v_BGTd)
         if self.attentions is not None:
             out_BHTd = self._attend_and_keep_weights(self.attentions, q_BHTd, k_BGTd, v_BGTd, mask, is_causal)
         else:
@@ -172,6 +168,17 @@ class ForwardPass:
                 q_BHTd, k_BGTd, v_BGTd, mask, is_causal=is_causal, enable_gqa=q_BHTd.shape[1] != k_BGTd.shape[1]
             )
         return attention.o_proj(out_BHTd.transpose(1, 2).flatten(2))
+
+    def with_past(
+        self, layer: int, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
+        """Rotated queries, rotated keys and values of all tokens so far, the mask over them or None, and whether attention is to
+        apply a causal mask itself."""
+        q_BHTd, k_BGTd = self._rotate(q_BHTd), self._rotate(k_BGTd)
+        if self.cache is not None:
+            k_BGTd, v_BGTd = self.cache.update(k_BGTd, v_BGTd, layer)
+        mask, is_causal = self._mask_for(k_BGTd.shape[2])
+        return q_BHTd, k_BGTd, v_BGTd, None if mask is None else mask.to(q_BHTd.device), is_causal
 
     def _attend_and_keep_weights(
         self, kept: list[Tensor], q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None, is_causal: bool

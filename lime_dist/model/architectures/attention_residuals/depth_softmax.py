@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.model.architectures.attention_residuals.architecture import SLICE_ELEMENTS_GPU, SLICE_TOKENS
-from lime_dist.model.products import batched_product
+from lime_dist.model.products import mixed_product
 
 SLICE_ELEMENTS = 1 << 19
 """Elements of entries [E, n, D] that are read at a time on a CPU, where they fit a cache."""
@@ -38,7 +38,9 @@ def mix(entries_END: Tensor, inverse_EN: Tensor, queries_RD: Tensor) -> tuple[Te
         scores_EnR = _scores(factor_EnD, inverse_EN[:, tokens], queries_RD)
         sums_nR = scores_EnR.logsumexp(0)
         weights_nRE = scores_EnR.sub_(sums_nR).exp_().permute(1, 2, 0)
-        mixtures_RND[:, tokens] = _product(weights_nRE, factor_EnD.transpose(0, 1), queries_RD.dtype).transpose(0, 1)
+        mixtures_RND[:, tokens] = mixed_product(weights_nRE, factor_EnD.transpose(0, 1), queries_RD.dtype).transpose(
+            0, 1
+        )
         sums_RN[:, tokens] = sums_nR.t()
     return mixtures_RND, sums_RN
 
@@ -71,20 +73,20 @@ def spread(
         gradient_nRD = gradient_RND[:, tokens].transpose(0, 1)
         scores_EnR = _scores(factor_EnD, inverse_EN[:, tokens], queries_RD)
         weights_EnR = (scores_EnR - sums_RN[:, tokens].t()).exp_()
-        projected_nER = _product(factor_EnD.transpose(0, 1), gradient_nRD.transpose(1, 2), dtype)
+        projected_nER = mixed_product(factor_EnD.transpose(0, 1), gradient_nRD.transpose(1, 2), dtype)
         score_gradients_EnR = (projected_nER.transpose(0, 1) - products_RN[:, tokens].t()).mul_(weights_EnR)
         score_products_EN[:, tokens] += (score_gradients_EnR * scores_EnR).sum(-1)
         score_gradients_EnR.mul_(inverse_En1)
         target_EnD = gradients_END[:, tokens]
-        target_EnD += _product(weights_EnR.transpose(0, 1), gradient_nRD, dtype).transpose(0, 1)
-        target_EnD += _product(score_gradients_EnR, queries_ERD, dtype)
-        query_gradients_RD += _product(score_gradients_EnR.transpose(1, 2), factor_EnD, dtype).sum(0)
+        target_EnD += mixed_product(weights_EnR.transpose(0, 1), gradient_nRD, dtype).transpose(0, 1)
+        target_EnD += mixed_product(score_gradients_EnR, queries_ERD, dtype)
+        query_gradients_RD += mixed_product(score_gradients_EnR.transpose(1, 2), factor_EnD, dtype).sum(0)
 
 
 def _scores(factor_EnD: Tensor, inverse_En: Tensor, queries_RD: Tensor) -> Tensor:
     """q·v / rms(v), [E, n, R]."""
     queries_EDR = queries_RD.t().expand(len(factor_EnD), -1, -1)
-    return _product(factor_EnD, queries_EDR, queries_RD.dtype).mul_(inverse_En.unsqueeze(-1))
+    return mixed_product(factor_EnD, queries_EDR, queries_RD.dtype).mul_(inverse_En.unsqueeze(-1))
 
 
 def _factor(entries_EnD: Tensor) -> Tensor:
@@ -92,12 +94,6 @@ def _factor(entries_EnD: Tensor) -> Tensor:
     if entries_EnD.device.type != "cpu":
         return entries_EnD
     return entries_EnD.to(torch.promote_types(entries_EnD.dtype, torch.float32))
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """A batch of products, summed in ``dtype``. The factors take the lower precision of the two, unless this is a CPU."""
-    factor = dtype if left.device.type == "cpu" else min(left.dtype, right.dtype, key=lambda one: one.itemsize)
-    return batched_product(left.to(factor), right.to(factor), dtype)
 
 
 def _token_slices(entries_END: Tensor) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""What both kinds of LIMe share: the history policy, and how an export describes what layers read."""
+"""What all kinds of LIMe share: the history policy, how an export describes what layers read, and pictures of routers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Lime(Architecture):
-    """A decoder whose layers read a mixture of what earlier layers left."""
+    """A decoder whose layers read what earlier layers left, as far as ``model.lime.history`` says."""
 
     title = "LIMe"
     has_configurable_policy = True
@@ -34,13 +34,6 @@ class Lime(Architecture):
     def chunks(self) -> Mapping[int, Chunk]:
         """The chunks that are summarised, by their last layer."""
         return chunk_ends(self.config)
-
-    @abstractmethod
-    def reads(self, layer: int) -> tuple[Entry, ...]:
-        """The entries that a layer mixes with its router's weights; empty: it has no router."""
-
-    def entries_read(self, layer: int) -> int:
-        return len(self.reads(layer))
 
     def slots_kept(self, layer: int) -> int:
         return 1
@@ -70,6 +63,30 @@ class Lime(Architecture):
 
     def parameter_group(self, name: str) -> Group:
         return "routers" if ".router." in name or name.startswith(CHUNKS) else shared_parameter_group(name)
+
+    # -- export -------------------------------------------------------------------------------------------------------
+
+    @property
+    def export_values(self) -> dict[str, Any]:
+        """Keys of an export's ``config.json``. What every layer reads stands there, so that modelling code knows no policies."""
+        chunks = list(self.chunks.values())
+        return {
+            "architecture": "lime",
+            "lime": self.config.lime.model_dump(mode="json"),
+            "reads": [_runs(self.policy.reads(layer), chunks) for layer in range(self.config.num_hidden_layers)],
+            "chunks": [[chunk.layers.start, chunk.layers.stop, chunk.num_rows] for chunk in chunks],
+        }
+
+
+class RoutedLime(Lime):
+    """LIMe whose layers have routers: weights with which they mix entries."""
+
+    @abstractmethod
+    def reads(self, layer: int) -> tuple[Entry, ...]:
+        """The entries that a layer mixes with its router's weights; empty: it has no router."""
+
+    def entries_read(self, layer: int) -> int:
+        return len(self.reads(layer))
 
     # -- pictures of routers ------------------------------------------------------------------------------------------
 
@@ -114,19 +131,6 @@ class Lime(Architecture):
             else:
                 total[:, entry.layer] += weight
         return total.abs().mean(-1)
-
-    # -- export -------------------------------------------------------------------------------------------------------
-
-    @property
-    def export_values(self) -> dict[str, Any]:
-        """Keys of an export's ``config.json``. What every layer reads stands there, so that modelling code knows no policies."""
-        chunks = list(self.chunks.values())
-        return {
-            "architecture": "lime",
-            "lime": self.config.lime.model_dump(mode="json"),
-            "reads": [_runs(self.policy.reads(layer), chunks) for layer in range(self.config.num_hidden_layers)],
-            "chunks": [[chunk.layers.start, chunk.layers.stop, chunk.num_rows] for chunk in chunks],
-        }
 
 
 def _runs(entries: Sequence[Entry], chunks: Sequence[Chunk]) -> list[list[Any]]:

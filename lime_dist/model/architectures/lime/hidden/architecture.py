@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lime_dist.config.precision import accumulation_itemsize
 from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, router_name
-from lime_dist.model.architectures.lime.lime import Lime
+from lime_dist.model.architectures.lime.lime import RoutedLime
 from lime_dist.model.crossing import Prices, crossings
 from lime_dist.model.layout import BLOCK, StageLayout
 from lime_dist.model.policies import Entry
@@ -43,7 +43,7 @@ SLICE_TOKENS = 64
 """Least number of tokens in a slice, so that the matrix products do not become too thin."""
 
 
-class HiddenLime(Lime):
+class HiddenLime(RoutedLime):
     """``routes: hidden``; multi-head attention only (G = H), since every head is routed by itself."""
 
     receives_in_place = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, router_name, stage_layout
 from lime_dist.model.architectures.lime.kv.traffic import entries_moved
-from lime_dist.model.architectures.lime.lime import Lime
+from lime_dist.model.architectures.lime.lime import RoutedLime
 from lime_dist.model.crossing import Prices, pairs_by_layer
 from lime_dist.model.layout import BLOCK, SUMMARY_BLOCK, StageLayout
 from lime_dist.model.policies import Entry
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lime_dist.model.history import LayerHistory
 
 
-class KeyValueLime(Lime):
+class KeyValueLime(RoutedLime):
     """``routes: kv``."""
 
     max_block_layers = BLOCK
