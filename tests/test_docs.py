@@ -167,6 +167,7 @@ INSTEAD = [
     (r"--chunk-size 8", "--chunk-size 2"),
     (r"--processes 64 (.* --sweep)", r"--processes 8 \1"),
     (r"stable@8000", "stable@2"),
+    (r"--profile=20-22", "--profile=2"),
 ]
 """What the test writes into a command before it runs it: a launcher of several processes becomes one process, a hub dataset
 a local file, and sizes become small. The order matters: each replacement sees what those before it left."""

@@ -24,7 +24,7 @@ from support.workers import WorkerGroup
 
 from lime_dist import load_config
 from lime_dist.data.indexed import IndexedWriter
-from lime_dist.doctor import checks, environment, facts, network
+from lime_dist.doctor import checks, compute, environment, facts, network
 from lime_dist.doctor.facts import Facts
 from lime_dist.doctor.findings import Finding, Job, size
 from lime_dist.doctor.hosts import forwarded_variables, read_hostfile
@@ -484,8 +484,11 @@ def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_on_this_machine(dataset: Path, tmp_path: Path) -> None:
     """Checks its lines, a ring of two processes, and the exit status with and without an error."""
     arguments = ["--config", "configs/quickstart.yaml", *SMALL, f"run.directory={tmp_path}"]
-    good = doctor(*arguments, f"data.path={dataset}")
-    lines = good.stdout.splitlines()
+    good = doctor(*arguments, f"data.path={dataset}", "--compute=1")
+    *lines, announced, devices = good.stdout.splitlines()
+    assert announced == "all devices multiply matrices for 1 s …"
+    speeds = re.search(r"2 device\(s\), (\d+\.\d+) to (\d+\.\d+) TFLOP/s each$|(\d+\.\d+) TFLOP/s, \d+% below", devices)
+    assert speeds and all(0 < float(speed) < 100 for speed in speeds.groups() if speed), devices
     assert good.returncode == 0 and not good.stderr, good.stdout + good.stderr
     assert all(line.startswith("ok: ") for line in lines), lines
     assert sum("MB/s, latency" in line for line in lines) == 2
@@ -498,6 +501,7 @@ def test_the_command_on_this_machine(dataset: Path, tmp_path: Path) -> None:
     ("arguments", "line"),
     [
         ([], "no configuration given; see python -m lime_dist.doctor --help"),
+        (["--compute=0"], "--compute 0: give a number of seconds above 0"),
         (["--config", "none.yaml"], "cannot read the configuration none.yaml"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--hostfile", "none"], "cannot read the hostfile none"),
     ],
@@ -513,6 +517,15 @@ def test_mistakes_in_the_call(arguments: list[str], line: str, monkeypatch: pyte
 def test_help_has_an_example() -> None:
     finished = doctor("--help")
     assert finished.returncode == 0 and "python -m lime_dist.doctor --config configs/quickstart.yaml" in finished.stdout
+
+
+def test_a_slow_device_stands_out() -> None:
+    speeds = {"a": [1e14, 0.95e14], "b": [1.02e14, 0.7e14]}
+    assert [str(finding) for finding in compute.check_devices(speeds)] == [
+        "warning: b, device 1: 70.00 TFLOP/s, 28% below the median of all; look at its temperature, clock and power limit, and at what "
+        "else runs there, or leave the host out",
+        "ok: a: 2 device(s), 95.00 to 100.00 TFLOP/s each",
+    ]
 
 
 def test_answers_that_cannot_be_parsed() -> None:

@@ -112,6 +112,13 @@ class MonitorConfig(Section):
         gt=0,
         description="peak FLOP/s of one device, for `speed/mfu`; `null` measures it at the start",
     )
+    straggler_share: float = Field(
+        0.25,
+        gt=0,
+        description="a rank is slow if its computation takes longer by more than this share than the median of the ranks of its stage (with one "
+        "replica: of all stages, by their FLOPs)",
+    )
+    straggler_minutes: float = Field(5.0, ge=0, description="minutes after which a rank that stays slow is named")
     sinks: list[SinkName] = Field(
         [], description="dashboards that also get the metrics; each needs the extra of its name, such as `.[wandb]`"
     )

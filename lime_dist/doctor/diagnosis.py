@@ -15,7 +15,7 @@ from typing import Any
 
 from lime_dist.config.load import load_config
 from lime_dist.distributed import free_port
-from lime_dist.doctor import checks, environment, facts, network, ring
+from lime_dist.doctor import checks, compute, environment, facts, network, ring
 from lime_dist.doctor.facts import Facts
 from lime_dist.doctor.findings import Finding, Findings, Job
 from lime_dist.doctor.hosts import ask, environment_files, forwarded_variables, parse_answers, read_hostfile
@@ -46,12 +46,19 @@ class Report:
         return "error" in levels
 
 
-def diagnose(config_path: str, overrides: Sequence[str], hostfile: Path | None, verify: bool) -> bool:
+def diagnose(
+    config_path: str,
+    overrides: Sequence[str],
+    hostfile: Path | None,
+    verify: bool,
+    compute_seconds: float | None = None,
+) -> bool:
     """Print all findings; returns whether there is an error among them.
 
     Args:
         hostfile: None: check this machine only.
         verify: hash the shards instead of comparing their sizes only.
+        compute_seconds: let all devices compute for so long; None: do not.
     """
     report = Report()
     config = load_config(config_path, overrides)
@@ -90,6 +97,8 @@ def diagnose(config_path: str, overrides: Sequence[str], hostfile: Path | None, 
     elif not over_ssh:
         ends = [f"{platform.node()}, process {index}" for index in range(2)]
         measure_links(report, ends, known, "127.0.0.1", free_port(), variables, over_ssh)
+    if compute_seconds is not None and known and not failures:
+        measure_devices(report, slots, known, compute_seconds, variables, over_ssh)
     return report.failed
 
 
@@ -137,6 +146,28 @@ def measure_links(
     if not failures:
         pairs = {(end, ends[(rank + 1) % len(ends)]): links[end] for rank, end in enumerate(ends)}
         report.add(network.check_links(pairs))
+
+
+def measure_devices(
+    report: Report,
+    slots: Mapping[str, int],
+    known: Sequence[Facts],
+    seconds: float,
+    variables: Mapping[str, str],
+    over_ssh: bool,
+) -> None:
+    """Let the devices of all hosts compute at the same time, and report their speeds."""
+    print(f"all devices multiply matrices for {seconds:g} s …", flush=True)
+    on_gpu = {fact.host: fact.on_gpu for fact in known}
+    commands = {
+        host: ["--devices", json.dumps({"processes": count, "on_gpu": on_gpu[host], "seconds": seconds})]
+        for host, count in slots.items()
+    }
+    answers = ask(commands, variables, seconds + FACTS_TIMEOUT, over_ssh)
+    speeds, failures = parse_answers(answers, compute.from_json)
+    report.add(Finding("error", f"{host}: its devices do not compute: {problem}") for host, problem in failures.items())
+    if speeds:
+        report.add(compute.check_devices(speeds))
 
 
 @contextmanager

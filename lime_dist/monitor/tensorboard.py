@@ -28,12 +28,12 @@ FLUSH_SECONDS = 60.0
 
 LAYOUT = {
     "loss": {
-        "training and validation": ["Multiline", ["train/loss", "validation/loss"]],
-        "validation sets": ["Multiline", [r"validation/.+/loss"]],
+        "training and validation": ["Multiline", ["train/loss", r"validation/(.+/)?loss"]],
         "learning rates": ["Multiline", ["train/learning_rate", "train/router_learning_rate"]],
     },
     "training": {
         "gradient norm": ["Multiline", ["train/gradient_norm"]],
+        "computation of the slowest rank over the median": ["Multiline", ["speed/slowest_over_median"]],
         "tokens per second": ["Multiline", ["speed/tokens_per_second"]],
         "share of the devices' peak": ["Multiline", ["speed/mfu"]],
     },

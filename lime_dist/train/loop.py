@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -16,14 +17,16 @@ from lime_dist.data.state import TrainState
 from lime_dist.distributed import together
 from lime_dist.errors import LimeError
 from lime_dist.model.architecture import architecture_of
+from lime_dist.monitor.console import duration
 from lime_dist.monitor.peak import measured_flops
 from lime_dist.monitor.routers import has_map
 from lime_dist.monitor.tags import SET_PREFIX
-from lime_dist.train.measurements import Measurements, interval_record, stage_scalars
+from lime_dist.train.measurements import Interval, Measurements, interval_record, stage_scalars
 from lime_dist.train.profile import Profiler
 from lime_dist.train.run import Metrics, Run
 from lime_dist.train.signals import StopSignals
 from lime_dist.train.step_end import StepEnd
+from lime_dist.train.stragglers import Stragglers, slowness, stage_flops
 
 RECENT_STEPS = 20
 """A console line gives the median speed of this many steps."""
@@ -63,12 +66,14 @@ def train(run: Run, state: TrainState) -> Outcome:
     recent = _Recent()
     validated: tuple[int, float] | None = None
     measurements = Measurements(run, _peak_flops(run))
+    watched = run.config.monitor
+    stragglers = Stragglers(watched.straggler_share, 60 * watched.straggler_minutes)
     run.console.start(state.step, settings.steps)
     run.engine.start_after(state.step)
     with StopSignals() as signals:
         step_end = StepEnd(run, signals, state)
         while state.step < settings.steps and step_end.stopped_by is None:
-            state, loss = _step(run, state, recent, measurements)
+            state, loss = _step(run, state, recent, measurements, stragglers)
             step_end.check_update(state, loss)
             if run.profiler is not None and run.profiler.is_over(state.step):
                 write_profile(run, run.profiler)
@@ -132,7 +137,9 @@ def write_profile(run: Run, profiler: Profiler) -> None:
             run.console.say(f"profile of steps {profiler.steps}: {written}; the traces beside it open in Perfetto")
 
 
-def _step(run: Run, state: TrainState, recent: _Recent, measurements: Measurements) -> tuple[TrainState, float]:
+def _step(
+    run: Run, state: TrainState, recent: _Recent, measurements: Measurements, stragglers: Stragglers
+) -> tuple[TrainState, float]:
     """One step and its record; returns the state after it and its loss."""
     config, settings = run.config, run.config.train
     lr, router_lr = run.optimizer.learning_rates()
@@ -158,7 +165,9 @@ def _step(run: Run, state: TrainState, recent: _Recent, measurements: Measuremen
     logs = state.step % settings.log_interval == 0 or state.step == settings.steps
     if logs and (intervals := measurements.gather(state.step)):
         record |= interval_record(config, intervals)
-        run.records.draw(state.step, stage_scalars(intervals))
+        run.records.draw(
+            state.step, {**stage_scalars(intervals), **_name_stragglers(run, state, intervals, stragglers)}
+        )
     run.records.write(record)
     run.console.advance()
     if logs:
@@ -168,6 +177,24 @@ def _step(run: Run, state: TrainState, recent: _Recent, measurements: Measuremen
         run.console.step_line(line, settings.steps)
         recent.losses.clear()
     return state, loss
+
+
+def _name_stragglers(
+    run: Run, state: TrainState, intervals: Sequence[Interval], stragglers: Stragglers
+) -> dict[str, float]:
+    """Say which ranks have been slow for long; returns the scalars of the slowest rank, {} if there is only one rank."""
+    if len(intervals) == 1:
+        return {}
+    ratios = slowness(intervals, stage_flops(run.config, run.engine.module.bounds))
+    now = time.perf_counter()
+    for rank, seconds in stragglers.observe(ratios, now - intervals[0].step_seconds, now):
+        run.console.say(
+            f"warning: step {state.step}: {run.engine.placement.name(rank)}, stage {intervals[rank].stage}, has been slow for "
+            f"{duration(seconds)}: its computation takes {ratios[rank]:.2f} times as long as the median of its equals "
+            "(python -m lime_dist.doctor --compute tests the devices)"
+        )
+    slowest = max(ratios, key=ratios.__getitem__)
+    return {"speed/slowest_rank": slowest, "speed/slowest_over_median": ratios[slowest]}
 
 
 def _draw_routers(run: Run, state: TrainState) -> None:

@@ -57,6 +57,8 @@ def test_every_tag_has_one_value_per_interval(watched: tuple[Path, str], events:
     }  # fmt: skip
     every_interval = {
         "speed/mfu",
+        "speed/slowest_rank",
+        "speed/slowest_over_median",
         "validation/loss",
         "validation/perplexity",
         "boundary0/bytes_there",

@@ -40,6 +40,26 @@ def run_in(environment: dict[str, str], values: dict[str, Any]) -> str:
         return run(values)
 
 
+def observe_with_a_slow_rank(values: dict[str, Any], slow: int, seconds: float) -> tuple[str, str]:
+    """`observe`, with forward passes on one rank that take ``seconds`` longer."""
+    import torch.distributed as dist
+
+    from lime_dist.pipeline.module import LimePipelineModule
+
+    forward = LimePipelineModule.forward
+
+    def slowed(*arguments: Any) -> Any:
+        if dist.get_rank() == slow:
+            time.sleep(seconds)
+        return forward(*arguments)
+
+    LimePipelineModule.forward = slowed
+    try:
+        return observe(values)
+    finally:
+        LimePipelineModule.forward = forward
+
+
 def run_with_a_broken_dashboard(values: dict[str, Any]) -> tuple[str, str]:
     """`observe`, with a dashboard that refuses everything."""
     from lime_dist.config.registry import SINKS
