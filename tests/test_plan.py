@@ -176,6 +176,7 @@ PLANS = [
     ["parallel.pipeline_stages=4", "train.global_batch_size=4", "train.micro_batch_size=2"],
     ["--stages", "1", "--processes", "8", "--bandwidth", "1GB", "parallel.zero_stage=1"],
     ["pipeline.engine=stock", "--bandwidth", "50MB"],
+    ["--stages", "4", "pipeline.schedule=zero_bubble", "--bandwidth", "1GB"],
 ]
 
 

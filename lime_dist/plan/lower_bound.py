@@ -28,6 +28,9 @@ def lower_bound(
       directions. The stage has no work until a micro-batch has come through the stages before it, and it ends with a
       backward pass, after which that micro-batch returns the same way.
 
+    Backward passes count without their ``weights``, which may come at any later time. With those, a stage has M · (forward + backward)
+    of work, but no micro-batch need return after the last of it.
+
     Args:
         times, payload_bytes, links, update: as in `simulate`.
         micro_batches: per replica and step.
@@ -36,10 +39,13 @@ def lower_bound(
         ValueError: as in `simulate`.
     """
     boundaries = transfer_times(times, payload_bytes, links, micro_batches, update)
-    passes = [time.forward + time.backward for time in times]
-    crossings = [2 * (duration + latency) for duration, latency in boundaries]
-    before = [0.0, *accumulate(a + b for a, b in zip(passes[:-1], crossings, strict=True))]
-    slowest = max([max(time.forward, time.backward) for time in times] + [duration for duration, _ in boundaries])
+    backwards = [time.backward - time.weights for time in times]
+    passes = [time.forward + backward for time, backward in zip(times, backwards, strict=True)]
+    transfers = [duration + latency for duration, latency in boundaries]
+    before = [0.0, *accumulate(a + 2 * b for a, b in zip(passes[:-1], transfers, strict=True))]
+    there = [0.0, *accumulate(time.forward + b for time, b in zip(times[:-1], transfers, strict=True))]
+    slowest = max(*(time.forward for time in times), *backwards, *(duration for duration, _ in boundaries))
     path = before[-1] + passes[-1]
     by_stage = [fill + micro_batches * work for fill, work in zip(before, passes, strict=True)]
+    by_stage += [fill + micro_batches * (time.forward + time.backward) for fill, time in zip(there, times, strict=True)]
     return max(path + (micro_batches - 1) * slowest, *by_stage) + update

@@ -162,7 +162,9 @@ def gone(
     for item in request.session.items:
         if "gone" in item.fixturenames:
             instruction, harm = item.callspec.params["instruction"], item.callspec.params["harm"]
-            split = {"schedule": "zero_bubble"} if instruction in SPLIT_INSTRUCTIONS else {}
+            split = (
+                {"schedule": "zero_bubble", "deferred_weight_passes": 0} if instruction in SPLIT_INSTRUCTIONS else {}
+            )
             values = settings(3, timeout=GONE_TIMEOUT, **split)
             values["train"] = {**values["train"], "global_batch_size": 3}
             victim, folder = 0 if instruction == "LoadMicroBatch" else 1, tmp_path_factory.mktemp("gone")
