@@ -13,11 +13,10 @@ Resumable: after a stop, the same command finishes the rest (`runs.py`). Seeds t
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
+from pairs import mean_interval, ratio_interval
 from runs import Study, add_options
 
 from lime_dist.errors import LimeError, run_command
@@ -67,8 +66,6 @@ DEFAULT = [
     "llama", "full", "chunked-8-r1-f2", "first_last-2-1", "full-identity", "chunked-8-r1-f2-identity", "chunked-4-r1-f2",
     "first_last-2-1-identity", "dilated-4-1-1",
 ]  # fmt: skip
-
-Interval = tuple[float, float]
 
 
 def main() -> None:
@@ -127,39 +124,6 @@ def share(gains: Sequence[float], of: Sequence[float]) -> str:
     if interval is None:
         return "unresolved"
     return f"{statistics.fmean(gains) / statistics.fmean(of):.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the 95 % interval of the mean of normally distributed values (Student)."""
-    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
-
-
-def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval | None:
-    """Return the 95 % interval of a ratio of means of paired values (Fieller); None if it is unbounded, as the divisor may be 0."""
-    count = len(above)
-    square = t_quantile(count - 1) ** 2 / count
-    covariance = np.cov(above, below)
-    a, b = statistics.fmean(above), statistics.fmean(below)
-    second, first, constant = (
-        b * b - square * covariance[1, 1],
-        a * b - square * covariance[0, 1],
-        a * a - square * covariance[0, 0],
-    )
-    if second <= 0:
-        return None
-    root = math.sqrt(max(0.0, first * first - second * constant))
-    return (first - root) / second, (first + root) / second
-
-
-def t_quantile(freedom: int, level: float = 0.975) -> float:
-    """Return a quantile of Student's distribution, by integrating its density."""
-    x = np.linspace(0.0, 400.0, 4_000_001)
-    scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
-    density = scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
-    below = 0.5 + np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (x[1] - x[0])
-    return float(np.interp(level, below, x))
 
 
 def draw(study: Study, seeds: Sequence[int]) -> None:
