@@ -102,13 +102,14 @@ def train_one_process(
     accumulation_dtype = torch.promote_types(dtype, torch.float32)
     masters = {name: p.detach().to(accumulation_dtype).clone().requires_grad_() for name, p in model.named_parameters()}
     before = {name: master.detach().clone() for name, master in masters.items()}
+    width = config.model.hidden_size / (config.model.numerics.base_hidden_size or config.model.hidden_size)
     settings, group_of = config.optimizer, architecture_of(config.model).parameter_group
     adam = torch.optim.AdamW(
         [
             {
                 "params": [masters[name]],
-                "lr": settings.router_lr if group_of(name) == "routers" else settings.lr,
-                "weight_decay": settings.weight_decay if group_of(name) == "matrices" else 0.0,
+                "lr": {"routers": settings.router_lr, "matrices": settings.lr / width}.get(group_of(name), settings.lr),
+                "weight_decay": settings.weight_decay * width if group_of(name) == "matrices" else 0.0,
             }
             for name in masters
         ],
@@ -150,11 +151,12 @@ def train_one_process(
 
 def _mean_loss(config: Config, logits: Tensor, labels: Tensor, use: str) -> Tensor:
     """Mean loss. If not all labels count: each label's loss by itself, summed over counted labels, over their expected number."""
+    z_loss = config.train.z_loss if use == "training" else 0.0
     if counted_labels(config) is None:
-        return language_model_loss(logits, labels)
+        return language_model_loss(logits, labels, z_loss=z_loss)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = labels.clamp(min=0).unsqueeze(-1)
-    each = logits.logsumexp(-1) - logits.gather(-1, chosen).squeeze(-1)
+    each = logits.logsumexp(-1) - logits.gather(-1, chosen).squeeze(-1) + z_loss * logits.logsumexp(-1).square()
     return torch.where(labels >= 0, each, torch.zeros_like(each)).sum() / (SHARES[use] * labels.numel())
 
 

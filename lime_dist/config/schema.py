@@ -22,6 +22,7 @@ from lime_dist.config.sections.model import (
     LimeConfig,
     ModelConfig,
 )
+from lime_dist.config.sections.numerics import NumericsConfig
 from lime_dist.config.sections.optimizer import OptimizerConfig
 from lime_dist.config.sections.parallel import ParallelConfig, PipelineConfig
 from lime_dist.config.sections.rope import RopeScalingConfig
@@ -40,6 +41,7 @@ __all__ = [
     "LimeConfig",
     "ModelConfig",
     "MonitorConfig",
+    "NumericsConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PipelineConfig",

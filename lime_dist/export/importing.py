@@ -16,7 +16,7 @@ from torch import Tensor
 from lime_dist.checkpoint.reading import Weights, load_decoder, parameter_shapes
 from lime_dist.checkpoint.writing import write_checkpoint
 from lime_dist.config.flat import flattened, shown
-from lime_dist.config.schema import Config, ModelConfig
+from lime_dist.config.schema import Config, ModelConfig, NumericsConfig
 from lime_dist.data.blend import open_training
 from lime_dist.data.files import read_json
 from lime_dist.data.identity import DataIdentity
@@ -108,7 +108,7 @@ def completed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
 def check_export(folder: Path, values: dict[str, Any], config: Config) -> None:
     """Refuse a configuration whose model is not the exported one (LimeError)."""
     given = {"architecture": config.model.architecture, **model_description(config)}
-    if given["model_type"] == MODEL_TYPE:
+    if MODEL_TYPE == given["model_type"] or values["architecture"] == given["architecture"]:
         wrong = [f"model.{key}={value}" for key, value in _shape(values).items() if _shape(given).get(key) != value]
     else:
         wrong = [f"model.architecture={values['architecture']}"]
@@ -120,6 +120,7 @@ def _shape(values: dict[str, Any]) -> dict[str, str]:
     """What an export's config.json says of ``model``: the value of every key, as on the command line."""
     settings: dict[str, Any] = {"architecture": values["architecture"], **{key: values[key] for key in SHAPE_KEYS}}
     settings |= _section_settings("rope_scaling", read_scaling("config.json", values).model_dump())
+    settings |= _section_settings("numerics", NumericsConfig().model_dump())
     for key, value in values.items():
         if key in ModelConfig.model_fields and isinstance(value, dict):
             settings |= _section_settings(key, value)
@@ -170,6 +171,7 @@ def check_shape(folder: Path, values: dict[str, Any], model: ModelConfig) -> Non
             raise LimeError(f"{folder / 'config.json'}: {key}={value} is not supported, only {key}={supported}")
     theirs = {key: getattr(original, key, None) for key in SHAPE_KEYS} | {"rope_theta": rope["rope_theta"]}
     theirs |= _section_settings("rope_scaling", scaling.model_dump())
+    theirs |= _section_settings("numerics", NumericsConfig().model_dump())
     ours = {**flattened(model.model_dump(mode="json")), "num_key_value_heads": model.key_value_heads}
     wrong = [key for key in theirs if theirs[key] != ours[key]]
     if wrong:

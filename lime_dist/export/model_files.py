@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lime_dist.config.schema import Config
+from lime_dist.config.schema import Config, NumericsConfig
 from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
 from lime_dist.export import rope
@@ -84,6 +84,8 @@ def model_description(config: Config) -> dict[str, Any]:
         "num_key_value_heads": model.key_value_heads,
         "max_position_embeddings": rope.supported_length(config.data.sequence_length, model.rope_scaling),
     }
+    if model.numerics != NumericsConfig():
+        shape["numerics"] = model.numerics.model_dump(mode="json")
     if scaling := rope.described(model.rope_scaling):
         shape["rope_scaling" if format.code is None else "rope_parameters"] = scaling
     description: dict[str, Any] = {"architectures": [format.causal_class], "model_type": MODEL_TYPE}

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.errors import LimeError, first_line
-from lime_dist.model.layers import MLP, Positions, RMSNorm, causal_attention, rotary_table, rotate, within_documents
+from lime_dist.model.layers import (
+    MLP,
+    Positions,
+    RMSNorm,
+    causal_attention,
+    rotary_table,
+    rotate,
+    scaled,
+    within_documents,
+)
+from lime_dist.model.scaling import residual_scale
 from lime_dist.model.weight_gradients import Projection
 
 
@@ -27,7 +37,10 @@ class Router(Protocol):
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention with rotary embedding, and the router of the layer, if it has one."""
+    """Grouped-query causal attention with rotary embedding, and the router of the layer, if it has one.
+
+    With ``model.numerics.qk_norm``, every head's queries and keys (after a mixture over layers) are normed before their rotation.
+    """
 
     router: nn.Module | None
     needs_tensor_mask: ClassVar[bool] = False
@@ -41,6 +54,9 @@ class Attention(nn.Module):
         self.k_proj = Projection(hidden, config.key_value_heads * size)
         self.v_proj = Projection(hidden, config.key_value_heads * size)
         self.o_proj = Projection(heads * size, hidden)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.numerics.qk_norm else None
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.numerics.qk_norm else None
+        self.scale = residual_scale(config)
         self.router = router
 
     def positions(self, x_BTD: Tensor, starts_BT: Tensor | None) -> Positions:
@@ -63,11 +79,21 @@ class Attention(nn.Module):
 
     def queries(self, x_BTD: Tensor, positions: Positions) -> Tensor:
         """Rotated queries, [B, H, T, d]."""
-        return rotate(self.split_heads(self.q_proj(x_BTD)), positions)
+        q_BHTd = self.split_heads(self.q_proj(x_BTD))
+        return rotate(q_BHTd if self.q_norm is None else self.q_norm(q_BHTd), positions)
+
+    def keys(self, k_BGTd: Tensor, positions: Positions) -> Tensor:
+        """Rotated keys, from keys before norm and rotation."""
+        return rotate(k_BGTd if self.k_norm is None else self.k_norm(k_BGTd), positions)
 
     def attend(self, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, positions: Positions) -> Tensor:
-        """Attention, from rotated queries, keys before rotation, and values; returns [B, T, D]."""
-        return self.o_proj(causal_attention(q_BHTd, rotate(k_BGTd, positions), v_BGTd, positions.mask))
+        """Attention, from rotated queries, keys before norm and rotation, and values; returns [B, T, D]."""
+        out_BTC = causal_attention(q_BHTd, self.keys(k_BGTd, positions), v_BGTd, positions.mask)
+        return self.output(out_BTC)
+
+    def output(self, out_BTC: Tensor) -> Tensor:
+        """[B, T, D] from what the heads read, [B, T, H·d]."""
+        return scaled(self.o_proj(out_BTC), self.scale)
 
     def forward(self, x_BTD: Tensor, positions: Positions) -> Tensor:
         """Attention without a history."""
@@ -86,7 +112,7 @@ class PreNormLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, router)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MLP(config)
 
     def routing(self) -> Tensor | None:
         """The weights by which the layer mixes entries; None if they depend on its input, or it has no router."""

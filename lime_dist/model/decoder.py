@@ -23,6 +23,7 @@ from lime_dist.model.history import LayerHistory
 from lime_dist.model.init import build
 from lime_dist.model.layers import Embedding
 from lime_dist.model.layout import StageLayout
+from lime_dist.model.logits import LogitForm
 from lime_dist.model.parameters import FINAL_NORM
 from lime_dist.model.summaries import ChunkSummary
 from lime_dist.model.transformer import EMBEDDING
@@ -180,7 +181,7 @@ def apply_norm(config: ModelConfig, norm: nn.Module, hidden: Tensor) -> Tensor:
 def apply_head(config: ModelConfig, norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [B, T, V] from the output of the last decoder layer. The head is an output projection or a tied embedding."""
     normed_BTD = apply_norm(config, norm, hidden)
-    return head.logits(normed_BTD) if isinstance(head, Embedding) else head(normed_BTD)
+    return LogitForm.of(config).logits(head.logits(normed_BTD) if isinstance(head, Embedding) else head(normed_BTD))
 
 
 class Decoder(nn.Module):

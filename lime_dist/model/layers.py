@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lime_dist.config.schema import RopeScalingConfig
+from lime_dist.config.schema import ModelConfig, RopeScalingConfig
 from lime_dist.model.documents import attention_with_mask, document_mask, tensor_mask
 from lime_dist.model.norm_rotation import Rotate, rms_norm
+from lime_dist.model.scaling import residual_scale
 from lime_dist.model.weight_gradients import Projection
 
 if TYPE_CHECKING:
@@ -128,16 +129,27 @@ def causal_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tenso
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
+    """SwiGLU: down(silu(gate(x)) · up(x)), times `scaling.residual_scale`."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.scale = residual_scale(config)
         self.gate_proj = Projection(hidden_size, intermediate_size)
         self.up_proj = Projection(hidden_size, intermediate_size)
         self.down_proj = Projection(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return scaled(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), self.scale)
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """``scale`` · x; x itself for 1."""
+    return x if scale == 1 else x * scale
+
+
+IGNORED_LABEL = -100
+"""A label that does not count, as in torch."""
 
 
 class Embedding(nn.Module):
@@ -155,17 +167,26 @@ class Embedding(nn.Module):
         return F.linear(x_BTD, self.weight)
 
 
-def language_model_loss(logits_BTV: Tensor, labels_BT: Tensor, counted_share: float | None = None) -> Tensor:
-    """Mean cross-entropy in nats per token, computed in at least float32.
+def language_model_loss(
+    logits_BTV: Tensor, labels_BT: Tensor, counted_share: float | None = None, z_loss: float = 0.0
+) -> Tensor:
+    """Mean cross-entropy in nats per token, and the z-loss, computed in at least float32.
 
     Args:
         counted_share: expected share of the labels that count; the others are -100. The sum is divided by this share of B·T,
             not by the number of labels that count in this batch, so that the mean over micro-batches weights all tokens
             equally. None: all labels count.
+        z_loss: ``train.z_loss``.
     """
     logits = logits_BTV.flatten(0, 1)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
+    labels = labels_BT.flatten()
+    if z_loss:
+        counted = labels != IGNORED_LABEL
+        count = counted.sum() if counted_share is None else labels.numel() * counted_share
+        squares = (logits.logsumexp(-1).square() * counted).sum()
+        return (F.cross_entropy(logits, labels, reduction="sum") + z_loss * squares) / count
     if counted_share is not None:
-        return F.cross_entropy(logits, labels_BT.flatten(), reduction="sum") / (labels_BT.numel() * counted_share)
-    return F.cross_entropy(logits, labels_BT.flatten())
+        return F.cross_entropy(logits, labels, reduction="sum") / (labels.numel() * counted_share)
+    return F.cross_entropy(logits, labels)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lime_dist.config.precision import accumulation_itemsize
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import Flops, Group, Sizes
+from lime_dist.model.scaling import base_depth, width_multiplier
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ def projection_parameters(config: ModelConfig) -> Sizes:
         "self_attn.v_proj.weight": hidden * keys,
         "self_attn.o_proj.weight": hidden * queries,
         **{f"mlp.{name}_proj.weight": hidden * config.intermediate_size for name in ("gate", "up", "down")},
+        **({f"self_attn.{name}_norm.weight": config.head_size for name in "qk"} if config.numerics.qk_norm else {}),
     }
 
 
@@ -59,14 +61,16 @@ def shared_parameter_group(name: str) -> Group:
 def initialise_shared(config: ModelConfig, name: str, value: Tensor, generator: torch.Generator) -> None:
     """Initial value of a parameter that all architectures have.
 
-    Norms start at 1; matrices and embeddings at N(0, 0.02²), with ``o_proj`` and ``down_proj`` divided by √(2L).
+    Norms start at 1; matrices and embeddings at N(0, 0.02²), with ``o_proj`` and ``down_proj`` divided by √(2L), as far as `scaling`
+    does not say otherwise.
     """
     if shared_parameter_group(name) == "plain" and name != EMBEDDING_WEIGHT:
         value.fill_(1.0)
         return
-    std = 0.02
+    width = width_multiplier(config)
+    std = 0.02 / {EMBEDDING_WEIGHT: 1.0, HEAD_WEIGHT: width}.get(name, math.sqrt(width))
     if name.endswith(("o_proj.weight", "down_proj.weight")):
-        std /= math.sqrt(2 * config.num_hidden_layers)
+        std /= math.sqrt(2 * base_depth(config))
     value.normal_(0.0, std, generator=generator)
 
 
@@ -117,9 +121,17 @@ class Activations:
         return itemsize * (num_tokens * self.per_token + self.fixed) + accumulation_itemsize(itemsize) * accumulated
 
 
-def transformer_activations(config: ModelConfig) -> Activations:
-    """What attention and SwiGLU keep of a layer."""
-    return Activations(
+def transformer_activations(config: ModelConfig, keeps_keys: bool = False) -> Activations:
+    """What attention and SwiGLU keep of a layer.
+
+    Args:
+        keeps_keys: whether the memory of keys before norm and rotation is kept in any case.
+    """
+    norms = Activations()
+    if config.numerics.qk_norm:  # queries and keys before the norm; root mean squares
+        keys = 0 if keeps_keys else config.key_value_heads * config.head_size
+        norms = Activations(config.hidden_size + keys, config.num_attention_heads + config.key_value_heads)
+    return norms + Activations(
         # Queries, keys, values, output; gate, silu(gate), up, their product.
         per_token=2 * config.hidden_size + 2 * config.key_value_heads * config.head_size + 4 * config.intermediate_size,
         accumulated_per_token=config.num_attention_heads,  # log of the sum of exponentials

@@ -34,6 +34,7 @@ from lime_dist.model.decoder import (
     run_layers,
 )
 from lime_dist.model.history import LayerHistory
+from lime_dist.model.logits import LogitForm
 from lime_dist.model.loss import projected_loss
 from lime_dist.model.summaries import ChunkSummary
 from lime_dist.pipeline.partition import stage_bounds
@@ -184,11 +185,17 @@ class LimePipelineModule(PipelineModule):
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """The logits [..., V] of hidden states [..., D] after the last norm, on the last stage."""
-        return F.linear(hidden_D, cast(Tensor, self.forward_funcs[-1].weight))
+        form = LogitForm.of(self.config.model)
+        return form.logits(F.linear(hidden_D, cast(Tensor, self.forward_funcs[-1].weight)))
 
     def _loss(self, hidden_BTD: Tensor, labels_BT: Tensor, counted_share: float | None) -> Tensor:
-        """The loss of a micro-batch on the last stage. The head is an output projection or a tied embedding."""
-        return projected_loss(hidden_BTD, cast(Tensor, self.forward_funcs[-1].weight), labels_BT, counted_share)
+        """The loss of a micro-batch on the last stage, in training with the z-loss. The head is an output projection or a tied
+        embedding."""
+        weight, z_loss = cast(Tensor, self.forward_funcs[-1].weight), self.config.train.z_loss
+        form = LogitForm.of(self.config.model)
+        return projected_loss(
+            hidden_BTD, weight, labels_BT, counted_share, form, z_loss if torch.is_grad_enabled() else 0.0
+        )
 
 
 Arguments = tuple[ModelConfig, int, torch.device, torch.dtype]

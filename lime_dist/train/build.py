@@ -10,6 +10,7 @@ from lime_dist.config.registry import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.model.architecture import architecture_of
+from lime_dist.model.scaling import width_multiplier
 from lime_dist.pipeline.clock import Clock
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
@@ -31,6 +32,7 @@ def make_stage_optimizer(
         zero_stage=config.parallel.zero_stage,
         process_groups=process_groups,
         clock=clock,
+        width_multiplier=width_multiplier(config.model),
     )
 
 

@@ -56,6 +56,8 @@ class StageOptimizer:
         zero_stage: 0: every replica updates everything; 1: each replica updates the parameters that it owns.
         process_groups: the ranks that share this stage, and its weights that other stages hold as well.
         clock: counts the time in which the global norm waits for other ranks.
+        width_multiplier: divisor of the learning rate of matrices (`lime_dist.model.scaling`); their weight decay is multiplied by
+            it, so that a step shrinks them as it does without it.
 
     Attributes:
         step_count: updates applied so far.
@@ -75,7 +77,9 @@ class StageOptimizer:
         zero_stage: int,
         process_groups: ProcessGroups,
         clock: Clock | None = None,
+        width_multiplier: float = 1.0,
     ) -> None:
+        self._width_multiplier = width_multiplier
         self._optimizer, self._learning_rate, self._config = optimizer, learning_rate, config
         self._process_groups, self._clock = process_groups, clock
         self.parameters = dict(parameters)
@@ -147,7 +151,7 @@ class StageOptimizer:
                     weight=weight,
                     gradient=self.flat_gradients[begin:end],
                     states={state: torch.zeros_like(weight) for state in states},
-                    weight_decay=self._config.weight_decay if group == "matrices" else 0.0,
+                    weight_decay=self._config.weight_decay * self._width_multiplier if group == "matrices" else 0.0,
                 )
             )
         return groups
@@ -258,7 +262,7 @@ class StageOptimizer:
         self.flat_gradients[begin:end] *= scale
         lr, router_lr = self.learning_rates()
         for group in self.parameter_groups:
-            group.lr = router_lr if group.group == "routers" else lr
+            group.lr = {"routers": router_lr, "matrices": lr / self._width_multiplier}.get(group.group, lr)
         self._optimizer.update(self.parameter_groups, self.step_count + 1, skip)
         self._publish()
         # 0, unless `settle` has to find what is not finite. The sum makes 0 of a negative 0.

@@ -172,7 +172,7 @@ def first_training_loss(values: dict[str, Any], directory: Path) -> float:
     answers = find_answers(split, values["data"]["answer_token"])
     assert answers is not None
     length, size = config.data.sequence_length, config.train.global_batch_size
-    batches = TrainBatches(split, order, length, size, size, 0, 1, answers=answers)
+    batches = TrainBatches(split, order, length, size, size, 0, 1, counted=answers)
     tokens, labels = next(batches)
     batches.close()
     assert 0 < (labels == IGNORED).sum() < labels.numel()

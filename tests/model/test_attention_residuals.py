@@ -32,7 +32,7 @@ def sublayer_output(config: ModelConfig, decoder: Decoder, sublayer: int, mixed:
     name = "post_attention_layernorm" if sublayer % 2 else "input_layernorm"
     normed = reference.rms_norm(mixed, weights[f"{prefix}{name}.weight"], config.rms_norm_eps)
     if sublayer % 2:
-        return reference.mlp(weights, prefix, normed)
+        return reference.mlp(config, weights, prefix, normed)
     return reference.attention(config, weights, prefix, layer, normed, {})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import NUMERICS
 from support.policies import POLICIES
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -31,6 +32,7 @@ from lime_dist.model.decoder import (
 )
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.layers import rotary_table
+from lime_dist.model.logits import LogitForm
 from lime_dist.model.loss import projected_loss
 from lime_dist.pipeline.payload import pack, unpack
 
@@ -63,6 +65,19 @@ MODELS: dict[str, dict[str, Any]] = {
         for name in ("full", "last alone", "chunked, two rows")
     },
     "top_p": {"lime": {"routes": "hidden", "top_p": 0.5}},
+    **{
+        f"{name}, numerics": {**settings, "numerics": NUMERICS}
+        for name, settings in {
+            "llama": {"architecture": "llama", "num_key_value_heads": 2},
+            "value residual": {"architecture": "value_residual"},
+            "hyper": {"architecture": "hyper", "hyper": {"rate": 2}},
+            "gated residual": {"architecture": "gated_residual"},
+            "attention residuals": {"architecture": "attention_residuals", "num_key_value_heads": 2},
+            "kv": {"num_key_value_heads": 2},
+            "static": {"lime": {"routes": "hidden", "start_layer": 3}},
+        "moda": {"num_key_value_heads": 2, "lime": {"depth_attention": "moda", "mlp_entries": True}},
+        }.items()
+    },
     **{f"kv, {name}": {"num_key_value_heads": 2, "lime": {"history": history}} for name, history in POLICIES.items()},
     **{
         f"static, {name}": {"lime": {"routes": "hidden", "start_layer": 3, "history": history}}
@@ -272,7 +287,7 @@ def count_activations(
         hidden, _ = run_layers(stage_modules(decoder, start, stop), hidden, history, checkpointing)
         if stop == config.num_hidden_layers:
             norm, head = (decoder.get_submodule(spec.name) for spec in decoder.specs[-2:])
-            hidden = projected_loss(apply_norm(config, norm, hidden), head.weight, labels)
+            hidden = projected_loss(apply_norm(config, norm, hidden), head.weight, labels, form=LogitForm.of(config))
     if history is None:
         return kept.bytes
     kept.add(entries_of(history))

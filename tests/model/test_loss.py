@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_iter
 from lime_dist.config.schema import RopeScalingConfig
 from lime_dist.model import cost
 from lime_dist.model.layers import Positions, language_model_loss, rotary_table, rotate
+from lime_dist.model.logits import PLAIN, LogitForm
 from lime_dist.model.loss import projected_loss
 from lime_dist.model.norm_rotation import rms_norm
 
@@ -31,21 +32,34 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, labels
 
 
+FORMS = {
+    "plain": (PLAIN, 0.0),
+    "z-loss": (PLAIN, 0.1),
+    "bounded": (LogitForm(softcap=1.5), 0.0),
+    "all": (LogitForm(0.5, 0.7), 0.1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("piece", [64, 10**9], ids=["pieces", "whole"])
 @pytest.mark.parametrize("counted_share", [None, 0.5])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_the_loss_in_pieces_equals_the_loss_of_all_logits(
-    dtype: torch.dtype, counted_share: float | None, piece: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, counted_share: float | None, piece: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With a bound and a scale of the logits and the z-loss, too."""
+    logit_form, z_loss = FORMS[form]
     monkeypatch.setattr(cost, "LOGITS_OF_A_PIECE", piece * VOCABULARY)
     monkeypatch.setattr(cost, "PIECE_UNIT", 8)
     hidden, weight, labels = inputs(dtype)
-    wanted = language_model_loss(F.linear(hidden, weight), labels, counted_share)
-    loss = projected_loss(hidden, weight, labels, counted_share)
+    products = F.linear(hidden, weight)
+    products = products if dtype == torch.float64 else products.float()
+    wanted = language_model_loss(logit_form.logits(products), labels, counted_share, z_loss)
+    loss = projected_loss(hidden, weight, labels, counted_share, logit_form, z_loss)
     assert loss.dtype == wanted.dtype
     torch.testing.assert_close(loss, wanted, rtol=TOLERANCES[dtype] / 10, atol=0)
     with torch.no_grad():
-        assert torch.equal(projected_loss(hidden, weight, labels, counted_share), loss)
+        assert torch.equal(projected_loss(hidden, weight, labels, counted_share, logit_form, z_loss), loss)
     for own, theirs in zip(
         torch.autograd.grad(loss / 3, (hidden, weight)), torch.autograd.grad(wanted / 3, (hidden, weight)), strict=True
     ):
@@ -73,7 +87,7 @@ def test_all_logits_never_exist_together(with_gradients: bool, monkeypatch: pyte
     hidden, weight, labels = inputs(torch.float32)
     assert 8 <= cost.loss_piece_tokens(VOCABULARY, labels.numel()) <= 64
     with LargestTensor() as largest, torch.set_grad_enabled(with_gradients):
-        loss = projected_loss(hidden, weight, labels)
+        loss = projected_loss(hidden, weight, labels, form=LogitForm(0.5, 2.0), z_loss=0.1)
         if with_gradients:
             loss.backward()
     assert largest.elements <= max(64 * VOCABULARY, hidden.numel()) < labels.numel() * VOCABULARY

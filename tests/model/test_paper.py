@@ -123,7 +123,7 @@ def test_hyper_starts_as_a_pre_norm_residual_decoder(rate: int, dynamic: bool) -
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         x = x + reference.attention(config, weights, prefix, layer, reference.layer_norm(x), {})
-        x = x + reference.mlp(weights, prefix, reference.layer_norm(x))
+        x = x + reference.mlp(config, weights, prefix, reference.layer_norm(x))
     x = reference.rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps / rate**2)
     torch.testing.assert_close(model(tokens), x @ weights["model.embed_tokens.weight"].T, rtol=0, atol=1e-12)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.models import NUMERICS
 from support.policies import POLICIES
 from support.wires import rounded_to_float8
 from support.workers import WorkerGroup
@@ -288,6 +289,28 @@ def test_every_other_model(workers: Callable[[int], WorkerGroup], model: str, st
 def test_every_other_model_in_bf16_with_two_replicas(workers: Callable[[int], WorkerGroup], model: str) -> None:
     """Three steps, since the effect of rounding grows from step to step."""
     check_equal(settings(model, 4, True, "bf16", pipeline_stages=2, zero_stage=1), workers(4), steps=3)
+
+
+@pytest.mark.parametrize(
+    ("model", "stages", "tied", "checkpointing"),
+    [(model, 1 + turn % 3, turn % 2 == 0, turn % 4 > 1) for turn, model in enumerate(MODELS)],
+)
+def test_numerics(
+    workers: Callable[[int], WorkerGroup], model: str, stages: int, tied: bool, checkpointing: bool
+) -> None:
+    """Normed queries and keys, bounded and scaled logits, z-loss, scaled branches, and learning rates that follow the width."""
+    values = settings(model, 4, tied, "fp64", pipeline_stages=stages, activation_checkpointing=checkpointing)
+    values["model"]["numerics"] = {**NUMERICS, "base_hidden_size": 8, "base_num_hidden_layers": 2}
+    values["train"]["z_loss"] = 0.05
+    check_equal(values, workers(stages), steps=2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_numerics_in_low_precision_with_two_replicas(workers: Callable[[int], WorkerGroup], precision: str) -> None:
+    values = documents(settings("lime", 2, True, precision, pipeline_stages=2, zero_stage=1))
+    values["model"]["numerics"] = {**NUMERICS, "base_hidden_size": 8, "base_num_hidden_layers": 2}
+    values["train"]["z_loss"] = 0.05
+    check_equal(values, workers(4), steps=2)
 
 
 DOCUMENT_CASES = [

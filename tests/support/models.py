@@ -20,6 +20,11 @@ LLAMA3 = {
 }  # fmt: skip
 """With a head size of 4, the first frequency lies between the limits, and the second one is divided by the factor."""
 
+NUMERICS = {
+    "qk_norm": True, "logit_softcap": 2.0, "residual_scale": 0.7, "base_hidden_size": 12, "base_num_hidden_layers": 4,
+}  # fmt: skip
+"""All of ``model.numerics``."""
+
 MODELS = {
     "llama": {"architecture": "llama"},
     "llama, G=H": {"architecture": "llama", "num_key_value_heads": 6, "rope_scaling": LLAMA3},
@@ -70,4 +75,16 @@ MODELS = {
         }
         for size in (1, 3, 10)
     },
+    "llama, numerics": {"architecture": "llama", "numerics": NUMERICS},
+    "lime kv, numerics": {"numerics": NUMERICS},
+    "lime static, numerics": {
+        "num_key_value_heads": 6,
+        "lime": {"routes": "hidden", "start_layer": 4},
+        "numerics": NUMERICS,
+    },
+    "value residual, numerics": {"architecture": "value_residual", "numerics": NUMERICS},
+    "moda, numerics": {"lime": {"depth_attention": "moda", "mlp_entries": True}, "numerics": NUMERICS},
+    "hyper, numerics": {"architecture": "hyper", "hyper": {"rate": 2}, "numerics": NUMERICS},
+    "gated residual, numerics": {"architecture": "gated_residual", "gated_residual": {"rate": 2}, "numerics": NUMERICS},
+    "attention residuals, numerics": {"architecture": "attention_residuals", "numerics": NUMERICS},
 }

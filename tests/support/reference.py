@@ -39,7 +39,7 @@ def logits(config: ModelConfig, weights: Weights, tokens_BT: Tensor) -> Tensor:
         normed = rms_norm(x, weights[prefix + "input_layernorm.weight"], config.rms_norm_eps)
         x = x + attention(config, weights, prefix, layer, normed, slots)
         normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
-        x = x + mlp(weights, prefix, normed)
+        x = x + mlp(config, weights, prefix, normed)
     return head(config, weights, x)
 
 
@@ -76,13 +76,11 @@ def hidden_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
             keys.append(mixture @ key_weight[h * size : (h + 1) * size].T)
             values.append(mixture @ value_weight[h * size : (h + 1) * size].T)
         q = (queries @ weights[prefix + "self_attn.q_proj.weight"].T).unflatten(-1, (heads, size))
-        x = (
-            x
-            + causal(config, q, torch.stack(keys, 2), torch.stack(values, 2))
-            @ weights[prefix + "self_attn.o_proj.weight"].T
-        )
+        x = x + causal(config, weights, prefix, q, torch.stack(keys, 2), torch.stack(values, 2)) @ weights[
+            prefix + "self_attn.o_proj.weight"
+        ].T * branch_scale(config)
         normed_x = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
-        x = x + mlp(weights, prefix, normed_x)
+        x = x + mlp(config, weights, prefix, normed_x)
     return head(config, weights, x)
 
 
@@ -168,7 +166,7 @@ def hyper_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
             if kind == "attn":
                 out = attention(config, weights, prefix, layer, normed, {})
             else:
-                out = mlp(weights, prefix, normed)
+                out = mlp(config, weights, prefix, normed)
             streams = [mixed[i + 1] + beta[i] * out for i in range(rate)]
     return head(config, weights, sum(streams, torch.zeros_like(x)))
 
@@ -198,7 +196,7 @@ def constrained_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tens
             if kind == "attn":
                 out = attention(config, weights, prefix, layer, mixed, {})
             else:
-                out = mlp(weights, prefix, mixed)
+                out = mlp(config, weights, prefix, mixed)
             streams = [
                 sum((residual[i][j] * streams[j] for j in range(rate)), torch.zeros_like(x)) + post[i] * out
                 for i in range(rate)
@@ -227,13 +225,15 @@ def gated_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
             own = f"{prefix}{kind}_connection."
             mixed, vector = read(own, streams)
             out = (
-                attention(config, weights, prefix, layer, mixed, {}) if kind == "attn" else mlp(weights, prefix, mixed)
+                attention(config, weights, prefix, layer, mixed, {})
+                if kind == "attn"
+                else mlp(config, weights, prefix, mixed)
             )
             for i in range(rate):
                 gate = 2 / (1 + torch.exp(-(vector @ weights[own + "write_proj.weight"][i]) / rate))
                 streams = [*streams[:i], streams[i] + gate.unsqueeze(-1) * out, *streams[i + 1 :]]
     x, _ = read("model.norm.", streams)
-    return x @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).T
+    return vocabulary(config, weights, x)
 
 
 def sinkhorn(z: list[Tensor], rate: int) -> list[list[Tensor]]:
@@ -268,7 +268,7 @@ def attention_residuals_logits(config: ModelConfig, weights: Weights, x: Tensor)
                 outputs.append(attention(config, weights, prefix, layer, normed, {}))
             else:
                 normed = rms_norm(mixed, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
-                outputs.append(mlp(weights, prefix, normed))
+                outputs.append(mlp(config, weights, prefix, normed))
             if len(outputs) == config.attention_residuals.block_size:
                 blocks, outputs = [*blocks, sum(outputs, torch.zeros_like(x))], []
     return head(config, weights, depth_attention(config, weights, f"{prefix}output_residual.", blocks, outputs))
@@ -294,15 +294,29 @@ def layer_norm(x: Tensor) -> Tensor:
     return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
-def mlp(weights: Weights, prefix: str, x: Tensor) -> Tensor:
+def mlp(config: ModelConfig, weights: Weights, prefix: str, x: Tensor) -> Tensor:
     gate = x @ weights[prefix + "mlp.gate_proj.weight"].T
     up = x @ weights[prefix + "mlp.up_proj.weight"].T
-    return (gate * torch.sigmoid(gate) * up) @ weights[prefix + "mlp.down_proj.weight"].T
+    return branch_scale(config) * ((gate * torch.sigmoid(gate) * up) @ weights[prefix + "mlp.down_proj.weight"].T)
+
+
+def branch_scale(config: ModelConfig) -> float:
+    """The factor of a sub-layer's output."""
+    base = config.numerics.base_num_hidden_layers or config.num_hidden_layers
+    return config.numerics.residual_scale / (config.num_hidden_layers / base) ** 0.5
 
 
 def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)
-    return x @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).T
+    return vocabulary(config, weights, rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps))
+
+
+def vocabulary(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """Logits of the normed state."""
+    logits = x @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).T
+    if config.tie_word_embeddings and config.numerics.base_hidden_size:
+        logits = logits / (config.hidden_size / config.numerics.base_hidden_size)
+    cap = config.numerics.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def attention(
@@ -328,7 +342,8 @@ def attention(
         share = config.value_residual.weight
         first, own = weights.get(prefix + "self_attn.router.weight", (share, 1 - share))
         v = first * slots[Entry(0)][1] + own * v
-    return causal(config, q, k, v) @ weights[prefix + "self_attn.o_proj.weight"].T
+    out = causal(config, weights, prefix, q, k, v) @ weights[prefix + "self_attn.o_proj.weight"].T
+    return branch_scale(config) * out
 
 
 def summaries_after(config: ModelConfig, layer: int) -> list[tuple[int, Entry]]:
@@ -340,8 +355,11 @@ def summaries_after(config: ModelConfig, layer: int) -> list[tuple[int, Entry]]:
     return [(layer // entry.span, entry) for entry in sorted(read) if entry.is_summary and entry.layer == layer]
 
 
-def causal(config: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal(config: ModelConfig, weights: Weights, prefix: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of [B, T, H, d] over [B, T, G, d], position by position; returns [B, T, H·d]."""
+    if config.numerics.qk_norm:
+        q = rms_norm(q, weights[prefix + "self_attn.q_norm.weight"], config.rms_norm_eps)
+        k = rms_norm(k, weights[prefix + "self_attn.k_norm.weight"], config.rms_norm_eps)
     heads, groups, size, length = q.shape[2], k.shape[2], q.shape[3], q.shape[1]
     q, k = rotate(q, config), rotate(k, config)
     outputs = []

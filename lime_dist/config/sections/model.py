@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from lime_dist.config.registry import ARCHITECTURES, CONNECTIONS, choice_of
 from lime_dist.config.sections.base import Section
+from lime_dist.config.sections.numerics import NumericsConfig
 from lime_dist.config.sections.rope import RopeScalingConfig
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ class ModelConfig(Section):
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary embedding's frequencies")
     tie_word_embeddings: bool = Field(True, description="use the embedding's weight in the output projection too")
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    numerics: NumericsConfig = NumericsConfig()
     lime: LimeConfig = LimeConfig()
     hyper: HyperConfig = HyperConfig()
     gated_residual: GatedResidualConfig = GatedResidualConfig()

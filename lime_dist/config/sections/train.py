@@ -63,6 +63,12 @@ class TrainConfig(Section):
         description="return to the newest checkpoint, and continue with new samples, if the loss exceeds this many times "
         "its recent median; `null` never returns",
     )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="weight w of the z-loss: the training loss has w · (log Σ exp(logits))² more for every token that counts; 1e-4 for "
+        "logits that drift",
+    )
     log_interval: int = Field(10, ge=1, description="steps between console lines, and between numbers from all stages")
     compile: Literal["auto"] | bool = Field(
         "auto",

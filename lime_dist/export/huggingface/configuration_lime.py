@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -15,6 +16,8 @@ class LimeConfig(PretrainedConfig):
         rope_parameters: how the frequencies of the rotary embedding are scaled, as in transformers: rope_type ("default",
             "linear" or "llama3"), factor, and for "llama3" low_freq_factor, high_freq_factor, original_max_position_embeddings.
         max_position_embeddings: the sequence length of training. It is not a limit: longer sequences work.
+        numerics: section ``model.numerics`` of the run: qk_norm, logit_softcap, residual_scale, base_hidden_size,
+            base_num_hidden_layers.
         lime: section ``model.lime`` of the run: routes ("kv" or "hidden"), router, top_p, start_layer, history.
         hyper: section ``model.hyper`` of the run: connection, rate (number of residual streams), dynamic.
         gated_residual: section ``model.gated_residual`` of the run: rate (number of residual streams).
@@ -42,6 +45,7 @@ class LimeConfig(PretrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         max_position_embeddings: int = 2048,
         tie_word_embeddings: bool = True,
+        numerics: dict[str, Any] | None = None,
         lime: dict[str, Any] | None = None,
         hyper: dict[str, Any] | None = None,
         gated_residual: dict[str, Any] | None = None,
@@ -65,6 +69,7 @@ class LimeConfig(PretrainedConfig):
         if rope_parameters is not None:
             self.rope_parameters = rope_parameters
         self.max_position_embeddings = max_position_embeddings
+        self.numerics = numerics if numerics is not None else {}
         self.lime = lime if lime is not None else {}
         self.hyper = hyper if hyper is not None else {}
         self.gated_residual = gated_residual if gated_residual is not None else {}
@@ -73,4 +78,8 @@ class LimeConfig(PretrainedConfig):
         self.reads = reads if reads is not None else []
         self.chunks = chunks if chunks is not None else []
         self.use_cache = use_cache
+        width = hidden_size / (self.numerics.get("base_hidden_size") or hidden_size)
+        self.logit_scale = 1 / width if tie_word_embeddings else 1.0
+        depth = num_hidden_layers / (self.numerics.get("base_num_hidden_layers") or num_hidden_layers)
+        self.residual_scale = self.numerics.get("residual_scale", 1.0) / math.sqrt(depth)
         super().__init__(**{**kwargs, "tie_word_embeddings": tie_word_embeddings})

@@ -66,13 +66,13 @@ class DepthAttentionLayer(PreNormLayer):
     def forward(self, x_BTD: Tensor, history: DepthHistory, run: ForwardPass) -> Tensor:
         attention, normed = self.self_attn, self.input_layernorm(x_BTD)
         key, value = attention.keys_and_values(normed)
+        query, key = attention.normed(attention.queries(normed), key)
         others = history.read(self.layer, x_BTD.device)
-        x_BTD = x_BTD + self.checkpointed(self._attend, run, attention.queries(normed), key, value, *others)
+        x_BTD = x_BTD + self.checkpointed(self._attend, run, query, key, value, *others)
         normed, pairs = self.post_attention_layernorm(x_BTD), [(key, value)]
         if isinstance(self.mlp, KeyValueMLP):
-            pairs.append(
-                (attention.split_heads(self.mlp.k_proj(normed)), attention.split_heads(self.mlp.v_proj(normed)))
-            )
+            key, value = (attention.split_heads(each(normed)) for each in (self.mlp.k_proj, self.mlp.v_proj))
+            pairs.append((key if attention.k_norm is None else attention.k_norm(key), value))
         history.write(self.layer, pairs)
         return x_BTD + self.checkpointed(self._feed_forward, run, normed)
 
@@ -81,7 +81,7 @@ class DepthAttentionLayer(PreNormLayer):
 
     def _attend(self, run: ForwardPass, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, *others: Tensor) -> Tensor:
         if not others:
-            return run.attend(self.layer, self.self_attn, q_BHTd, k_BGTd, v_BGTd)
+            return run.attend_normed(self.layer, self.self_attn, q_BHTd, k_BGTd, v_BGTd)
         keys_CBGTd, values_CBGTd = torch.stack(others).unbind(1)
         # At one token the rotations of query and key cancel.
         depth_BGRTC = torch.einsum("bgrtd,cbgtd->bgrtc", q_BHTd.unflatten(1, (k_BGTd.shape[1], -1)), keys_CBGTd)
@@ -106,7 +106,7 @@ class DepthAttentionLayer(PreNormLayer):
             kept.append(weights)
         if run.attentions is not None:
             run.attentions.append(torch.cat(kept, 3).flatten(1, 2))
-        return self.self_attn.o_proj(torch.cat(outs, 3).flatten(1, 2).transpose(1, 2).flatten(2))
+        return self.self_attn.output(torch.cat(outs, 3).flatten(1, 2))
 
 
 def _shares(q_BHTd: Tensor, k_BGSd: Tensor, depth_BGRTC: Tensor, mask: Tensor | None) -> Tensor:

@@ -47,16 +47,17 @@ class Projection(nn.Linear):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
+    """SwiGLU: down(silu(gate(x)) · up(x)), scaled."""
 
     def __init__(self, config: LimeConfig) -> None:
         super().__init__()
+        self.scale = config.residual_scale
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)) * self.scale
 
 
 class Attention(nn.Module):
@@ -71,6 +72,11 @@ class Attention(nn.Module):
         self.k_proj = Projection(config.hidden_size, config.num_key_value_heads * self.head_dim)
         self.v_proj = Projection(config.hidden_size, config.num_key_value_heads * self.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.scale = config.residual_scale
+        self.q_norm = self.k_norm = None
+        if config.numerics.get("qk_norm"):
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.router = router
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
@@ -79,6 +85,16 @@ class Attention(nn.Module):
 
     def queries(self, x_BTD: Tensor) -> Tensor:
         return self.split_heads(self.q_proj(x_BTD))
+
+    def output(self, out_BHTd: Tensor) -> Tensor:
+        """[B, T, D] from what the heads read."""
+        return self.o_proj(out_BHTd.transpose(1, 2).flatten(2)) * self.scale
+
+    def normed(self, q_BHTd: Tensor, k_BGTd: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normed by head if the model does that."""
+        if self.q_norm is None or self.k_norm is None:
+            return q_BHTd, k_BGTd
+        return self.q_norm(q_BHTd), self.k_norm(k_BGTd)
 
     def keys_and_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         return self.split_heads(self.k_proj(x_BTD)), self.split_heads(self.v_proj(x_BTD))
@@ -159,6 +175,12 @@ class ForwardPass:
         self._mask: tuple[int, Tensor | None, bool] | None = None
 
     def attend(self, layer: int, attention: Attention, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
+        """Attention, from queries and keys before norm and rotation; returns [B, T, D]."""
+        return self.attend_normed(layer, attention, *attention.normed(q_BHTd, k_BGTd), v_BGTd)
+
+    def attend_normed(
+        self, layer: int, attention: Attention, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor
+    ) -> Tensor:
         """Attention, from queries and keys before rotation; returns [B, T, D]."""
         q_BHTd, k_BGTd, v_BGTd, mask, is_causal = self.with_past(layer, q_BHTd, k_BGTd, v_BGTd)
         if self.attentions is not None:
@@ -167,7 +189,7 @@ class ForwardPass:
             out_BHTd = F.scaled_dot_product_attention(
                 q_BHTd, k_BGTd, v_BGTd, mask, is_causal=is_causal, enable_gqa=q_BHTd.shape[1] != k_BGTd.shape[1]
             )
-        return attention.o_proj(out_BHTd.transpose(1, 2).flatten(2))
+        return attention.output(out_BHTd)
 
     def with_past(
         self, layer: int, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor

@@ -163,7 +163,9 @@ class BaseForCausalLM(LimePreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = self.lm_head(output.last_hidden_state[:, kept]) * self.config.logit_scale
+        if (softcap := self.config.numerics.get("logit_softcap")) is not None:
+            logits = (logits / softcap).tanh() * softcap
         loss: torch.Tensor | None = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

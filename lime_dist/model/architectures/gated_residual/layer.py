@@ -71,7 +71,7 @@ class GatedResidualLayer(nn.Module):
         self.attn_connection = GatedConnection(*sizes)
         self.self_attn = Attention(config, router=None)
         self.mlp_connection = GatedConnection(*sizes)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MLP(config)
 
     def forward(self, streams_BTnD: Tensor, history: None, positions: Positions) -> Tensor:
         return self.compute(streams_BTnD, positions)

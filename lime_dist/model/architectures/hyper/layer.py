@@ -24,7 +24,7 @@ class HyperDecoderLayer(nn.Module):
         self.self_attn = Attention(config, router=None)
         self.mlp_connection = connection.make()
         self.post_attention_layernorm = connection.make_norm()
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MLP(config)
 
     def forward(self, streams_BTnD: Tensor, history: None, positions: Positions) -> Tensor:
         return self.compute(streams_BTnD, positions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lime_dist.config.schema import ModelConfig
+from lime_dist.config.schema import ModelConfig, NumericsConfig
 from lime_dist.model.architecture import Architecture, ExportFormat, Flops, Group, Sizes
 from lime_dist.model.crossing import Prices
 from lime_dist.model.transformer import (
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Llama(WithoutHistory, Architecture):
-    """With the same weights it gives the logits of the ``LlamaForCausalLM`` of `transformers`."""
+    """With the same weights, and without ``model.numerics``, it gives the logits of the ``LlamaForCausalLM`` of `transformers`."""
 
     title = "LLaMA"
 
@@ -74,6 +74,9 @@ class Llama(WithoutHistory, Architecture):
 
     @property
     def export_format(self) -> ExportFormat:
+        """The LLaMA of `transformers` knows none of ``model.numerics``."""
+        if self.config.numerics != NumericsConfig():
+            return ExportFormat("LimeForCausalLM", {"architecture": "llama"}, "LimeModel", "llama_lime.py")
         values = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "head_dim": self.config.head_size}
         return ExportFormat("LlamaForCausalLM", {"model_type": "llama", **values})
 

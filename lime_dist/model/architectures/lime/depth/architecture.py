@@ -148,6 +148,9 @@ class DepthAttentionLime(Lime):
             return Activations(per_token=self.config.hidden_size).nbytes(num_tokens, itemsize)
         kept = transformer_activations(self.config) + norm_activations(self.config)
         kept += Activations(per_token=-2 * self.config.key_value_heads * self.config.head_size)
+        if self.config.numerics.qk_norm and self.has_mlp_entry(layer):  # keys before the norm; root mean squares
+            heads = self.config.key_value_heads
+            kept += Activations(heads * self.config.head_size, heads)
         return kept.nbytes(num_tokens, itemsize)
 
     def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:

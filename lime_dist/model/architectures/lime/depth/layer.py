@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architectures.lime.depth.history import DepthKeyValueHistory
 from lime_dist.model.blocks import Attention, PreNormLayer
-from lime_dist.model.layers import MLP, Positions, rotate
+from lime_dist.model.layers import MLP, Positions
 
 
 class KeyValueMLP(MLP):
     """SwiGLU, with a projection of its input to keys and values that later layers read."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.hidden_size, config.intermediate_size)
+        super().__init__(config)
         self.k_proj, self.v_proj = (
             nn.Linear(config.hidden_size, config.key_value_heads * config.head_size, bias=False) for _ in range(2)
         )
@@ -55,7 +55,7 @@ class DepthAttentionLayer(PreNormLayer):
     def prepare(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, T, d]; rotated keys, and values, [B, G, T, d] each."""
         normed, attention = self.input_layernorm(x_BTD), self.self_attn
-        key = rotate(attention.split_heads(attention.k_proj(normed)), positions)
+        key = attention.keys(attention.split_heads(attention.k_proj(normed)), positions)
         return attention.queries(normed, positions), key, attention.split_heads(attention.v_proj(normed))
 
     def add_attention(
@@ -63,11 +63,12 @@ class DepthAttentionLayer(PreNormLayer):
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """The residual stream with the output of attention, the input of the MLP, and its rotated keys and values, if later layers
         read them."""
-        x_BTD = x_BTD + self.self_attn.o_proj(out_BTHd.flatten(2))
-        normed, split = self.post_attention_layernorm(x_BTD), self.self_attn.split_heads
+        attention = self.self_attn
+        x_BTD = x_BTD + attention.output(out_BTHd.flatten(2))
+        normed, split = self.post_attention_layernorm(x_BTD), attention.split_heads
         if not isinstance(self.mlp, KeyValueMLP):
             return x_BTD, normed, None
-        return x_BTD, normed, (rotate(split(self.mlp.k_proj(normed)), positions), split(self.mlp.v_proj(normed)))
+        return x_BTD, normed, (attention.keys(split(self.mlp.k_proj(normed)), positions), split(self.mlp.v_proj(normed)))
 
     def add_mlp(self, x_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
         """The residual stream with the output of the MLP."""

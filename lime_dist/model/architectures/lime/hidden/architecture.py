@@ -158,7 +158,8 @@ class HiddenLime(RoutedLime):
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         kept = Activations(per_token=self.config.hidden_size)  # the layer's input
         if not checkpointing:
-            kept = transformer_activations(self.config) + norm_activations(self.config) + self._read_activations(layer)
+            kept = transformer_activations(self.config, keeps_keys=self.entries_read(layer) > 0)
+            kept += norm_activations(self.config) + self._read_activations(layer)
             kept += Activations(per_token=self.config.hidden_size)  # the normed input before the norm's weight
         kept += self._router_activations(layer) + self._summary_activations(layer)
         return kept.nbytes(num_tokens, itemsize)

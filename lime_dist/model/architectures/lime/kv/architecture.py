@@ -136,7 +136,7 @@ class KeyValueLime(RoutedLime):
         hidden = self.config.hidden_size
         if checkpointing:
             return Activations(per_token=hidden).nbytes(num_tokens, itemsize)
-        kept = transformer_activations(self.config) + norm_activations(self.config)
+        kept = transformer_activations(self.config, keeps_keys=True) + norm_activations(self.config)
         kept += Activations(per_token=self.entry_width // 2)  # mixed keys, in one piece of memory with the values
         return kept.nbytes(num_tokens, itemsize)
 
