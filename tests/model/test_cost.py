@@ -75,7 +75,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "attention residuals": {"architecture": "attention_residuals", "num_key_value_heads": 2},
             "kv": {"num_key_value_heads": 2},
             "static": {"lime": {"routes": "hidden", "start_layer": 3}},
-        "moda": {"num_key_value_heads": 2, "lime": {"depth_attention": "moda", "mlp_entries": True}},
+            "moda": {"num_key_value_heads": 2, "lime": {"depth_attention": "moda", "mlp_entries": True}},
         }.items()
     },
     **{f"kv, {name}": {"num_key_value_heads": 2, "lime": {"history": history}} for name, history in POLICIES.items()},

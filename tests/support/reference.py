@@ -99,8 +99,9 @@ def moda_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
                 for pair in range(len(sources[0]))
             ]
         normed = rms_norm(x, weights[prefix + "input_layernorm.weight"], config.rms_norm_eps)
-        q = rotate((normed @ weights[prefix + "self_attn.q_proj.weight"].T).unflatten(-1, (heads, size)), config)
-        own = key_and_value(config, weights, prefix + "self_attn.", normed)
+        q = (normed @ weights[prefix + "self_attn.q_proj.weight"].T).unflatten(-1, (heads, size))
+        q = rotate(head_norm(config, weights, prefix + "self_attn.q_norm.weight", q), config)
+        own = key_and_value(config, weights, prefix, "self_attn.", normed)
         read = make_policy(config.lime).reads(layer)
         others = [pair for entry in read if entry != Entry(layer) for pair in entries[entry]]
         outputs = []
@@ -112,22 +113,27 @@ def moda_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
                 shares = torch.stack([(q[:, t, h] * key).sum(-1) / size**0.5 for key in keys]).softmax(0)
                 rows.append((shares.unsqueeze(-1) * torch.stack(values)).sum(0))
             outputs.append(torch.stack(rows, 1))
-        x = x + torch.cat(outputs, -1) @ weights[prefix + "self_attn.o_proj.weight"].T
+        x = x + branch_scale(config) * (torch.cat(outputs, -1) @ weights[prefix + "self_attn.o_proj.weight"].T)
         normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
         entries[Entry(layer)] = [own]
         if prefix + "mlp.k_proj.weight" in weights:
-            entries[Entry(layer)].append(key_and_value(config, weights, prefix + "mlp.", normed))
-        x = x + mlp(weights, prefix, normed)
+            entries[Entry(layer)].append(key_and_value(config, weights, prefix, "mlp.", normed))
+        x = x + mlp(config, weights, prefix, normed)
     return head(config, weights, x)
 
 
-def key_and_value(config: ModelConfig, weights: Weights, prefix: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def key_and_value(config: ModelConfig, weights: Weights, prefix: str, part: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated keys and values, [B, T, G, d] each."""
     key, value = (
-        (x @ weights[f"{prefix}{kind}_proj.weight"].T).unflatten(-1, (config.key_value_heads, config.head_size))
+        (x @ weights[f"{prefix}{part}{kind}_proj.weight"].T).unflatten(-1, (config.key_value_heads, config.head_size))
         for kind in "kv"
     )
-    return rotate(key, config), value
+    return rotate(head_norm(config, weights, prefix + "self_attn.k_norm.weight", key), config), value
+
+
+def head_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """x with every head normed, if the model does that."""
+    return rms_norm(x, weights[name], config.rms_norm_eps) if config.numerics.qk_norm else x
 
 
 def top_p(shares: Tensor, limit: float | None) -> Tensor:
@@ -357,9 +363,8 @@ def summaries_after(config: ModelConfig, layer: int) -> list[tuple[int, Entry]]:
 
 def causal(config: ModelConfig, weights: Weights, prefix: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of [B, T, H, d] over [B, T, G, d], position by position; returns [B, T, H·d]."""
-    if config.numerics.qk_norm:
-        q = rms_norm(q, weights[prefix + "self_attn.q_norm.weight"], config.rms_norm_eps)
-        k = rms_norm(k, weights[prefix + "self_attn.k_norm.weight"], config.rms_norm_eps)
+    q = head_norm(config, weights, prefix + "self_attn.q_norm.weight", q)
+    k = head_norm(config, weights, prefix + "self_attn.k_norm.weight", k)
     heads, groups, size, length = q.shape[2], k.shape[2], q.shape[3], q.shape[1]
     q, k = rotate(q, config), rotate(k, config)
     outputs = []

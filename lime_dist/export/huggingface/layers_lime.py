@@ -178,9 +178,7 @@ class ForwardPass:
         """Attention, from queries and keys before norm and rotation; returns [B, T, D]."""
         return self.attend_normed(layer, attention, *attention.normed(q_BHTd, k_BGTd), v_BGTd)
 
-    def attend_normed(
-        self, layer: int, attention: Attention, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor
-    ) -> Tensor:
+    def attend_normed(self, layer: int, attention: Attention, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
         """Attention, from queries and keys before rotation; returns [B, T, D]."""
         q_BHTd, k_BGTd, v_BGTd, mask, is_causal = self.with_past(layer, q_BHTd, k_BGTd, v_BGTd)
         if self.attentions is not None:

@@ -68,7 +68,11 @@ class DepthAttentionLayer(PreNormLayer):
         normed, split = self.post_attention_layernorm(x_BTD), attention.split_heads
         if not isinstance(self.mlp, KeyValueMLP):
             return x_BTD, normed, None
-        return x_BTD, normed, (attention.keys(split(self.mlp.k_proj(normed)), positions), split(self.mlp.v_proj(normed)))
+        return (
+            x_BTD,
+            normed,
+            (attention.keys(split(self.mlp.k_proj(normed)), positions), split(self.mlp.v_proj(normed))),
+        )
 
     def add_mlp(self, x_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
         """The residual stream with the output of the MLP."""
