@@ -109,7 +109,8 @@ def test_mistakes_are_one_line(exports: dict[str, Path], dataset: Path, tmp_path
     assert line(exports["hyper"], "llama").endswith("set model.architecture=hyper")
     assert line(exports["kv"], "hyper").split("set ")[1].split() == [
         "model.architecture=lime", "model.tie_word_embeddings=false", "model.lime.history.policy=full", "model.lime.routes=kv",
-        "model.lime.router=static", "model.lime.top_p=null", "model.lime.start_layer=1",
+        "model.lime.router=static", "model.lime.depth_attention=none", "model.lime.mlp_entries=false", "model.lime.top_p=null",
+        "model.lime.start_layer=1",
     ]  # fmt: skip
     assert line(exports["hidden"], "dynamic").endswith(
         "set model.lime.router=static model.lime.top_p=0.8 model.lime.start_layer=2"
