@@ -34,7 +34,7 @@ Payload = tuple[Tensor, Tensor]
 class TupleModule(LimePipelineModule):
     """A module that passes hidden state and history to the next stage as a tuple of two tensors; every layer copies the history."""
 
-    def forward(self, inputs: Any, history: Any = None, starts_BT: Tensor | None = None) -> Any:
+    def forward(self, inputs: Any, history: Any = None, part: int = 0, starts_BT: Tensor | None = None) -> Any:
         functions, config = self.forward_funcs, self.config.model
         if self.embeds_tokens:
             hidden = embed(config, functions[0], inputs)

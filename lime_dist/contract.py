@@ -82,9 +82,6 @@ ENGINE: Entries = {
 
 MODULE: Entries = {
     "__init__": ("(self, layers, num_stages, topology, loss_fn, ...)", "calls _partition_layers, then builds the layers"),
-    "_local_start": (INSTANCE, "index of the stage's first layer in the flat list; set by _set_bounds"),
-    "_local_stop": (INSTANCE, "index after the stage's last layer"),
-    "_num_layers": (INSTANCE, "length of the flat list"),
     "_partition_layers": ("(self, method)", "overridden: DeepSpeed takes no explicit stage bounds"),
     "_set_bounds": ("(self, start, stop)", "sets the layers of this stage"),
     "_synchronize_tied_weights": ("(self)", "overridden: both copies of a tied weight start from the same values"),

@@ -167,6 +167,17 @@ class Config(Section):
     @model_validator(mode="after")
     def _stages_fit(self) -> Config:
         layers, stages = self.model.num_hidden_layers, self.parallel.pipeline_stages
+        virtual, parts = self.parallel.virtual_stages, self.parallel.parts
+        if virtual > 1 and not SCHEDULES[self.pipeline.schedule].holds_parts:
+            raise ValueError(
+                f"parallel.virtual_stages={virtual} does not work with pipeline.schedule={self.pipeline.schedule}, whose stages hold one "
+                "part each; set pipeline.schedule=interleaved, or parallel.virtual_stages=1"
+            )
+        if parts > layers >= stages:
+            raise ValueError(
+                f"parallel.pipeline_stages={stages} × parallel.virtual_stages={virtual} is more than model.num_hidden_layers={layers}; "
+                "every part needs a layer"
+            )
         if stages > layers:
             raise ValueError(
                 f"parallel.pipeline_stages={stages} is more than model.num_hidden_layers={layers}; "
@@ -178,9 +189,10 @@ class Config(Section):
                 f"monitor.router_layer={watched} is past the last layer, {layers - 1} (model.num_hidden_layers={layers})"
             )
         by_hand = self.parallel.stage_layers
-        if by_hand is not None and (len(by_hand) != stages or sum(by_hand) != layers or min(by_hand) < 1):
+        if by_hand is not None and (len(by_hand) != parts or sum(by_hand) != layers or min(by_hand) < 1):
+            counted = "parallel.pipeline_stages" + (" × parallel.virtual_stages" if parts > stages else "")
             raise ValueError(
-                f"parallel.stage_layers={by_hand} must be {stages} positive numbers (parallel.pipeline_stages) "
+                f"parallel.stage_layers={by_hand} must be {parts} positive numbers ({counted}) "
                 f"whose sum is {layers} (model.num_hidden_layers)"
             )
         return self

@@ -1,7 +1,7 @@
 """Where documents begin in the micro-batches of a step, for every stage (``data.document_mask``).
 
 Each stage reads the tokens of its replica itself, also a stage between the first and the last: nothing more crosses a boundary. Stages
-read the same micro-batches in the same order, and make their forward passes in this order.
+read the same micro-batches in the same order, and make the forward passes of their first parts in this order.
 """
 
 from __future__ import annotations

@@ -132,11 +132,10 @@ class LimeEngine(PipelineEngine):
         with self.watching("warming up for the update"):
             self.optimizer.warm_up(torch.zeros((), device=self.device) if self.is_last_stage() else None)
 
-    def payload_of_zeros(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
-        """A payload as this stage's forward pass takes it, and the history that it is part of, if it is."""
-        assert self.module.wire_in is not None
-        shape = self.module.payload_shape(self.stage_id, batch, length)
-        return self.module.wire_in.empty(shape, self.device).zero_(), None
+    def payload_of_zeros(self, batch: int, length: int, part: int = 0) -> tuple[Tensor, LayerHistory | None]:
+        """A payload as the forward pass of a part takes it, and the history that it is part of, if it is."""
+        received, history = self.module.landing(batch, length, part)
+        return self.module.arrived(received.zero_(), history, batch, length, part)
 
     def deferred_gradients(self) -> WeightGradients | None:
         """Where the weight gradients of a micro-batch go in training; None: backward computes them at once."""
@@ -288,7 +287,12 @@ class LimeEngine(PipelineEngine):
         name = type(instruction).__name__
         if not isinstance(instruction, schedule.BufferOpInstruction):
             return name
-        return f"{name} of micro-batch {self._micro_batch_of(instruction, count)}"
+        part = f" in part {self._part_of(instruction)}" if self.lime_config.parallel.parts_per_stage > 1 else ""
+        return f"{name} of micro-batch {self._micro_batch_of(instruction, count)}{part}"
+
+    def _part_of(self, instruction: schedule.PipeInstruction) -> int:
+        """The part of an instruction, among those of all stages."""
+        return int(instruction.kwargs.get("part", 0)) * self.num_stages + self.stage_id
 
     def _micro_batch_of(self, instruction: schedule.PipeInstruction, count: int) -> int:
         """Micro-batch of the ``count``-th instruction of a kind."""
@@ -301,12 +305,15 @@ class LimeEngine(PipelineEngine):
             return f"{name} of {step}"
         count = self._micro_batch_of(instruction, count)
         peer = {"RecvActivation": -1, "SendGrad": -1, "SendActivation": 1, "RecvGrad": 1}.get(name)
+        work = f"{name} of micro-batch {count}"
+        if self.lime_config.parallel.parts_per_stage > 1:
+            work += f" in part {self._part_of(instruction)}"
         if peer is None:
-            return f"{name} of micro-batch {count}, {step}"
-        stage = self.stage_id + peer
+            return f"{work}, {step}"
+        stage = (self.stage_id + peer) % self.num_stages
         direction = "from" if name.startswith("Recv") else "to"
         rank = self.placement.name(self._rank_of(stage))
-        return f"{name} of micro-batch {count} {direction} stage {stage} ({rank}), {step}"
+        return f"{work} {direction} stage {stage} ({rank}), {step}"
 
     def _partners(self, instruction: schedule.PipeInstruction) -> Sequence[int] | None:
         """Ranks that take part in an instruction, besides the peer that `_describe` names; None: all ranks."""
@@ -328,7 +335,7 @@ class LimeEngine(PipelineEngine):
     def _exec_forward_pass(self, buffer_id: int) -> None:
         """The stock method also clones the payload, and adds a hook that refuses a backward pass outside the engine."""
         outputs = self.module(self.pipe_buffers["inputs"][buffer_id], starts_BT=self._document_starts())
-        if (wire := self.module.wire_out) is not None:
+        if (wire := self.module.stage_parts[0].wire_out) is not None:
             outputs = outputs.to(wire.wire_dtype)
         self.pipe_buffers["outputs"][buffer_id] = outputs
         if self.is_last_stage():

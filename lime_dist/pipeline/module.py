@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from typing import cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import LayerSpec as DeepSpeedLayer
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -23,6 +24,7 @@ from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.model.architecture import architecture_of, stage_layout
 from lime_dist.model.blocks import compile_layers
 from lime_dist.model.cost import payload_shape
+from lime_dist.model.crossing import Cut
 from lime_dist.model.decoder import (
     LayerSpec,
     apply_norm,
@@ -47,25 +49,53 @@ from lime_dist.pipeline.wire_format import WireFormat
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-class LimePipelineModule(PipelineModule):
-    """The layers of this rank's stage. The input is tokens [B, T] on the first stage, a payload [B, T, …] on the others; the
-    output is a payload, on the last stage the hidden state [B, T, D] after the last norm, from which ``loss_fn`` computes logits and
-    loss a piece at a time.
+@dataclass(frozen=True)
+class Part:
+    """One of the parts of the decoder that a stage holds.
 
     Attributes:
+        index: among the parts of all stages.
+        layers: its decoder layers.
+        modules: these, with the chunk summaries between them.
+        embeds_tokens: whether it begins with the token embedding.
+        holds_head: whether it ends with the last norm and the head.
+        wire_in, wire_out: how payloads travel over the boundaries before and behind it; None where there is none.
+    """
+
+    index: int
+    layers: range
+    modules: Sequence[nn.Module]
+    embeds_tokens: bool
+    holds_head: bool
+    wire_in: Wire | None
+    wire_out: Wire | None
+
+
+class LimePipelineModule(PipelineModule):
+    """The layers of this rank's stage, in one or several parts. The input of a part is tokens [B, T] for the first part of all, a payload
+    [B, T, …] for the others; the output is a payload, of the last part of all the hidden state [B, T, D] after the last norm, from
+    which ``loss_fn`` computes logits and loss a piece at a time.
+
+    Attributes:
+        bounds: `partition.stage_bounds`.
+        stage_parts: the parts of this stage.
         later_readers: copies of the routers and summaries of later stages to whose partial mixtures the stage adds.
         compile_obstacle: why layers run uncompiled although the configuration would compile them, in one line; else None.
-        wire_in, wire_out: how payloads travel over the boundaries before and behind the stage; None where there is none.
     """
 
     def __init__(self, config: Config, verbose: bool = False) -> None:
         self.config = config
-        self.bounds, self.prices = stage_bounds(config), boundary_prices(config)
+        self.bounds = stage_bounds(config)
+        self.prices = boundary_prices(config, self.bounds)
+        self._cut = Cut(tuple(self.bounds), config.parallel.pipeline_stages)
         specs = decoder_layers(config.model)
-        self._flat_index = {spec.name: index for index, spec in enumerate(specs)}
+        flat_index = {spec.name: index for index, spec in enumerate(specs)}
+        cuts = [0, *(flat_index[layer_name(bound)] for bound in self.bounds[1:-1]), len(specs)]
+        by_part = [specs[begin:end] for begin, end in pairwise(cuts)]
+        self._of_stages = [list(chain(*by_part[stage :: self._cut.stages])) for stage in range(self._cut.stages)]
         device = torch.device(get_accelerator().current_device_name())
         arguments = (config.model, config.train.seed, device, DTYPES[config.precision])
-        layers: list[DeepSpeedLayer] = [_Layer(spec, arguments) for spec in specs]
+        layers: list[DeepSpeedLayer] = [_Layer(spec, arguments) for spec in chain(*self._of_stages)]
         if specs[-1] is specs[0]:
             layers[0] = layers[-1] = _TiedEmbedding(specs[0], arguments)
         width, _ = batch_split(config, dist.get_world_size())
@@ -73,13 +103,11 @@ class LimePipelineModule(PipelineModule):
         with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
             super().__init__(layers, topology=grid, loss_fn=self._loss)
         self.dtype = DTYPES[config.precision]
-        self.wire_in = self._wire(self.stage_id) if self.stage_id else None
-        self.wire_out = self._wire(self.stage_id + 1) if not self.holds_head else None
-        begin, end = self.bounds[self.stage_id], self.bounds[self.stage_id + 1]
-        self.layout = stage_layout(config.model, range(begin, end), prices=self.prices)
+        self.stage_parts = self._make_parts([len(part) for part in by_part])
+        self.layout = stage_layout(config.model, *self._cut.of_stage(self.stage_id), prices=self.prices)
         later = later_readers(config.model, self.layout)
         self.later_readers = nn.ModuleList(spec.build(*arguments) for spec in later)
-        self.exported_parameters = self._exported_parameters(specs, later)
+        self.exported_parameters = self._exported_parameters(later)
         layers_to_compile = (layer for layer in self._layers() if not isinstance(layer, ChunkSummary))
         splits_backward = SCHEDULES[config.pipeline.schedule].splits_backward
         self.compile_obstacle = compile_layers(layers_to_compile, device, config.train.compile, splits_backward)
@@ -95,19 +123,39 @@ class LimePipelineModule(PipelineModule):
         return self.stage_id == self.num_stages - 1
 
     def _partition_layers(self, method: str = "ours") -> None:
-        """Cut the flat list at `stage_bounds`. The embedding goes to the first stage, norm and head to the last."""
-        self.parts = [0, *(self._flat_index[layer_name(bound)] for bound in self.bounds[1:-1]), self._num_layers]
+        """Divide the flat list, in which the layers of a stage follow each other: the parts at `stage_bounds`, the embedding with the
+        first of all, norm and head with the last."""
+        self.parts = [0, *accumulate(map(len, self._of_stages))]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
+
+    def _make_parts(self, sizes: Sequence[int]) -> list[Part]:
+        """The parts of this stage.
+
+        Args:
+            sizes: elements of the flat list, by part of all stages.
+        """
+        last, begin, made = len(sizes) - 1, 0, []
+        for index in range(self.stage_id, len(sizes), self.num_stages):
+            end, first = begin + sizes[index], index == 0
+            modules = self.forward_funcs[begin + first : end - 2 * (index == last)]
+            wire_in = None if first else self._wire(index)
+            wire_out = None if index == last else self._wire(index + 1)
+            layers = self._cut.parts[index]
+            made.append(
+                Part(index, layers, cast(Sequence[nn.Module], modules), first, index == last, wire_in, wire_out)
+            )
+            begin = end
+        return made
 
     def _synchronize_tied_weights(self) -> None:
         """Nothing to do: initial values are a function of seed and name, so both copies of a tied weight are equal."""
 
-    def _exported_parameters(self, specs: Sequence[LayerSpec], later: Sequence[LayerSpec]) -> dict[str, nn.Parameter]:
+    def _exported_parameters(self, later: Sequence[LayerSpec]) -> dict[str, nn.Parameter]:
         """This stage's parameters by exported name, in the order of the flat list; a tied weight appears once. Copies of later
         stages' weights follow."""
         parameters: dict[str, nn.Parameter] = {}
-        own, modules = specs[self._local_start : self._local_stop], (*self.forward_funcs, *self.later_readers)
+        own, modules = self._of_stages[self.stage_id], (*self.forward_funcs, *self.later_readers)
         for spec, module in zip((*own, *later), modules, strict=True):
             names = spec.exported_names(module)
             parameters.update({names[local]: parameter for local, parameter in module.named_parameters()})
@@ -115,50 +163,66 @@ class LimePipelineModule(PipelineModule):
 
     def _layers(self) -> Sequence[nn.Module]:
         """The stage's decoder layers with the chunk summaries between them."""
-        first, last = int(self.embeds_tokens), 2 * int(self.holds_head)
-        return cast(Sequence[nn.Module], self.forward_funcs[first : len(self.forward_funcs) - last])
+        return [module for part in self.stage_parts for module in part.modules]
 
     def payload_shape(self, boundary: int, batch: int, length: int) -> tuple[int, ...]:
-        """[B, T, …] of what crosses the boundary before stage ``boundary``."""
+        """[B, T, …] of what crosses the boundary before part ``boundary`` of all."""
         return payload_shape(self.config.model, self.bounds[boundary], batch, length, self.prices)
 
     def _wire(self, boundary: int) -> Wire:
-        """How payloads travel over the boundary before stage ``boundary``."""
-        wire_format = WireFormat.of(self.config, self.bounds[boundary])
+        """How payloads travel over the boundary before part ``boundary`` of all."""
+        wire_format = WireFormat.of(self.config, self.bounds[boundary], self.prices)
         return Wire(wire_format, self.dtype, DTYPES[wire_format.dtype])
 
-    def landing(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
-        """Memory for the next payload to be received into, and the history that it is part of, if it is: pass both to ``arrived``."""
-        assert self.wire_in is not None
-        if self.wire_in.is_identity:
-            return self._payload_memory(batch, length)
-        return self.wire_in.empty(self.payload_shape(self.stage_id, batch, length), self._device), None
+    def new_history(self, batch: int, length: int, lead: int = 0) -> LayerHistory | None:
+        """An empty history of one micro-batch; None for models without one. ``lead``: see `Architecture.make_history`."""
+        return open_history(self.config.model, self.layout, batch * length, self.dtype, self._device, lead)
+
+    def landing(self, batch: int, length: int, part: int = 0) -> tuple[Tensor, LayerHistory | None]:
+        """Memory for the next payload to be received into, for a part of this stage, and the history that it is part of, if it is: pass
+        both to ``arrived``."""
+        wire_in = self.stage_parts[part].wire_in
+        assert wire_in is not None
+        if wire_in.is_identity:
+            return self._payload_memory(batch, length, part)
+        return wire_in.empty(self._received_shape(batch, length, part), self._device), None
 
     def arrived(
-        self, received: Tensor, history: LayerHistory | None, batch: int, length: int
+        self, received: Tensor, history: LayerHistory | None, batch: int, length: int, part: int = 0
     ) -> tuple[Tensor, LayerHistory | None]:
         """The payload [B, T, …] that has been received into the memory of ``landing``, and the history that it is part of, if it
         is: pass both to ``forward``."""
-        assert self.wire_in is not None
-        if self.wire_in.is_identity:
+        wire_in = self.stage_parts[part].wire_in
+        assert wire_in is not None
+        if wire_in.is_identity:
             return received, history
-        payload, history = self._payload_memory(batch, length)
-        return self.wire_in.decode(received, payload), history
+        payload, history = self._payload_memory(batch, length, part)
+        return wire_in.decode(received, payload), history
 
-    def arrived_gradient(self, received: Tensor, batch: int, length: int) -> Tensor:
-        """The gradient of the stage's output, which has been received from the next stage."""
-        assert self.wire_out is not None
-        if self.wire_out.is_identity:
+    def arrived_gradient(self, received: Tensor, batch: int, length: int, part: int = 0) -> Tensor:
+        """The gradient of a part's output, which has been received from the next stage."""
+        own = self.stage_parts[part]
+        assert own.wire_out is not None
+        if own.wire_out.is_identity:
             return received
-        shape = self.payload_shape(self.stage_id + 1, batch, length)
-        return self.wire_out.decode(received, torch.empty(shape, dtype=self.dtype, device=self._device))
+        shape = self.payload_shape(own.index + 1, batch, length)
+        return own.wire_out.decode(received, torch.empty(shape, dtype=self.dtype, device=self._device))
 
-    def _payload_memory(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
-        """Memory for a payload in the type of the run, and the history that it is part of, if it can be."""
-        shape = self.payload_shape(self.stage_id, batch, length)
-        if architecture_of(self.config.model).receives_in_place:
-            lead = batch * length * self.config.model.hidden_size
-            history = open_history(self.config.model, self.layout, batch * length, self.dtype, self._device, lead)
+    def gradient_landing(self, batch: int, length: int, part: int = 0) -> Tensor:
+        """Memory for the gradient of a part's output to be received into."""
+        own = self.stage_parts[part]
+        assert own.wire_out is not None
+        return own.wire_out.empty(self.payload_shape(own.index + 1, batch, length), self._device)
+
+    def _received_shape(self, batch: int, length: int, part: int) -> tuple[int, ...]:
+        return self.payload_shape(self.stage_parts[part].index, batch, length)
+
+    def _payload_memory(self, batch: int, length: int, part: int) -> tuple[Tensor, LayerHistory | None]:
+        """Memory for a payload in the type of the run, and the history that it is part of, if it can be. A later part of the stage finds
+        its history made, and copies what it receives."""
+        shape = self._received_shape(batch, length, part)
+        if part == 0 and architecture_of(self.config.model).receives_in_place:
+            history = self.new_history(batch, length, batch * length * self.config.model.hidden_size)
             assert history is not None
             return history.landing(shape), history
         return torch.empty(shape, dtype=self.dtype, device=self._device), None
@@ -167,19 +231,22 @@ class LimePipelineModule(PipelineModule):
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, inputs: Tensor, history: LayerHistory | None = None, starts_BT: Tensor | None = None) -> Tensor:
-        """The stage's output. ``starts_BT``: see `run_layers`."""
-        config, functions = self.config, self.forward_funcs
+    def forward(
+        self, inputs: Tensor, history: LayerHistory | None = None, part: int = 0, starts_BT: Tensor | None = None
+    ) -> Tensor:
+        """The output of a part of the stage. Its parts share one history of a micro-batch. ``starts_BT``: see `run_layers`."""
+        config, functions, own = self.config, self.forward_funcs, self.stage_parts[part]
         if history is None:
-            num_tokens = inputs.shape[:2].numel()
-            history = open_history(config.model, self.layout, num_tokens, self.dtype, inputs.device)
-        if self.embeds_tokens:
+            history = self.new_history(*inputs.shape[:2])
+        elif part:
+            history.begin_part(part)
+        if own.embeds_tokens:
             hidden = embed(config.model, functions[0], inputs)
         else:
             hidden = unpack(inputs.to(self.dtype), config.model.hidden_size, history)
         checkpointing, later = config.parallel.activation_checkpointing, list(self.later_readers)
-        hidden, released = run_layers(self._layers(), hidden, history, checkpointing, later, starts_BT)
-        if not self.holds_head:
+        hidden, released = run_layers(own.modules, hidden, history, checkpointing, later, starts_BT)
+        if not own.holds_head:
             return pack(hidden, released, history)
         return apply_norm(config.model, functions[-2], hidden)
 

@@ -25,7 +25,7 @@ from lime_dist.pipeline.clock import COMPUTATION, TRANSFER, Clock
 from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.process_groups import limits_ctas, transfer_options
-from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, RECV_GRAD, make_schedule
+from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, RECV_GRAD, Pass, make_schedule
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 from lime_dist.pipeline.stage_schedule import BackwardInput, BackwardWeight, EvaluationStage, TrainingStage
 from lime_dist.pipeline.transfer import Receiver, Sender, TransferStats
@@ -33,15 +33,15 @@ from lime_dist.pipeline.transfer import Receiver, Sender, TransferStats
 
 @dataclass
 class MicroBatch:
-    """What a stage holds of a micro-batch in flight.
+    """What a stage holds of a micro-batch in flight, for one of its parts.
 
     Attributes:
         inputs: tokens [B, T], or the payload: before the forward pass as it was received (`LimePipelineModule.landing`).
         history: the history whose memory the payload is part of.
         labels: [B, T], on the last stage.
-        payload: the output for the next stage, as it travels; None once its send has been posted.
-        gradient: of the payload, as it was received from the next stage.
-        returned: gradient of ``inputs`` for the previous stage, as it travels.
+        payload: the output for the next part, as it travels; None once its send has been posted.
+        gradient: of the payload, as it was received from the stage of the next part.
+        returned: gradient of ``inputs`` for the previous part, as it travels.
         edge: the output's place in the autograd graph, without the output's memory; the backward pass starts from it.
         loss: on the last stage.
         weights: where the backward pass leaves weight gradients, if its schedule splits backward passes.
@@ -59,7 +59,8 @@ class MicroBatch:
 
 
 class OverlapEngine(LimeEngine):
-    """Runs any `OverlappedSchedule`. The ``buffer_id`` of an instruction is the index of its micro-batch."""
+    """Runs any `OverlappedSchedule`. The ``buffer_id`` of an instruction is the index of its micro-batch; ``part`` counts the parts of
+    this stage."""
 
     def __init__(
         self,
@@ -71,14 +72,16 @@ class OverlapEngine(LimeEngine):
         eos: int | None = None,
     ) -> None:
         super().__init__(module, config, optimizer, clock, counted_shares, eos)
-        self._in_flight: dict[int, MicroBatch] = {}
+        self._in_flight: dict[Pass, MicroBatch] = {}
+        self._shared: dict[int, tuple[LayerHistory | None, Tensor | None]] = {}  # by micro-batch: `_shared_by_parts`
         self._held_back: dict[int, WeightGradients] = {}  # by micro-batch, the oldest one first
         self._failed = False
         self._from_previous: Receiver[LayerHistory | None] | None = None
         self._from_next: Receiver[None] | None = None
         self._to_next: Sender | None = None
         self._to_previous: Sender | None = None
-        for stage in range(self.num_stages - 1):
+        has_ring = config.parallel.parts_per_stage > 1  # the last stage also sends to the first one
+        for stage in range(self.num_stages if has_ring else self.num_stages - 1):
             self._connect(stage)
 
     def _connect(self, stage: int) -> None:
@@ -86,7 +89,7 @@ class OverlapEngine(LimeEngine):
         limit = group_timeout(self.lime_config.pipeline.timeout)
         ctas = self.lime_config.pipeline.transfer_ctas
         for ranks in self.grid.pipe_groups:
-            ends = [ranks[stage], ranks[stage + 1]]
+            ends = [ranks[stage], ranks[(stage + 1) % len(ranks)]]
             there, back = (dist.new_group(ends, timeout=limit, pg_options=transfer_options(ctas)) for _ in range(2))
             if self.global_rank == ends[0]:
                 self._to_next, self._from_next = self._sender(ends[1], there), Receiver(ends[1], back)
@@ -108,14 +111,23 @@ class OverlapEngine(LimeEngine):
         return self.lime_config.pipeline.transfer_ctas if self.num_stages > 1 and limits_ctas() else None
 
     def transfer_stats(self) -> dict[str, TransferStats]:
-        """What this stage has sent and received since the engine was made, by direction. The first and the last stage have two of the four."""
+        """What this stage has sent and received since the engine was made, by direction. With one part a stage, the first and the last
+        stage have two of the four."""
+        return {name: end.stats for name, end in self._ends.items()}
+
+    def transfer_stats_of_parts(self) -> dict[str, dict[int, TransferStats]]:
+        """The same by direction and part of this stage."""
+        return {name: dict(end.by_part) for name, end in self._ends.items()}
+
+    @property
+    def _ends(self) -> dict[str, Sender | Receiver[Any]]:
         ends = {
             "sent to next": self._to_next,
             "received from previous": self._from_previous,
             "sent to previous": self._to_previous,
             "received from next": self._from_next,
         }
-        return {name: end.stats for name, end in ends.items() if end is not None}
+        return {name: end for name, end in ends.items() if end is not None}
 
     def _schedule(self, micro_batches: int) -> OverlappedSchedule:
         configured = make_schedule(self.lime_config, micro_batches)
@@ -140,7 +152,7 @@ class OverlapEngine(LimeEngine):
         super()._exec_schedule(pipe_schedule)
         for sender, direction in ((self._to_next, 1), (self._to_previous, -1)):
             if sender is not None:
-                stage = self.stage_id + direction
+                stage = (self.stage_id + direction) % self.num_stages
                 peer = f"stage {stage} ({self.placement.name(self._rank_of(stage))})"
                 with (
                     self.watching(f"the last transfers to {peer}, step {step}", ranks=()),
@@ -155,24 +167,31 @@ class OverlapEngine(LimeEngine):
     def _begin(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """Announce the receives of a step and set the windows of the senders."""
         assert self._shape is not None and isinstance(pipe_schedule, TrainingStage | EvaluationStage)
-        shape, configured, count = self._shape, pipe_schedule.schedule, pipe_schedule.micro_batches
+        shape, configured = self._shape, pipe_schedule.schedule
         is_training = isinstance(pipe_schedule, TrainingStage)
         fills_waits = is_training and configured.splits_backward and self._sees_arrivals
         meanwhile = self._go_on_with_weights if fills_waits else None
         payloads_ahead, gradients_ahead = map(configured.receives_ahead, (RECV_ACTIVATION, RECV_GRAD))
-        payload_window = pipe_schedule.num_pipe_buffers() + payloads_ahead
+        payload_window = configured.evaluation_window()
         for sender in (self._to_next, self._to_previous):
             if sender is not None:
                 sender.release()  # the device has come to the end of the last step
         if self._from_previous is not None:
-            self._from_previous.begin(count, payloads_ahead, lambda: self.module.landing(*shape), meanwhile)
+            of_payloads = pipe_schedule.parts_of(RECV_ACTIVATION)
+            coming = iter(of_payloads)
+            self._from_previous.begin(
+                len(of_payloads), payloads_ahead, lambda: self.module.landing(*shape, part=next(coming)), meanwhile
+            )
         if is_training:
             payload_window = configured.payload_window(self.stage_id)
             if self._from_next is not None:
-                returning, wire = self.module.payload_shape(self.stage_id + 1, *shape), self.module.wire_out
-                assert wire is not None
+                of_gradients = pipe_schedule.parts_of(RECV_GRAD)
+                returning = iter(of_gradients)
                 self._from_next.begin(
-                    count, gradients_ahead, lambda: (wire.empty(returning, self.device), None), meanwhile
+                    len(of_gradients),
+                    gradients_ahead,
+                    lambda: (self.module.gradient_landing(*shape, part=next(returning)), None),
+                    meanwhile,
                 )
             if self._to_previous is not None:
                 self._to_previous.window = configured.gradient_window(self.stage_id)
@@ -184,86 +203,105 @@ class OverlapEngine(LimeEngine):
         """Whether the host knows which of its receives are over. On a GPU it has queued what comes after them."""
         return self.device.type == "cpu"
 
-    def payload_of_zeros(self, batch: int, length: int) -> tuple[Tensor, LayerHistory | None]:
-        received, history = self.module.landing(batch, length)
-        return self.module.arrived(received.zero_(), history, batch, length)
-
     # -- instructions -------------------------------------------------------------------------------------------------
 
-    def _exec_load_micro_batch(self, buffer_id: int) -> None:
-        micro_batch = self._in_flight.setdefault(buffer_id, MicroBatch())
+    def _exec_load_micro_batch(self, buffer_id: int, part: int = 0) -> None:
+        """Load tokens for the first part of the stage, and labels for its last one."""
+        last = len(self.module.stage_parts) - 1
         assert self.data_iterator is not None
         tokens, labels = next(self.data_iterator)
-        if self.is_first_stage():
-            micro_batch.inputs = tokens.to(self.device, non_blocking=True)
-        if self.is_last_stage():
-            micro_batch.labels = labels.to(self.device, non_blocking=True)
+        if self.module.embeds_tokens:
+            self._micro_batch(buffer_id, part).inputs = tokens.to(self.device, non_blocking=True)
+        if self.module.holds_head:
+            self._micro_batch(buffer_id, last).labels = labels.to(self.device, non_blocking=True)
 
-    def _exec_recv_activations(self, buffer_id: int) -> None:
+    def _micro_batch(self, buffer_id: int, part: int) -> MicroBatch:
+        return self._in_flight.setdefault(Pass(buffer_id, part), MicroBatch())
+
+    def _exec_recv_activations(self, buffer_id: int, part: int = 0) -> None:
         assert self._from_previous is not None
-        micro_batch = self._in_flight.setdefault(buffer_id, MicroBatch())
-        micro_batch.inputs, micro_batch.history = self._from_previous.take()
+        micro_batch = self._micro_batch(buffer_id, part)
+        micro_batch.inputs, micro_batch.history = self._from_previous.take(part)
 
-    def _exec_forward_pass(self, buffer_id: int) -> None:
-        micro_batch = self._in_flight[buffer_id]
+    def _exec_forward_pass(self, buffer_id: int, part: int = 0) -> None:
+        micro_batch, own = self._in_flight[Pass(buffer_id, part)], self.module.stage_parts[part]
         assert micro_batch.inputs is not None and self._shape is not None
         training = torch.is_grad_enabled()
-        if not self.is_first_stage():
+        if not own.embeds_tokens:
             micro_batch.inputs, micro_batch.history = self.module.arrived(
-                micro_batch.inputs, micro_batch.history, *self._shape
+                micro_batch.inputs, micro_batch.history, *self._shape, part=part
             )
             micro_batch.inputs.requires_grad_(training)
+        history, starts_BT = self._shared_by_parts(buffer_id, part, micro_batch.history)
         micro_batch.weights = self.deferred_gradients() if training else None
         with deferring(micro_batch.weights):
-            output = self.module(micro_batch.inputs, micro_batch.history, self._document_starts())
+            output = self.module(micro_batch.inputs, history, part, starts_BT)
+        del history
         micro_batch.history = None  # the graph holds it as long as it needs it
-        if self.is_last_stage():
+        if own.holds_head:
             assert micro_batch.labels is not None
             micro_batch.loss = self._add_loss(output, micro_batch.labels)
         else:
-            assert self.module.wire_out is not None
-            micro_batch.payload = self.module.wire_out.encode(output.detach())
+            assert own.wire_out is not None
+            micro_batch.payload = own.wire_out.encode(output.detach())
             micro_batch.edge = get_gradient_edge(output) if training else None
-        if not training and self.is_last_stage():
-            del self._in_flight[buffer_id]
+        if not training and own.holds_head:
+            del self._in_flight[Pass(buffer_id, part)]
 
-    def _exec_send_activations(self, buffer_id: int) -> None:
-        micro_batch = self._in_flight[buffer_id]
+    def _shared_by_parts(
+        self, buffer_id: int, part: int, landed: LayerHistory | None
+    ) -> tuple[LayerHistory | None, Tensor | None]:
+        """What all parts of the stage share of a micro-batch, for the forward pass of one: its history, and where documents begin.
+
+        Args:
+            landed: the history that the first part's payload has been received into, if it has.
+        """
+        last = len(self.module.stage_parts) - 1
+        if last == 0:
+            return landed, self._document_starts()
+        if part == 0:
+            assert self._shape is not None
+            history = landed or self.module.new_history(*self._shape)
+            self._shared[buffer_id] = history, self._document_starts()
+        return self._shared.pop(buffer_id) if part == last else self._shared[buffer_id]
+
+    def _exec_send_activations(self, buffer_id: int, part: int = 0) -> None:
+        micro_batch = self._in_flight[Pass(buffer_id, part)]
         assert self._to_next is not None and micro_batch.payload is not None
-        self._to_next.post(micro_batch.payload)
+        self._to_next.post(micro_batch.payload, part)
         micro_batch.payload = None
         if micro_batch.edge is None:  # an evaluation
-            del self._in_flight[buffer_id]
+            del self._in_flight[Pass(buffer_id, part)]
 
-    def _exec_recv_grads(self, buffer_id: int) -> None:
+    def _exec_recv_grads(self, buffer_id: int, part: int = 0) -> None:
         assert self._from_next is not None
-        self._in_flight[buffer_id].gradient, _ = self._from_next.take()
+        self._in_flight[Pass(buffer_id, part)].gradient, _ = self._from_next.take(part)
 
-    def _exec_backward_pass(self, buffer_id: int) -> None:
-        micro_batch = self._in_flight[buffer_id]
+    def _exec_backward_pass(self, buffer_id: int, part: int = 0) -> None:
+        micro_batch, own = self._in_flight[Pass(buffer_id, part)], self.module.stage_parts[part]
         if micro_batch.loss is not None:
             (micro_batch.loss / self.micro_batches).backward()
         else:
             assert micro_batch.edge is not None and micro_batch.gradient is not None and self._shape is not None
-            micro_batch.gradient = self.module.arrived_gradient(micro_batch.gradient, *self._shape)
+            micro_batch.gradient = self.module.arrived_gradient(micro_batch.gradient, *self._shape, part=part)
             torch.autograd.backward([micro_batch.edge], [micro_batch.gradient])
         micro_batch.loss = micro_batch.edge = micro_batch.gradient = None
         if micro_batch.weights is not None:
             self._held_back[buffer_id] = micro_batch.weights
-        if self.is_first_stage():
-            del self._in_flight[buffer_id]
+        if own.embeds_tokens:
+            del self._in_flight[Pass(buffer_id, part)]
         else:
-            assert self.module.wire_in is not None and micro_batch.inputs is not None
+            assert own.wire_in is not None and micro_batch.inputs is not None
             assert micro_batch.inputs.grad is not None
-            micro_batch.returned = self.module.wire_in.encode(micro_batch.inputs.grad)
+            micro_batch.returned = own.wire_in.encode(micro_batch.inputs.grad)
             micro_batch.inputs = None
 
-    def _exec_send_grads(self, buffer_id: int) -> None:
-        micro_batch = self._in_flight.pop(buffer_id)
+    def _exec_send_grads(self, buffer_id: int, part: int = 0) -> None:
+        micro_batch = self._in_flight.pop(Pass(buffer_id, part))
         assert self._to_previous is not None and micro_batch.returned is not None
-        self._to_previous.post(micro_batch.returned)
+        self._to_previous.post(micro_batch.returned, part)
 
-    def _exec_backward_weight(self, buffer_id: int) -> None:
+    def _exec_backward_weight(self, buffer_id: int, part: int = 0) -> None:
         """Compute what is left of the weight gradients. Micro-batches come in their order, so that every sum has the same order,
         whatever has been computed while the stage waited."""
         gradients = self._held_back.pop(buffer_id)

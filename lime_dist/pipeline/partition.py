@@ -35,16 +35,17 @@ Costs = npt.NDArray[np.float64]
 
 
 def stage_bounds(config: Config) -> list[int]:
-    """[0, …, L]: stage s holds decoder layers bounds[s] … bounds[s+1]−1. ``parallel.stage_layers`` overrides the computed cut."""
+    """[0, …, L]: part i holds decoder layers bounds[i] … bounds[i+1]−1; with one part a stage, part i is stage i.
+    ``parallel.stage_layers`` overrides the computed cut."""
     model, parallel = config.model, config.parallel
     if parallel.stage_layers is not None:
         return [0, *accumulate(parallel.stage_layers)]
     ends = chunk_ends(model)
     penalties = [int(bool(ends) and boundary - 1 not in ends) for boundary in range(model.num_hidden_layers + 1)]
     if parallel.balance == "memory":
-        return balance(memory_costs(config), parallel.pipeline_stages, penalties, 0.0)
-    costs, stages = compute_costs(config), parallel.pipeline_stages
-    return balance(lambda stage: costs * (1 + EARLY * (1 - stage / stages)), stages, penalties, TOLERANCE)
+        return balance(memory_costs(config), parallel.parts, penalties, 0.0)
+    costs, parts = compute_costs(config), parallel.parts
+    return balance(lambda part: costs * (1 + EARLY * (1 - part / parts)), parts, penalties, TOLERANCE)
 
 
 def balance(costs: Callable[[int], Costs], parts: int, penalties: Sequence[float], tolerance: float) -> list[int]:
@@ -89,9 +90,10 @@ def compute_costs(config: Config) -> Costs:
 
 
 def memory_costs(config: Config) -> Callable[[int], Costs]:
-    """Bytes of a stage, by stage: parameters with gradients and optimizer, activations and histories of the micro-batches in flight,
+    """Bytes of a part, by part; with one part a stage, of a stage: parameters with gradients and optimizer, activations and histories of the micro-batches in flight,
     and payloads received ahead. A step has global_batch_size / micro_batch_size micro-batches, as with one replica."""
-    model, train, stages = config.model, config.train, config.parallel.pipeline_stages
+    model, train = config.model, config.train
+    stages, last = config.parallel.pipeline_stages, config.parallel.parts - 1
     size, kept = ITEM_BYTES[config.precision], MicroBatchBytes.of(config)
     history = range_sums(kept.made) + np.array(kept.crossing)[:, None]
     activations = range_sums(kept.layers) + np.array(kept.received)[:, None] + history
@@ -112,24 +114,25 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
         {EMBEDDING_WEIGHT if model.tie_word_embeddings else HEAD_WEIGHT: model.vocab_size * model.hidden_size},
     )
 
-    def of_stage(stage: int) -> Costs:
+    def of_part(part: int) -> Costs:
         own, once = 0, 0
-        if stage == 0:
+        turn, stage = divmod(part, stages)
+        if part == 0:
             own += kept.embedding
             once += embedding
-        if stage == stages - 1:
+        if part == last:
             own += kept.head
             once += norm
-            if stage > 0 or not model.tie_word_embeddings:
+            if part > 0 or not model.tie_word_embeddings:
                 once += head
-        costs: Costs = (activations + own) * schedule.micro_batches_in_flight(stage) + fixed + once
+        costs: Costs = (activations + own) * int(schedule.held_by_part(stage)[turn].max()) + fixed + once
         if (held_back := int(schedule.weight_passes_held(stage).max())) > 0:
             costs = costs + held_back * weight_passes
-        if stage > 0 and (ahead := schedule.receives_ahead(RECV_ACTIVATION)):
+        if part > 0 and (ahead := schedule.receives_ahead(RECV_ACTIVATION)):
             costs = costs + ahead * landing
         return costs
 
-    return of_stage
+    return of_part
 
 
 def copy_costs(config: Config) -> Costs:

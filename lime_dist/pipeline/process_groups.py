@@ -44,8 +44,9 @@ def tied_communicators(module: LimePipelineModule) -> dict[str, dict[str, Any]]:
 def stage_process_groups(module: LimePipelineModule) -> ProcessGroups:
     """The process groups of this rank's stage."""
     grid, tied, config = module.mpu(), tied_communicators(module), module.config
-    layers = range(module.bounds[module.stage_id], module.bounds[module.stage_id + 1])
-    copies = later_parameters(config.model, layers, module.prices)
+    copies = {
+        name for part in module.stage_parts for name in later_parameters(config.model, part.layers, module.prices)
+    }
     return ProcessGroups(
         replicas=grid.get_data_parallel_group(),
         pipeline=grid.get_pipe_parallel_group(),

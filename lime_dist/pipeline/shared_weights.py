@@ -16,13 +16,19 @@ from itertools import pairwise
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.model.architecture import CHUNKS, Sizes, architecture_of, router_name, stage_layout
 from lime_dist.model.chunks import Chunk
-from lime_dist.model.crossing import ENTRIES, Prices
+from lime_dist.model.crossing import ENTRIES, Cut, Prices
 from lime_dist.model.parameters import layer_parameters, stage_parameters
 from lime_dist.pipeline.entry_format import prices_by_bytes
 
 
-def boundary_prices(config: Config) -> Prices:
-    """What it costs to send an entry or a partial mixture over the boundaries of a run."""
+def boundary_prices(config: Config, bounds: Sequence[int] | None = None) -> Prices:
+    """What it costs to send an entry or a partial mixture over the boundaries of a run.
+
+    Args:
+        bounds: the cuts. Only stages with several parts need them, for what they keep; None: as if they kept nothing.
+    """
+    if config.parallel.parts_per_stage > 1:
+        return ENTRIES if bounds is None else Prices(cut=Cut(tuple(bounds), config.parallel.pipeline_stages))
     return {"minimal": prices_by_bytes(config), "entries": ENTRIES}[config.pipeline.boundary]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 
 from lime_dist.pipeline.schedules.base import Instruction
-from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule, forward_instructions
+from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 
 
 class BackwardInput(deepspeed_schedule.BufferOpInstruction):
@@ -34,38 +34,45 @@ CLASSES: dict[str, type[deepspeed_schedule.PipeInstruction]] = {
         deepspeed_schedule.OptimizerStep,
     )
 }
-"""The class of each kind of instruction, DeepSpeed's or ours. The buffer of an instruction is its micro-batch."""
+"""The class of each kind of instruction, DeepSpeed's or ours. The buffer of an instruction is its micro-batch; ``part`` counts the parts
+of the stage."""
 
 
-class TrainingStage(deepspeed_schedule.PipeSchedule):
-    """A training step of one stage."""
+class StageSchedule(deepspeed_schedule.PipeSchedule):
+    """What one stage does, in order."""
 
     def __init__(self, schedule: OverlappedSchedule, stage: int) -> None:
         super().__init__(schedule.micro_batches, schedule.stages, stage)
         self.schedule = schedule
 
+    def instructions(self) -> Iterator[Instruction]:
+        raise NotImplementedError
+
+    def parts_of(self, kind: str) -> list[int]:
+        """The part of each instruction of a kind."""
+        return [each.part for each in self.instructions() if each.kind == kind]
+
     def steps(self) -> Iterator[list[deepspeed_schedule.PipeInstruction]]:
-        return _as_deepspeed(self.schedule.instructions(self.stage_id))
+        for kind, micro_batch, part in self.instructions():
+            arguments = {} if micro_batch is None else {"buffer_id": micro_batch, "part": part}
+            yield [CLASSES[kind](**arguments)]
+
+
+class TrainingStage(StageSchedule):
+    """A training step of one stage."""
+
+    def instructions(self) -> Iterator[Instruction]:
+        return self.schedule.instructions(self.stage_id)
 
     def num_pipe_buffers(self) -> int:
         return self.schedule.buffers(self.stage_id)
 
 
-class EvaluationStage(deepspeed_schedule.PipeSchedule):
+class EvaluationStage(StageSchedule):
     """An evaluation on one stage: the forward passes of a schedule's micro-batches."""
 
-    def __init__(self, schedule: OverlappedSchedule, stage: int) -> None:
-        super().__init__(schedule.micro_batches, schedule.stages, stage)
-        self.schedule = schedule
-
-    def steps(self) -> Iterator[list[deepspeed_schedule.PipeInstruction]]:
-        for micro_batch in range(self.micro_batches):
-            yield from _as_deepspeed(forward_instructions(self.stages, self.stage_id, micro_batch))
+    def instructions(self) -> Iterator[Instruction]:
+        return self.schedule.evaluation(self.stage_id)
 
     def num_pipe_buffers(self) -> int:
         return 1
-
-
-def _as_deepspeed(instructions: Iterable[Instruction]) -> Iterator[list[deepspeed_schedule.PipeInstruction]]:
-    for kind, micro_batch in instructions:
-        yield [CLASSES[kind]() if micro_batch is None else CLASSES[kind](buffer_id=micro_batch)]

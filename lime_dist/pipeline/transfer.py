@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
@@ -38,6 +39,12 @@ class TransferStats:
     transfers: int = 0
     waited: float = 0.0
 
+    def add(self, num_bytes: int, waited: float) -> None:
+        """Count one tensor."""
+        self.bytes += num_bytes
+        self.transfers += 1
+        self.waited += waited
+
 
 POLL_SECONDS = 1e-4
 """How often a host that waits for a send asks whether it has completed."""
@@ -59,6 +66,7 @@ class Sender:
 
     Attributes:
         window: tensors that may be under way at a time; another send first waits for the oldest.
+        by_part: ``stats`` by part of this stage; the waits of `drain` are not among them.
     """
 
     peer: int
@@ -66,18 +74,23 @@ class Sender:
     is_queued: bool = False
     stats: TransferStats = field(default_factory=TransferStats)
     window: int = 1
+    by_part: dict[int, TransferStats] = field(default_factory=partial(defaultdict, TransferStats))
     _under_way: deque[tuple[Any, Tensor]] = field(default_factory=deque)
 
-    def post(self, tensor: Tensor) -> None:
-        """Send a contiguous tensor, which must not be written to afterwards. Returns at once unless the window is full."""
+    def post(self, tensor: Tensor, part: int = 0) -> None:
+        """Send a contiguous tensor, which must not be written to afterwards. Returns at once unless the window is full.
+
+        Args:
+            part: of this stage, which the tensor comes from.
+        """
         begin = time.perf_counter()
         self.release()
         while len(self._under_way) >= self.window:
             self._complete_oldest()
-        self.stats.waited += time.perf_counter() - begin
+        waited = time.perf_counter() - begin
         self._under_way.append((dist.isend(tensor, self.peer, group=self.group), tensor))
-        self.stats.bytes += tensor.nbytes
-        self.stats.transfers += 1
+        for stats in (self.stats, self.by_part[part]):
+            stats.add(tensor.nbytes, waited)
 
     def release(self) -> None:
         """Free the tensors whose sends are known to have completed. Does not wait."""
@@ -135,11 +148,15 @@ class Receiver(Generic[T]):
 
     Args:
         peer: global rank of the sending end.
+
+    Attributes:
+        by_part: ``stats`` by part of this stage.
     """
 
     peer: int
     group: dist.ProcessGroup
     stats: TransferStats = field(default_factory=TransferStats)
+    by_part: dict[int, TransferStats] = field(default_factory=partial(defaultdict, TransferStats))
     _posted: deque[tuple[Any, Tensor, T]] = field(default_factory=deque)
     _left: int = 0
     _meanwhile: Callable[[], bool] | None = None
@@ -161,8 +178,9 @@ class Receiver(Generic[T]):
         """
         self._left, self._ahead, self._allocate, self._meanwhile = count, ahead, allocate, meanwhile
 
-    def take(self) -> tuple[Tensor, T]:
-        """Wait for the next tensor and return it with its owner. The tensors after it can arrive meanwhile."""
+    def take(self, part: int = 0) -> tuple[Tensor, T]:
+        """Wait for the next tensor, for a part of this stage, and return it with its owner. The tensors after it can arrive
+        meanwhile."""
         while self._left and len(self._posted) < 1 + self._ahead:
             memory, belongs_to = self._allocate()
             work = dist.irecv(memory, self.peer, group=self.group)
@@ -173,7 +191,7 @@ class Receiver(Generic[T]):
             pass
         begin = time.perf_counter()
         work.wait()
-        self.stats.waited += time.perf_counter() - begin
-        self.stats.bytes += tensor.nbytes
-        self.stats.transfers += 1
+        waited = time.perf_counter() - begin
+        for stats in (self.stats, self.by_part[part]):
+            stats.add(tensor.nbytes, waited)
         return tensor, owner

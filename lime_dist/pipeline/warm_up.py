@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lime_dist.model.weight_gradients import deferring
 
 if TYPE_CHECKING:
+    from lime_dist.model.history import LayerHistory
     from lime_dist.pipeline.engine import LimeEngine
 
 LOSSES = 2
@@ -35,28 +37,35 @@ def run_on_zeros(engine: LimeEngine, is_training: bool) -> None:
     losses = engine.total_loss, engine.fwd_outputs
     engine.total_loss, engine.fwd_outputs = None, []
     engine.module.train(is_training)
+    passes: list[tuple[Tensor, Tensor]] = []  # by part, what its forward pass takes and gives
+    kept: LayerHistory | None = None
     with torch.set_grad_enabled(is_training):
-        inputs, history = (tokens_BT, None) if engine.is_first_stage() else engine.payload_of_zeros(*shape)
-        if not engine.is_first_stage():
-            inputs.requires_grad_(is_training)
         starts_BT = torch.zeros_like(tokens_BT) if engine.masks_documents else None
         gradients = engine.deferred_gradients() if is_training else None
-        with deferring(gradients):
-            output = engine.module(inputs, history, starts_BT)
-        if engine.is_last_stage():
-            for _ in range(LOSSES):
-                loss = engine._add_loss(output, tokens_BT)
-            if is_training:
-                (loss / engine.micro_batches).backward()
-        else:
-            assert engine.module.wire_out is not None
-            sent = engine.module.wire_out.encode(output.detach())
-            if is_training:
-                output.backward(engine.module.arrived_gradient(torch.zeros_like(sent), *shape))
+        for part, own in enumerate(engine.module.stage_parts):
+            inputs, history = (tokens_BT, None) if own.embeds_tokens else engine.payload_of_zeros(*shape, part=part)
+            if not own.embeds_tokens:
+                inputs.requires_grad_(is_training)
+            if part == 0 and len(engine.module.stage_parts) > 1:
+                kept = history or engine.module.new_history(*shape)
+            with deferring(gradients):
+                passes.append((inputs, engine.module(inputs, kept or history, part, starts_BT)))
+        for part, own in reversed(list(enumerate(engine.module.stage_parts))):
+            inputs, output = passes.pop()
+            if own.holds_head:
+                for _ in range(LOSSES):
+                    loss = engine._add_loss(output, tokens_BT)
+                if is_training:
+                    (loss / engine.micro_batches).backward()
+            else:
+                assert own.wire_out is not None
+                sent = own.wire_out.encode(output.detach())
+                if is_training:
+                    output.backward(engine.module.arrived_gradient(torch.zeros_like(sent), *shape, part=part))
+            if inputs.grad is not None:
+                assert own.wire_in is not None
+                own.wire_in.encode(inputs.grad)
         while gradients:
             gradients.compute_next(engine.optimizer.gradient_of)
-        if inputs.grad is not None:
-            assert engine.module.wire_in is not None
-            engine.module.wire_in.encode(inputs.grad)
     engine.module.train()
     engine.total_loss, engine.fwd_outputs = losses

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lime_dist.config.precision import ITEM_BYTES, float8_bytes
 from lime_dist.config.schema import Config
 from lime_dist.model.cost import payload_parts
+from lime_dist.model.crossing import Prices
 from lime_dist.pipeline.entry_format import block_of_entries, quantises_entries
 from lime_dist.pipeline.shared_weights import boundary_prices
 
@@ -43,11 +44,15 @@ class WireFormat:
     block: int
 
     @classmethod
-    def of(cls, config: Config, boundary: int) -> WireFormat:
-        """The format of what crosses the boundary before decoder layer ``boundary``."""
+    def of(cls, config: Config, boundary: int, prices: Prices | None = None) -> WireFormat:
+        """The format of what crosses the boundary before decoder layer ``boundary``.
+
+        Args:
+            prices: the result of `boundary_prices` with the cuts; None: without.
+        """
         quantises = quantises_entries(config)
         dtype = config.precision if quantises else config.pipeline.wire_dtype or config.precision
-        parts = payload_parts(config.model, boundary, boundary_prices(config))
+        parts = payload_parts(config.model, boundary, boundary_prices(config) if prices is None else prices)
         return cls(
             dtype,
             (PartFormat(parts.hidden, False), PartFormat(parts.entries, quantises), PartFormat(parts.mixtures, False)),

@@ -1,7 +1,7 @@
 """Seconds of one training step of a pipeline: a schedule's instructions, performed with given stage and link times.
 
-Every stage performs its instructions in order. A boundary has a link in each direction, which carries its transfers in
-order, one at a time: a transfer occupies the link for bytes / bandwidth seconds and arrives ``latency`` seconds later.
+Every stage performs its instructions in order. Two stages that are neighbours have a link in each direction, which carries its transfers
+in order, one at a time: a transfer occupies the link for bytes / bandwidth seconds and arrives ``latency`` seconds later.
 
 If transfers overlap the computation, a send returns at once and receives are posted as `pipeline/transfer.py` posts them: when
 a stage turns to a receive, it posts this one and `Schedule.receives_ahead` beyond it. A transfer starts when both ends have
@@ -42,6 +42,8 @@ from lime_dist.pipeline.schedules.base import (
 
 WITHOUT_TIME = frozenset({LOAD_MICRO_BATCH, REDUCE_TIED_GRADS, REDUCE_GRADS})
 """Instructions that the simulation skips."""
+BEFORE = frozenset({RECV_ACTIVATION, SEND_GRAD})
+"""Transfers over the boundary before a part; the others cross the one behind it."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,14 @@ class Interval(NamedTuple):
     """What a stage did from ``begin`` to ``end``, in seconds from the start of the step.
 
     ``instruction`` is the kind of instruction: a pass, a transfer (for as long as the stage waits for it) or OptimizerStep,
-    whose ``micro_batch`` is 0.
+    whose ``micro_batch`` is 0. ``part`` counts the parts of the stage.
     """
 
     instruction: str
     micro_batch: int
     begin: float
     end: float
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,25 +110,22 @@ class _Direction:
     """One direction of one boundary. Lists are in the order of its transfers, in seconds from the start of the step.
 
     Attributes:
-        duration: seconds that a transfer occupies the link.
         sends, receives: when each end posted them.
         out: when a transfer's last byte had left; known as soon as both ends have posted it.
     """
 
-    duration: float
-    latency: float
     sends: list[float] = field(default_factory=list)
     receives: list[float] = field(default_factory=list)
     out: list[float] = field(default_factory=list)
 
-    def post(self, end: list[float], clock: float) -> None:
-        """Post the next transfer at one end, ``sends`` or ``receives``."""
+    def post(self, end: list[float], clock: float, duration: float) -> None:
+        """Post the next transfer at one end, ``sends`` or ``receives``; it occupies the link for ``duration`` seconds."""
         end.append(clock)
         transfer = len(self.out)
         if transfer < min(len(self.sends), len(self.receives)):
             free = self.out[-1] if self.out else 0.0
             start = max(self.sends[transfer], self.receives[transfer], free)
-            self.out.append(start + self.duration)
+            self.out.append(start + duration)
 
     def is_settled(self, transfer: int) -> bool:
         return len(self.out) > transfer
@@ -147,15 +147,17 @@ class _Wait(NamedTuple):
 def _perform(
     schedule: Schedule,
     stage: int,
-    compute: Mapping[str, float],
+    compute: Mapping[tuple[str, int], float],
     directions: Mapping[str, _Direction],
+    boundaries: Sequence[tuple[float, float]],
     fill_waits: bool,
 ) -> Iterator[_Wait | Interval]:
     """Perform a stage's step: yield each interval; before it, yield what it waits for as long as its end is not known.
 
     Args:
-        compute: seconds by kind of instruction.
+        compute: seconds by kind of instruction and part of the stage.
         directions: by kind of instruction, for transfers.
+        boundaries: `transfer_times`.
 
     Raises:
         ValueError: an instruction that is neither a transfer of this stage nor has a duration.
@@ -163,25 +165,30 @@ def _perform(
     clock, blocks = 0.0, schedule.is_blocking
     transfers: Counter[str] = Counter()
     held_back: dict[int, float] = {}  # by micro-batch, seconds of its weight pass that are left
-    for kind, micro_batch in schedule.instructions(stage):
+    instructions = list(schedule.instructions(stage))
+    crossed: dict[str, list[int]] = {kind: [] for kind in directions}  # by kind, the boundaries that transfers cross
+    for kind, _, part in instructions:
+        if kind in directions:
+            crossed[kind].append(part * schedule.stages + stage - (kind in BEFORE))
+    for kind, micro_batch, part in instructions:
         begin, index = clock, micro_batch or 0
         if kind == BACKWARD_INPUT:
-            held_back[index] = compute[BACKWARD_WEIGHT]
+            held_back[index] = compute[BACKWARD_WEIGHT, part]
         if kind == BACKWARD_WEIGHT:
             clock += held_back.pop(index)
-        elif kind in compute:
-            clock += compute[kind]
+        elif (kind, part) in compute:
+            clock += compute[kind, part]
         elif kind in directions:
             direction, sends, transfer = directions[kind], kind in SENDS, transfers[kind]
             transfers[kind] += 1
             posted = direction.sends if sends else direction.receives
             ahead = 0 if sends else schedule.receives_ahead(kind)
-            while len(posted) < min(transfer + 1 + ahead, schedule.micro_batches):
-                direction.post(posted, clock)
+            for boundary in crossed[kind][len(posted) : transfer + 1 + ahead]:
+                direction.post(posted, clock, boundaries[boundary][0])
             if blocks or not sends:
                 while not direction.is_settled(transfer):
                     yield _Wait(kind, index, direction, transfer)
-                over = direction.out[transfer] + (0.0 if sends else direction.latency)
+                over = direction.out[transfer] + (0.0 if sends else boundaries[crossed[kind][transfer]][1])
                 for waiting, left in held_back.items() if fill_waits and not sends else ():
                     if spent := min(left, max(0.0, over - clock)):
                         held_back[waiting] -= spent
@@ -191,7 +198,7 @@ def _perform(
             continue
         else:
             raise ValueError(f"the schedule {schedule.name} has {kind} on stage {stage}, whose duration is unknown")
-        yield Interval(kind, index, begin, clock)
+        yield Interval(kind, index, begin, clock, part)
 
 
 def _run(stages: Sequence[Iterator[_Wait | Interval]]) -> list[list[Interval]]:
@@ -210,7 +217,7 @@ def _run(stages: Sequence[Iterator[_Wait | Interval]]) -> list[list[Interval]]:
                 waits[stage] = event
                 break
             intervals[stage].append(event)
-        for neighbour in (stage - 1, stage + 1):
+        for neighbour in ((stage - 1) % len(stages), (stage + 1) % len(stages)):
             if neighbour in waits and waits[neighbour].is_over:
                 del waits[neighbour]
                 ready.append(neighbour)
@@ -235,8 +242,8 @@ def simulate(
     """Simulate one training step.
 
     Args:
-        times: by stage.
-        payload_bytes: by boundary, of one micro-batch's payload; its gradient has as many.
+        times: by part of the decoder; with one part a stage, by stage.
+        payload_bytes: by boundary between parts, of one micro-batch's payload; its gradient has as many.
         links: by boundary, or one for all boundaries.
         schedule: of the step; it has the number of micro-batches.
         update: seconds that each stage spends on the optimizer's step. (It waits for the gradient norms of all stages. That
@@ -249,24 +256,28 @@ def simulate(
         RuntimeError: the schedule deadlocks.
     """
     boundaries = transfer_times(times, payload_bytes, links, schedule.micro_batches, update)
-    if schedule.stages != len(times):
-        raise ValueError(f"the schedule has {schedule.stages} stages, but times are given for {len(times)}")
-    forwards, backwards = ([_Direction(seconds, latency) for seconds, latency in boundaries] for _ in range(2))
+    if schedule.stages * schedule.parts != len(times):
+        parts = f"{schedule.stages} stages" + (f" of {schedule.parts} parts" if schedule.parts > 1 else "")
+        raise ValueError(f"the schedule has {parts}, but times are given for {len(times)}")
+    # By the stage before a link; the last stage has one to the first if stages hold several parts.
+    forwards, backwards = ([_Direction() for _ in range(schedule.stages)] for _ in range(2))
     stages = []
-    for stage, time in enumerate(times):
-        compute = {
-            FORWARD_PASS: time.forward,
-            BACKWARD_PASS: time.backward,
-            BACKWARD_INPUT: time.backward - time.weights,
-            BACKWARD_WEIGHT: time.weights,
-            OPTIMIZER_STEP: update,
-        }
+    for stage in range(schedule.stages):
+        compute: dict[tuple[str, int], float] = {(OPTIMIZER_STEP, 0): update}
+        for part, time in enumerate(times[stage :: schedule.stages]):
+            of_part = {
+                FORWARD_PASS: time.forward,
+                BACKWARD_PASS: time.backward,
+                BACKWARD_INPUT: time.backward - time.weights,
+                BACKWARD_WEIGHT: time.weights,
+            }
+            compute |= {(kind, part): seconds for kind, seconds in of_part.items()}
         directions: dict[str, _Direction] = {}
-        if stage > 0:
+        if stage > 0 or schedule.parts > 1:
             directions |= {RECV_ACTIVATION: forwards[stage - 1], SEND_GRAD: backwards[stage - 1]}
-        if stage < len(times) - 1:
+        if stage < schedule.stages - 1 or schedule.parts > 1:
             directions |= {SEND_ACTIVATION: forwards[stage], RECV_GRAD: backwards[stage]}
-        stages.append(_perform(schedule, stage, compute, directions, fill_waits))
+        stages.append(_perform(schedule, stage, compute, directions, boundaries, fill_waits))
     intervals = _run(stages)
     seconds = max(own[-1].end for own in intervals)
     transfers = SENDS | RECEIVES

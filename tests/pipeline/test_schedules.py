@@ -24,6 +24,7 @@ from lime_dist.config.registry import SCHEDULES
 from lime_dist.errors import LimeError
 from lime_dist.pipeline.partition import memory_costs
 from lime_dist.pipeline.schedules.base import BACKWARDS, Instruction, Schedule, make_schedule
+from lime_dist.pipeline.schedules.interleaved import Interleaved
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 from lime_dist.pipeline.schedules.stock import StockSchedule
@@ -89,7 +90,9 @@ def measure_stage(values: dict[str, Any]) -> Any:
 def test_a_new_schedule_is_a_choice(gpipe: None) -> None:
     config = load_config(None, ["pipeline.schedule=gpipe"])
     assert config.pipeline.engine == "overlap" and isinstance(make_schedule(config, 4), GPipe)
-    with pytest.raises(LimeError, match="pipeline.schedule='other' must be '1f1b', 'gpipe', 'stock' or 'zero_bubble'"):
+    with pytest.raises(
+        LimeError, match="pipeline.schedule='other' must be '1f1b', 'gpipe', 'interleaved', 'stock' or 'zero_bubble'"
+    ):
         load_config(None, ["pipeline.schedule=other"])
 
 
@@ -186,6 +189,7 @@ def every_schedule(micro_batches: int, stages: int) -> list[Schedule]:
         ),
         StockSchedule(micro_batches, stages),
         GPipe(micro_batches, stages),
+        Interleaved(micro_batches, stages),
     ]
 
 
@@ -221,7 +225,7 @@ def test_diagonals_have_every_pass_once() -> None:
         assert len(passes) == len(set(passes)) == kinds * 7 * 4
         for stage in range(4):
             own = [(kind, micro_batch) for kind, at, micro_batch in passes if at == stage]
-            assert own == [each for each in schedule.instructions(stage) if each.kind in PASSES]
+            assert own == [each[:2] for each in schedule.instructions(stage) if each.kind in PASSES]
 
 
 def test_stock_buffers_are_those_of_deepspeed() -> None:
@@ -234,7 +238,11 @@ def test_stock_buffers_are_those_of_deepspeed() -> None:
 
 
 def test_names_are_those_of_the_registry() -> None:
-    assert list(SCHEDULES) == [schedule.name for schedule in SCHEDULES.values()] == ["1f1b", "stock", "zero_bubble"]
+    assert (
+        list(SCHEDULES)
+        == [schedule.name for schedule in SCHEDULES.values()]
+        == ["1f1b", "interleaved", "stock", "zero_bubble"]
+    )
 
 
 def test_a_schedule_that_lacks_a_member_is_refused() -> None:
@@ -276,7 +284,10 @@ def test_schedule_and_engine_imply_each_other(overrides: list[str], schedule: st
             "pipeline.engine=stock does not run pipeline.schedule=1f1b; set pipeline.engine=overlap, or leave one of the two out",
         ),
         (["pipeline.schedule=5"], "pipeline.schedule=5 in the command line: input should be a valid string"),
-        (["pipeline.schedule=fast"], "pipeline.schedule='fast' must be '1f1b', 'stock' or 'zero_bubble'"),
+        (
+            ["pipeline.schedule=fast"],
+            "pipeline.schedule='fast' must be '1f1b', 'interleaved', 'stock' or 'zero_bubble'",
+        ),
     ],
 )
 def test_contradictions_are_one_line(overrides: list[str], line: str) -> None:

@@ -90,7 +90,7 @@ def poisoned_entry(direction: str, value: float) -> dict[str, Any]:
     with quiet():
         engine, updater = build_engine(config)
     weights, applied = [updater.flat_weights.clone()], []
-    settle, encode, chosen = updater.settle, Wire.encode, getattr(engine.module, direction)
+    settle, encode, chosen = updater.settle, Wire.encode, getattr(engine.module.stage_parts[0], direction)
     poisoned: list[int] = []
 
     def recorded(norms: list[float]) -> bool:

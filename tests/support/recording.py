@@ -17,6 +17,7 @@ from support.nccl import Program
 
 from lime_dist.pipeline import transfer
 from lime_dist.pipeline.overlap import MicroBatch, OverlapEngine
+from lime_dist.pipeline.schedules.base import Pass
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 from lime_dist.pipeline.stage_schedule import BackwardInput, BackwardWeight, EvaluationStage, TrainingStage
 
@@ -44,19 +45,21 @@ class RecordingEngine(OverlapEngine):
         self.clock: Any = SimpleNamespace(measuring=nullcontext)
         self.placement: Any = SimpleNamespace(name=str)
         self.module: Any = SimpleNamespace(
-            landing=lambda *shape: (torch.empty(shape), None),
-            payload_shape=lambda boundary, *shape: shape,
-            wire_out=SimpleNamespace(empty=lambda shape, device: torch.empty(shape)),
+            landing=lambda *shape, part: (torch.empty(shape), None),
+            gradient_landing=lambda *shape, part: torch.empty(shape),
         )
         self._in_flight, self._failed = {}, False
         self._from_previous = self._from_next = self._to_next = self._to_previous = None
-        there, back = ([(self.program, f"{way} {boundary}") for boundary in (stage - 1, stage)] for way in "><")
-        if stage + 1 < schedule.stages:
-            self._to_next, self._from_next = self._sender(stage + 1, there[1]), self._receiver(stage + 1, back[1])
-        if stage > 0:
+        has_ring = schedule.parts > 1
+        before, behind = (stage - 1) % schedule.stages, stage
+        there, back = ([(self.program, f"{way} {boundary}") for boundary in (before, behind)] for way in "><")
+        after = (stage + 1) % schedule.stages
+        if has_ring or stage + 1 < schedule.stages:
+            self._to_next, self._from_next = self._sender(after, there[1]), self._receiver(after, back[1])
+        if has_ring or stage > 0:
             self._from_previous, self._to_previous = (
-                self._receiver(stage - 1, there[0]),
-                self._sender(stage - 1, back[0]),
+                self._receiver(before, there[0]),
+                self._sender(before, back[0]),
             )
 
     def destroy(self) -> None:
@@ -84,22 +87,22 @@ class RecordingEngine(OverlapEngine):
     def _partners(self, _: Any) -> tuple[()]:
         return ()
 
-    def _load(self, buffer_id: int) -> None:
+    def _load(self, buffer_id: int, part: int) -> None:
         """Copying from pageable memory waits for the compute stream."""
-        self._in_flight.setdefault(buffer_id, MicroBatch())
+        self._in_flight.setdefault(Pass(buffer_id, part), MicroBatch())
         self.program.compute("read")
 
-    def _forward(self, buffer_id: int) -> None:
+    def _forward(self, buffer_id: int, part: int) -> None:
         self.program.compute("forward")
-        micro_batch = self._in_flight[buffer_id]
+        micro_batch = self._in_flight[Pass(buffer_id, part)]
         micro_batch.payload = torch.empty(1)
         micro_batch.edge = object() if torch.is_grad_enabled() else None
 
-    def _backward(self, buffer_id: int) -> None:
+    def _backward(self, buffer_id: int, part: int) -> None:
         self.held.append(self._count_held())
         self.program.compute("backward")
-        if not self.is_first_stage():
-            micro_batch = self._in_flight[buffer_id]
+        if part * self.num_stages + self.stage_id:
+            micro_batch = self._in_flight[Pass(buffer_id, part)]
             assert micro_batch.inputs is not None
             micro_batch.returned = torch.empty_like(micro_batch.inputs)
 

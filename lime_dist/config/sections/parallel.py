@@ -22,6 +22,13 @@ class ParallelConfig(Section):
     """
 
     pipeline_stages: int = Field(1, ge=1, description="number of pipeline stages, at most one per decoder layer")
+    virtual_stages: int = Field(
+        1,
+        ge=1,
+        description="parts of the decoder that each stage holds (virtual pipeline stages): part v · `pipeline_stages` + s is on stage s. "
+        "More parts shorten the time in which stages wait for the first and after the last micro-batch, and send more "
+        "(`pipeline.schedule: interleaved`). With one stage there is one part",
+    )
     topology: Literal["stages_together", "replicas_together"] = Field(
         "stages_together",
         description="which processes share a host: neighbouring stages of a replica, or the replicas of a stage",
@@ -31,7 +38,8 @@ class ParallelConfig(Section):
     )
     stage_layers: list[int] | None = Field(
         None,
-        description="number of decoder layers of each stage, such as `[5, 6, 5]`; `null` divides them by `balance`",
+        description="number of decoder layers of each stage, such as `[5, 6, 5]`, with `virtual_stages` of each part; `null` divides "
+        "them by `balance`",
     )
     balance: Literal["compute", "memory"] = Field(
         "compute", description="what the stages share evenly, unless `stage_layers` is set"
@@ -40,6 +48,16 @@ class ParallelConfig(Section):
         False, description="store only the input of each layer, and compute its activations again in the backward pass"
     )
 
+    @property
+    def parts_per_stage(self) -> int:
+        """Parts of the decoder that each stage holds. The parts of a single stage would follow each other: they are one."""
+        return self.virtual_stages if self.pipeline_stages > 1 else 1
+
+    @property
+    def parts(self) -> int:
+        """Parts of the decoder on all stages."""
+        return self.pipeline_stages * self.parts_per_stage
+
 
 class PipelineConfig(Section):
     """How payloads travel between stages."""
@@ -47,8 +65,8 @@ class PipelineConfig(Section):
     schedule: ScheduleName = Field(
         "1f1b",
         description="order of forward and backward passes: `1f1b` alternates them, with transfers that overlap the "
-        "computation; `zero_bubble` does so too, and computes weight gradients apart, where a stage would be idle; `stock` is "
-        "DeepSpeed's own, with blocking transfers",
+        "computation; `interleaved` does so with several parts a stage (`parallel.virtual_stages`); `zero_bubble` does so with one, and "
+        "computes weight gradients apart, where a stage would be idle; `stock` is DeepSpeed's own, with blocking transfers",
     )
     engine: Literal["overlap", "stock"] = Field(
         "overlap",
@@ -59,7 +77,7 @@ class PipelineConfig(Section):
         1,
         ge=0,
         description="micro-batches in flight beyond those that 1F1B needs, for each boundary downstream; they hide transfers "
-        "and cost memory (`1f1b`, `zero_bubble`)",
+        "and cost memory (`1f1b`, `zero_bubble`, and `interleaved`, which with several parts a stage uses at most 1)",
     )
     deferred_weight_passes: int | None = Field(
         None,
@@ -76,7 +94,7 @@ class PipelineConfig(Section):
         "minimal",
         description="what of the layer history crosses stage boundaries: `entries` that later layers read, or the `minimal` "
         "number of entries and of partial mixtures, to which each stage adds its part (`routes: kv`; the results are equal up to "
-        "rounding)",
+        "rounding). With `parallel.virtual_stages` entries cross, to each stage once",
     )
     transfer_ctas: int | None = Field(
         4,

@@ -39,11 +39,20 @@ projections, which BACKWARD_WEIGHT computes."""
 class Instruction(NamedTuple):
     """One thing that a stage does in a step.
 
-    ``kind`` is the name of DeepSpeed's instruction, or of ours (`stage_schedule.py`). ``micro_batch`` is None for an instruction that concerns the whole step.
+    ``kind`` is the name of DeepSpeed's instruction, or of ours (`stage_schedule.py`). ``micro_batch`` is None for an instruction that
+    concerns the whole step. ``part`` counts the parts of the stage.
     """
 
     kind: str
     micro_batch: int | None = None
+    part: int = 0
+
+
+class Pass(NamedTuple):
+    """A micro-batch's pass through one part of a stage."""
+
+    micro_batch: int
+    part: int = 0
 
 
 class Mark(NamedTuple):
@@ -112,8 +121,10 @@ class Schedule(Protocol):
     Attributes:
         micro_batches: per replica and step.
         stages: number of stages.
+        parts: parts of the decoder that each stage holds: the v-th one of stage s is part v · stages + s.
         name: the value of ``pipeline.schedule``.
         engine: the value of ``pipeline.engine`` that runs it.
+        holds_parts: a stage may hold several parts.
         encodes_payloads: its engine can send payloads in other forms than one floating-point type (``pipeline.wire_dtype: fp8``).
         is_blocking: a send returns when its bytes have left, and a receive is posted when the stage waits for it.
         splits_backward: whether weight gradients are instructions of their own. If the next receive has not arrived, a stage then
@@ -123,8 +134,10 @@ class Schedule(Protocol):
 
     micro_batches: int
     stages: int
+    parts: int = 1
     name: ClassVar[str]
     engine: ClassVar[str]
+    holds_parts: ClassVar[bool] = False
     encodes_payloads: ClassVar[bool]
     is_blocking: ClassVar[bool]
     splits_backward: ClassVar[bool] = False
@@ -157,7 +170,7 @@ class Schedule(Protocol):
         return 0
 
     def forwards_before_backwards(self, stage: int) -> Integers:
-        """Number of forward passes that ``stage`` has made before each of its backward passes, [micro-batches].
+        """Number of forward passes that ``stage`` has made before each of its backward passes, [micro-batches · parts].
 
         Counted from the instructions. A schedule overrides it with a formula if planning many settings has to be fast.
         """
@@ -179,8 +192,16 @@ class Schedule(Protocol):
         return int(self.forwards_before_backwards(stage)[0]) - 1
 
     def micro_batches_in_flight(self, stage: int) -> int:
-        """The most micro-batches whose activations ``stage`` holds at a time."""
-        return int((self.forwards_before_backwards(stage) - np.arange(self.micro_batches)).max())
+        """The most micro-batches whose activations ``stage`` holds at a time; each counts once for every part that it is in."""
+        forwards = self.forwards_before_backwards(stage)
+        return int((forwards - np.arange(len(forwards))).max())
+
+    def held_by_part(self, stage: int) -> Integers:
+        """Number of micro-batches whose activations of each part ``stage`` holds during each of its backward passes,
+        [parts, backward passes]."""
+        forwards = self.forwards_before_backwards(stage)
+        held: Integers = (forwards - np.arange(len(forwards)))[None]
+        return held
 
     def buffers(self, stage: int) -> int:
         """Number of pipeline buffers that DeepSpeed's engine reserves on ``stage``."""

@@ -6,7 +6,7 @@ posted ahead of the passes that need them (`lime_dist.pipeline.transfer`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -27,6 +27,7 @@ from lime_dist.pipeline.schedules.base import (
     BoundaryBytes,
     Instruction,
     MemoryInFlight,
+    Pass,
     Schedule,
 )
 
@@ -72,6 +73,10 @@ class OverlappedSchedule(Schedule):
         """
         return self.micro_batches_in_flight(stage) + self.receives_ahead(RECV_ACTIVATION)
 
+    def evaluation_window(self) -> int:
+        """Payloads that a stage may have under way at a time in an evaluation."""
+        return 1 + self.receives_ahead(RECV_ACTIVATION)
+
     def gradient_window(self, stage: int) -> int:
         """Gradients that ``stage`` may have under way at a time, likewise. By default all gradients of a step."""
         return self.micro_batches
@@ -89,30 +94,37 @@ class OverlappedSchedule(Schedule):
 
     # -- parts of a step, from which subclasses make their instructions -----------------------------------------------
 
-    def forward(self, stage: int, micro_batch: int) -> Iterator[Instruction]:
-        """One micro-batch through ``stage``, forwards."""
-        return forward_instructions(self.stages, stage, micro_batch)
+    def forward(self, stage: int, micro_batch: int, part: int = 0) -> Iterator[Instruction]:
+        """One micro-batch through a part of ``stage``, forwards. The first stage loads the tokens and the last one the labels, both with
+        their first part."""
+        own, last = part * self.stages + stage, self.stages * self.parts - 1
+        if own > 0:
+            yield Instruction(RECV_ACTIVATION, micro_batch, part)
+        if part == 0 and stage in (0, self.stages - 1):
+            yield Instruction(LOAD_MICRO_BATCH, micro_batch, part)
+        yield Instruction(FORWARD_PASS, micro_batch, part)
+        if own < last:
+            yield Instruction(SEND_ACTIVATION, micro_batch, part)
 
-    def backward(self, stage: int, micro_batch: int) -> Iterator[Instruction]:
-        """One micro-batch through ``stage``, backwards."""
-        if stage < self.stages - 1:
-            yield Instruction(RECV_GRAD, micro_batch)
-        yield Instruction(BACKWARD_PASS, micro_batch)
-        if stage > 0:
-            yield Instruction(SEND_GRAD, micro_batch)
+    def backward(self, stage: int, micro_batch: int, part: int = 0) -> Iterator[Instruction]:
+        """One micro-batch through a part of ``stage``, backwards."""
+        own, last = part * self.stages + stage, self.stages * self.parts - 1
+        if own < last:
+            yield Instruction(RECV_GRAD, micro_batch, part)
+        yield Instruction(BACKWARD_PASS, micro_batch, part)
+        if own > 0:
+            yield Instruction(SEND_GRAD, micro_batch, part)
+
+    def forward_order(self) -> Iterable[Pass]:
+        """The forward passes of a stage in the order in which an evaluation makes them."""
+        return (Pass(micro_batch) for micro_batch in range(self.micro_batches))
+
+    def evaluation(self, stage: int) -> Iterator[Instruction]:
+        """What ``stage`` does in an evaluation."""
+        for each in self.forward_order():
+            yield from self.forward(stage, *each)
 
     def update(self) -> Iterator[Instruction]:
         """The end of a step."""
         yield Instruction(REDUCE_GRADS)
         yield Instruction(OPTIMIZER_STEP)
-
-
-def forward_instructions(stages: int, stage: int, micro_batch: int) -> Iterator[Instruction]:
-    """One micro-batch through ``stage`` of ``stages``, forwards. The last stage loads the labels."""
-    if stage > 0:
-        yield Instruction(RECV_ACTIVATION, micro_batch)
-    if stage in (0, stages - 1):
-        yield Instruction(LOAD_MICRO_BATCH, micro_batch)
-    yield Instruction(FORWARD_PASS, micro_batch)
-    if stage < stages - 1:
-        yield Instruction(SEND_ACTIVATION, micro_batch)

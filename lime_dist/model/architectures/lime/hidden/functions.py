@@ -60,7 +60,7 @@ class Borrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dependency: Tensor, history: HiddenHistory, entry: Entry) -> Tensor:
         ctx.history, ctx.entry = history, entry
-        return history.lent_state(entry)
+        return history.lent_state(entry).detach()  # a tensor of its own: the history must not hold the graph
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,127 @@
+"""Interleaved 1F1B: every stage holds several parts of the decoder, so that filling and draining the pipeline takes less time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from lime_dist.config.registry import SCHEDULES
+from lime_dist.config.schema import Config
+from lime_dist.pipeline.schedules.base import (
+    RECV_ACTIVATION,
+    RECV_GRAD,
+    Instruction,
+    Integers,
+    Pass,
+)
+from lime_dist.pipeline.schedules.one_forward_one_backward import one_to_one
+from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
+
+MOST_EXTRA = 1
+"""Extra micro-batches in flight that help. With more, the first stage would wait in its warm-up for what the last stage makes only
+after gradients of the first."""
+
+
+@SCHEDULES.register("interleaved")
+@dataclass(frozen=True)
+class Interleaved(OverlappedSchedule):
+    """Part v·P + s of the decoder is the v-th part of stage s (Megatron-LM, arXiv 2104.04473).
+
+    Micro-batches pass in groups of at least P: a group's forward passes through all stages' first parts, then through their second
+    parts, and so on; backward passes likewise, from the last parts to the first. Megatron's groups have P micro-batches, and
+    their number must divide. Here any number will do: it is divided into groups of P to 2P − 1 micro-batches as evenly as possible, which
+    for a multiple of P are Megatron's. Fewer than P micro-batches are one group, and leave stages idle that wait for the group to come around.
+
+    Every stage makes `warm_up` forward passes, then alternates forward and backward, then makes the remaining backward passes.
+    With ``extra_in_flight`` 1 this is Megatron's warm-up, which hides transfers; with 0 it is the shortest.
+    """
+
+    extra_in_flight: int = 0
+    parts: int = 1
+
+    name: ClassVar[str] = "interleaved"
+    holds_parts: ClassVar[bool] = True
+
+    @classmethod
+    def from_config(cls, config: Config, micro_batches: int) -> Interleaved:
+        parallel, extra = config.parallel, config.pipeline.extra_in_flight
+        parts = parallel.parts_per_stage
+        return cls(micro_batches, parallel.pipeline_stages, min(extra, MOST_EXTRA) if parts > 1 else extra, parts)
+
+    def __post_init__(self) -> None:
+        if self.extra_in_flight < 0 or (self.parts > 1 and self.extra_in_flight > MOST_EXTRA):
+            raise ValueError(
+                f"extra_in_flight={self.extra_in_flight} must be 0 or {MOST_EXTRA} with several parts a stage"
+            )
+
+    # -- the order of passes ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def groups(self) -> list[range]:
+        """The micro-batches of each group."""
+        count = max(1, self.micro_batches // self.stages)
+        bounds = [-(-self.micro_batches * group // count) for group in range(count + 1)]
+        return [range(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
+
+    def forward_order(self) -> Iterator[Pass]:
+        for group in self.groups:
+            for part in range(self.parts):
+                yield from (Pass(micro_batch, part) for micro_batch in group)
+
+    def backward_order(self) -> Iterator[Pass]:
+        """The backward passes of every stage."""
+        for group in self.groups:
+            for part in reversed(range(self.parts)):
+                yield from (Pass(micro_batch, part) for micro_batch in group)
+
+    def warm_up(self, stage: int) -> int:
+        around = (self.parts - 1) * max(map(len, self.groups))
+        downstream = (self.stages - 1 - stage) * (1 + self.extra_in_flight)
+        return min(self.micro_batches * self.parts - 1, around + downstream)
+
+    def instructions(self, stage: int) -> Iterator[Instruction]:
+        forwards, backwards, warm_up = list(self.forward_order()), list(self.backward_order()), self.warm_up(stage)
+        for each in forwards[:warm_up]:
+            yield from self.forward(stage, *each)
+        for each, returning in zip(forwards[warm_up:], backwards, strict=False):
+            yield from self.forward(stage, *each)
+            yield from self.backward(stage, *returning)
+        for returning in backwards[len(forwards) - warm_up :]:
+            yield from self.backward(stage, *returning)
+        yield from self.update()
+
+    def forwards_before_backwards(self, stage: int) -> Integers:
+        return one_to_one(self.micro_batches * self.parts, self.warm_up(stage))
+
+    def held_by_part(self, stage: int) -> Integers:
+        number = self.parts * self.micro_batches
+        begun = np.array([each.part for each in self.forward_order()])
+        ended = np.array([each.part for each in self.backward_order()])
+        forwards = self.forwards_before_backwards(stage)
+        parts = range(self.parts)
+        made = np.array([np.cumsum(begun == part)[forwards - 1] for part in parts])
+        over = np.array([np.concatenate([[0], np.cumsum(ended == part)])[:number] for part in parts])
+        held: Integers = made - over
+        return held
+
+    # -- transfers ----------------------------------------------------------------------------------------------------
+
+    def receives_ahead(self, kind: str) -> int:
+        """As with `OneForwardOneBackward`."""
+        return min(1, self.extra_in_flight) if kind == RECV_GRAD else 1
+
+    def evaluation_window(self) -> int:
+        """A group's payloads: the first stage receives them from the last one when it has sent them all."""
+        return max(map(len, self.groups)) + self.receives_ahead(RECV_ACTIVATION)
+
+    def gradient_window(self, stage: int) -> int:
+        """When a stage sends a gradient, the payload that it has received before implies which gradients have arrived. Those from
+        the first stage to the last are used a group later."""
+        ahead = self.receives_ahead(RECV_ACTIVATION)
+        if stage == 0:
+            return max(map(len, self.groups)) + 1 + ahead
+        return self.extra_in_flight + 2 + ahead
