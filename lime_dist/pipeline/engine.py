@@ -287,7 +287,7 @@ class LimeEngine(PipelineEngine):
         name = type(instruction).__name__
         if not isinstance(instruction, schedule.BufferOpInstruction):
             return name
-        part = f" in part {self._part_of(instruction)}" if self.lime_config.parallel.parts_per_stage > 1 else ""
+        part = f" in part {self._part_of(instruction)}" if len(self.module.stage_parts) > 1 else ""
         return f"{name} of micro-batch {self._micro_batch_of(instruction, count)}{part}"
 
     def _part_of(self, instruction: schedule.PipeInstruction) -> int:
@@ -306,7 +306,7 @@ class LimeEngine(PipelineEngine):
         count = self._micro_batch_of(instruction, count)
         peer = {"RecvActivation": -1, "SendGrad": -1, "SendActivation": 1, "RecvGrad": 1}.get(name)
         work = f"{name} of micro-batch {count}"
-        if self.lime_config.parallel.parts_per_stage > 1:
+        if len(self.module.stage_parts) > 1:
             work += f" in part {self._part_of(instruction)}"
         if peer is None:
             return f"{work}, {step}"

@@ -42,10 +42,12 @@ class RecordingEngine(OverlapEngine):
         self.held: list[Counter[str]] = []
         self.stage_id, self.num_stages, self.micro_batches = stage, schedule.stages, schedule.micro_batches
         self.global_steps, self.device, self._shape = 0, torch.device("cpu"), (1, 1)
+        self.names_instructions = False
         self.clock: Any = SimpleNamespace(measuring=nullcontext)
         self.placement: Any = SimpleNamespace(name=str)
         self.module: Any = SimpleNamespace(
             landing=lambda *shape, part: (torch.empty(shape), None),
+            stage_parts=[None] * schedule.parts,
             gradient_landing=lambda *shape, part: torch.empty(shape),
         )
         self._in_flight, self._failed = {}, False
