@@ -134,7 +134,7 @@ def test_memory_of_transfers_is_as_planned(stages: int) -> None:
 
 @pytest.mark.parametrize("way", ["not held", "held until the next post"])
 def test_the_model_finds_tensors_that_are_freed_too_early(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    def post(sender: transfer.Sender, tensor: Any) -> None:
+    def post(sender: transfer.Sender, tensor: Any, part: int = 0) -> None:
         sender._under_way.clear()
         work = FakeDist.isend(tensor, sender.peer, cast(Any, sender.group))
         if way != "not held":

@@ -108,7 +108,7 @@ class RecordingEngine(OverlapEngine):
             assert micro_batch.inputs is not None
             micro_batch.returned = torch.empty_like(micro_batch.inputs)
 
-    def _weights(self, buffer_id: int) -> None:
+    def _weights(self, buffer_id: int, part: int) -> None:
         self.program.compute("weights")
 
     def _count_held(self) -> Counter[str]:

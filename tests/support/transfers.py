@@ -55,8 +55,8 @@ def most_under_way(values: dict[str, Any]) -> tuple[int, int]:
     most = {id(engine._to_next): 0, id(engine._to_previous): 0}
     post = transfer.Sender.post
 
-    def counting(sender: Any, tensor: Any) -> None:
-        post(sender, tensor)
+    def counting(sender: Any, tensor: Any, part: int = 0) -> None:
+        post(sender, tensor, part)
         most[id(sender)] = max(most[id(sender)], len(sender._under_way))
 
     transfer.Sender.post = counting
@@ -106,13 +106,13 @@ def train_with_delays(values: dict[str, Any], steps: int, longest: float) -> lis
     generator = random.Random(dist.get_rank())
     post, take = transfer.Sender.post, transfer.Receiver.take
 
-    def late_post(sender: Any, tensor: Any) -> None:
+    def late_post(sender: Any, tensor: Any, part: int = 0) -> None:
         time.sleep(longest * generator.random())
-        post(sender, tensor)
+        post(sender, tensor, part)
 
-    def late_take(receiver: Any) -> Any:
+    def late_take(receiver: Any, part: int = 0) -> Any:
         time.sleep(longest * generator.random())
-        return take(receiver)
+        return take(receiver, part)
 
     if longest:
         transfer.Sender.post, transfer.Receiver.take = late_post, late_take

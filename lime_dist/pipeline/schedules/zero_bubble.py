@@ -63,7 +63,7 @@ class ZeroBubble(OneForwardOneBackward):
         for micro_batch in range(self.micro_batches - self.held_back(stage), self.micro_batches):
             yield Instruction(BACKWARD_WEIGHT, micro_batch)
 
-    def backward(self, stage: int, micro_batch: int) -> Iterator[Instruction]:
+    def backward(self, stage: int, micro_batch: int, part: int = 0) -> Iterator[Instruction]:
         """The gradient leaves before a weight pass is made."""
         if stage < self.stages - 1:
             yield Instruction(RECV_GRAD, micro_batch)
