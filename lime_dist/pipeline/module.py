@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import LayerSpec as DeepSpeedLayer
 from deepspeed.runtime.pipe.module import PipelineModule
