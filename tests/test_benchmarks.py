@@ -82,6 +82,7 @@ def test_a_benchmark_makes_its_table(script: str, arguments: str, rows: int, tmp
     ("script", "arguments", "rows"),
     [
         ("connection_cost.py", "--layers 4 --hidden 32 --heads 4 --kv-heads 2 --length 32", 6),
+        ("document_mask.py", "--lengths 32 150 --time --layers 2 --hidden 64 --tokens 150 --rounds 1", 3),
         ("deep_start.py", "--layers 3 --hidden 16 --steps 2 --variants value_residual permutations", 3),
     ],
 )
