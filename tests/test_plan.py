@@ -79,6 +79,10 @@ SETTINGS: dict[str, Setting] = {
     ),
     "value residual": (3, 1, {"model": {"architecture": "value_residual"}}),
     "moda": (3, 1, {"model": {"lime": {"depth_attention": "moda"}}}),
+    "moda, MLP, zero bubble": (
+        2, 1, {"model": {"lime": {"depth_attention": "moda", "mlp_entries": True}},
+               "pipeline": {"schedule": "zero_bubble", "deferred_weight_passes": 2}},
+    ),
     "moda, MLP, chunked, checkpointed, bf16": (
         2, 1, {"model": {"lime": {"depth_attention": "moda", "mlp_entries": True, "history": POLICIES["chunked"]},
                          "num_key_value_heads": 2}, "parallel": CHECKPOINTING, "precision": "bf16"},

@@ -145,6 +145,11 @@ class Architecture(Protocol):
         known before its layer runs, and has the size of an entry."""
         return False
 
+    @property
+    def sums_sent_gradients(self) -> bool:
+        """Whether gradients of entries that come back for what was sent begin the history's own sums, and these go back as they are."""
+        return False
+
     @abstractmethod
     def entries_read(self, layer: int) -> int:
         """Number of history entries that a layer mixes with a router's weights; 0: it has no router."""

@@ -172,6 +172,7 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
 
     shape = architecture_of(model).hidden_shape
     streams = tokens * math.prod(shape) * size if len(shape) > 1 else 0  # gradients of mixed residual streams
+    comes_back = 0 if last or not architecture_of(model).sums_sent_gradients else _gradient_bytes(config, kept, layers)
     splits_backward = any(kept.weight_passes)
     # Gradients of SwiGLU's parts, and what is gone after it. A weight pass keeps the product, and what it makes gradients from.
     in_swiglu, swiglu = 2 * feed_forward, 4 * feed_forward + 2 * stream
@@ -183,7 +184,12 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
         again = cost.activation_bytes(model, top, tokens, size, False) - kept.layers[top] if checkpointing else 0
         history = _history_bytes(config, kept, layers, block)
         peaks += [
-            again + in_swiglu + streams + (stream if last else 0) - freed,  # SwiGLU of the block's last layer
+            again
+            + comes_back
+            + in_swiglu
+            + streams
+            + (stream if last else 0)
+            - freed,  # SwiGLU of the block's last layer
             again + history + 6 * stream - swiglu - freed,  # its attention
         ]
         if read := architecture_of(model).read_gradient_bytes(block, tokens, size):
@@ -218,10 +224,12 @@ def _received_gradient_bytes(config: Config, kept: MicroBatchBytes, layers: rang
     gradient_size = architecture_of(model).history_gradient_itemsize(size)
     if not gradient_size:  # it is computed where it is sent from
         return kept.payload[start]
+    if architecture_of(model).sums_sent_gradients:
+        return _gradient_bytes(config, kept, layers) + kept.payload[start]
     # The history's gradients, what is still kept, gradients of entries and of states, and three temporary tensors of the norm.
     received = kept.crossing[start] * (2 * size + 3 * accumulation_itemsize(size)) // size
     stream = tokens * model.hidden_size * size
-    return kept.history(layers) * gradient_size // size + kept.received[start] + received + stream
+    return _gradient_bytes(config, kept, layers) + kept.received[start] + received + stream
 
 
 def _blocks(config: Config, layers: range) -> list[range]:
@@ -236,7 +244,13 @@ def _history_bytes(config: Config, kept: MicroBatchBytes, layers: range, block: 
     """What a history keeps in backward while it goes through a block, beside its entries."""
     size, architecture = ITEM_BYTES[config.precision], architecture_of(config.model)
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    gradients = kept.history(layers) * architecture.history_gradient_itemsize(size) // size
+    gradients = _gradient_bytes(config, kept, layers)
     checkpointing = config.parallel.activation_checkpointing
     prices = boundary_prices(config)
     return gradients + architecture.block_gradient_bytes(layers, block, tokens, size, checkpointing, prices)
+
+
+def _gradient_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
+    """The gradients of a stage's entries, where they have a buffer of their own."""
+    size = ITEM_BYTES[config.precision]
+    return kept.history(layers) * architecture_of(config.model).history_gradient_itemsize(size) // size

@@ -29,6 +29,7 @@ from lime_dist.model.transformer import (
     projection_parameters,
     transformer_activations,
     transformer_flops,
+    weight_pass_activations,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class DepthAttentionLime(Lime):
     max_block_layers = BLOCK
     receives_in_place = True
     summary_heads = 1
+    sums_sent_gradients = True
     router_map_obstacle = "its weights depend on the token"
     router_parameters: Sequence[str] = ()
 
@@ -135,11 +137,12 @@ class DepthAttentionLime(Lime):
         fixed = transformer_flops(config, sequence_length)
         result = []
         for layer in layers:
-            products = 2 * 2 * config.hidden_size * width if self.has_mlp_entry(layer) else 0
+            projections = 2 * 2 * config.hidden_size * width if self.has_mlp_entry(layer) else 0
+            products = projections
             if (chunk := self.chunks.get(layer)) is not None:
                 products += 2 * chunk.num_rows * len(chunk.layers) * self.entry_width
-            columns = self.columns(layer)
-            result.append(fixed + Flops(unit * columns + products, 2.5 * unit * columns + 2 * products))
+            depth = unit * self.columns(layer)
+            result.append(fixed + Flops(depth + products, 2.5 * depth + 2 * products, projections))
         return result
 
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
@@ -151,6 +154,13 @@ class DepthAttentionLime(Lime):
         if self.config.numerics.qk_norm and self.has_mlp_entry(layer):  # keys before the norm; root mean squares
             heads = self.config.key_value_heads
             kept += Activations(heads * self.config.head_size, heads)
+        return kept.nbytes(num_tokens, itemsize)
+
+    def weight_pass_bytes(self, layer: int, num_tokens: int, itemsize: int) -> int:
+        """Those of the MLP's keys and values are made from its input, which is kept anyway, and from their gradients."""
+        kept = weight_pass_activations(self.config)
+        if self.has_mlp_entry(layer):
+            kept += Activations(per_token=2 * self.config.key_value_heads * self.config.head_size)
         return kept.nbytes(num_tokens, itemsize)
 
     def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
@@ -170,9 +180,10 @@ class DepthAttentionLime(Lime):
         return len(block) * self.config.num_attention_heads * per_head * num_tokens * itemsize
 
     def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
-        """What a slice of tokens adds to the gradients of keys or of values."""
+        """What a slice of tokens adds to the gradients of keys or of values that the block's last layer reads alone."""
         heads, size = self.config.key_value_heads, self.config.head_size
-        columns = self.columns(block[-1])
+        shared = set.intersection(*(set(self.policy.reads(layer)) for layer in block)) if len(block) > 1 else set()
+        columns = self.columns(block[-1]) - self.pairs * sum(entry.layer < block.start for entry in shared)
         if not columns:
             return 0
         slice_tokens = min(num_tokens, max(SLICE_TOKENS, SLICE_ELEMENTS_GPU // (columns * heads * size)))
