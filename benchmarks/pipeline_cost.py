@@ -4,10 +4,11 @@ simulator predicts for both, over loopback and over a slow link.
 stock-tuple   DeepSpeed's schedule and transfers; hidden state and history as a tuple, copied in every layer: the usual way
 stock         DeepSpeed's schedule and blocking transfers (pipeline.schedule: stock) with this program's one payload
 overlap       this program's engine (pipeline.schedule: 1f1b)
+zero-bubble   the same engine with weight passes (pipeline.schedule: zero_bubble)
 
 Two processes build every variant once. Each round runs one step of every variant; the first round warms up and
-is dropped. Times are medians. The simulator gets the forward and backward seconds that the stages measured over loopback,
-and the rate of a single transfer on each link.
+is dropped. Times are medians. The simulator gets the seconds of forward, backward and weight passes that the stages measured
+over loopback, and the rate of a single transfer on each link.
 
 examples:
   python benchmarks/pipeline_cost.py --output runs/pipeline_cost
@@ -46,10 +47,13 @@ MODELS: dict[str, list[str]] = {
     "chunked": [CHUNKED],
     "dilated": ["model.lime.history={policy: dilated, stride: 4, first: 1, last: 1}"],
 }
-SCHEDULES = {"overlap": "1f1b", "stock": "stock", "stock-tuple": "stock"}
+SCHEDULES = {"overlap": "1f1b", "zero-bubble": "zero_bubble", "stock": "stock", "stock-tuple": "stock"}
 """The pipeline.schedule of each engine."""
 VARIANTS = {f"{engine} {model}": (engine, model) for engine in ("overlap", "stock") for model in MODELS}
+VARIANTS |= {f"zero-bubble {model}": ("zero-bubble", model) for model in ("llama", "full", "first_last")}
 VARIANTS["stock-tuple full"] = ("stock-tuple", "full")
+DEPTHS = (4, 8)
+"""Numbers of stages that are simulated."""
 LINKS = ("loopback", "slow")
 
 Result = dict[str, Any]
@@ -64,7 +68,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
-    parser.add_argument("--extra", type=int, default=1, help="pipeline.extra_in_flight of overlap")
+    parser.add_argument("--extra", type=int, default=1, help="pipeline.extra_in_flight of overlap and zero-bubble")
+    parser.add_argument("--held-back", type=int, help="pipeline.deferred_weight_passes of zero-bubble")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size; the SwiGLU has four times as much")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2, help="samples per micro-batch")
@@ -112,6 +117,8 @@ def make_config(settings: dict[str, Any], engine: str, model: str, stages: int) 
         "parallel.pipeline_stages": stages, "pipeline.extra_in_flight": settings["extra"],
         "pipeline.schedule": SCHEDULES[engine],
     }  # fmt: skip
+    if settings["held_back"] is not None:
+        shape["pipeline.deferred_weight_passes"] = settings["held_back"]
     return load_config(None, [*(f"{key}={value}" for key, value in shape.items()), *MODELS[model]])
 
 
@@ -138,7 +145,7 @@ def measure(hosts: Hosts, settings: dict[str, Any], name: str) -> dict[str, Any]
 def make_tables(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> str:
     parts = [link_table(settings, name, links) for name in LINKS if name in links]
     if "loopback" in links:
-        parts.append(depth_table(settings, links))
+        parts += [depth_table(settings, links, depth) for depth in DEPTHS if depth <= settings["layers"]]
     return "\n".join(parts)
 
 
@@ -146,7 +153,7 @@ def simulated(settings: dict[str, Any], variant: str, links: dict[str, dict[str,
     """Return the simulated step time of a variant on a link, from the times of its stages over loopback."""
     engine, model = VARIANTS[variant]
     stages = links["loopback" if "loopback" in links else name]["variants"][variant]["stages"]
-    times = [StageTimes(stage["forward"], stage["backward"]) for stage in stages]
+    times = [StageTimes(stage["forward"], stage["backward"], stage["weights"]) for stage in stages]
     config = make_config(settings, engine, model, 2)
     trace = simulate(
         times,
@@ -154,18 +161,20 @@ def simulated(settings: dict[str, Any], variant: str, links: dict[str, dict[str,
         Link(links[name]["bandwidth"], links[name]["latency"]),
         make_schedule(config, settings["micro_batches"]),
         update=max(stage["update"] for stage in stages),
+        fill_waits=True,
     )
     return trace.seconds
 
 
 def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, Any]]) -> str:
-    """Return the table by variant: step time and ratios, bytes predicted and counted, simulated time."""
+    """Return the table by variant: step time and ratios, bytes predicted and counted, simulated time and waits."""
     result = links[name]
     speed = f"{result['bandwidth'] / 1e6:.0f} MB/s, {result['latency'] * 1e3:.2f} ms, measured"
     lines = [
         f"{name} ({speed})", "",
-        "| variant | s/step | over LLaMA, same engine | over stock LLaMA | bytes predicted | counted | simulated | measured/simulated |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | s/step | over LLaMA, same engine | over stock LLaMA | over overlap, same model | waiting, s by stage | "
+        "bytes predicted | counted | simulated | measured/simulated |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     seconds = {variant: result["variants"][variant]["seconds"] for variant in VARIANTS}
     for variant, (engine, model) in VARIANTS.items():
@@ -175,8 +184,10 @@ def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, A
         expected = simulated(settings, variant, links, name)
         median = statistics.median(seconds[variant])
         counted = result["variants"][variant]["bytes"]
+        waits = ", ".join(f"{stage['waiting']:.2f}" for stage in result["variants"][variant]["stages"])
         lines.append(
             f"| {variant} | {median:.2f} | {ratio(seconds[variant], base):.3f} | {ratio(seconds[variant], seconds['stock llama']):.3f} | "
+            f"{ratio(seconds[variant], seconds[f'overlap {model}']):.3f} | {waits} | "
             f"{predicted:,} | {counted:,} | {expected:.2f} | {median / expected:.3f} |"
         )
     return "\n".join(lines) + "\n"
@@ -187,24 +198,24 @@ def ratio(own: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(own, base, strict=True))
 
 
-def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> str:
-    """Return the table for four stages: bytes over each boundary and simulated steps. (Two cores cannot show the bubbles of four stages.)"""
+def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]], depth: int) -> str:
+    """Return the table for ``depth`` equal stages: bytes over each boundary, simulated steps, and the share of a step in which stages
+    do not compute. (Two cores cannot show the bubbles of more than two stages.)"""
     lines = [
-        "four stages, simulated", "",
-        f"| variant | bytes over the boundaries, a micro-batch | {' | '.join(f'{name}, s/step' for name in links)} |",
-        f"|---|---|{'---|' * len(links)}",
+        f"{depth} stages, simulated", "",
+        f"| variant | bytes over the boundaries, a micro-batch | {' | '.join(f'{name}, s/step | idle' for name in links)} |",
+        f"|---|---|{'---|---|' * len(links)}",
     ]  # fmt: skip
     for variant, (engine, model) in VARIANTS.items():
         stages = links["loopback"]["variants"][variant]["stages"]
-        forward, backward = (sum(stage[key] for stage in stages) / 4 for key in ("forward", "backward"))
-        config = make_config(settings, engine, model, 4)
+        times = StageTimes(*(sum(stage[key] for stage in stages) / depth for key in ("forward", "backward", "weights")))
+        config = make_config(settings, engine, model, depth)
         sizes, schedule = boundary_bytes(config), make_schedule(config, settings["micro_batches"])
         cells = []
         for result in links.values():
-            trace = simulate(
-                [StageTimes(forward, backward)] * 4, sizes, Link(result["bandwidth"], result["latency"]), schedule
-            )
-            cells.append(f"{trace.seconds:.2f}")
+            link = Link(result["bandwidth"], result["latency"])
+            trace = simulate([times] * depth, sizes, link, schedule, fill_waits=True)
+            cells += [f"{trace.seconds:.2f}", f"{100 * statistics.mean(trace.bubble):.1f} %"]
         lines.append(f"| {variant} | {', '.join(f'{size:,}' for size in sizes)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -21,11 +21,13 @@ from torch import Tensor
 from lime_dist.config.registry import SCHEDULES
 from lime_dist.distributed import quiet, start_processes
 from lime_dist.model.decoder import apply_norm, embed
-from lime_dist.pipeline.clock import Clock
+from lime_dist.model.weight_gradients import WeightGradients
+from lime_dist.pipeline.clock import WAITING, Clock
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
 from lime_dist.pipeline.process_groups import stage_process_groups
+from lime_dist.pipeline.stage_schedule import BackwardInput
 from lime_dist.train.build import make_stage_optimizer
 
 Payload = tuple[Tensor, Tensor]
@@ -87,7 +89,7 @@ def build(settings: dict[str, Any], variant: str) -> LimeEngine:
 
 
 def time_instructions(engine: LimeEngine, taken: dict[str, list[float]]) -> None:
-    """Record the seconds of every forward and backward pass and of the update."""
+    """Record the seconds of every forward and backward pass, without weight gradients that it leaves, and of the update."""
 
     def timed(function: Any, name: str) -> Any:
         def run(self: LimeEngine, **arguments: Any) -> None:
@@ -97,10 +99,23 @@ def time_instructions(engine: LimeEngine, taken: dict[str, list[float]]) -> None
 
         return run
 
-    kinds = {"forward": schedule.ForwardPass, "backward": schedule.BackwardPass, "update": schedule.OptimizerStep}
+    kinds = {schedule.ForwardPass: "forward", schedule.BackwardPass: "backward", BackwardInput: "backward",
+             schedule.OptimizerStep: "update"}  # fmt: skip
     table = dict(engine._INSTRUCTION_MAP)
-    table.update({kind: timed(table[kind], name) for name, kind in kinds.items()})
+    table.update({kind: timed(table[kind], name) for kind, name in kinds.items() if kind in table})
     engine.__dict__["_INSTRUCTION_MAP"] = table  # of this engine alone
+
+
+def time_weight_gradients(spent: dict[str, float]) -> None:
+    """Add up the seconds of weight gradients that are computed apart, whenever that is."""
+    compute = WeightGradients.compute_next
+
+    def timed(gradients: WeightGradients, gradient_of: Any) -> None:
+        begin = time.perf_counter()
+        compute(gradients, gradient_of)
+        spent["weights"] = spent.get("weights", 0.0) + time.perf_counter() - begin
+
+    WeightGradients.compute_next = timed  # type: ignore[assignment]  # of this process alone
 
 
 def count_stock_bytes(counts: dict[str, int]) -> None:
@@ -150,6 +165,8 @@ def main() -> None:
     rank = dist.get_rank()
     counts: dict[str, int] = {}
     count_stock_bytes(counts)
+    spent: dict[str, float] = {}
+    time_weight_gradients(spent)
     bandwidth, latency = link_speed(rank)
     engines: dict[str, LimeEngine] = {}
     taken: dict[str, dict[str, list[float]]] = {}
@@ -164,13 +181,16 @@ def main() -> None:
     for turn in range(settings["rounds"] + 1):
         for variant in names[turn % len(names) :] + names[: turn % len(names)]:
             engine = engines[variant]
-            before = sent_forwards(engine, counts)
+            before, waited = sent_forwards(engine, counts), engine.clock.totals()[WAITING]
+            spent.clear()
             dist.barrier()
             begin = time.perf_counter()
             engine.train_step(micro_batches(settings))
             dist.barrier()
             elapsed = time.perf_counter() - begin
             sent[variant] = sent_forwards(engine, counts) - before
+            taken[variant]["weights"].append(spent.get("weights", 0.0) / settings["micro_batches"])
+            taken[variant]["waiting"].append(engine.clock.totals()[WAITING] - waited)
             if rank == 0:
                 print(
                     f"{settings['link']}: round {turn} of {settings['rounds']}: {variant} {elapsed:.2f} s", flush=True
@@ -183,12 +203,18 @@ def main() -> None:
         variant: {
             "seconds": seconds[variant],
             "bytes": sent[variant],
-            "stage": {name: statistics.median(values) for name, values in taken[variant].items()},
+            "stage": stage_seconds(taken[variant]),
         }
         for variant in VARIANTS
     }
     (folder / f"{rank}.json").write_text(json.dumps({"bandwidth": bandwidth, "latency": latency, "variants": measured}))
     dist.barrier()
+
+
+def stage_seconds(taken: dict[str, list[float]]) -> dict[str, float]:
+    """Return the medians of what was recorded; ``backward`` includes the weight gradients that come apart."""
+    medians = {name: statistics.median(values) for name, values in taken.items()}
+    return {**medians, "backward": medians["backward"] + medians["weights"]}
 
 
 def sent_forwards(engine: LimeEngine, counts: dict[str, int]) -> int:
