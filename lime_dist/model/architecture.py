@@ -23,7 +23,7 @@ from lime_dist.config.registry import ARCHITECTURES
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.chunks import Chunk, summarised_chunks
 from lime_dist.model.crossing import ENTRIES, Crossing, Prices, crossings
-from lime_dist.model.layout import StageLayout
+from lime_dist.model.layout import StageLayout, block_ranges
 from lime_dist.model.policies import HistoryPolicy
 
 if TYPE_CHECKING:
@@ -269,9 +269,35 @@ class Architecture(Protocol):
         """Bytes that the history of a stage that holds ``layers`` needs in backward while it goes through a block of them, beside
         its entries and the gradients of all entries (`history_gradient_itemsize`)."""
 
+    def backward_blocks(self, layers: range) -> list[range]:
+        """The layers of a stage, ascending, in blocks for which the history needs the same memory in backward."""
+        if self.policy is None:
+            return [layers]
+        return block_ranges(layers, chunk_ends(self.config), self.max_block_layers)
+
+    def feed_forward_history_bytes(
+        self, layers: range, layer: int, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
+        """Bytes that the history of a stage that holds ``layers`` needs, beside its entries, during the backward pass of a layer's
+        SwiGLU."""
+        return 0
+
     @abstractmethod
-    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
-        """Bytes of the largest temporary tensors in the backward pass of what the last layer of a block reads."""
+    def read_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
+        """Bytes of the largest temporary tensors in the backward pass of what the last layer of a block reads, less what of
+        `block_gradient_bytes` is no longer needed then.
+
+        Args:
+            layers: of the stage.
+        """
+
+    def received_gradient_bytes(self, entries: int, num_tokens: int, itemsize: int) -> int:
+        """Bytes of the gradients of the entries that a stage received, and of what computes them, if the history has a buffer for
+        gradients: gradients of entries and of states, and three temporary tensors of the norm."""
+        elements = entries * self.entry_width * num_tokens
+        return elements * (2 * itemsize + 3 * accumulation_itemsize(itemsize))
 
     @abstractmethod
     def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:

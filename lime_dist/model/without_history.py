@@ -52,7 +52,9 @@ class WithoutHistory:
     ) -> int:
         return 0
 
-    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
+    def read_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
         return 0
 
     def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:

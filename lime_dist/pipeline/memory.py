@@ -15,8 +15,7 @@ from lime_dist.config.precision import ITEM_BYTES, accumulation_itemsize
 from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
-from lime_dist.model.architecture import Sizes, architecture_of, chunk_ends
-from lime_dist.model.layout import block_ranges
+from lime_dist.model.architecture import Sizes, architecture_of
 from lime_dist.model.transformer import EMBEDDING_WEIGHT
 from lime_dist.pipeline.optimizer_memory import optimizer_bytes
 from lime_dist.pipeline.schedules.base import BoundaryBytes, Schedule
@@ -179,22 +178,20 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     if splits_backward:
         in_swiglu, swiglu = 3 * feed_forward, feed_forward
     peaks = []
-    for block in reversed(_blocks(config, layers)):
+    for block in reversed(architecture_of(model).backward_blocks(layers)):
         top = block.stop - 1
         again = cost.activation_bytes(model, top, tokens, size, False) - kept.layers[top] if checkpointing else 0
         history = _history_bytes(config, kept, layers, block)
+        before = architecture_of(model).feed_forward_history_bytes(layers, top, tokens, size, checkpointing)
         peaks += [
-            again
-            + comes_back
-            + in_swiglu
-            + streams
-            + (stream if last else 0)
-            - freed,  # SwiGLU of the block's last layer
-            again + history + 6 * stream - swiglu - freed,  # its attention
+            # SwiGLU of the block's last layer; its attention.
+            again + comes_back + before + in_swiglu + streams + (stream if last else 0) - freed,
+            again + history + 6 * stream - swiglu - freed,
         ]
-        if read := architecture_of(model).read_gradient_bytes(block, tokens, size):
+        # Its read: three states, four gradients.
+        if read := architecture_of(model).read_gradient_bytes(layers, block, tokens, size, checkpointing):
             left = kept.weight_passes[top] - (0 if checkpointing else kept.layers[top])
-            peaks.append(history + read + 7 * stream + left - freed)  # its read: three states, four gradients
+            peaks.append(history + read + 7 * stream + left - freed)
         if checkpointing and len(block) > 1:
             peaks.append(again + history + in_swiglu + streams - freed)  # SwiGLU of the layer before
         if (
@@ -226,18 +223,11 @@ def _received_gradient_bytes(config: Config, kept: MicroBatchBytes, layers: rang
         return kept.payload[start]
     if architecture_of(model).sums_sent_gradients:
         return _gradient_bytes(config, kept, layers) + kept.payload[start]
-    # The history's gradients, what is still kept, gradients of entries and of states, and three temporary tensors of the norm.
-    received = kept.crossing[start] * (2 * size + 3 * accumulation_itemsize(size)) // size
+    # The history's gradients, what is still kept, the gradients of entries, and that of the hidden state.
+    entries = kept.crossing[start] // (architecture_of(model).entry_width * tokens * size)
+    received = architecture_of(model).received_gradient_bytes(entries, tokens, size)
     stream = tokens * model.hidden_size * size
     return _gradient_bytes(config, kept, layers) + kept.received[start] + received + stream
-
-
-def _blocks(config: Config, layers: range) -> list[range]:
-    """The blocks of a stage's history, ascending; without a history all layers."""
-    architecture = architecture_of(config.model)
-    if architecture.policy is None:
-        return [layers]
-    return block_ranges(layers, chunk_ends(config.model), architecture.max_block_layers)
 
 
 def _history_bytes(config: Config, kept: MicroBatchBytes, layers: range, block: range) -> int:

@@ -18,14 +18,11 @@ from lime_dist.plan.forecast import Machine, forecast
 ARCHITECTURES = [
     "llama", "lime kv", "lime kv, chunked", "lime static", "lime dynamic", "hyper static", "hyper dynamic",
     "value residual, learnable", "hyper doubly stochastic", "hyper permutations", "gated residual",
-    "attention residuals, 3", "moda, MLP, full",
+    "attention residuals, 1", "attention residuals, 3", "moda, MLP, full",
 ]  # fmt: skip
 STAGES = [(0, 3), (1, 3), (2, 3), (0, 1)]
 """Index, and number of stages."""
 PROCESSES = 2
-WIDER = {"attention residuals, 3, fp32, checkpointed, stage 2 of 3": 0.08}
-"""Cases whose plan is further off, and by how much. Here it is too high: it takes layers 5 and 6 for one block, whose mixtures are in
-memory together, but their sub-layers read in two groups."""
 pytestmark = pytest.mark.slow  # all tests together
 
 
@@ -80,12 +77,13 @@ def peaks() -> dict[str, Any]:
 
     def share(first: int) -> dict[str, Any]:
         names = list(CASES)[first::PROCESSES]
-        group = WorkerGroup(1)
+        group, results = WorkerGroup(1), {}
         try:
-            (results,) = group.run("support.on_gpu.play", cases=[CASES[name] for name in names])
+            for name in names:
+                ((results[name],),) = group.run("support.on_gpu.play", cases=[CASES[name]])
         finally:
             group.close()
-        return dict(zip(names, results, strict=True))
+        return results
 
     with ThreadPoolExecutor() as threads:
         return {name: peak for part in threads.map(share, range(PROCESSES)) for name, peak in part.items()}
@@ -96,4 +94,4 @@ def test_a_plan_knows_the_peak(peaks: dict[str, Any], name: str) -> None:
     result, case = peaks[name], CASES[name]
     assert isinstance(result, tuple), result
     planned = forecast(make_config(case.values, "a test"), Machine(1e12, 1e18, 1e12, 0.0), case.size)
-    assert result == (case.rank, pytest.approx(planned.stages[case.rank].memory.peak, rel=WIDER.get(name, 0.05)))
+    assert result == (case.rank, pytest.approx(planned.stages[case.rank].memory.peak, rel=0.05))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -167,22 +166,64 @@ class AttentionResiduals(Architecture):
         self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:
         """The gradients of a group's mixtures; with checkpointing the mixtures themselves."""
-        rows = self._readers_together(block)
+        (layer,) = block
         kept = itemsize + (accumulation_itemsize(itemsize) if checkpointing else 0)
-        return rows * self.config.hidden_size * num_tokens * kept
+        readers = max(len(self._readers(layers, sublayer)) for sublayer in (2 * layer, 2 * layer + 1))
+        return readers * self.config.hidden_size * num_tokens * kept
 
-    def _readers_together(self, layers: range) -> int:
-        """The most readers of these layers that share a product. The last read joins the last sub-layer."""
-        groups = Counter(self.policy.group(sublayer).start for sublayer in range(2 * layers.start, 2 * layers.stop))
-        if self._is_last(layers[-1]):
-            groups[self.policy.group(2 * layers.stop - 1).start] += 1
-        return max(groups.values())
+    def feed_forward_history_bytes(
+        self, layers: range, layer: int, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
+        """Of a group, with checkpointing mixtures, and gradients of mixtures once one of its reads has been visited; and the
+        gradients of blocks, once a later stage has sent some or a product of reads has been differentiated."""
+        state, wide = num_tokens * self.config.hidden_size, accumulation_itemsize(itemsize)
+        readers, visited = self._readers(layers, 2 * layer + 1), range(2 * layer + 2, self._end(layers))
+        needed = len(readers) * wide if checkpointing else 0
+        needed += len(readers) * itemsize if visited and visited[0] in readers else 0
+        if layers.stop < self.config.num_hidden_layers or any(self._spreads(layers, reader) for reader in visited):
+            needed += self.policy.finished(2 * layers.stop - 1) * wide
+        return state * needed
 
-    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
-        """What a slice of tokens adds to the gradients of the blocks."""
-        entries, hidden = self.policy.finished(2 * block.start), self.config.hidden_size
-        slice_tokens = min(num_tokens, max(SLICE_TOKENS, SLICE_ELEMENTS_GPU // (entries * hidden)))
-        return entries * hidden * slice_tokens * accumulation_itemsize(itemsize)
+    def _end(self, layers: range) -> int:
+        """One more than the last reader of a stage; the last read joins the last sub-layer."""
+        return 2 * layers.stop + self._is_last(layers[-1])
+
+    def _readers(self, layers: range, sublayer: int) -> range:
+        """The readers of a stage that share a product with one."""
+        group = self.policy.group(min(sublayer, 2 * layers.stop - 1))
+        stop = self._end(layers) if group.stop >= 2 * layers.stop else group.stop
+        return range(max(1, group.start, 2 * layers.start), stop)
+
+    def _spreads(self, layers: range, reader: int) -> bool:
+        """Whether the visit of a reader adds to the gradients of blocks: of those finished since the group's first reader, or of all
+        older ones if it is the first."""
+        readers = self._readers(layers, reader)
+        finished = self.policy.finished(min(reader, 2 * layers.stop - 1))
+        return reader == readers[0] or finished > self.policy.finished(readers[0])
+
+    def backward_blocks(self, layers: range) -> list[range]:
+        """A layer each: a group may begin or end in the middle of a layer."""
+        return [range(layer, layer + 1) for layer in layers]
+
+    def read_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
+        """What a slice of tokens adds to the gradients of the blocks. The first reader of a group comes last in backward, for all of
+        them, when their mixtures are no longer needed."""
+        (layer,) = block
+        hidden, wide, most = self.config.hidden_size, accumulation_itemsize(itemsize), 0
+        for reader in {2 * layer, 2 * layer + 1} - {0}:
+            readers, entries = self._readers(layers, reader), self.policy.finished(reader)
+            is_first = reader == readers[0]
+            entries -= 0 if is_first else self.policy.finished(readers[0])
+            slice_tokens = min(num_tokens, max(SLICE_TOKENS, SLICE_ELEMENTS_GPU // (max(1, entries) * hidden)))
+            freed = len(readers) * hidden * num_tokens * wide if is_first and checkpointing else 0
+            most = max(most, entries * hidden * slice_tokens * wide - freed)
+        return most
+
+    def received_gradient_bytes(self, entries: int, num_tokens: int, itemsize: int) -> int:
+        """The gradients of the blocks, and of one of them in the precision of sums, twice."""
+        return self.config.hidden_size * num_tokens * (entries * itemsize + 2 * accumulation_itemsize(itemsize))
 
     def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:
         """Blocks are written once. A group reads older ones twice, for scores and mixtures; its mixtures are written and read."""

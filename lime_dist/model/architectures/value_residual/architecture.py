@@ -139,7 +139,9 @@ class ValueResidual(Architecture):
         """The gradient of v_0, in at least float32."""
         return self.entry_width * num_tokens * accumulation_itemsize(itemsize)
 
-    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
+    def read_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
         return 0
 
     def entries_moved(self, parts: Sequence[range], prices: Prices) -> float:

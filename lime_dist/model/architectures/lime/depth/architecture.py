@@ -179,7 +179,9 @@ class DepthAttentionLime(Lime):
         per_head = 2 * (columns + self.config.head_size)
         return len(block) * self.config.num_attention_heads * per_head * num_tokens * itemsize
 
-    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
+    def read_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
         """What a slice of tokens adds to the gradients of keys or of values that the block's last layer reads alone."""
         heads, size = self.config.key_value_heads, self.config.head_size
         shared = set.intersection(*(set(self.policy.reads(layer)) for layer in block)) if len(block) > 1 else set()

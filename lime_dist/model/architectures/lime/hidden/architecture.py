@@ -210,7 +210,9 @@ class HiddenLime(RoutedLime):
             return 0
         return 2 * len(block) * self.config.num_attention_heads * self.config.hidden_size * num_tokens * itemsize
 
-    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
+    def read_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
         """A mixture of a slice of tokens, its gradient, and what it adds to the gradients of entries; dynamic weights and their
         gradients."""
         read = self.entries_read(block[-1])

@@ -175,7 +175,9 @@ class KeyValueLime(RoutedLime):
                 return sum(chunk.num_rows for chunk in group)
         return 0
 
-    def read_gradient_bytes(self, block: range, num_tokens: int, itemsize: int) -> int:
+    def read_gradient_bytes(
+        self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool
+    ) -> int:
         """Products go into memory that is there."""
         return 0
 
