@@ -171,27 +171,21 @@ class OverlapEngine(LimeEngine):
         is_training = isinstance(pipe_schedule, TrainingStage)
         fills_waits = is_training and configured.splits_backward and self._sees_arrivals
         meanwhile = self._go_on_with_weights if fills_waits else None
-        payloads_ahead, gradients_ahead = map(configured.receives_ahead, (RECV_ACTIVATION, RECV_GRAD))
         payload_window = configured.evaluation_window()
         for sender in (self._to_next, self._to_previous):
             if sender is not None:
                 sender.release()  # the device has come to the end of the last step
         if self._from_previous is not None:
-            of_payloads = pipe_schedule.parts_of(RECV_ACTIVATION)
-            coming = iter(of_payloads)
-            self._from_previous.begin(
-                len(of_payloads), payloads_ahead, lambda: self.module.landing(*shape, part=next(coming)), meanwhile
-            )
+            coming = iter(pipe_schedule.parts_of(RECV_ACTIVATION))
+            ahead = pipe_schedule.receives_ahead(RECV_ACTIVATION)
+            self._from_previous.begin(ahead, lambda: self.module.landing(*shape, part=next(coming)), meanwhile)
         if is_training:
             payload_window = configured.payload_window(self.stage_id)
             if self._from_next is not None:
-                of_gradients = pipe_schedule.parts_of(RECV_GRAD)
-                returning = iter(of_gradients)
+                returning = iter(pipe_schedule.parts_of(RECV_GRAD))
+                ahead = pipe_schedule.receives_ahead(RECV_GRAD)
                 self._from_next.begin(
-                    len(of_gradients),
-                    gradients_ahead,
-                    lambda: (self.module.gradient_landing(*shape, part=next(returning)), None),
-                    meanwhile,
+                    ahead, lambda: (self.module.gradient_landing(*shape, part=next(returning)), None), meanwhile
                 )
             if self._to_previous is not None:
                 self._to_previous.window = configured.gradient_window(self.stage_id)

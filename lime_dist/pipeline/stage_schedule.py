@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 
-from lime_dist.pipeline.schedules.base import Instruction
+from lime_dist.pipeline.schedules.base import Instruction, posted_ahead
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 
 
@@ -51,6 +51,10 @@ class StageSchedule(deepspeed_schedule.PipeSchedule):
     def parts_of(self, kind: str) -> list[int]:
         """The part of each instruction of a kind."""
         return [each.part for each in self.instructions() if each.kind == kind]
+
+    def receives_ahead(self, kind: str) -> list[int]:
+        """By receive of a kind, the receives that are posted beyond it when the stage waits for it."""
+        return posted_ahead(self.instructions(), kind, self.schedule.receives_ahead(kind))
 
     def steps(self) -> Iterator[list[deepspeed_schedule.PipeInstruction]]:
         for kind, micro_batch, part in self.instructions():

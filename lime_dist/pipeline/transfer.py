@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -158,30 +158,32 @@ class Receiver(Generic[T]):
     stats: TransferStats = field(default_factory=TransferStats)
     by_part: dict[int, TransferStats] = field(default_factory=partial(defaultdict, TransferStats))
     _posted: deque[tuple[Any, Tensor, T]] = field(default_factory=deque)
+    _ahead: deque[int] = field(default_factory=deque)
     _left: int = 0
     _meanwhile: Callable[[], bool] | None = None
 
     def begin(
         self,
-        count: int,
-        ahead: int,
+        ahead: Sequence[int],
         allocate: Callable[[], tuple[Tensor, T]],
         meanwhile: Callable[[], bool] | None = None,
     ) -> None:
-        """Announce ``count`` tensors. The first ``take`` posts the first receive.
+        """Announce tensors. The first ``take`` posts the first receive.
 
         Args:
-            ahead: receives that are posted beyond the one that is waited for.
+            ahead: by tensor, receives that are posted beyond it when it is waited for.
             allocate: returns memory for the next tensor, and the object that the memory belongs to.
             meanwhile: does a short piece of other work, and returns whether there was any; called again and again while ``take``
                 would wait. For tensors in host memory only: a host that queues work for a device does not know what it waits for.
         """
-        self._left, self._ahead, self._allocate, self._meanwhile = count, ahead, allocate, meanwhile
+        self._ahead = deque(ahead)
+        self._left, self._allocate, self._meanwhile = len(ahead), allocate, meanwhile
 
     def take(self, part: int = 0) -> tuple[Tensor, T]:
         """Wait for the next tensor, for a part of this stage, and return it with its owner. The tensors after it can arrive
         meanwhile."""
-        while self._left and len(self._posted) < 1 + self._ahead:
+        ahead = self._ahead.popleft()
+        while self._left and len(self._posted) < 1 + ahead:
             memory, belongs_to = self._allocate()
             work = dist.irecv(memory, self.peer, group=self.group)
             self._posted.append((work if self._meanwhile is None else WatchedReceive(work), memory, belongs_to))

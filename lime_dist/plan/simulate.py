@@ -38,6 +38,7 @@ from lime_dist.pipeline.schedules.base import (
     SEND_GRAD,
     SENDS,
     Schedule,
+    posted_ahead,
 )
 
 WITHOUT_TIME = frozenset({LOAD_MICRO_BATCH, REDUCE_TIED_GRADS, REDUCE_GRADS})
@@ -170,6 +171,7 @@ def _perform(
     for kind, _, part in instructions:
         if kind in directions:
             crossed[kind].append(part * schedule.stages + stage - (kind in BEFORE))
+    ahead = {kind: posted_ahead(instructions, kind, schedule.receives_ahead(kind)) for kind in RECEIVES}
     for kind, micro_batch, part in instructions:
         begin, index = clock, micro_batch or 0
         if kind == BACKWARD_INPUT:
@@ -182,8 +184,8 @@ def _perform(
             direction, sends, transfer = directions[kind], kind in SENDS, transfers[kind]
             transfers[kind] += 1
             posted = direction.sends if sends else direction.receives
-            ahead = 0 if sends else schedule.receives_ahead(kind)
-            for boundary in crossed[kind][len(posted) : transfer + 1 + ahead]:
+            beyond = 0 if sends else ahead[kind][transfer]
+            for boundary in crossed[kind][len(posted) : transfer + 1 + beyond]:
                 direction.post(posted, clock, boundaries[boundary][0])
             if blocks or not sends:
                 while not direction.is_settled(transfer):

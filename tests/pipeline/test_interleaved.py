@@ -53,7 +53,9 @@ def test_the_order_is_that_of_megatron() -> None:
 def test_every_number_of_micro_batches_is_possible() -> None:
     """No deadlock, every pass once, and what is counted is what the instructions do. From as many micro-batches as stages on, a step
     without transfers takes the least that its bubble allows: (P − 1)/V passes more than the work."""
-    for stages, parts, micro_batches, extra in product(range(2, 6), range(1, 5), range(1, 15), (0, 1)):
+    for stages, parts, micro_batches, extra in product(range(2, 6), range(1, 5), range(1, 12), (0, 1)):
+        if parts > 1 and extra == 0:
+            continue
         schedule = Interleaved(micro_batches, stages, extra, parts)
         seconds = simulated(schedule)
         if micro_batches >= stages:
@@ -79,14 +81,14 @@ def test_the_bubble_of_eight_stages(parts: int, idle: float) -> None:
 
 
 def test_an_extra_micro_batch_hides_transfers() -> None:
-    """Of a quarter of a forward pass through a part."""
-    without, with_extra = (simulated(Interleaved(32, 4, extra, 2), 0.125) for extra in (0, 1))
-    assert with_extra < 0.95 * without and with_extra < 1.06 * simulated(Interleaved(32, 4, 1, 2))
+    """Of a quarter of a forward pass through a part: a link is busy for 32 · 2 of them in each direction."""
+    with_transfers, without = (simulated(Interleaved(32, 4, parts=2), seconds) for seconds in (0.125, 0.0))
+    assert with_transfers < 1.06 * without
 
 
-def test_more_extra_micro_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="extra_in_flight=2 must be 0 or 1"):
-        Interleaved(8, 4, 2, 2)
+def test_the_warm_up_is_that_of_megatron_whatever_the_configuration() -> None:
+    one, *others = (list(Interleaved(8, 4, extra, 2).instructions(0)) for extra in range(4))
+    assert others == [one] * 3 and Interleaved(8, 4, 0, 2).warm_up(0) == 2 * 3 + 4
 
 
 # -- equality -------------------------------------------------------------------------------------------------------------

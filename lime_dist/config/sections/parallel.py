@@ -77,7 +77,7 @@ class PipelineConfig(Section):
         1,
         ge=0,
         description="micro-batches in flight beyond those that 1F1B needs, for each boundary downstream; they hide transfers "
-        "and cost memory (`1f1b`, `zero_bubble`, and `interleaved`, which with several parts a stage uses at most 1)",
+        "and cost memory (`1f1b`, `zero_bubble`; with several parts a stage `interleaved` always has 1)",
     )
     deferred_weight_passes: int | None = Field(
         None,

@@ -8,6 +8,7 @@ torch nor DeepSpeed, so neither do these files at import.
 from __future__ import annotations
 
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
@@ -166,7 +167,7 @@ class Schedule(Protocol):
         """What ``stage`` holds of micro-batches and transfers during each backward pass."""
 
     def receives_ahead(self, kind: str) -> int:
-        """Receives of ``kind`` that a stage posts beyond the one that it waits for. By default none."""
+        """Receives of ``kind`` that a stage posts beyond the one that it waits for, as `posted_ahead` has it. By default none."""
         return 0
 
     def forwards_before_backwards(self, stage: int) -> Integers:
@@ -214,6 +215,17 @@ class Schedule(Protocol):
         if the schedule has no such formula: plans simulate it instead, which takes longer.
         """
         return None
+
+
+def posted_ahead(instructions: Iterable[Instruction], kind: str, ahead: int) -> list[int]:
+    """By receive of a kind, in the order of a stage's instructions, the receives that are posted beyond it when the stage waits for it:
+    those of the next ``ahead`` passes of their kind. A pass may need no receive; the one after it is not posted instead."""
+    passes, numbers, number = (FORWARD_PASS,) if kind == RECV_ACTIVATION else tuple(BACKWARDS), list[int](), 0
+    for each in instructions:
+        if each.kind == kind:
+            numbers.append(number)
+        number += each.kind in passes
+    return [bisect_right(numbers, own + ahead) - 1 - index for index, own in enumerate(numbers)]
 
 
 def make_schedule(config: Config, micro_batches: int) -> Schedule:

@@ -21,10 +21,6 @@ from lime_dist.pipeline.schedules.base import (
 from lime_dist.pipeline.schedules.one_forward_one_backward import one_to_one
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 
-MOST_EXTRA = 1
-"""Extra micro-batches in flight that help. With more, the first stage would wait in its warm-up for what the last stage makes only
-after gradients of the first."""
-
 
 @SCHEDULES.register("interleaved")
 @dataclass(frozen=True)
@@ -36,8 +32,10 @@ class Interleaved(OverlappedSchedule):
     their number must divide. Here any number will do: it is divided into groups of P to 2P − 1 micro-batches as evenly as possible, which
     for a multiple of P are Megatron's. Fewer than P micro-batches are one group, and leave stages idle that wait for the group to come around.
 
-    Every stage makes `warm_up` forward passes, then alternates forward and backward, then makes the remaining backward passes.
-    With ``extra_in_flight`` 1 this is Megatron's warm-up, which hides transfers; with 0 it is the shortest.
+    Every stage makes `warm_up` forward passes, then alternates forward and backward, then makes the remaining backward passes. With
+    several parts a stage the warm-up is always Megatron's, that of one extra micro-batch in flight, which hides transfers of up to a
+    forward pass. With none, a device that is waited for can deadlock on NCCL (tests/cuda). With more, the first stage would wait for
+    what the last one makes only after gradients of the first.
     """
 
     extra_in_flight: int = 0
@@ -49,14 +47,12 @@ class Interleaved(OverlappedSchedule):
     @classmethod
     def from_config(cls, config: Config, micro_batches: int) -> Interleaved:
         parallel, extra = config.parallel, config.pipeline.extra_in_flight
-        parts = parallel.parts_per_stage
-        return cls(micro_batches, parallel.pipeline_stages, min(extra, MOST_EXTRA) if parts > 1 else extra, parts)
+        return cls(micro_batches, parallel.pipeline_stages, extra, parallel.parts_per_stage)
 
-    def __post_init__(self) -> None:
-        if self.extra_in_flight < 0 or (self.parts > 1 and self.extra_in_flight > MOST_EXTRA):
-            raise ValueError(
-                f"extra_in_flight={self.extra_in_flight} must be 0 or {MOST_EXTRA} with several parts a stage"
-            )
+    @property
+    def extra(self) -> int:
+        """Extra micro-batches in flight for each boundary downstream."""
+        return self.extra_in_flight if self.parts == 1 else 1
 
     # -- the order of passes ------------------------------------------------------------------------------------------
 
@@ -80,7 +76,7 @@ class Interleaved(OverlappedSchedule):
 
     def warm_up(self, stage: int) -> int:
         around = (self.parts - 1) * max(map(len, self.groups))
-        downstream = (self.stages - 1 - stage) * (1 + self.extra_in_flight)
+        downstream = (self.stages - 1 - stage) * (1 + self.extra)
         return min(self.micro_batches * self.parts - 1, around + downstream)
 
     def instructions(self, stage: int) -> Iterator[Instruction]:
@@ -111,8 +107,10 @@ class Interleaved(OverlappedSchedule):
     # -- transfers ----------------------------------------------------------------------------------------------------
 
     def receives_ahead(self, kind: str) -> int:
-        """As with `OneForwardOneBackward`."""
-        return min(1, self.extra_in_flight) if kind == RECV_GRAD else 1
+        """As with `OneForwardOneBackward`. A single micro-batch comes around to a stage only after the stage has sent it on."""
+        if self.parts > 1 and self.micro_batches == 1:
+            return 0
+        return min(1, self.extra) if kind == RECV_GRAD else 1
 
     def evaluation_window(self) -> int:
         """A group's payloads: the first stage receives them from the last one when it has sent them all."""
@@ -122,6 +120,6 @@ class Interleaved(OverlappedSchedule):
         """When a stage sends a gradient, the payload that it has received before implies which gradients have arrived. Those from
         the first stage to the last are used a group later."""
         ahead = self.receives_ahead(RECV_ACTIVATION)
-        if stage == 0:
+        if stage == 0 and self.parts > 1:
             return max(map(len, self.groups)) + 1 + ahead
-        return self.extra_in_flight + 2 + ahead
+        return self.extra + 2 + ahead
