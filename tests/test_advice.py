@@ -118,4 +118,4 @@ def test_keys_are_told_from_other_dotted_names() -> None:
         "data.validation_fraction",
         "model.lime.history.policy",
     ]
-    assert has_key("data.validation_fraction") and has_key("model.lime.history") and not has_key("data.validation")
+    assert has_key("data.validation_fraction") and has_key("model.lime.history") and not has_key("data.validations")

@@ -79,7 +79,7 @@ class Profiler:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
-            raise LimeError(f"--profile: {path} cannot be written: {error}") from None
+            raise LimeError(f"pretrain.py --profile: {path} cannot be written: {error}") from None
 
     def summary(self, engine: LimeEngine) -> RankSummary:
         """What the summary says of this rank."""
@@ -110,7 +110,7 @@ class Profiler:
         try:
             path.write_text(describe(self.steps, ranks), encoding="utf-8")
         except OSError as error:
-            raise LimeError(f"--profile: {path} cannot be written: {error.strerror}") from None
+            raise LimeError(f"pretrain.py --profile: {path} cannot be written: {error.strerror}") from None
         return path
 
 

@@ -1,4 +1,5 @@
-"""Protects that an optimizer and a learning-rate schedule are one object each: two toys go through training, checkpoints and plan.
+"""Protects that an optimizer and a learning-rate schedule are one object each: two toys, and Muon, go through training, checkpoints
+and plan.
 
 The toy optimizer works on whole matrices, so that no part of the trainer can treat a stage as one flat tensor. Matrices have a
 momentum that is scaled by its norm; all other parameters use plain gradient descent without state.
@@ -83,10 +84,12 @@ def run(group: WorkerGroup, case: str, **arguments: Any) -> list[Any]:
     return group.run("train.test_new_optimizer.call_registered", case=case, **arguments)
 
 
-NEW = {"name": "scaled_momentum", "schedule": "straight", "lr": 0.01, "router_lr": 0.1}
+NEW: dict[str, Any] = {"name": "scaled_momentum", "schedule": "straight", "lr": 0.01, "router_lr": 0.1}
+OPTIMIZERS_TO_TRY = [NEW, {**NEW, "name": "muon"}]
+by_name = pytest.mark.parametrize("optimizer", OPTIMIZERS_TO_TRY, ids=lambda optimizer: optimizer["name"])
 
 
-def settings(**parallel: Any) -> dict[str, Any]:
+def settings(optimizer: dict[str, Any] = NEW, **parallel: Any) -> dict[str, Any]:
     """A tied model of five layers, 4 micro-batches, and clipping in every step."""
     return {
         "model": {
@@ -95,16 +98,17 @@ def settings(**parallel: Any) -> dict[str, Any]:
         },
         "data": {"sequence_length": 7},
         "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": 10},
-        "optimizer": {**NEW, "warmup_steps": 2, "max_grad_norm": 0.05},
+        "optimizer": {**optimizer, "warmup_steps": 2, "max_grad_norm": 0.05},
         "parallel": parallel,
         "precision": "fp64",
     }  # fmt: skip
 
 
-def test_two_stages_of_two_replicas_equal_one_process(workers: Workers) -> None:
+@by_name
+def test_two_stages_of_two_replicas_equal_one_process(workers: Workers, optimizer: dict[str, Any]) -> None:
     """With ZeRO 1, each replica updates whole matrices of its own."""
-    (expected,) = run(workers(1), "support.cases.train_steps", values=settings(), steps=5)
-    parallel = settings(pipeline_stages=2, zero_stage=1)
+    (expected,) = run(workers(1), "support.cases.train_steps", values=settings(optimizer), steps=5)
+    parallel = settings(optimizer, pipeline_stages=2, zero_stage=1)
     names = set()
     for result in run(workers(4), "support.cases.train_steps", values=parallel, steps=5):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-11)
@@ -121,18 +125,22 @@ def test_two_stages_of_two_replicas_equal_one_process(workers: Workers) -> None:
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
-def test_a_gradient_that_is_not_finite_changes_nothing(workers: Workers, zero_stage: int) -> None:
-    for result in run(workers(4), "support.faults.poisoned_step", zero_stage=zero_stage, optimizer=NEW):
+@by_name
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    workers: Workers, zero_stage: int, optimizer: dict[str, Any]
+) -> None:
+    for result in run(workers(4), "support.faults.poisoned_step", zero_stage=zero_stage, optimizer=optimizer):
         assert result == {"applied": [True, False, True], "unchanged": True, "moved": True, "skipped": 1, "updates": 2}
 
 
+@by_name
 def test_a_checkpoint_holds_its_states_and_loads_on_other_layouts(
-    workers: Workers, dataset: Path, tmp_path: Path
+    workers: Workers, dataset: Path, tmp_path: Path, optimizer: dict[str, Any]
 ) -> None:
     def optimized(directory: Path, **parallel: Any) -> dict[str, Any]:
         run_values = values(dataset, directory, 8, **parallel)
         run_values["train"] |= {"checkpoint_interval": 4, "evaluation_samples": 0, "global_batch_size": 8}
-        return {**run_values, "optimizer": {"warmup_steps": 3, **NEW}}
+        return {**run_values, "optimizer": {"warmup_steps": 3, **optimizer}}
 
     straight = tmp_path / "straight"
     assert set(run(workers(4), "support.runs.run", values=optimized(straight, pipeline_stages=2, zero_stage=1))) == {""}
@@ -141,7 +149,8 @@ def test_a_checkpoint_holds_its_states_and_loads_on_other_layouts(
         for file in (straight / "checkpoints/global_step8").glob("stage001*.pt")
         for key in ("weight", "momentum", "exp_avg")
     }
-    assert keys["momentum"] and keys["momentum"] < keys["weight"] and not keys["exp_avg"]
+    assert keys["momentum"] and keys["momentum"] < keys["weight"]
+    assert keys["exp_avg"] == (set() if optimizer is NEW else keys["weight"] - keys["momentum"])
     assert all(name.endswith("_proj.weight") for name in keys["momentum"])
 
     for stages in (1, 3):
@@ -157,7 +166,7 @@ def test_a_checkpoint_holds_its_states_and_loads_on_other_layouts(
     other = optimized(straight)
     del other["optimizer"]["name"]
     (line,) = run(workers(1), "support.runs.run", values=other)
-    assert "is of another run (optimizer.name: scaled_momentum there, adamw here)" in line
+    assert f"is of another run (optimizer.name: {optimizer['name']} there, adamw here)" in line
 
 
 def test_a_plan_counts_its_states(workers: Workers) -> None:
@@ -177,7 +186,7 @@ def test_a_plan_counts_its_states(workers: Workers) -> None:
 
 
 def test_a_name_that_nobody_registered() -> None:
-    with pytest.raises(LimeError, match="optimizer.name='scaled_momentum' must be 'adamw'"):
+    with pytest.raises(LimeError, match="optimizer.name='scaled_momentum' must be 'adamw' or 'muon'"):
         load_config(None, ["optimizer.name=scaled_momentum"])
     with pytest.raises(
         LimeError, match="optimizer.schedule='straight' must be 'constant', 'cosine', 'linear' or 'wsd'"

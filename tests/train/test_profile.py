@@ -46,12 +46,14 @@ def test_a_disk_that_refuses_the_traces_does_not_stop_training(workers: Workers,
     (tmp_path / "run").mkdir()
     (tmp_path / "run/profile").write_text("a file")
     ((error, said), _) = workers(2).run("support.runs.observe", values=run, profile="1")
-    assert error == "" and re.search("--profile: .*rank0.json.gz cannot be written: .*; training continues", said)
+    assert error == "" and re.search(
+        "pretrain.py --profile: .*rank0.json.gz cannot be written: .*; training continues", said
+    )
 
 
 @pytest.mark.parametrize("text", ["", "0", "3-2", "a", "1-2-3", "-1"])
 def test_steps_that_are_none(text: str) -> None:
-    with pytest.raises(LimeError, match=f"^--profile {text}: give a step or a range"):
+    with pytest.raises(LimeError, match=f"^pretrain.py --profile {text}: give a step or a range"):
         Steps.parse(text)
 
 

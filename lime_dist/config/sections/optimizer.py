@@ -20,7 +20,10 @@ else:
 class OptimizerConfig(Section):
     """The optimizer and its learning rate. The defaults are the paper's settings."""
 
-    name: OptimizerName = Field("adamw", description="update rule")
+    name: OptimizerName = Field(
+        "adamw",
+        description="update rule; `muon` orthogonalises the momentum of the projections of attention and MLP, and uses AdamW for the rest",
+    )
     schedule: LearningRateName = Field(
         "cosine",
         description="course of the learning rates after the warm-up: to `min_lr` along half a cosine or a straight line (`linear`); "
@@ -52,6 +55,7 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = Field(
         (0.9, 0.95), strict=False, description="decay rates of AdamW's two moments, in [0, 1)"
     )
+    momentum: float = Field(0.95, ge=0, lt=1, description="decay rate of the momentum of `muon`'s matrices")
     eps: float = Field(1e-8, gt=0, description="term that AdamW adds to the denominator of an update")
     max_grad_norm: float = Field(
         1.0, gt=0, description="global gradient norm above which gradients are scaled down to it"
