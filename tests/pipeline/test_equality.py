@@ -419,6 +419,12 @@ def test_the_stock_engine(workers: Callable[[int], WorkerGroup], routes: str, po
     check_equal(values, workers(stages), steps=2)
 
 
+def test_mixture_of_depths_attention_under_the_stock_engine(workers: Callable[[int], WorkerGroup]) -> None:
+    values = settings("moda, MLP, chunked", 2, True, "fp64", pipeline_stages=3, activation_checkpointing=True)
+    values["pipeline"] = {"engine": "stock"}
+    check_equal(values, workers(3), steps=2)
+
+
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("routes", ROUTES)
@@ -462,8 +468,9 @@ def test_entries_in_float8(
     check_float8(values, workers(stages), CUTS[stages])
 
 
-def test_a_learnable_value_residual_in_float8(workers: Callable[[int], WorkerGroup]) -> None:
-    values = settings("value residual, learnable", 2, True, "fp64", pipeline_stages=3, stage_layers=[1, 2, 2])
+@pytest.mark.parametrize("model", ["value residual, learnable", "moda, MLP, chunked"])
+def test_other_models_in_float8(workers: Callable[[int], WorkerGroup], model: str) -> None:
+    values = settings(model, 2, True, "fp64", pipeline_stages=3, stage_layers=[1, 2, 2])
     values["pipeline"] = {"wire_dtype": "fp8"}
     check_float8(values, workers(3), [1, 2, 2])
 
@@ -505,8 +512,10 @@ def test_every_policy_in_low_precision_with_two_replicas(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="train.compile needs a C++ compiler")
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("model", ["llama", "lime", "hidden static", "hyper dynamic"])
+@pytest.mark.parametrize(
+    ("model", "checkpointing"),
+    [*product(("llama", "lime", "hidden static", "hyper dynamic"), (False, True)), ("moda, MLP, chunked", False)],
+)
 def test_compiled_layers(workers: Callable[[int], WorkerGroup], model: str, checkpointing: bool) -> None:
     values = settings(model, 4, True, "fp64", pipeline_stages=2, activation_checkpointing=checkpointing)
     values["train"] = {**values["train"], "compile": True}
