@@ -93,7 +93,7 @@ class PipelineConfig(Section):
     boundary: Literal["minimal", "entries"] = Field(
         "minimal",
         description="what of the layer history crosses stage boundaries: `entries` that later layers read, or the `minimal` "
-        "number of entries and of partial mixtures, to which each stage adds its part (`routes: kv`; the results are equal up to "
+        "number of entries and of partial mixtures, to which each stage adds its part (`routes: kv` with routers; the results are equal up to "
         "rounding). With `parallel.virtual_stages` entries cross, to each stage once",
     )
     transfer_ctas: int | None = Field(
