@@ -130,7 +130,8 @@ def memory(job: Job, facts: Sequence[Facts]) -> Findings:
     if job.world_size % stages:
         return
     bounds, cost = stage_bounds(config), memory_costs(config)
-    need = [float(cost(stage)[begin, end]) for stage, (begin, end) in enumerate(pairwise(bounds))]
+    of_parts = [float(cost(part)[begin, end]) for part, (begin, end) in enumerate(pairwise(bounds))]
+    need = [sum(of_parts[stage::stages]) for stage in range(stages)]
     grid = process_grid(stages, job.world_size // stages, config.parallel.topology)
     by_host: dict[str, list[float]] = {}
     for rank, host in enumerate(job.hosts):

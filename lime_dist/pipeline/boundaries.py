@@ -33,24 +33,36 @@ class StageBoundary:
 
 
 def stage_boundaries(config: Config, bounds: Sequence[int] | None = None) -> list[StageBoundary]:
-    """Every boundary of a pipeline, by the stage before it.
+    """Every boundary of a pipeline, by the part before it; with one part a stage, by the stage.
 
     Args:
         bounds: the cuts, if they are known.
     """
     num_tokens = config.train.micro_batch_size * config.data.sequence_length
     bounds = stage_bounds(config) if bounds is None else bounds
-    crossings = model_crossings(config.model, boundary_prices(config))
-    return [StageBoundary(crossings[bound], WireFormat.of(config, bound).nbytes(num_tokens)) for bound in bounds[1:-1]]
+    prices = boundary_prices(config, bounds)
+    crossings = model_crossings(config.model, prices)
+    return [
+        StageBoundary(crossings[bound], WireFormat.of(config, bound, prices).nbytes(num_tokens))
+        for bound in bounds[1:-1]
+    ]
+
+
+def boundary_name(config: Config, part: int) -> str:
+    """The boundary behind a part, for messages; with one part a stage, part and stage are one."""
+    stages = config.parallel.pipeline_stages
+    if config.parallel.parts_per_stage == 1:
+        return f"stage {part} to {part + 1}"
+    return f"part {part} to {part + 1} (stage {part % stages} to {(part + 1) % stages})"
 
 
 def describe_boundaries(config: Config, bounds: Sequence[int] | None = None) -> list[str]:
     """A line for every run of boundaries over which the same crosses."""
-    lines, stage = [], 0
+    lines, part = [], 0
+    kind = "part" if config.parallel.parts_per_stage > 1 else "stage"
     for line, run in groupby(stage_boundaries(config, bounds), str):
-        first, stage = stage, stage + len(list(run))
-        where = (
-            f"stage {first} to {stage}" if stage == first + 1 else f"from each stage to the next, {first} to {stage}"
-        )
+        first, part = part, part + len(list(run))
+        several = f"from each {kind} to the next, {first} to {part}"
+        where = boundary_name(config, first) if part == first + 1 else several
         lines.append(f"{where}: {line}")
     return lines

@@ -230,6 +230,10 @@ class LimeEngine(PipelineEngine):
         """Transfers of this stage so far, by direction; the stock engine does not count them."""
         return {}
 
+    def transfer_stats_of_parts(self) -> dict[str, dict[int, TransferStats]]:
+        """The same by direction and part of this stage."""
+        return {}
+
     def _use_shape(self, micro_batch_size: int) -> None:
         """Set the micro-batch size of the transfers that follow. (The stock engine announces shapes once: when the size changes,
         make it announce them again.)"""

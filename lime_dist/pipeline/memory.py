@@ -11,11 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lime_dist.config.precision import ITEM_BYTES, accumulation_itemsize
 from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.architecture import Sizes, architecture_of
+from lime_dist.model.crossing import Cut
 from lime_dist.model.transformer import EMBEDDING_WEIGHT
 from lime_dist.pipeline.optimizer_memory import optimizer_bytes
 from lime_dist.pipeline.schedules.base import BoundaryBytes, Schedule
@@ -51,12 +54,16 @@ class MicroBatchBytes:
     lands: bool
 
     @classmethod
-    def of(cls, config: Config) -> MicroBatchBytes:
+    def of(cls, config: Config, bounds: Sequence[int] | None = None) -> MicroBatchBytes:
+        """``bounds``: see `boundary_prices`; with stages of several parts, only what crosses these cuts counts then."""
         model, checkpointing = config.model, config.parallel.activation_checkpointing
         layers, inner = range(model.num_hidden_layers), range(1, model.num_hidden_layers)
-        size, wires = ITEM_BYTES[config.precision], [WireFormat.of(config, boundary) for boundary in inner]
+        size, wires = (
+            ITEM_BYTES[config.precision],
+            [WireFormat.of(config, boundary, boundary_prices(config, bounds)) for boundary in inner],
+        )
         tokens = config.train.micro_batch_size * config.data.sequence_length
-        entry, prices = architecture_of(model).entry_width * tokens * size, boundary_prices(config)
+        entry, prices = architecture_of(model).entry_width * tokens * size, boundary_prices(config, bounds)
         splits = SCHEDULES[config.pipeline.schedule].splits_backward
         payload = [cost.payload_bytes(model, boundary, tokens, size, prices) for boundary in inner]
         received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
@@ -102,7 +109,7 @@ class StageMemory:
         history: entries of the micro-batches in flight.
         transfers: payloads and their gradients in transfer.
         working: temporary tensors of the backward pass.
-        in_flight: number of micro-batches whose activations are held.
+        in_flight: number of micro-batches whose activations are held; each counts once for every part that it is in.
     """
 
     weights: int
@@ -135,10 +142,13 @@ def stage_memory(
         schedule: of the step.
         replicas: number of replicas.
     """
-    layers = range(bounds[stage], bounds[stage + 1])
     is_tied = config.model.tie_word_embeddings and len(bounds) > 2
     elsewhere = shared_parameters(config, bounds).keys() | ({EMBEDDING_WEIGHT} if is_tied else set())
     weights, optimizer = optimizer_bytes(config, sizes, elsewhere, replicas)
+    if schedule.parts > 1:
+        parts = Cut(tuple(bounds), schedule.stages).of_stage(stage)
+        return _memory_of_parts(config, kept, weights, optimizer, parts, stage, schedule)
+    layers = range(bounds[stage], bounds[stage + 1])
     activations, history = kept.activations(layers), kept.history(layers)
     held, held_back, transfers = schedule.memory_in_flight(stage, kept.boundary(layers))
     weight_pass = sum(kept.weight_passes[layers.start : layers.stop])
@@ -151,6 +161,37 @@ def stage_memory(
         transfers=int(transfers[worst]),
         working=working_bytes(config, kept, layers),
         in_flight=int(held[worst]),
+    )
+
+
+def _memory_of_parts(
+    config: Config,
+    kept: MicroBatchBytes,
+    weights: int,
+    optimizer: int,
+    parts: Sequence[range],
+    stage: int,
+    schedule: Schedule,
+) -> StageMemory:
+    """Memory of a stage with several parts. The history of a micro-batch, which they share, is held from its first forward pass on the
+    stage to its last backward pass; gradients of entries, if they have a buffer, from the first backward pass on."""
+    size = ITEM_BYTES[config.precision]
+    history = sum(map(kept.history, parts))
+    gradients = history * architecture_of(config.model).history_gradient_itemsize(size) // size
+    held = schedule.held_by_part(stage)
+    transfers = schedule.transfers_of_parts(stage, [kept.boundary(layers) for layers in parts])
+    activations = np.array([kept.activations(layers) for layers in parts]) @ held
+    working = np.array([working_bytes(config, kept, layers) for layers in parts])[schedule.part_in_backward(stage)]
+    histories = history * held[0] + gradients * (held[0] - held[-1])
+    worst = int((activations + histories + transfers + working).argmax())
+    return StageMemory(
+        weights=weights,
+        optimizer=optimizer,
+        activations=int(activations[worst]),
+        history=int(histories[worst]),
+        transfers=int(transfers[worst]),
+        working=int(working[worst]),
+        in_flight=int(held[:, worst].sum()),
     )
 
 

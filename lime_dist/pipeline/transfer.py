@@ -66,7 +66,7 @@ class Sender:
 
     Attributes:
         window: tensors that may be under way at a time; another send first waits for the oldest.
-        by_part: ``stats`` by part of this stage; the waits of `drain` are not among them.
+        by_part: ``stats`` by part of this stage; the waits of `drain` count for the first.
     """
 
     peer: int
@@ -104,7 +104,9 @@ class Sender:
             work.wait()
         if not self.is_queued:
             self._under_way.clear()
-        self.stats.waited += time.perf_counter() - begin
+        waited = time.perf_counter() - begin
+        for stats in (self.stats, self.by_part[0]):
+            stats.waited += waited
 
     def _complete_oldest(self) -> None:
         """Let the host wait until the oldest send has completed, and free its tensor."""

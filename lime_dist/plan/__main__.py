@@ -141,7 +141,8 @@ def stage_values(planned: Forecast, stage: int) -> Values:
     each = planned.stages[stage]
     return {
         "stage": stage,
-        "layers": [each.layers.start, each.layers.stop],
+        "layers": [each.parts[0].start, each.parts[0].stop],
+        **({"parts": [[layers.start, layers.stop] for layers in each.parts]} if len(each.parts) > 1 else {}),
         "parameters": each.parameters,
         "forward_flops": each.forward_flops,
         "backward_flops": each.backward_flops,

@@ -19,7 +19,9 @@ from lime_dist.config.schema import Config
 from lime_dist.data.ramp import BatchSizes
 from lime_dist.model import memory_traffic
 from lime_dist.model.architecture import BASELINE, model_crossings
-from lime_dist.model.crossing import Crossing
+from lime_dist.model.crossing import Crossing, Cut
+from lime_dist.model.layout import joined
+from lime_dist.model.parameters import Sizes
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
@@ -53,14 +55,14 @@ class StageForecast:
     """One stage.
 
     Attributes:
-        layers: its decoder layers.
+        parts: the decoder layers of each of its parts.
         parameters: number of elements, including the embedding and the output projection on their stages.
         forward_flops, backward_flops: of one micro-batch.
-        boundary_bytes: of one micro-batch's payload to the next stage; the gradient that comes back has as many.
-        crossing: what of the layer history the payload has.
+        boundary_bytes: of one micro-batch's payloads to the next stage, of all parts; the gradients that come back have as many.
+        crossing: what of the layer history these have.
     """
 
-    layers: range
+    parts: tuple[range, ...]
     parameters: int
     forward_flops: float
     backward_flops: float
@@ -141,23 +143,27 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
         LimeError: the number of processes is not a multiple of the stages, or the batch does not divide into micro-batches.
     """
     replicas, micro_batches = batch_split(config, processes)
-    bounds = stage_bounds(config)
+    bounds, count = stage_bounds(config), config.parallel.pipeline_stages
+    cut = Cut(tuple(bounds), count)
     flops = stage_times(config, 1.0, bounds)
     sizes = boundary_bytes(config, bounds)
-    parameters = [parameters_of_stage(config, range(start, stop)) for start, stop in pairwise(bounds)]
-    kept, schedule = MicroBatchBytes.of(config), make_schedule(config, micro_batches)
-    crossings = model_crossings(config.model, boundary_prices(config))
+    parameters: list[Sizes] = []
+    for stage in range(count):
+        of_parts = (parameters_of_stage(config, layers) for layers in cut.of_stage(stage))
+        parameters.append({name: size for sizes_of_part in of_parts for name, size in sizes_of_part.items()})
+    kept, schedule = MicroBatchBytes.of(config, bounds), make_schedule(config, micro_batches)
+    crossings = model_crossings(config.model, boundary_prices(config, bounds))
     stages = [
         StageForecast(
-            layers=range(bounds[stage], bounds[stage + 1]),
+            parts=cut.of_stage(stage),
             parameters=sum(parameters[stage].values()),
-            forward_flops=flops[stage].forward,
-            backward_flops=flops[stage].backward,
+            forward_flops=sum(part.forward for part in flops[stage::count]),
+            backward_flops=sum(part.backward for part in flops[stage::count]),
             memory=stage_memory(config, kept, parameters[stage], bounds, stage, schedule, replicas),
-            boundary_bytes=[*sizes, 0][stage],
-            crossing=crossings[bounds[stage + 1]],
+            boundary_bytes=sum([*sizes, 0][stage::count]),
+            crossing=joined(crossings[layers.stop] for layers in cut.of_stage(stage)),
         )
-        for stage in range(len(flops))
+        for stage in range(count)
     ]
     times = machine_times(config, machine, bounds, flops)
     shared = sum(shared_parameters(config, bounds).values())
@@ -243,7 +249,10 @@ def step_parts(
     as_it_is, without_latency, without_transfers, without_passes = _scenarios(
         config, times, transfers, machine.latency, micro_batches
     )
-    each_stage = [micro_batches * (each.forward + each.backward) for each in times]
+    stages = config.parallel.pipeline_stages
+    each_stage = [
+        micro_batches * sum(each.forward + each.backward for each in times[stage::stages]) for stage in range(stages)
+    ]
     computation, busiest = fmean(each_stage), max(each_stage)
     if without_transfers >= without_passes:
         imbalance, link, bubble = (

@@ -68,11 +68,11 @@ def wire_of(config: Config) -> str:
 
 
 def stage_row(row: Values) -> list[str]:
-    begin, end = row["layers"]
+    layers = ", ".join(f"{begin}–{end - 1}" for begin, end in row.get("parts", [row["layers"]]))
     memory = row["memory"]
     parts = ("weights", "optimizer", "activations", "history", "transfers", "working", "peak")
     return [
-        str(row["stage"]), f"{begin}–{end - 1}", f"{row['parameters']:,}", show(row["forward_flops"]),
+        str(row["stage"]), layers, f"{row['parameters']:,}", show(row["forward_flops"]),
         show(row["backward_flops"]), *(show(memory[name], "B") for name in parts), str(memory["in_flight"]),
         show(row["bytes_to_next"], "B") if row["bytes_to_next"] else "",
         row["crosses_to_next"] or "",

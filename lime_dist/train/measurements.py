@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lime_dist.config.schema import Config
 from lime_dist.data.documents import attention_length
 from lime_dist.model import cost
-from lime_dist.pipeline.boundaries import stage_boundaries
+from lime_dist.pipeline.boundaries import boundary_name, stage_boundaries
 from lime_dist.pipeline.clock import COMPUTATION, KINDS, TRANSFER, VALIDATION, WAITING
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.transfer import TransferStats
@@ -162,21 +162,27 @@ def describe_transfers(engine: LimeEngine) -> list[str]:
 
     All ranks must call it.
     """
-    own = (engine.grid.get_data_parallel_rank(), engine.stage_id, engine.transfer_stats())
-    gathered: list[tuple[int, int, dict[str, TransferStats]] | None] = [None] * dist.get_world_size()
+    own = (engine.grid.get_data_parallel_rank(), engine.stage_id, engine.transfer_stats_of_parts())
+    gathered: list[tuple[int, int, dict[str, dict[int, TransferStats]]] | None] = [None] * dist.get_world_size()
     with engine.watching("the end of the run"):
         dist.all_gather_object(gathered, own)
-    stages = {stage: stats for replica, stage, stats in filter(None, gathered) if replica == 0}
-    boundaries = stage_boundaries(engine.module.config, engine.module.bounds)
+    of_parts = {
+        turn * engine.num_stages + stage: {name: by_part.get(turn, TransferStats()) for name, by_part in stats.items()}
+        for replica, stage, stats in filter(None, gathered)
+        if replica == 0
+        for turn in range(len(engine.module.stage_parts))
+    }
+    config = engine.module.config
+    boundaries = stage_boundaries(config, engine.module.bounds)
     lines = []
-    for stage in sorted(stages):
-        if SENT in stages[stage]:
-            there, back = stages[stage][SENT], stages[stage][RETURNED]
-            waited = stages[stage + 1]["received from previous"].waited + there.waited
-            waited_back = back.waited + stages[stage + 1]["sent to previous"].waited
-            counted = replace(boundaries[stage], nbytes=round(there.bytes / max(1, there.transfers)))
+    for part, boundary in enumerate(boundaries):
+        if SENT in of_parts[part]:
+            there, back = of_parts[part][SENT], of_parts[part][RETURNED]
+            waited = of_parts[part + 1]["received from previous"].waited + there.waited
+            waited_back = back.waited + of_parts[part + 1]["sent to previous"].waited
+            counted = replace(boundary, nbytes=round(there.bytes / max(1, there.transfers)))
             lines.append(
-                f"stage {stage} to {stage + 1}: {counted}; {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back; "
+                f"{boundary_name(config, part)}: {counted}; {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back; "
                 f"waited {waited:.1f} s there, {waited_back:.1f} s back"
             )
     return lines

@@ -11,8 +11,10 @@ from model.test_parts import CASES
 from pipeline.test_equality import check_equal, settings
 from support.workers import WorkerGroup
 
+from lime_dist.config.load import make_config
 from lime_dist.pipeline.schedules.interleaved import Interleaved
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
+from lime_dist.plan.forecast import Machine, forecast
 from lime_dist.plan.simulate import Link, StageTimes, simulate
 
 NO_TRANSFERS = Link(float("inf"))
@@ -141,3 +143,36 @@ def test_it_equals_one_process(
     """Loss, validation, gradients, norms, and parameters after two clipped steps."""
     values = parts_of(case, stages, parts, micro_batches, **parallel)
     check_equal(values, workers(stages), steps=2, evaluation=1)
+
+
+# -- the plan -------------------------------------------------------------------------------------------------------------
+
+PLANNED: list[tuple[str, int, int, dict[str, Any]]] = [
+    ("llama", 2, 2, {}),
+    ("kv, full", 2, 3, {}),
+    ("kv, chunked", 3, 2, {"activation_checkpointing": True}),
+    ("static, first_last", 2, 2, {}),
+]
+
+
+@pytest.mark.parametrize(("case", "stages", "parts", "parallel"), PLANNED)
+def test_a_plan_is_what_engines_do(
+    workers: Callable[[int], WorkerGroup], case: str, stages: int, parts: int, parallel: dict[str, Any]
+) -> None:
+    """By stage: parameters, their memory and transferred bytes exactly, the peak of live tensor bytes to 6 %."""
+    values = parts_of(case, stages, parts, 6, **parallel)
+    sizes = {"vocab_size": 400, "hidden_size": 48, "intermediate_size": 120}
+    values["model"], values["data"] = {**values["model"], **sizes}, {"sequence_length": 64}
+    values["precision"] = "fp32"
+    planned = forecast(make_config(values, "a test"), Machine(1e12, 1e18, 1e12, 0.0), stages)
+    for result in workers(stages).run("support.memory.measure_stage", values=values):
+        expected, before = planned.stages[result["stage"]], planned.stages[result["stage"] - 1]
+        assert result["parameters"] == expected.parameters
+        assert result["static"] == expected.memory.weights + expected.memory.optimizer
+        assert result["sent"] == {
+            "sent to next": 6 * expected.boundary_bytes,
+            "received from next": 6 * expected.boundary_bytes,
+            "sent to previous": 6 * before.boundary_bytes,
+            "received from previous": 6 * before.boundary_bytes,
+        }
+        assert result["peak"] == pytest.approx(expected.memory.peak, rel=0.06)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -203,6 +203,19 @@ class Schedule(Protocol):
         forwards = self.forwards_before_backwards(stage)
         held: Integers = (forwards - np.arange(len(forwards)))[None]
         return held
+
+    def part_in_backward(self, stage: int) -> Integers:
+        """The part of each of the backward passes of ``stage``."""
+        parts = [each.part for each in self.instructions(stage) if each.kind in BACKWARDS]
+        return np.array(parts, dtype=np.int64)
+
+    def transfers_of_parts(self, stage: int, boundaries: Sequence[BoundaryBytes]) -> Integers:
+        """What `MemoryInFlight` has of transfers, for a stage with several parts.
+
+        Args:
+            boundaries: by part.
+        """
+        raise NotImplementedError
 
     def buffers(self, stage: int) -> int:
         """Number of pipeline buffers that DeepSpeed's engine reserves on ``stage``."""

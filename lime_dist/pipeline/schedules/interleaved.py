@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -12,11 +13,17 @@ import numpy as np
 from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Config
 from lime_dist.pipeline.schedules.base import (
+    BACKWARD_PASS,
+    RECEIVES,
     RECV_ACTIVATION,
     RECV_GRAD,
+    SEND_ACTIVATION,
+    SEND_GRAD,
+    BoundaryBytes,
     Instruction,
     Integers,
     Pass,
+    posted_ahead,
 )
 from lime_dist.pipeline.schedules.one_forward_one_backward import one_to_one
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
@@ -103,6 +110,36 @@ class Interleaved(OverlappedSchedule):
         over = np.array([np.concatenate([[0], np.cumsum(ended == part)])[:number] for part in parts])
         held: Integers = made - over
         return held
+
+    def transfers_of_parts(self, stage: int, boundaries: Sequence[BoundaryBytes]) -> Integers:
+        """The payloads and gradients under way are the newest that the windows allow."""
+        instructions = list(self.instructions(stage))
+        coming = {kind: deque(posted_ahead(instructions, kind, self.receives_ahead(kind))) for kind in RECEIVES}
+        order = {kind: [each.part for each in instructions if each.kind == kind] for kind in RECEIVES}
+        payloads = deque[int](maxlen=self.payload_window(stage))
+        gradients = deque[int](maxlen=self.gradient_window(stage))
+        ahead, taken, held = dict.fromkeys(RECEIVES, 0), dict.fromkeys(RECEIVES, 0), []
+        for kind, _, part in instructions:
+            if kind in RECEIVES:
+                taken[kind] += 1
+                ahead[kind] = coming[kind].popleft()
+            elif kind == BACKWARD_PASS:
+                posted = {each: order[each][taken[each] : taken[each] + ahead[each]] for each in RECEIVES}
+                held.append(
+                    sum(payloads)
+                    + sum(gradients)
+                    + boundaries[part].sent
+                    + sum(boundaries[each].sent for each in posted[RECV_GRAD])
+                    + sum(
+                        boundaries[each].landing if each == 0 else boundaries[each].received
+                        for each in posted[RECV_ACTIVATION]
+                    )
+                )
+            elif kind == SEND_ACTIVATION:
+                payloads.append(boundaries[part].sent)
+            elif kind == SEND_GRAD:
+                gradients.append(boundaries[part].received)
+        return np.array(held, dtype=np.int64)
 
     # -- transfers ----------------------------------------------------------------------------------------------------
 
