@@ -121,7 +121,7 @@ def test_mistakes_are_one_line(dataset: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
         return str(caught.value)
 
-    assert "only lime, kv, full can be compressed" in line(checkpoint="llama")
+    assert "only lime, kv, none, full can be compressed" in line(checkpoint="llama")
     assert "model.lime.history.rank=3 is more than the 2 layers of a chunk" in line(rank="3")
     assert "model.lime.history.rank=0" in line(rank="0").replace("'", "")
     assert "--chunk-size 5: no layer comes after a whole chunk" in line(chunk_size="5")

@@ -346,6 +346,20 @@ def test_documents_with_two_replicas(workers: Callable[[int], WorkerGroup], prec
     check_equal(values, workers(4), steps=2)
 
 
+@pytest.mark.parametrize(("model", "schedule"), [("lime", "interleaved"), ("attention residuals", "zero_bubble")])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_documents_with_other_schedules(
+    workers: Callable[[int], WorkerGroup], model: str, schedule: str, stages: int
+) -> None:
+    """Passes of a micro-batch through several parts of a stage; and passes for weight gradients alone."""
+    values = documents(settings(model, 4, stages == 2, "fp64", pipeline_stages=stages))
+    if schedule == "interleaved":
+        values["parallel"]["virtual_stages"] = 2
+        values["model"]["num_hidden_layers"] = 7
+    values["pipeline"] = {"schedule": schedule}
+    check_equal(values, workers(stages), steps=2)
+
+
 def documents(values: dict[str, Any]) -> dict[str, Any]:
     """The same with the document mask: a vocabulary of seven tokens, so that documents have seven tokens on average."""
     values["model"] = {**values["model"], "vocab_size": 7}
