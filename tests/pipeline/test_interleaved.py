@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from model.test_parts import CASES
-from pipeline.test_equality import check_equal, settings
+from pipeline.test_equality import check_equal, documents, settings
 from support import victims
 from support.workers import WorkerGroup
 
@@ -150,6 +150,14 @@ def test_it_equals_one_process(
     """Loss, validation, gradients, norms, and parameters after two clipped steps."""
     values = parts_of(case, stages, parts, micro_batches, **parallel)
     check_equal(values, workers(stages), steps=2, evaluation=1)
+
+
+@pytest.mark.parametrize(("precision", "wire"), [("fp64", None), ("fp32", "bf16")])
+def test_replicas_and_documents(workers: Callable[[int], WorkerGroup], precision: str, wire: str | None) -> None:
+    """Two stages of two parts and two replicas with ZeRO 1; documents that do not see each other; payloads in a narrower type."""
+    values = documents(parts_of("kv, first_last", 2, 2, 8, zero_stage=1))
+    values["precision"], values["pipeline"]["wire_dtype"] = precision, wire
+    check_equal(values, workers(4), steps=2, evaluation=1, as_precise_as="bf16" if wire else "")
 
 
 # -- the plan -------------------------------------------------------------------------------------------------------------
