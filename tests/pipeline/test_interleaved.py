@@ -127,6 +127,8 @@ EQUAL: list[tuple[str, int, int, int, dict[str, Any]]] = [
     ("dynamic, first_last", 2, 4, 2, {"activation_checkpointing": True}),
     ("dynamic, dilated", 4, 3, 5, {}),
     ("long chunks, hidden", 2, 2, 6, {"activation_checkpointing": True}),
+    ("moda", 2, 3, 4, {}),
+    ("moda, MLP, chunked", 3, 2, 5, {"activation_checkpointing": True}),
     ("llama", 4, 2, 9, {}),
     ("llama", 1, 4, 3, {}),
     ("hyper dynamic", 2, 2, 3, {}),
