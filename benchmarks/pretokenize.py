@@ -6,7 +6,8 @@
 A bare side reads the parquet files, encodes batches of 64 documents to numpy and writes the ids to a file: no hashes, no index, no
 fsync, no end-of-document token, no splits. sentencepiece and tokenizers do it in as many threads as there are workers, gigatoken, which
 does not release the interpreter, in as many processes. All sides are whole commands, including start-up; they alternate, and ratios are
-those of the medians. CPU seconds are those of all processes of a command, which other work on the machine changes less. Memory is the sum of the resident pages of all processes of a command, the largest of samples every 50 ms.
+those of the medians. CPU seconds are those of all processes of a command, which other work on the machine changes less. Memory is the
+sum of the resident pages of all processes of a command, the largest of samples every 50 ms.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ if $over_ssh; then
   for path in "$PWD" "$bin"; do
     [[ "$path" != *[!A-Za-z0-9_@%+=:,./-]* ]] || fail "$path cannot be sent to the hosts: DeepSpeed does not quote it; move it"
   done
-  mapfile -t words < <(hostfile_tool quote "${words[@]}")
+  words_to_send="$(hostfile_tool quote "${words[@]}")" || exit
+  mapfile -t words <<<"$words_to_send"
 fi
 command=("$bin/deepspeed")
 take_quiet "${arguments[@]}"

@@ -21,8 +21,8 @@ class PeerLost(Exception):
     """Another process of the job is gone. The one-line message says who waited for whom, and in which operation."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the name of its type if it has none."""
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error, or of its message; the name of its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -25,15 +25,7 @@ PORT_IN_USE = 3
 
 
 class HostfileError(ValueError):
-    """A mistake in a hostfile.
-
-    Attributes:
-        line: its number, counted from 1; None: the mistake is in no single line.
-    """
-
-    def __init__(self, reason: str, line: int | None = None) -> None:
-        super().__init__(reason)
-        self.line = line
+    """A mistake in a hostfile; the message names the file and, if it is in one, the line."""
 
 
 def parse_hostfile(path: Path) -> dict[str, int]:
@@ -50,12 +42,12 @@ def parse_hostfile(path: Path) -> dict[str, int]:
             continue
         match = re.fullmatch(r"slots=([1-9][0-9]*)", words[1]) if len(words) == 2 else None
         if match is None or not HOST.fullmatch(words[0]):
-            raise HostfileError(f"{line.strip()!r} is not 'HOST slots=N'", number)
+            raise HostfileError(f"{path}, line {number}: {line.strip()!r} is not 'HOST slots=N'")
         if words[0] in slots:
-            raise HostfileError(f"{words[0]} is listed twice", number)
+            raise HostfileError(f"{path}, line {number}: {words[0]} is listed twice")
         slots[words[0]] = int(match[1])
     if not slots:
-        raise HostfileError("lists no host")
+        raise HostfileError(f"{path} lists no host")
     return slots
 
 
@@ -120,7 +112,7 @@ def main(command: str, *words: str) -> int:
             print(f"error: cannot read the hostfile {path}: {error.strerror}", file=sys.stderr)
             return 2
         except HostfileError as error:
-            print(f"error: {path}{':' if error.line else ''} {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             return 2
         print("\n".join(f"{host} {count}" for host, count in slots.items()))
     elif command == "here":

@@ -114,7 +114,7 @@ ONE_CHECKPOINT = 12 * count_parameters(load_config(None, SMALL).model)
         ({"sees_probe": False}, ["error: node2 does not see the folder of run.directory=runs/default"]),
         ({"refusals": ["model.vocab_size=3 is smaller"]}, ["error: node2: model.vocab_size=3 is smaller"]),
         ({"notes": ["validations have 60 samples"]}, []),
-        ({"notes": ["no validation: too few"]}, ["warning: no validation: too few"]),
+        ({"warnings": ["no validation: too few"]}, ["warning: no validation: too few"]),
         ({"skew": 30.0}, ["warning: node2: its clock is 30 s ahead of node1's"]),
         ({"skew": -3.0}, ["warning: node2: its clock is 3 s behind node1's"]),
         ({"skew": 1.9}, []),
@@ -409,7 +409,7 @@ def test_the_doctor_refuses_what_pretrain_refuses(
             load_config(None, overrides)
         return
     config = load_config(None, overrides)
-    refusals, _ = preflight(config, processes=2)
+    refusals, *_ = preflight(config, processes=2)
     assert len(refusals) == 1 and words in refusals[0], refusals
     assert workers(2).run("support.runs.run", values=config.model_dump(mode="json")) == refusals * 2
 
@@ -435,7 +435,7 @@ def test_a_pair_with_tokens_beyond_the_vocabulary_is_refused_before_the_run(tmp_
         for _ in range(300):
             writer.add_document(np.full(20, 300, dtype=np.uint16))
     overrides = [*RUN, f"data.path={tmp_path / 'pair'}", f"run.directory={tmp_path / 'run'}", "model.vocab_size=256"]
-    (refusal,), _ = preflight(load_config(None, overrides), processes=2)
+    (refusal,), *_ = preflight(load_config(None, overrides), processes=2)
     assert "holds tokens 300 to 300, but model.vocab_size=256" in refusal
 
 
@@ -445,9 +445,9 @@ def test_a_run_that_fits_is_not_refused_and_its_open_settings_are_told(
     overrides = [*RUN, f"data.path={dataset}", "train.micro_batch_size=1", "train.global_batch_size=3"]
     for directory in (run_folders["run"], run_folders["run"].parent / "new"):
         config = load_config(None, [*overrides, f"run.directory={directory}"])
-        refusals, notes = preflight(config, processes=6)
-        assert refusals == [] and [note.split(",")[0] for note in notes] == ["validations have 63 samples"]
-        assert preflight(config, processes=4) == ([], []), "that 2 does not divide 3 is reported elsewhere"
+        refusals, warnings, notes = preflight(config, processes=6)
+        assert refusals == warnings == [] and [note.split(",")[0] for note in notes] == ["validations have 63 samples"]
+        assert preflight(config, processes=4) == ([], [], []), "that 2 does not divide 3 is reported elsewhere"
 
 
 def test_doubtful_settings_are_warnings() -> None:

@@ -129,7 +129,7 @@ def test_dry_runs(environment: dict[str, str], tmp_path: Path) -> None:
         ("multinode.sh", [], "no hostfile given; see bash launch/multinode.sh --help"),
         ("multinode.sh", ["none", CONFIG], "no such hostfile: none"),
         ("multinode.sh", ["launch/hostfile.example"], "no config given; see bash launch/multinode.sh --help"),
-        ("multinode.sh", [CONFIG, CONFIG], "configs/quickstart.yaml: 'run:' is not 'HOST slots=N'"),
+        ("multinode.sh", [CONFIG, CONFIG], "configs/quickstart.yaml, line 2: 'run:' is not 'HOST slots=N'"),
         ("multinode.sh", ["/dev/stdin", CONFIG], "/dev/stdin lists no host"),
         ("slurm.sbatch", [], "no config given; see bash launch/slurm.sbatch --help"),
         (
@@ -419,7 +419,7 @@ def test_one_reader_of_hostfiles(
     path.write_bytes(content)
     done = run(environment, "multinode.sh", str(path), CONFIG, "--dry-run")
     if slots is None:
-        assert done.returncode == 2 and re.fullmatch(rf"error: {path}:? .*\n", done.stderr), done.stderr
+        assert done.returncode == 2 and re.fullmatch(rf"error: {path}(, line \d+:)? .*\n", done.stderr), done.stderr
         with pytest.raises(LimeError, match=re.escape(str(path))):
             read_hostfile(path)
         return

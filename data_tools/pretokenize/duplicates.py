@@ -4,7 +4,8 @@
     FOLDER/duplicates.npy   from the parent: one bit per document of the whole input, 1 for a duplicate
     FOLDER/starts.npy       int64 [units + 1]: the first document of each unit
 
-Texts that come over a network are kept beside the hashes; see `kept`. Hashes are compared bucket by bucket (a bucket is a range of hashes), so memory holds one bucket whatever the input's size.
+Texts that come over a network are kept beside the hashes; see `kept`. Hashes are compared bucket by bucket (a bucket is a range of
+hashes), so memory holds one bucket whatever the input's size.
 """
 
 from __future__ import annotations

@@ -143,12 +143,11 @@ class EncodeUnit:
     def __call__(self, unit: Unit, progress: Progress) -> dict[str, Any]:
         tally, tokenizer, layout = Tally(), self._tokenizer, self._layout
         series = {split: ShardSeries(self._scratch, layout, unit.index, split, self._dtype) for split in SPLITS}
-        texts = unit_documents(unit, self._selection, tally)
-        duplicates = 0
         if self._duplicates:
-            marks = self._duplicates.of(unit)
-            duplicates = int(marks.sum())
+            duplicates = int(self._duplicates.of(unit).sum())
             texts = self._duplicates.without(unit, self._selection, tally)
+        else:
+            duplicates, texts = 0, unit_documents(unit, self._selection, tally)
         before, after, number = int(layout.bos), int(layout.eos), -1
         try:
             for batch in _batches(texts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ COMPARED = ("settings", "inputs", "part")
 
 COUNTED = ("rows", "null", "empty", "filtered", "duplicates")
 Result = dict[str, Any]  # what encoding.EncodeUnit returns
+
+
+def shards_of(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """All shards of some units."""
+    return [shard for result in results for split in SPLITS for shard in result["shards"][split]]
 
 
 class Manifest:
@@ -109,14 +115,14 @@ class Manifest:
         is seen again.
         """
         dropped = [results.pop(unit) for unit in list(results) if results[unit].get("encoder") == encoder]
-        for shard in (shard for result in dropped for split in SPLITS for shard in result["shards"][split]):
+        for shard in shards_of(dropped):
             for path in reversed(pair_paths(self.folder / shard["name"])):
                 path.unlink(missing_ok=True)
         self.write(results.values())
         return len(dropped)
 
     def _holds(self, result: Result, verify: bool) -> bool:
-        for shard in (shard for split in SPLITS for shard in result["shards"][split]):
+        for shard in shards_of([result]):
             for path, kind in zip(pair_paths(self.folder / shard["name"]), ("bin", "idx"), strict=True):
                 if not path.is_file() or path.stat().st_size != shard[f"{kind}_bytes"]:
                     return False
@@ -130,7 +136,7 @@ class Manifest:
 
     def publish(self, result: Result, scratch: Path) -> None:
         """Move a unit's shards into the folder, then record the unit; both are on disk when this returns."""
-        for shard in (shard for split in SPLITS for shard in result["shards"][split]):
+        for shard in shards_of([result]):
             bin_path, idx_path = pair_paths(self.folder / shard["name"])
             idx_path.unlink(missing_ok=True)  # an old .idx must never lie beside a new .bin
             for scratch_path, path in zip(pair_paths(scratch / shard["name"]), (bin_path, idx_path), strict=True):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_tools.pretokenize.encoding import SPLITS
-from data_tools.pretokenize.manifest import UNITS_FILE, Manifest, Result, differences
+from data_tools.pretokenize.manifest import UNITS_FILE, Manifest, Result, differences, shards_of
 from data_tools.pretokenize.units import Unit
 from lime_dist.data.dataset import check_shard_hashes, check_shard_sizes
 from lime_dist.data.files import json_bytes, read_json, read_json_lines, write_atomic
@@ -20,6 +20,8 @@ from lime_dist.errors import LimeError
 PART_FILE = "part.json"
 FORMAT = "lime_dist part 1"
 AGAIN = "run its command again"
+
+Units = TypeVar("Units", list[Unit], range)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Part:
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
-    def of(self, units: list[Unit]) -> list[Unit]:
+    def of(self, units: Units) -> Units:
         """The units of this part; neighbours are in different parts, so that all have a share of every file."""
         return units[self.number - 1 :: self.count]
 
@@ -101,21 +103,11 @@ def read_part(folder: Path) -> tuple[dict[str, Any], list[Result]]:
     lines = [line for _, line in read_json_lines(folder / UNITS_FILE)[0]]
     results = [line for line in lines[1:] if line.get("plan") == facts.get("plan")]
     numbers = {result["unit"] for result in results}
-    if facts.get("format") != FORMAT or len(numbers) != len(range(facts["units"])[_slice(facts["part"])]):
+    if facts.get("format") != FORMAT or len(numbers) != len(Part.parse(facts["part"]).of(range(facts["units"]))):
         raise LimeError(f"{folder / UNITS_FILE}: does not list the units of the part; {AGAIN}")
     for shard in shards_of(results):
         check_shard_sizes(folder, shard, UNITS_FILE)
     return facts, results
-
-
-def shards_of(results: list[Result]) -> list[dict[str, Any]]:
-    """All shards of some units."""
-    return [shard for result in results for split in SPLITS for shard in result["shards"][split]]
-
-
-def _slice(part: str) -> slice:
-    parsed = Part.parse(part)
-    return slice(parsed.number - 1, None, parsed.count)
 
 
 def check_parts(folders: list[Path], facts: list[dict[str, Any]]) -> None:
@@ -126,11 +118,9 @@ def check_parts(folders: list[Path], facts: list[dict[str, Any]]) -> None:
     """
     first, given = facts[0], dict[int, Path]()
     count = Part.parse(first["part"]).count
+    other = f"; only parts of one dataset can be joined: {AGAIN} with the same options"
     for folder, one in zip(folders, facts, strict=True):
-        part, other = (
-            Part.parse(one["part"]),
-            f"; only parts of one dataset can be joined: {AGAIN} with the same options",
-        )
+        part = Part.parse(one["part"])
         if part.count != count:
             raise LimeError(f"{folder}: is part {part}, but {folders[0]} is part {first['part']}{other}")
         if any(one.get(key) != first.get(key) for key in ("settings", "inputs")):

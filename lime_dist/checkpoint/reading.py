@@ -13,7 +13,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lime_dist.checkpoint.manifest import BEST, CHECKPOINT_NAME, LATEST, MANIFEST, read_best, read_latest, read_manifest
+from lime_dist.checkpoint.manifest import BEST, LATEST, MANIFEST, read_best, read_latest, read_manifest
+from lime_dist.checkpoint.store import saved_steps
 from lime_dist.config.schema import Config, ModelConfig
 from lime_dist.data.files import sha256_file
 from lime_dist.data.state import TrainState
@@ -55,12 +56,12 @@ def find_checkpoint(path: Path) -> Path:
     name, problem = read_latest(folder)
     if name is not None:
         return folder / name
-    steps = [int(match[1]) for child in folder.glob("global_step*") if (match := CHECKPOINT_NAME.fullmatch(child.name))]
+    steps = saved_steps(folder)
     if not steps:
         raise LimeError(
             f"{path}: no checkpoint there; give a run folder, its checkpoints folder, or one global_stepN in it"
         )
-    newest = folder / f"global_step{max(steps)}"
+    newest = folder / f"global_step{steps[-1]}"
     if problem is not None:
         print(f"warning: {folder / LATEST} {problem}; reading {newest}", file=sys.stderr)
     return newest

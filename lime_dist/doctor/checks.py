@@ -202,8 +202,10 @@ def doubtful(job: Job, facts: Sequence[Facts]) -> Findings:
     """Settings that are possible, but most likely not meant, and what the run makes of open ones."""
     for line in doubtful_settings(job.config):
         yield Finding("warning", line)
-    for note in dict.fromkeys(line for fact in facts for line in fact.notes):
-        yield Finding("warning" if note.startswith("no validation") else "ok", note)
+    for line in dict.fromkeys(line for fact in facts for line in fact.warnings):
+        yield Finding("warning", line)
+    for line in dict.fromkeys(line for fact in facts for line in fact.notes):
+        yield Finding("ok", line)
 
 
 def disk(job: Job, facts: Sequence[Facts]) -> Findings:

@@ -45,7 +45,7 @@ class Facts:
         config: hash of the resolved configuration; empty if there is none, for the reason in `config_problem`.
         data: hash of dataset.json; empty if there is none, for the reasons in `data_problems`.
         shards: number of shards checked.
-        refusals, notes: what pretrain.py would refuse, and what it would remark; see `preflight`.
+        refusals, warnings, notes: what pretrain.py would refuse, what is doubtful, and what it would remark; see `preflight`.
         interfaces: by name, the addresses of each network interface that is up.
         routes: by other host, the local address on the route to it; empty if there is none.
         addresses: by other host, the address that its name resolves to here.
@@ -80,6 +80,7 @@ class Facts:
     free_memory: int
     gpus: list[int] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     skew: float = 0.0
 
@@ -115,7 +116,8 @@ def gather(
     except LimeError as error:
         problem = str(error)
     data, data_problems, shards = ("", [], 0) if config is None else check_data(config.data.paths, verify)
-    refusals, notes = ([], []) if config is None or data_problems else preflight(config, processes)
+    nothing = list[str](), list[str](), list[str]()
+    refusals, warnings, notes = nothing if config is None or data_problems else preflight(config, processes)
     addresses = {peer: _resolve(peer) for peer in peers}
     return Facts(
         host=host,
@@ -127,6 +129,7 @@ def gather(
         data_problems=data_problems,
         shards=shards,
         refusals=refusals,
+        warnings=warnings,
         notes=notes,
         interfaces=_interfaces(),
         routes={peer: _local_address(address) for peer, address in addresses.items()},

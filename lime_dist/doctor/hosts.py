@@ -37,8 +37,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             f"cannot read the hostfile {path}: {error.strerror}; give --hostfile an existing file"
         ) from None
     except HostfileError as error:
-        where = path if error.line is None else f"{path}, line {error.line}"
-        raise LimeError(f"{where}{'' if error.line is None else ':'} {error}") from None
+        raise LimeError(str(error)) from None
 
 
 def environment_files() -> list[Path]:

@@ -14,25 +14,26 @@ from lime_dist.data.run_data import describe_evaluation, read_run_data
 from lime_dist.errors import LimeError
 
 
-def preflight(config: Config, processes: int) -> tuple[list[str], list[str]]:
+def preflight(config: Config, processes: int) -> tuple[list[str], list[str], list[str]]:
     """Open the data, read their first samples, and compare the run folder with the configuration.
 
     Args:
         processes: of the whole job.
 
     Returns:
-        What pretrain.py would refuse, and what it would remark, one line each.
+        What pretrain.py would refuse, what is most likely not meant, and what it would remark, one line each.
     """
     refusals = [line for line in [why_not_writable(Path(config.run.directory))] if line is not None]
-    notes: list[str] = []
+    warnings, notes = list[str](), list[str]()
     try:
         replicas, _ = batch_split(config, processes)
     except LimeError:  # reported with the size of the job
-        return refusals, notes
+        return refusals, warnings, notes
     try:
         data = read_run_data(config, replicas)
         note = describe_evaluation(config, data.evaluation_samples, replicas)
-        notes += [] if note is None else [note]
+        if note is not None:
+            (notes if data.evaluation_samples or config.data.validation else warnings).append(note)
         batches = data.train_batches(replica=0, consumed_samples=0)
         try:
             next(batches)
@@ -49,7 +50,7 @@ def preflight(config: Config, processes: int) -> tuple[list[str], list[str]]:
         refusals += [] if why_not is None else [why_not]
     except LimeError as error:
         refusals.append(str(error))
-    return refusals, notes
+    return refusals, warnings, notes
 
 
 def why_not_writable(directory: Path) -> str | None:

@@ -329,6 +329,12 @@ class LayerHistory:
                 )
 
 
+def separate_view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over the first elements of another tensor's memory, with a version counter of its own: autograd does not take
+    writes to the rest of that memory for changes of this tensor."""
+    return memory.new_empty(0).set_(memory.untyped_storage())[: math.prod(shape)].view(shape)
+
+
 class BlockTensor:
     """A tensor that the layers of one block share: computed for the first layer that asks, kept until ``drop``."""
 

@@ -36,11 +36,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + ε) over the last dimension, computed in at least float32."""
-    return rms_norm(x, None, eps)
-
-
 @lru_cache(maxsize=16)
 def rotary_table(
     length: int,
@@ -148,10 +143,6 @@ def scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * scale
 
 
-IGNORED_LABEL = -100
-"""A label that does not count, as in torch."""
-
-
 class Embedding(nn.Module):
     """Token embedding; its weight may also serve as the output projection (``tie_word_embeddings``)."""
 
@@ -165,6 +156,10 @@ class Embedding(nn.Module):
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] with the embedding's weight as the output projection."""
         return F.linear(x_BTD, self.weight)
+
+
+IGNORED_LABEL = -100
+"""A label that does not count, as in torch."""
 
 
 def language_model_loss(

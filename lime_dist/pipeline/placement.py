@@ -14,6 +14,8 @@ import psutil
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import ProcessTopology
 
+from lime_dist.errors import first_line
+
 AXES = {"stages_together": ["data", "pipe"], "replicas_together": ["pipe", "data"]}
 """Axes of the process grid by ``parallel.topology``. Consecutive ranks are neighbours along the last axis. Launchers give the
 processes of a host consecutive ranks, so neighbours along it share a host if possible."""
@@ -72,7 +74,7 @@ class Placement:
         if ended := self._ended(own):
             verb, whose = ("is", "its") if len(ended) == 1 else ("are", "their")
             return f"{_shortened([self.name(rank) for rank in ended], 'ranks')} {verb} gone: killed, or ended by an error of {whose} own"
-        line = error.splitlines()[0]
+        line = first_line(error)
         address = next(iter(_ADDRESS.findall(line)), "").removeprefix("::ffff:")
         others = [rank for rank in (list(ranks or ()) or range(len(self.hosts))) if rank != own]
         there = [rank for rank in others if self.hosts[rank] == self.addresses.get(address)]

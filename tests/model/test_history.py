@@ -21,8 +21,8 @@ from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
 from lime_dist.model.chunks import summarised_chunks
 from lime_dist.model.decoder import build_decoder
 from lime_dist.model.history import LayerHistory
-from lime_dist.model.layers import rms_normalise
 from lime_dist.model.layout import BLOCK, StageLayout
+from lime_dist.model.norm_rotation import rms_norm
 from lime_dist.model.policies import HistoryPolicy, make_policy
 
 HEADS, SIZE, TOKENS = 2, 4, 3
@@ -56,7 +56,7 @@ def run_hidden_history(policy: str, layers: int, states: Tensor, *values: Tensor
     history.open([weight.softmax(-1) for weight in weights[:layers]], weights[layers:])
     projected, chunks = [], {chunk.layers[-1]: chunk for chunk in layout.chunks}
     for layer in range(layers):
-        history.write(layer, rms_normalise(states[layer], 1e-5), states[layer])
+        history.write(layer, rms_norm(states[layer], None, 1e-5), states[layer])
         projected.append(history.project(layer, None, projections[layer]))
         if layer in chunks:
             history.summarise(chunks[layer])

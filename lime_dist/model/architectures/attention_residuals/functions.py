@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lime_dist.model.architectures.lime.kv.functions import separate_view
+from lime_dist.model.history import separate_view
 
 if TYPE_CHECKING:
     from lime_dist.model.architectures.attention_residuals.history import DepthHistory

@@ -21,9 +21,8 @@ from torch import Tensor
 from lime_dist.model.architectures.attention_residuals.blocks import Blocks
 from lime_dist.model.architectures.attention_residuals.depth_softmax import inverse_rms, mix, spread
 from lime_dist.model.architectures.attention_residuals.functions import Pack, Read, TakeQueries, Unpack, Write
-from lime_dist.model.architectures.lime.kv.functions import separate_view
 from lime_dist.model.crossing import Crossing
-from lime_dist.model.history import LayerHistory
+from lime_dist.model.history import LayerHistory, separate_view
 from lime_dist.model.layout import StageLayout
 
 

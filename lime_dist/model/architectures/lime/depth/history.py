@@ -22,9 +22,9 @@ from torch import Tensor
 from lime_dist.model.architectures.lime.depth.functions import Attend, Summarise, WriteMlp
 from lime_dist.model.architectures.lime.depth.kernels import Attended, attend, gradients
 from lime_dist.model.architectures.lime.depth.softmax import Together, mix, spread
-from lime_dist.model.architectures.lime.kv.functions import Pack, Unpack, separate_view
+from lime_dist.model.architectures.lime.kv.functions import Pack, Unpack
 from lime_dist.model.chunks import Chunk
-from lime_dist.model.history import LayerHistory
+from lime_dist.model.history import LayerHistory, separate_view
 from lime_dist.model.layout import StageLayout
 from lime_dist.model.places import Block
 from lime_dist.model.policies import Entry

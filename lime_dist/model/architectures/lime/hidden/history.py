@@ -29,8 +29,8 @@ from lime_dist.model.architectures.lime.hidden.functions import Borrow, ComeBefo
 from lime_dist.model.architectures.lime.hidden.token_slices import Parts, mix_slice, spread_slice, token_slices
 from lime_dist.model.chunks import Chunk
 from lime_dist.model.history import LayerHistory, OpenWeights
-from lime_dist.model.layers import rms_normalise
 from lime_dist.model.layout import StageLayout
+from lime_dist.model.norm_rotation import rms_norm
 from lime_dist.model.places import Block, Reader
 from lime_dist.model.policies import Entry
 from lime_dist.model.products import add_product
@@ -84,7 +84,7 @@ class HiddenHistory(LayerHistory):
         states = (*states_ENd.unbind(), *summaries_ENd.unbind())
         self._remember(received, states)
         if received:
-            entries = torch.cat([rms_normalise(states_ENd, self.eps), summaries_ENd])
+            entries = torch.cat([rms_norm(states_ENd, None, self.eps), summaries_ENd])
             self.dependency = Write.apply(self.dependency, entries, self, received, *self._lent(received, states))
         return hidden.view(batch, length, hidden_size)
 
@@ -135,7 +135,7 @@ class HiddenHistory(LayerHistory):
         summary = sum(
             (weights[:, i, None, None] * state for i, state in enumerate(states)), torch.zeros_like(self.dependency)
         )
-        entries = rms_normalise(summary, self.eps).to(self.entries.dtype)
+        entries = rms_norm(summary, None, self.eps).to(self.entries.dtype)
         self.dependency = Write.apply(self.dependency, entries, self, tuple(chunk.rows))
         for entry in chunk.sources:
             if entry not in self.layout.sent[self.part].entries:

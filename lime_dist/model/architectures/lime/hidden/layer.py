@@ -11,7 +11,8 @@ from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architectures.lime.hidden.history import HiddenHistory
 from lime_dist.model.architectures.lime.hidden.router import DynamicRouter
 from lime_dist.model.blocks import PreNormLayer
-from lime_dist.model.layers import Positions, RMSNorm, rms_normalise
+from lime_dist.model.layers import Positions, RMSNorm
+from lime_dist.model.norm_rotation import rms_norm
 
 
 class HiddenLayer(PreNormLayer):
@@ -37,7 +38,7 @@ class HiddenLayer(PreNormLayer):
 
     def prepare(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """The input divided by its root mean square, the normed input (both [B, T, D]), and rotated queries [B, H, T, d]."""
-        state_BTD = rms_normalise(x_BTD, self.input_layernorm.eps)
+        state_BTD = rms_norm(x_BTD, None, self.input_layernorm.eps)
         normed_BTD = state_BTD * self.input_layernorm.weight
         return state_BTD, normed_BTD, self.self_attn.queries(normed_BTD, positions)
 

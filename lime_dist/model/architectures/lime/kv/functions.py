@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.model.chunks import Chunk
+from lime_dist.model.history import separate_view
 
 if TYPE_CHECKING:
     from lime_dist.model.architectures.lime.kv.history import KeyValueHistory
@@ -104,9 +105,3 @@ class Unpack(torch.autograd.Function):
         received = flat[hidden_gradient.numel() :].view(-1, *ctx.history.slot_shape)
         ctx.history.received_gradient(ctx.part, received)
         return payload_gradient, None, None
-
-
-def separate_view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor over the first elements of another tensor's memory, with a version counter of its own: autograd does not take
-    writes to the rest of that memory for changes of this tensor."""
-    return memory.new_empty(0).set_(memory.untyped_storage())[: math.prod(shape)].view(shape)

@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lime_dist.model.architectures.lime.kv.functions import Mix, Pack, Summarise, Unpack, separate_view
+from lime_dist.model.architectures.lime.kv.functions import Mix, Pack, Summarise, Unpack
 from lime_dist.model.chunks import Chunk
 from lime_dist.model.crossing import Crossing
-from lime_dist.model.history import BlockTensor, LayerHistory, OpenWeights
+from lime_dist.model.history import BlockTensor, LayerHistory, OpenWeights, separate_view
 from lime_dist.model.layout import StageLayout
 from lime_dist.model.places import Places, Reader, paired_runs
 from lime_dist.model.policies import Entry
