@@ -13,6 +13,7 @@ over loopback, and the rate of a single transfer on each link.
 examples:
   python benchmarks/pipeline_cost.py --output runs/pipeline_cost
   python benchmarks/pipeline_cost.py --output runs/pipeline_cost --links loopback --rounds 5
+  python benchmarks/pipeline_cost.py --output runs/zero_bubble --variants 'overlap llama' 'zero-bubble llama' --micro-batches 4
   python benchmarks/pipeline_cost.py --output /tmp/toy --layers 4 --hidden 32 --heads 4 --length 32 --micro-batches 4
 
 The slow link needs root (two network namespaces); without root it is left out with a message. A link that is in
@@ -63,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=user_path, help="folder for table.md and results.json")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rate", default="200mbit", help="rate of the slow link, each way")
     parser.add_argument("--delay", type=float, default=0.0, help="delay of the slow link, each way, in seconds")
     parser.add_argument("--layers", type=int, default=32)
@@ -84,7 +86,7 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             raise LimeError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
     settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "links")}
-    for engine, model in VARIANTS.values():
+    for engine, model in map(VARIANTS.__getitem__, settings["variants"]):
         make_config(settings, engine, model, 2)  # report mistakes before anything runs
     results = read_results(arguments.output, settings)
     for name in arguments.links:
@@ -134,7 +136,7 @@ def measure(hosts: Hosts, settings: dict[str, Any], name: str) -> dict[str, Any]
                 "bytes": ranks[0]["variants"][variant]["bytes"],
                 "stages": [rank["variants"][variant]["stage"] for rank in ranks],
             }
-            for variant in VARIANTS
+            for variant in settings["variants"]
         },
     }
 
@@ -176,9 +178,11 @@ def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, A
         "bytes predicted | counted | simulated | measured/simulated |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    seconds = {variant: result["variants"][variant]["seconds"] for variant in VARIANTS}
-    for variant, (engine, model) in VARIANTS.items():
-        base = seconds[f"{engine.removesuffix('-tuple')} llama"]
+    seconds = {variant: result["variants"][variant]["seconds"] for variant in settings["variants"]}
+    for variant in settings["variants"]:
+        engine, model = VARIANTS[variant]
+        bases = f"{engine.removesuffix('-tuple')} llama", "stock llama", f"overlap {model}"
+        ratios = " | ".join(ratio(seconds[variant], seconds.get(base)) for base in bases)
         config = make_config(settings, engine, model, 2)
         predicted = boundary_bytes(config)[0] * settings["micro_batches"]
         expected = simulated(settings, variant, links, name)
@@ -186,16 +190,17 @@ def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, A
         counted = result["variants"][variant]["bytes"]
         waits = ", ".join(f"{stage['waiting']:.2f}" for stage in result["variants"][variant]["stages"])
         lines.append(
-            f"| {variant} | {median:.2f} | {ratio(seconds[variant], base):.3f} | {ratio(seconds[variant], seconds['stock llama']):.3f} | "
-            f"{ratio(seconds[variant], seconds[f'overlap {model}']):.3f} | {waits} | "
+            f"| {variant} | {median:.2f} | {ratios} | {waits} | "
             f"{predicted:,} | {counted:,} | {expected:.2f} | {median / expected:.3f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def ratio(own: Sequence[float], base: Sequence[float]) -> float:
-    """Return the median over rounds of the ratio within a round."""
-    return statistics.median(a / b for a, b in zip(own, base, strict=True))
+def ratio(own: Sequence[float], base: Sequence[float] | None) -> str:
+    """Return the median over rounds of the ratio within a round; a dash if the base was not measured."""
+    if base is None:
+        return "–"
+    return f"{statistics.median(a / b for a, b in zip(own, base, strict=True)):.3f}"
 
 
 def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]], depth: int) -> str:
@@ -206,7 +211,8 @@ def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]], dept
         f"| variant | bytes over the boundaries, a micro-batch | {' | '.join(f'{name}, s/step | idle' for name in links)} |",
         f"|---|---|{'---|---|' * len(links)}",
     ]  # fmt: skip
-    for variant, (engine, model) in VARIANTS.items():
+    for variant in settings["variants"]:
+        engine, model = VARIANTS[variant]
         stages = links["loopback"]["variants"][variant]["stages"]
         times = StageTimes(*(sum(stage[key] for stage in stages) / depth for key in ("forward", "backward", "weights")))
         config = make_config(settings, engine, model, depth)

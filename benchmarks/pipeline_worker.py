@@ -168,16 +168,16 @@ def main() -> None:
     spent: dict[str, float] = {}
     time_weight_gradients(spent)
     bandwidth, latency = link_speed(rank)
+    names: list[str] = settings["variants"]
     engines: dict[str, LimeEngine] = {}
     taken: dict[str, dict[str, list[float]]] = {}
-    for variant in VARIANTS:
+    for variant in names:
         with quiet():
             engines[variant] = build(settings, variant)
         taken[variant] = defaultdict(list)
         time_instructions(engines[variant], taken[variant])
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    seconds: dict[str, list[float]] = {variant: [] for variant in names}
     sent: dict[str, int] = {}
-    names = list(VARIANTS)
     for turn in range(settings["rounds"] + 1):
         for variant in names[turn % len(names) :] + names[: turn % len(names)]:
             engine = engines[variant]
@@ -205,7 +205,7 @@ def main() -> None:
             "bytes": sent[variant],
             "stage": stage_seconds(taken[variant]),
         }
-        for variant in VARIANTS
+        for variant in names
     }
     (folder / f"{rank}.json").write_text(json.dumps({"bandwidth": bandwidth, "latency": latency, "variants": measured}))
     dist.barrier()

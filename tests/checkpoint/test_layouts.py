@@ -71,6 +71,21 @@ def test_stages_change_under_every_model(workers: Workers, dataset: Path, tmp_pa
     assert_close(go(workers, dataset, tmp_path / "changed", MODELS[model], legs), straight, [2, 4, 6])
 
 
+@pytest.mark.parametrize("model", ["full", "moda"])
+def test_parts_change(workers: Workers, dataset: Path, tmp_path: Path, model: str) -> None:
+    """Six layers on 2 stages × 3 parts, 1 stage, 3 stages × 2 parts, and 2 stages × 1 part."""
+    layers = {**MODELS.get(model, {}), "num_hidden_layers": 6}
+    interleaved = {"pipeline": {"schedule": "interleaved"}}
+    legs: list[Leg] = [
+        (2, {"parallel": {"pipeline_stages": 2, "virtual_stages": 3}, **interleaved}),
+        stages(1),
+        (3, {"parallel": {"pipeline_stages": 3, "virtual_stages": 2}, **interleaved}),
+        stages(2),
+    ]
+    straight = go(workers, dataset, tmp_path / "straight", layers, [stages(1)])
+    assert_close(go(workers, dataset, tmp_path / "changed", layers, legs), straight, [2, 4, 6])
+
+
 def test_what_crosses_boundaries_changes(workers: Workers, dataset: Path, tmp_path: Path) -> None:
     """Partial mixtures and entries, over three stages; each continues from the other's checkpoint."""
     straight = go(workers, dataset, tmp_path / "straight", {}, [stages(1)])

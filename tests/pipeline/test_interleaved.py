@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 from model.test_parts import CASES
-from pipeline.test_equality import check_equal, settings
+from pipeline.test_equality import check_equal, documents, settings
+from support import victims
 from support.workers import WorkerGroup
 
+from lime_dist import load_config
 from lime_dist.config.load import make_config
+from lime_dist.errors import LimeError
+from lime_dist.pipeline.boundaries import boundary_name, describe_boundaries, stage_boundaries
+from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.interleaved import Interleaved
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
 from lime_dist.plan.forecast import Machine, forecast
@@ -120,6 +127,8 @@ EQUAL: list[tuple[str, int, int, int, dict[str, Any]]] = [
     ("dynamic, first_last", 2, 4, 2, {"activation_checkpointing": True}),
     ("dynamic, dilated", 4, 3, 5, {}),
     ("long chunks, hidden", 2, 2, 6, {"activation_checkpointing": True}),
+    ("moda", 2, 3, 4, {}),
+    ("moda, MLP, chunked", 3, 2, 5, {"activation_checkpointing": True}),
     ("llama", 4, 2, 9, {}),
     ("llama", 1, 4, 3, {}),
     ("hyper dynamic", 2, 2, 3, {}),
@@ -143,6 +152,14 @@ def test_it_equals_one_process(
     """Loss, validation, gradients, norms, and parameters after two clipped steps."""
     values = parts_of(case, stages, parts, micro_batches, **parallel)
     check_equal(values, workers(stages), steps=2, evaluation=1)
+
+
+@pytest.mark.parametrize(("precision", "wire"), [("fp64", None), ("fp32", "bf16")])
+def test_replicas_and_documents(workers: Callable[[int], WorkerGroup], precision: str, wire: str | None) -> None:
+    """Two stages of two parts and two replicas with ZeRO 1; documents that do not see each other; payloads in a narrower type."""
+    values = documents(parts_of("kv, first_last", 2, 2, 8, zero_stage=1))
+    values["precision"], values["pipeline"]["wire_dtype"] = precision, wire
+    check_equal(values, workers(4), steps=2, evaluation=1, as_precise_as="bf16" if wire else "")
 
 
 # -- the plan -------------------------------------------------------------------------------------------------------------
@@ -176,3 +193,86 @@ def test_a_plan_is_what_engines_do(
             "received from previous": 6 * before.boundary_bytes,
         }
         assert result["peak"] == pytest.approx(expected.memory.peak, rel=0.06)
+
+
+# -- bytes and messages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire", [None, "fp8"])
+def test_bytes_are_those_of_the_formula(workers: Callable[[int], WorkerGroup], wire: str | None) -> None:
+    """Every stage counts what it sends from each of its parts: what `stage_boundaries` says of the boundary behind it."""
+    values = parts_of("kv, chunked", 3, 2, 4)
+    values["pipeline"]["wire_dtype"] = wire
+    boundaries = [boundary.nbytes for boundary in stage_boundaries(make_config(values, "a test"))]
+    for stage, counted in enumerate(workers(3).run("support.transfers.count_bytes_of_parts", values=values)):
+        for turn in range(2):
+            part = turn * 3 + stage
+            before, behind = [0, *boundaries][part], [*boundaries, 0][part]
+            expected = {"sent to next": behind, "received from next": behind}
+            expected |= {"sent to previous": before, "received from previous": before}
+            assert {name: of_parts.get(turn, 0) for name, of_parts in counted.items()} == {
+                name: 4 * size for name, size in expected.items()
+            }
+
+
+def test_an_entry_of_the_history_is_kept_once(workers: Callable[[int], WorkerGroup]) -> None:
+    """With the full history a stage ends up with every entry up to its last part, in one buffer."""
+    values = parts_of("kv, full", 3, 3, 2)
+    bounds = stage_bounds(make_config(values, "a test"))
+    for stage, positions in enumerate(workers(3).run("support.transfers.positions_of_histories", values=values)):
+        assert positions == bounds[7 + stage]
+
+
+def test_lines_about_boundaries_name_parts() -> None:
+    config = make_config(parts_of("llama", 2, 2, 4), "a test")
+    assert describe_boundaries(config)[0].startswith("from each part to the next, 0 to 3: ")
+    assert boundary_name(config, 1) == "part 1 to 2 (stage 1 to 0)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["parallel.virtual_stages=2"],
+            "parallel.virtual_stages=2 does not work with pipeline.schedule=1f1b, whose stages hold one part each; set "
+            "pipeline.schedule=interleaved, or parallel.virtual_stages=1",
+        ),
+        (
+            ["parallel.virtual_stages=9", "pipeline.schedule=interleaved"],
+            "parallel.pipeline_stages=2 × parallel.virtual_stages=9 is more than model.num_hidden_layers=16; every part needs a layer",
+        ),
+        (
+            ["parallel.virtual_stages=2", "pipeline.schedule=interleaved", "parallel.stage_layers=[8,8]"],
+            "parallel.stage_layers=[8, 8] must be 4 positive numbers (parallel.pipeline_stages × parallel.virtual_stages) whose sum is 16",
+        ),
+    ],
+)
+def test_impossible_settings_are_one_line(overrides: list[str], line: str) -> None:
+    with pytest.raises(LimeError) as caught:
+        load_config(None, ["parallel.pipeline_stages=2", *overrides])
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+GONE_TIMEOUT = 6.0
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_gone_is_named(tmp_path: Path) -> None:
+    """A stage is killed or stopped in the middle of a step, also at transfers over the link from the last stage to the first: the others end
+    within the time-out and say at which instruction, in which part, and who the peer is."""
+    cases = []
+    for instruction, harm in product(("RecvActivation", "ForwardPass", "SendGrad"), victims.HARMS):
+        values = parts_of("kv, full", 2, 2, 3)
+        values["pipeline"]["timeout"] = GONE_TIMEOUT
+        folder = tmp_path / f"{instruction} {harm}"
+        folder.mkdir()
+        cases.append(victims.Case(values, 0, instruction, victims.HARMS[harm], folder))
+    victims.run(cases)
+    for case in cases:
+        case.check_harmed()
+        (survivor,) = case.survivors.values()
+        assert survivor.status == 1 and survivor.seconds < GONE_TIMEOUT + 5, survivor
+        (line,) = [line for line in survivor.said.splitlines() if line.startswith("error: ")]
+        assert re.match(
+            r"error: stage 1 \(rank 1\), .* of micro-batch \d in part [13] (from|to) stage 0 \(rank 0\), step 2", line
+        ), line

@@ -62,8 +62,12 @@ CASES = {
     "llama, two replicas": (4, settings(2, "bf16", zero_stage=1, architecture="llama")),
     "wire": (3, settings(3, "fp32") | {"pipeline": {"wire_dtype": "bf16"}}),
     "weight passes": (3, settings(3, "bf16") | {"pipeline": {"schedule": "zero_bubble"}}),
+    "parts": (3, settings(3, "bf16") | {"pipeline": {"schedule": "interleaved"}}),
+    "parts, hidden": (2, settings(2, "bf16", lime={"routes": "hidden"}) | {"pipeline": {"schedule": "interleaved"}}),
     "wire, float8": (3, settings(3, "bf16") | {"pipeline": {"wire_dtype": "fp8"}}),
 }
+for name in ("parts", "parts, hidden"):
+    CASES[name][1]["parallel"]["virtual_stages"] = 3
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -49,6 +49,33 @@ def count_transferred_bytes(values: dict[str, Any], steps: int) -> dict[str, tup
     }
 
 
+def count_bytes_of_parts(values: dict[str, Any]) -> dict[str, dict[int, int]]:
+    """Return the bytes of one step, by direction and part of this stage."""
+    config, engine, _ = build(values)
+    losses_of(config, engine, range(1))
+    return {
+        name: {part: stats.bytes for part, stats in of_parts.items() if stats.bytes}
+        for name, of_parts in engine.transfer_stats_of_parts().items()
+    }
+
+
+def positions_of_histories(values: dict[str, Any]) -> int:
+    """Return the number of entries in the buffers of this stage's histories in a step, if it is one for all of them, and one history
+    for each micro-batch."""
+    config, engine, _ = build(values)
+    make, made = engine.module.new_history, []
+
+    def counting(*arguments: Any) -> Any:
+        made.append(make(*arguments))
+        return made[-1]
+
+    engine.module.new_history = counting
+    losses_of(config, engine, range(1))
+    assert len(made) == config.train.global_batch_size // config.train.micro_batch_size
+    (positions,) = {len(history.entries) for history in made}
+    return positions
+
+
 def most_under_way(values: dict[str, Any]) -> tuple[int, int]:
     """Return the largest numbers of payloads and of gradients in transfer at once in a step. None may be left after it."""
     config, engine, _ = build(values)
