@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.config.schema import Config
-from lime_dist.data.answers import Answers, CountedLabels, WithinDocuments
+from lime_dist.data.answers import Answers, CountedLabels, CountedShares, WithinDocuments
 from lime_dist.data.order import rank_positions
 from lime_dist.model.architecture import architecture_of
 from lime_dist.model.decoder import Decoder, build_decoder
@@ -54,6 +54,12 @@ def counted_labels(config: Config) -> CountedLabels | None:
     if config.data.answer_token is not None:
         return Answers(config.data.answer_token, EOS)
     return WithinDocuments(EOS) if config.data.document_mask else None
+
+
+def loss_and_documents(config: Config) -> dict[str, Any]:
+    """Arguments of `build_engine`: the shares of the labels that count, and the token that ends documents."""
+    shares = CountedShares() if counted_labels(config) is None else CountedShares(**SHARES)
+    return {"counted_shares": shares, "eos": EOS if config.data.document_mask else None}
 
 
 def document_by_document(model: Decoder, tokens_BT: Tensor) -> Tensor:

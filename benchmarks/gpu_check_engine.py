@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from equality import Batch, rank_batches
+from equality import Batch, loss_and_documents, rank_batches
 from gpu_check_machine import on_gpu, synchronise
 from training_step import LiveBytes
 
@@ -99,7 +99,7 @@ def trainer(config: Config) -> Iterator[Trainer]:
         batches = [(tokens.pin_memory(), labels.pin_memory()) for tokens, labels in batches]
     with groups_of_an_engine():
         with quiet():
-            engine, optimizer = build_engine(config)
+            engine, optimizer = build_engine(config, **loss_and_documents(config))
         parts = [Trainer(config, engine, optimizer, batches)]
         del engine, optimizer
         try:

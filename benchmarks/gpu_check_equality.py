@@ -13,6 +13,10 @@ from lime_dist.config.schema import Config
 from lime_dist.distributed import start_processes
 
 CHECKPOINTED = {"lime chunked", "hidden chunked"}
+DOCUMENTS = {"llama", "lime full", "moda"}
+MASKED = ["data.document_mask=true", "model.vocab_size=8", "data.sequence_length=300"]
+"""Documents of eight tokens on average, in three blocks of flex attention."""
+NUMERICS = ["model.numerics={qk_norm: true, logit_softcap: 3.0}", "train.z_loss=0.01"]
 
 
 def measure(report: Report, sizes: Sizes) -> None:
@@ -27,6 +31,10 @@ def measure(report: Report, sizes: Sizes) -> None:
         for model in CHECKPOINTED & set(sizes.models):
             options = (f"precision={precision}", "parallel.activation_checkpointing=true")
             cases[f"{model}, checkpointed", precision] = compared(model, sizes.equality, *options)
+        for model in DOCUMENTS & set(sizes.models):
+            cases[f"{model}, documents", precision] = compared(
+                model, sizes.equality, f"precision={precision}", *MASKED, *NUMERICS
+            )
     for (model, precision), config in cases.items():
         cells, problems = compare(config)
         report.problems += [f"{model} in {precision}: {problem}" for problem in problems]

@@ -9,6 +9,7 @@ from typing import Any
 from lime_dist.commands import CommandParser
 from lime_dist.config.load import load_config
 from lime_dist.config.schema import Config
+from lime_dist.data.documents import attention_length
 from lime_dist.errors import LimeError, run_command
 from lime_dist.paths import user_path
 from lime_dist.plan.forecast import Forecast, Machine, as_baseline, forecast, whole_run
@@ -122,6 +123,7 @@ def plan_values(config: Config, machine: Machine, planned: Forecast) -> Values:
         "tokens_per_second": planned.tokens / planned.seconds,
         "seconds": vars(planned.parts),
         "limit": planned.limit,
+        "keys_per_token": (attention_length(config.data, config.model.vocab_size) + 1) / 2,
         "total_tokens": consumed_samples * config.data.sequence_length,
         "total_hours": seconds / 3600,
     }

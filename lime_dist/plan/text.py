@@ -52,6 +52,12 @@ def plan_table(config: Config, values: Values) -> str:
         f"run       {train.steps:,} steps: {show(values['total_tokens'])} tokens, {show_hours(values['total_hours'])} without "
         "validations and checkpoints"
     )
+    if config.data.document_mask:
+        share_left = 2 * values["keys_per_token"] / (config.data.sequence_length + 1)
+        lines.append(
+            f"documents attention reads {values['keys_per_token']:,.0f} tokens on average, {share_left:.0%} of those without "
+            "data.document_mask; 100 % if the data are not here"
+        )
     if "over_llama" in values:
         over = values["over_llama"]
         lines.append(

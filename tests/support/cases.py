@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.equality import EOS, SHARES, counted_labels, train_stage
+from benchmarks.equality import loss_and_documents, train_stage
 from lime_dist.config.load import make_config
 from lime_dist.model.history import LayerHistory
 
@@ -18,7 +18,6 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
 
     With ``evaluation_micro_batch_size``, each step is followed by an evaluation of one global batch in micro-batches of that size.
     """
-    from lime_dist.data.answers import CountedShares
     from lime_dist.distributed import quiet
     from lime_dist.train.build import build_engine
 
@@ -26,9 +25,7 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
     if config.train.compile is True:
         torch._dynamo.reset()  # a process compiles a function only for a limited number of settings
     with quiet():
-        shares = CountedShares(**SHARES) if counted_labels(config) is not None else CountedShares()
-        eos = EOS if config.data.document_mask else None
-        engine, optimizer = build_engine(config, counted_shares=shares, eos=eos)
+        engine, optimizer = build_engine(config, **loss_and_documents(config))
     result = train_stage(engine, optimizer, config, steps, evaluation_micro_batch_size)
     gc.collect()
     kinds = Counter(map(type, gc.get_objects()))
