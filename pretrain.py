@@ -238,8 +238,7 @@ def assemble(
     validation = data.validation_batches(replica, gpu)
     sampler = None
     if (samples := config.monitor.samples) is not None:
-        prompts = open_prompts(config, samples)
-        sampler = Sampler(engine, prompts, samples) if replica == 0 else None
+        sampler = Sampler(engine, open_prompts(config, samples), samples)
 
     def evaluation_data(one: ValidationSet) -> EvaluationData:
         batches = one.batches(config, replica, data.replicas, gpu)
@@ -284,13 +283,13 @@ def open_prompts(config: Config, settings: SampleTextsConfig) -> Prompts:
             raise LimeError(f"monitor.samples: {error}") from None
         begin = tokenizer.bos_id if description["settings"].get("bos") else tokenizer.eos_id
         tokens = [[begin, *tokenizer.encode(text)] for text in settings.prompts]
-        prompts = Prompts(settings.prompts, tokens, tokenizer.eos_id, tokenizer.decode)
+        prompts = Prompts(settings.prompts, tokens, tokenizer.eos_id, tokenizer.vocab_size, tokenizer.decode)
         check_length(prompts, settings, config.data.sequence_length)
         return prompts
 
     own = together(encode)
-    tokens, eos = from_main_process(([], 0) if own is None else (own.tokens, own.eos))
-    return own or Prompts(settings.prompts, tokens, eos, str)
+    tokens, eos, pieces = from_main_process(([], 0, 0) if own is None else (own.tokens, own.eos, own.vocab_size))
+    return own or Prompts(settings.prompts, tokens, eos, pieces, str)
 
 
 def announce(run: Run, data: RunData, state: TrainState) -> None:

@@ -145,7 +145,7 @@ class Run:
         evaluation_micro_batches: of each replica in a validation; 0: the data have no validation split, or the run does not read it.
         validation_sets: the other sets that a validation reads, by name.
         profiler: records some steps; None: the run is not profiled.
-        sampler: writes the sample texts of the first replica; None on other replicas, or if the run writes none.
+        sampler: writes the sample texts; None: the run writes none.
         restore: loads the newest whole checkpoint; returns it, or None, and a line for each one that it passed over.
     """
 

@@ -2,7 +2,7 @@
 
 The first replica continues all prompts together, through its pipeline. Each token takes the forward passes of micro-batches of the
 training shape, as a validation does: no kernel is new to the device, and no stage holds more than in a validation. Nothing is
-cached, so use few prompts and tokens; the other replicas wait meanwhile.
+cached, so use few prompts and tokens. The other replicas wait for each token, so that `pipeline.timeout` bounds one token, not all.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ class Prompts:
         texts: by prompt.
         tokens: of each prompt, with the token that begins a document.
         eos: the token that ends a continuation.
+        vocab_size: tokens that ``decode`` knows. The model may have more; they are never chosen.
         decode: text of token ids; called on rank 0 only.
     """
 
     texts: Sequence[str]
     tokens: Sequence[Sequence[int]]
     eos: int
+    vocab_size: int
     decode: Callable[[list[int]], str]
 
 
@@ -50,10 +52,12 @@ def check_length(prompts: Prompts, settings: SampleTextsConfig, sequence_length:
 
 
 class Sampler:
-    """Continues prompts with the model of an engine. All ranks of the first replica call its methods together."""
+    """Continues prompts with the model of an engine. All ranks call its methods together."""
 
     def __init__(self, engine: LimeEngine, prompts: Prompts, settings: SampleTextsConfig) -> None:
         self._engine, self._prompts, self._settings = engine, prompts, settings
+        self._works = engine.grid.get_data_parallel_rank() == 0
+        self._source = int(engine.grid.stage_to_global(engine.num_stages - 1, data=0))
         config = engine.lime_config
         size, length = config.train.micro_batch_size, config.data.sequence_length
         self._micro_batches = -(-len(prompts.tokens) // size)
@@ -86,7 +90,7 @@ class Sampler:
         open_rows = set(range(len(continued)))
         while open_rows:
             lengths = [begin + len(tokens) for begin, tokens in zip(self._begins, continued, strict=True)]
-            with engine.watching(f"the sample texts after step {step}", engine.grid.pp_group):
+            with engine.watching(f"the sample texts after step {step}"):
                 tokens = self._next_tokens(rows, lengths, generator)
             for row in list(open_rows):
                 if tokens[row] == self._prompts.eos:
@@ -99,7 +103,7 @@ class Sampler:
         return continued
 
     def _next_tokens(self, rows_NT: Tensor, lengths: Sequence[int], generator: torch.Generator) -> list[int]:
-        """The token that follows the first ``lengths[n]`` tokens of each row, on all ranks of the replica."""
+        """The token that follows the first ``lengths[n]`` tokens of each row, on all ranks."""
         engine, size = self._engine, self._engine.lime_config.train.micro_batch_size
         chosen = torch.zeros(len(lengths), dtype=torch.int64)
         begins: Iterator[int] = iter(range(0, len(rows_NT), size))
@@ -108,18 +112,18 @@ class Sampler:
             begin = next(begins)
             for row in range(begin, min(begin + size, len(lengths))):
                 logits_V = engine.module.logits(hidden_BTD[row - begin, lengths[row] - 1])
-                chosen[row] = self._choose(logits_V.float().cpu(), generator)
+                chosen[row] = self._choose(logits_V[: self._prompts.vocab_size].float().cpu(), generator)
 
-        batches = ((tokens_BT, tokens_BT) for tokens_BT in rows_NT.split(size))
-        engine.read_outputs(batches, self._micro_batches, read)
+        if self._works:
+            batches = ((tokens_BT, tokens_BT) for tokens_BT in rows_NT.split(size))
+            engine.read_outputs(batches, self._micro_batches, read)
         on_device = chosen.to(engine.device)
-        last = int(engine.grid.stage_to_global(engine.num_stages - 1))
-        dist.broadcast(on_device, last, group=engine.mpu.get_pipe_parallel_group())
+        dist.broadcast(on_device, self._source)
         tokens: list[int] = on_device.tolist()
         return tokens
 
     def _choose(self, logits_V: Tensor, generator: torch.Generator) -> Tensor:
-        if not self._settings.temperature:
+        if not self._settings.temperature or not logits_V.isfinite().all():
             return logits_V.argmax()
-        shares_V = (logits_V / self._settings.temperature).softmax(-1)
+        shares_V = ((logits_V - logits_V.max()) / self._settings.temperature).softmax(-1)
         return torch.multinomial(shares_V, 1, generator=generator)[0]

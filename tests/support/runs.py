@@ -60,6 +60,24 @@ def observe_with_a_slow_rank(values: dict[str, Any], slow: int, seconds: float) 
         LimePipelineModule.forward = forward
 
 
+def watched(values: dict[str, Any]) -> list[str]:
+    """Train; return the pieces of work that this rank watched."""
+    from unittest import mock
+
+    from lime_dist.pipeline.engine import LimeEngine
+
+    places: list[str] = []
+    watching = LimeEngine.watching
+
+    def noted(engine: Any, work: str, *arguments: Any, **options: Any) -> Any:
+        places.append(work)
+        return watching(engine, work, *arguments, **options)
+
+    with mock.patch.object(LimeEngine, "watching", noted):
+        assert observe(values)[0] == ""
+    return places
+
+
 def run_with_a_broken_dashboard(values: dict[str, Any]) -> tuple[str, str]:
     """`observe`, with a dashboard that refuses everything."""
     from lime_dist.config.registry import SINKS

@@ -13,6 +13,7 @@ import torch
 from support.folders import numbers, records, values, weights
 from support.workers import WorkerGroup
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from data_tools.tokenizer import Tokenizer
 from lime_dist import report
@@ -21,6 +22,7 @@ from lime_dist.data.run_data import read_run_data
 from lime_dist.errors import LimeError
 from lime_dist.export.comparison import mean_loss, validation_batches
 from lime_dist.model.decoder import Decoder, build_decoder
+from lime_dist.model.documents import document_starts
 from lime_dist.monitor.tags import scalars
 
 Workers = Callable[[int], WorkerGroup]
@@ -43,27 +45,47 @@ def trained(run: dict[str, Any], step: int) -> Decoder:
     return decoder
 
 
-def continued(decoder: Decoder, tokenizer: Tokenizer, prompt: str, length: int) -> str:
-    """The most likely continuation, by one process. Documents of the dataset begin after an eos."""
+def continued(decoder: Decoder, tokenizer: Tokenizer, prompt: str, length: int, eos: int | None) -> str:
+    """The most likely continuation, by one process. Documents of the dataset begin after an eos.
+
+    Args:
+        eos: the token behind which attention does not reach; None: it reaches across documents.
+    """
     tokens = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     begin = len(tokens)
     while len(tokens) < begin + length:
-        following = int(decoder(torch.tensor([tokens]))[0, -1].argmax())
+        read = torch.tensor([tokens])
+        following = int(decoder(read, None if eos is None else document_starts(read, eos))[0, -1].argmax())
         if following == tokenizer.eos_id:
             break
         tokens.append(following)
     return tokenizer.decode(tokens[begin:])
 
 
-@pytest.mark.parametrize("layout", ["two replicas", "stock engine, batches of 2"])
+LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "two replicas": (4, {}),
+    "stock engine, batches of 2": (2, {"train": {"micro_batch_size": 2}, "pipeline": {"engine": "stock"}}),
+    "a stage between, document mask": (3, {"parallel": {"pipeline_stages": 3}, "data": {"document_mask": True}}),
+    "parts, document mask": (
+        2,
+        {
+            "parallel": {"virtual_stages": 2}, "pipeline": {"schedule": "interleaved"},
+            "data": {"document_mask": True},
+        },
+    ),
+}  # fmt: skip
+"""Number of processes, and the settings that differ."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_are_right_and_change_nothing(workers: Workers, dataset: Path, tmp_path: Path, layout: str) -> None:
     observed, plain = settings(dataset, tmp_path / "observed"), values(dataset, tmp_path / "plain", pipeline_stages=2)
+    processes, changes = LAYOUTS[layout]
     plain["parallel"] = observed["parallel"]
     for run in (observed, plain):
-        if layout != "two replicas":
-            run["train"]["micro_batch_size"] = 2
-            run["pipeline"] = {"engine": "stock"}
-        results = workers(4 if layout == "two replicas" else 2).run("support.runs.observe", values=run)
+        for section, change in changes.items():
+            run[section] = run.get(section, {}) | change
+        results = workers(processes).run("support.runs.observe", values=run)
         assert {error for error, _ in results} == {""}, results
     with_both, without = numbers(tmp_path / "observed"), numbers(tmp_path / "plain")
     losses = [record for record in with_both if "loss" in record]
@@ -75,12 +97,19 @@ def test_both_are_right_and_change_nothing(workers: Workers, dataset: Path, tmp_
     last = [record for record in with_both if "validation_loss" in record][-1]
     assert last["validation_loss/own"] == last["validation_loss"] and last["step"] == 20
     other = data.validation_sets[1]
-    expected = mean_loss(decoder, validation_batches(other.split, 16, other.evaluation_samples, None))
+
+    def logits(tokens: Tensor) -> Tensor:
+        return decoder(tokens, None if data.eos is None else document_starts(tokens, data.eos))
+
+    batches = validation_batches(other.split, 16, other.evaluation_samples, other.counted)
+    expected = mean_loss(logits, batches, counted_share=other.counted_share)
     assert last["validation_loss/whole-file"] == pytest.approx(expected, rel=1e-5)
     assert scalars(last)["validation/whole-file/loss"] == last["validation_loss/whole-file"]
     texts: Any = [record for record in records(tmp_path / "observed") if "sample_texts" in record]
     assert [record["step"] for record in texts] == [10, 20]
-    assert texts[-1]["sample_texts"] == {prompt: continued(decoder, tokenizer, prompt, 6) for prompt in PROMPTS}
+    assert texts[-1]["sample_texts"] == {
+        prompt: continued(decoder, tokenizer, prompt, 6, data.eos) for prompt in PROMPTS
+    }
     board = EventAccumulator(str(tmp_path / "observed/tensorboard")).Reload()
     (shown,) = board.Tensors("samples/text_summary")[-1].tensor_proto.string_val
     assert all(text in shown.decode() for text in texts[-1]["sample_texts"].values())
@@ -88,12 +117,23 @@ def test_both_are_right_and_change_nothing(workers: Workers, dataset: Path, tmp_
     assert "Validation: whole-file" in page and "Sample texts" in page and "rho sigma pi" in page
 
 
+def test_the_replicas_that_wait_are_watched_token_by_token(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """Else ``pipeline.timeout`` would bound the time of all tokens together on the other replicas, and end them."""
+    run = settings(dataset, tmp_path, interval=2)
+    run["train"] |= {"steps": 2, "checkpoint_interval": 0}
+    watched = workers(4).run("support.runs.watched", values=run)
+    tokens = [sum(place == "the sample texts after step 2" for place in places) for places in watched]
+    assert len(set(tokens)) == 1 and 1 < tokens[0] <= 6
+
+
 def test_a_temperature_draws_anew_at_each_step_and_a_repeated_run_draws_the_same(
     workers: Workers, dataset: Path, tmp_path: Path
 ) -> None:
+    """Ids that the tokenizer does not have, in a model with a larger vocabulary, are not drawn."""
     written = []
     for directory in (tmp_path / "a", tmp_path / "b"):
         run = settings(dataset, directory, interval=1, temperature=5.0)
+        run["model"]["vocab_size"] = 4096
         run["train"] |= {"steps": 3, "checkpoint_interval": 0}
         run["optimizer"]["lr"] = 1e-12
         assert workers(2).run("support.runs.observe", values=run)[0][0] == ""
