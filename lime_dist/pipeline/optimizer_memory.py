@@ -44,7 +44,7 @@ def optimizer_bytes(config: Config, sizes: Sizes, tied: Set[str], replicas: int)
 
 
 def _padded(config: Config, sizes: Sizes) -> Sizes:
-    """Elements from the begin of each parameter to that of the next."""
+    """Elements from the beginning of each parameter to that of the next."""
     return {name: aligned(size, ITEM_BYTES[config.precision]) for name, size in sizes.items()}
 
 

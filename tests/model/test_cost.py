@@ -34,6 +34,7 @@ from lime_dist.model.history import LayerHistory
 from lime_dist.model.layers import rotary_table
 from lime_dist.model.logits import LogitForm
 from lime_dist.model.loss import projected_loss
+from lime_dist.model.weight_gradients import WeightGradients, deferring
 from lime_dist.pipeline.payload import pack, unpack
 
 BATCH, LENGTH, LAYERS = 2, 8, 11
@@ -169,6 +170,21 @@ def test_flops_of_a_stage(model: str, prices: Prices, cut: tuple[int, int]) -> N
     forward, backward = count_flops(config, *cut, prices)
     assert sum(flops.forward for flops in layers) * BATCH * LENGTH == forward
     assert sum(flops.backward for flops in layers) * BATCH * LENGTH == backward
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_left_for_a_weight_pass(model: str) -> None:
+    """The FLOPs of the products that backward leaves, and the memory that they keep; every storage counts once."""
+    config, left = make_config(model), WeightGradients()
+    with deferring(left):
+        out = build_decoder(config)(torch.zeros(BATCH, LENGTH, dtype=torch.int64))
+    out.sum().backward()
+    products = list(left._products)
+    counted = sum(2 * each.input_NC.shape[1] * each.gradient_NC.shape[1] for each in products)
+    assert counted == sum(flops.weights for flops in cost.layer_flops(config, LENGTH))
+    memories = (tensor.untyped_storage() for each in products for tensor in (each.input_NC, each.gradient_NC))
+    kept = {memory.data_ptr(): memory.nbytes() for memory in memories}
+    assert sum(kept.values()) == sum(cost.weight_pass_bytes(config, i, BATCH * LENGTH, 4) for i in range(LAYERS))
 
 
 @pytest.mark.parametrize("model", ["llama", "hyper static", "gated residual"])

@@ -55,7 +55,7 @@ class DataConfig(Section):
     )
     document_mask: bool = Field(
         False,
-        description="attention stops at the begin of a document within a sample, positions restart there, and the loss does not count "
+        description="attention stops at the beginning of a document within a sample, positions restart there, and the loss does not count "
         "the prediction of a document's first token from the document before; needs documents that end with an eos token",
     )
     eos_token: int | None = Field(

@@ -317,10 +317,11 @@ class DepthHistory(LayerHistory):
         return total_ND.addcmul_(norm_N.unsqueeze(-1), wide_ND, value=-1).to(running_ND.dtype)
 
     def _finished_gradient(self, position: int) -> Tensor:
-        """The gradient of an entry through its values and its keys, [N, D]; changes the buffer."""
+        """The gradient of an entry through its values and its keys, [N, D]. It has memory of its own: a weight pass keeps it, and must
+        not keep the buffer."""
         factor_N = self.score_products[position] * self.inverse_EN[position].square() / self.slot_shape[1]
         entry_ND = self.entries[position].to(self.accumulation_dtype)
-        return self.gradients[position].addcmul_(factor_N.unsqueeze(-1), entry_ND, value=-1)
+        return self.gradients[position].addcmul(factor_N.unsqueeze(-1), entry_ND, value=-1)
 
 
 def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

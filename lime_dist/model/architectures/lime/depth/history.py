@@ -190,10 +190,11 @@ class DepthKeyValueHistory(LayerHistory):
         return query_BTHd.transpose(1, 2), key.to(q_BHTd.dtype), value.to(q_BHTd.dtype)
 
     def mlp_gradients(self, layer: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Gradients of keys and values of a layer's MLP, once all of their readers are visited."""
+        """Gradients of keys and values of a layer's MLP, once all of their readers are visited. They are copies: a weight pass keeps
+        them, and must not keep the buffer."""
         own = self._gradients_of(layer, 1, batch)
         assert own is not None
-        key, value = (part.to(self.entries.dtype) for part in own)
+        key, value = (part.to(self.entries.dtype, copy=True) for part in own)
         return key, value
 
     def visit_summary(self, chunk: Chunk, weights: Tensor) -> Tensor:

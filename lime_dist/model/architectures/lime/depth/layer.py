@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architectures.lime.depth.history import DepthKeyValueHistory
 from lime_dist.model.blocks import Attention, PreNormLayer
 from lime_dist.model.layers import MLP, Positions
+from lime_dist.model.weight_gradients import Projection
 
 
 class KeyValueMLP(MLP):
@@ -18,7 +19,7 @@ class KeyValueMLP(MLP):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.k_proj, self.v_proj = (
-            nn.Linear(config.hidden_size, config.key_value_heads * config.head_size, bias=False) for _ in range(2)
+            Projection(config.hidden_size, config.key_value_heads * config.head_size) for _ in range(2)
         )
 
 
