@@ -6,6 +6,7 @@ import pytest
 import torch
 from model.test_cost import KeptMemory
 from support.models import MODELS, small
+from support.policies import POLICIES
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -35,7 +36,11 @@ def test_starts_and_positions() -> None:
     assert (torch.arange(12) - starts).flatten().tolist() == wanted
 
 
-@pytest.mark.parametrize("name", MODELS)
+KINDS = [name for name in MODELS if not any(policy in name for policy in list(POLICIES)[1:])]
+"""Without the history policies, which are not about tokens."""
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_document_is_computed_as_if_alone(name: str) -> None:
     """Logits, and the gradients of all parameters; with activation checkpointing too."""
     decoder = build_decoder(small(**MODELS[name]), dtype=torch.float64)
