@@ -433,10 +433,20 @@ def test_the_stock_engine(workers: Callable[[int], WorkerGroup], routes: str, po
     check_equal(values, workers(stages), steps=2)
 
 
-def test_mixture_of_depths_attention_under_the_stock_engine(workers: Callable[[int], WorkerGroup]) -> None:
-    values = settings("moda, MLP, chunked", 2, True, "fp64", pipeline_stages=3, activation_checkpointing=True)
+@pytest.mark.parametrize(
+    ("model", "stages", "checkpointing"),
+    [
+        ("moda, MLP, chunked", 3, True), ("value residual, learnable", 3, False), ("hyper doubly stochastic", 2, True),
+        ("hyper permutations", 3, False), ("gated residual", 2, True), ("attention residuals", 3, True),
+        ("attention residuals, full", 2, False),
+    ],
+)  # fmt: skip
+def test_other_models_under_the_stock_engine(
+    workers: Callable[[int], WorkerGroup], model: str, stages: int, checkpointing: bool
+) -> None:
+    values = settings(model, 2, True, "fp64", pipeline_stages=stages, activation_checkpointing=checkpointing)
     values["pipeline"] = {"engine": "stock"}
-    check_equal(values, workers(3), steps=2)
+    check_equal(values, workers(stages), steps=2)
 
 
 @pytest.mark.parametrize("stages", [2, 3])
@@ -528,8 +538,12 @@ def test_every_policy_in_low_precision_with_two_replicas(
 @pytest.mark.skipif(shutil.which("g++") is None, reason="train.compile needs a C++ compiler")
 @pytest.mark.parametrize(
     ("model", "checkpointing"),
-    [*product(("llama", "lime", "hidden static", "hyper dynamic"), (False, True)), ("moda, MLP, chunked", False)],
-)
+    [
+        ("llama", False), ("lime", False), ("lime", True), ("hidden static", True), ("hyper dynamic", True),
+        ("moda, MLP, chunked", False), ("value residual, learnable", True), ("gated residual", False),
+        ("attention residuals", True),
+    ],
+)  # fmt: skip
 def test_compiled_layers(workers: Callable[[int], WorkerGroup], model: str, checkpointing: bool) -> None:
     values = settings(model, 4, True, "fp64", pipeline_stages=2, activation_checkpointing=checkpointing)
     values["train"] = {**values["train"], "compile": True}
