@@ -5,6 +5,7 @@ stock-tuple   DeepSpeed's schedule and transfers; hidden state and history as a 
 stock         DeepSpeed's schedule and blocking transfers (pipeline.schedule: stock) with this program's one payload
 overlap       this program's engine (pipeline.schedule: 1f1b)
 zero-bubble   the same engine with weight passes (pipeline.schedule: zero_bubble)
+parts-V       the same engine with V parts a stage (pipeline.schedule: interleaved, parallel.virtual_stages)
 
 Two processes build every variant once. Each round runs one step of every variant; the first round warms up and
 is dropped. Times are medians. The simulator gets the seconds of forward, backward and weight passes that the stages measured
@@ -14,7 +15,7 @@ examples:
   python benchmarks/pipeline_cost.py --output runs/pipeline_cost
   python benchmarks/pipeline_cost.py --output runs/pipeline_cost --links loopback --rounds 5
   python benchmarks/pipeline_cost.py --output runs/zero_bubble --variants 'overlap llama' 'zero-bubble llama' --micro-batches 4
-  python benchmarks/pipeline_cost.py --output /tmp/toy --layers 4 --hidden 32 --heads 4 --length 32 --micro-batches 4
+  python benchmarks/pipeline_cost.py --output /tmp/toy --layers 8 --hidden 32 --heads 4 --length 32 --micro-batches 4
 
 The slow link needs root (two network namespaces); without root it is left out with a message. A link that is in
 results.json of --output is not measured again.
@@ -36,7 +37,9 @@ from lime_dist import load_config
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError, run_command
 from lime_dist.paths import user_path
+from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
+from lime_dist.pipeline.wire_format import WireFormat
 from lime_dist.plan.simulate import Link, StageTimes, simulate
 from lime_dist.plan.stage_times import boundary_bytes
 
@@ -48,10 +51,16 @@ MODELS: dict[str, list[str]] = {
     "chunked": [CHUNKED],
     "dilated": ["model.lime.history={policy: dilated, stride: 4, first: 1, last: 1}"],
 }
-SCHEDULES = {"overlap": "1f1b", "zero-bubble": "zero_bubble", "stock": "stock", "stock-tuple": "stock"}
+SCHEDULES = {
+    "overlap": "1f1b", "zero-bubble": "zero_bubble", "stock": "stock", "stock-tuple": "stock", "parts-2": "interleaved",
+    "parts-4": "interleaved",
+}  # fmt: skip
 """The pipeline.schedule of each engine."""
+PARTS = {"parts-2": 2, "parts-4": 4}
+"""The parallel.virtual_stages of each engine, if it is not 1."""
 VARIANTS = {f"{engine} {model}": (engine, model) for engine in ("overlap", "stock") for model in MODELS}
 VARIANTS |= {f"zero-bubble {model}": ("zero-bubble", model) for model in ("llama", "full", "first_last")}
+VARIANTS |= {f"{engine} {model}": (engine, model) for engine in PARTS for model in ("llama", "full", "first_last")}
 VARIANTS["stock-tuple full"] = ("stock-tuple", "full")
 DEPTHS = (4, 8)
 """Numbers of stages that are simulated."""
@@ -119,6 +128,8 @@ def make_config(settings: dict[str, Any], engine: str, model: str, stages: int) 
         "parallel.pipeline_stages": stages, "pipeline.extra_in_flight": settings["extra"],
         "pipeline.schedule": SCHEDULES[engine],
     }  # fmt: skip
+    if engine in PARTS:
+        shape["parallel.virtual_stages"] = PARTS[engine]
     if settings["held_back"] is not None:
         shape["pipeline.deferred_weight_passes"] = settings["held_back"]
     return load_config(None, [*(f"{key}={value}" for key, value in shape.items()), *MODELS[model]])
@@ -148,18 +159,38 @@ def make_tables(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> s
     parts = [link_table(settings, name, links) for name in LINKS if name in links]
     if "loopback" in links:
         parts += [depth_table(settings, links, depth) for depth in DEPTHS if depth <= settings["layers"]]
+        if any(VARIANTS[variant][0] in PARTS for variant in settings["variants"]):
+            parts.append(kept_table(settings, links))
     return "\n".join(parts)
 
 
-def simulated(settings: dict[str, Any], variant: str, links: dict[str, dict[str, Any]], name: str) -> float:
-    """Return the simulated step time of a variant on a link, from the times of its stages over loopback."""
+def part_times(stages: Sequence[dict[str, Any]]) -> list[StageTimes]:
+    """Return the measured seconds by part; part v · stages + s is the v-th one of stage s."""
+    return [
+        StageTimes(forward, backward, stage["weights"])
+        for by_part in zip(*(stage["parts"] for stage in stages), strict=True)
+        for stage, (forward, backward) in zip(stages, by_part, strict=True)
+    ]
+
+
+def simulated(
+    settings: dict[str, Any],
+    variant: str,
+    links: dict[str, dict[str, Any]],
+    name: str,
+    sizes: Sequence[int] | None = None,
+) -> float:
+    """Return the simulated step time of a variant on a link, from the times of its stages over loopback.
+
+    Args:
+        sizes: bytes over the boundaries, if they are not those of the variant.
+    """
     engine, model = VARIANTS[variant]
     stages = links["loopback" if "loopback" in links else name]["variants"][variant]["stages"]
-    times = [StageTimes(stage["forward"], stage["backward"], stage["weights"]) for stage in stages]
     config = make_config(settings, engine, model, 2)
     trace = simulate(
-        times,
-        boundary_bytes(config),
+        part_times(stages),
+        boundary_bytes(config) if sizes is None else sizes,
         Link(links[name]["bandwidth"], links[name]["latency"]),
         make_schedule(config, settings["micro_batches"]),
         update=max(stage["update"] for stage in stages),
@@ -184,7 +215,7 @@ def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, A
         bases = f"{engine.removesuffix('-tuple')} llama", "stock llama", f"overlap {model}"
         ratios = " | ".join(ratio(seconds[variant], seconds.get(base)) for base in bases)
         config = make_config(settings, engine, model, 2)
-        predicted = boundary_bytes(config)[0] * settings["micro_batches"]
+        predicted = sum(boundary_bytes(config)[::2]) * settings["micro_batches"]  # the first stage's
         expected = simulated(settings, variant, links, name)
         median = statistics.median(seconds[variant])
         counted = result["variants"][variant]["bytes"]
@@ -213,16 +244,44 @@ def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]], dept
     ]  # fmt: skip
     for variant in settings["variants"]:
         engine, model = VARIANTS[variant]
-        stages = links["loopback"]["variants"][variant]["stages"]
-        times = StageTimes(*(sum(stage[key] for stage in stages) / depth for key in ("forward", "backward", "weights")))
+        parts = depth * PARTS.get(engine, 1)
+        if parts > settings["layers"]:
+            continue
+        measured = part_times(links["loopback"]["variants"][variant]["stages"])
+        times = StageTimes(
+            *(sum(getattr(each, key) for each in measured) / parts for key in ("forward", "backward", "weights"))
+        )
         config = make_config(settings, engine, model, depth)
         sizes, schedule = boundary_bytes(config), make_schedule(config, settings["micro_batches"])
         cells = []
         for result in links.values():
             link = Link(result["bandwidth"], result["latency"])
-            trace = simulate([times] * depth, sizes, link, schedule, fill_waits=True)
+            trace = simulate([times] * parts, sizes, link, schedule, fill_waits=True)
             cells += [f"{trace.seconds:.2f}", f"{100 * statistics.mean(trace.bubble):.1f} %"]
         lines.append(f"| {variant} | {', '.join(f'{size:,}' for size in sizes)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def kept_table(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> str:
+    """Return the table of what it saves that stages keep entries: bytes of a micro-batch over all boundaries, and simulated steps, against
+    a stage that receives every entry again for each of its parts."""
+    lines = [
+        "two stages: entries that are kept, against entries that are sent again", "",
+        f"| variant | bytes, a micro-batch | sent again | {' | '.join(f'{name}, s/step | sent again | ratio' for name in links)} |",
+        f"|---|---|---|{'---|---|---|' * len(links)}",
+    ]  # fmt: skip
+    tokens = settings["batch"] * settings["length"]
+    for variant in settings["variants"]:
+        engine, model = VARIANTS[variant]
+        if engine in PARTS:
+            config = make_config(settings, engine, model, 2)
+            kept = boundary_bytes(config)
+            again = [WireFormat.of(config, bound).nbytes(tokens) for bound in stage_bounds(config)[1:-1]]
+            cells = []
+            for name in links:
+                own, other = (simulated(settings, variant, links, name, sizes) for sizes in (kept, again))
+                cells += [f"{own:.2f}", f"{other:.2f}", f"{own / other:.3f}"]
+            lines.append(f"| {variant} | {sum(kept):,} | {sum(again):,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

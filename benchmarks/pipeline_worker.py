@@ -95,7 +95,7 @@ def time_instructions(engine: LimeEngine, taken: dict[str, list[float]]) -> None
         def run(self: LimeEngine, **arguments: Any) -> None:
             begin = time.perf_counter()
             function(self, **arguments)
-            taken[name].append(time.perf_counter() - begin)
+            taken[f"{name} {arguments.get('part', 0)}"].append(time.perf_counter() - begin)
 
         return run
 
@@ -211,16 +211,19 @@ def main() -> None:
     dist.barrier()
 
 
-def stage_seconds(taken: dict[str, list[float]]) -> dict[str, float]:
-    """Return the medians of what was recorded; ``backward`` includes the weight gradients that come apart."""
+def stage_seconds(taken: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the medians of what was recorded; ``parts``: of the forward and backward passes by part. Backward includes the weight
+    gradients that come apart."""
     medians = {name: statistics.median(values) for name, values in taken.items()}
-    return {**medians, "backward": medians["backward"] + medians["weights"]}
+    count = sum(name.startswith("forward ") for name in medians)
+    parts = [(medians[f"forward {part}"], medians[f"backward {part}"] + medians["weights"]) for part in range(count)]
+    return {"parts": parts, "update": medians["update 0"], **{key: medians[key] for key in ("weights", "waiting")}}
 
 
 def sent_forwards(engine: LimeEngine, counts: dict[str, int]) -> int:
-    """Return the bytes that this process has sent so far; the first process sends only payloads."""
+    """Return the bytes of payloads that this process has sent so far. With DeepSpeed's engine, the first process sends nothing else."""
     if isinstance(engine, OverlapEngine):
-        return sum(stats.bytes for name, stats in engine.transfer_stats().items() if name.startswith("sent"))
+        return sum(stats.bytes for name, stats in engine.transfer_stats().items() if name == "sent to next")
     return counts.get("sent", 0)
 
 

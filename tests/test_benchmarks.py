@@ -60,8 +60,8 @@ def test_the_roofline_counts_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ("step_cost.py", "--layers 4 --hidden 32 --heads 4 --kv-heads 4 2 --length 32 --repeats 1", 7),
         (
             "pipeline_cost.py",
-            "--layers 4 --hidden 32 --heads 4 --length 32 --micro-batches 3 --rounds 1 --links loopback",
-            30,
+            "--layers 8 --hidden 32 --heads 4 --length 32 --micro-batches 3 --rounds 1 --links loopback",
+            61,
         ),
         ("planning.py", "--layers 4 --hidden 32 --length 32 --rounds 1 --links loopback", 19),
         ("crossover.py", "--depths 8 16", 12),
