@@ -30,7 +30,7 @@ from lime_dist.plan import text
 from lime_dist.plan.forecast import Machine, forecast, machine_times
 from lime_dist.plan.simulate import Link, simulate
 from lime_dist.plan.stage_times import boundary_bytes, stage_times
-from lime_dist.plan.sweep import sweep
+from lime_dist.plan.sweep import sweep, with_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST_LINKS = Machine(flops=1e12, memory_bandwidth=1e18, bandwidth=1e12, latency=0.0)
@@ -367,6 +367,21 @@ def test_the_best_of_a_sweep_has_no_ties() -> None:
     assert [c.micro_batch_size for c in best if c.stages == 4] == [1, 2, 4, 8, 16]
     assert [c.forecast.seconds for c in best] == pytest.approx(sorted(c.forecast.seconds for c in best), rel=0.01)
     assert result.best(3) == best[:3]
+
+
+def test_the_fastest_of_a_sweep_are_tried_with_several_parts() -> None:
+    """Few micro-batches on fast links: the bubble decides, and more parts are faster. The overrides make the configuration."""
+    config = load_config(None, [*SIZE, "model.architecture=llama", "train.global_batch_size=8"])
+    machine = Machine(1e12, 1e18, 1e15, 0.0)
+    usual = sweep(config, machine, 4)
+    result = with_parts(usual, machine, 4, 5)
+    assert {candidate.parts for candidate in result.fitting + result.too_large} == {1, 2, 4}
+    four = {c.parts: c for c in result.fitting + result.too_large if (c.stages, c.micro_batch_size) == (4, 1)}
+    assert four[4].forecast.seconds < four[2].forecast.seconds < four[1].forecast.seconds
+    again = load_config(
+        None, [*SIZE, "model.architecture=llama", "train.global_batch_size=8", *four[4].overrides(config)]
+    )
+    assert again == four[4].config
 
 
 def test_a_sweep_keeps_the_configured_policy_and_models_without_one() -> None:

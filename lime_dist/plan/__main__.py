@@ -14,7 +14,7 @@ from lime_dist.errors import LimeError, run_command
 from lime_dist.paths import user_path
 from lime_dist.plan.forecast import Forecast, Machine, as_baseline, forecast, whole_run
 from lime_dist.plan.quantities import read_bandwidth, read_bytes, read_flops, read_seconds, read_share
-from lime_dist.plan.sweep import Candidate, Sweep, sweep
+from lime_dist.plan.sweep import Candidate, Sweep, sweep, with_parts
 from lime_dist.plan.text import plan_table, sweep_table
 
 Values = dict[str, Any]
@@ -82,7 +82,8 @@ def main() -> None:
     if arguments.sweep:
         if arguments.timeline is not None:
             raise LimeError("--timeline draws one configuration; leave out --sweep, or run the command twice")
-        values = sweep_values(sweep(config, machine, processes), config)
+        result = with_parts(sweep(config, machine, processes), machine, processes, BEST)
+        values = sweep_values(result, config)
         print(json.dumps(values, indent=1) if arguments.json else sweep_table(values, machine.memory))
         return
     planned = forecast(config, machine, processes)
@@ -178,6 +179,7 @@ def candidate_values(candidate: Candidate, config: Config) -> Values:
     forecasted = candidate.forecast
     return {
         "pipeline_stages": candidate.stages,
+        "virtual_stages": candidate.parts,
         "replicas": forecasted.replicas,
         "micro_batch_size": candidate.micro_batch_size,
         "micro_batches": forecasted.micro_batches,

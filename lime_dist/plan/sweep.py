@@ -1,13 +1,14 @@
-"""Search for the stages, micro-batch size and history policy with the shortest step that fits in memory."""
+"""Search for the stages, parts, micro-batch size and history policy with the shortest step that fits in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lime_dist.config.deepspeed import batch_sizes
 from lime_dist.config.load import make_config
+from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import HISTORY_KEYS, Config
 from lime_dist.errors import LimeError
 from lime_dist.model.architecture import architecture_of
@@ -15,21 +16,28 @@ from lime_dist.plan.forecast import Forecast, Machine, forecast
 
 LARGEST_MICRO_BATCH = 64
 CLOSE = 0.01
+PARTS = (2, 4)
+"""Parts a stage that are tried."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination of settings. ``policy`` is None for a model without a history."""
+    """One combination of settings. ``policy`` is None for a model without a history; ``parts``: a stage holds."""
 
     stages: int
     micro_batch_size: int
     policy: dict[str, Any] | None
     config: Config
     forecast: Forecast
+    parts: int = 1
 
     def overrides(self, config: Config) -> list[str]:
         """The ``section.key=value`` items that make this combination out of ``config``."""
         items = [f"parallel.pipeline_stages={self.stages}", f"train.micro_batch_size={self.micro_batch_size}"]
+        if config.parallel.virtual_stages != self.config.parallel.virtual_stages:
+            items.append(f"parallel.virtual_stages={self.config.parallel.virtual_stages}")
+        if config.pipeline.schedule != self.config.pipeline.schedule:
+            items.append(f"pipeline.schedule={self.config.pipeline.schedule}")
         if config.parallel.stage_layers != self.config.parallel.stage_layers:
             items.append("parallel.stage_layers=null")
         if config.train.evaluation_samples != self.config.train.evaluation_samples:
@@ -58,7 +66,7 @@ class Sweep:
         kept: list[tuple[float, Candidate]] = []
         for candidate in self.fitting:
             for index, (seconds, other) in enumerate(kept):
-                same = (candidate.stages, candidate.policy) == (other.stages, other.policy)
+                same = all(getattr(candidate, key) == getattr(other, key) for key in ("stages", "parts", "policy"))
                 if same and candidate.forecast.seconds <= (1 + CLOSE) * seconds:
                     if candidate.micro_batch_size > other.micro_batch_size:
                         kept[index] = (seconds, candidate)
@@ -83,13 +91,41 @@ def sweep(config: Config, machine: Machine, processes: int) -> Sweep:
         if architecture_of(candidate.model).has_configurable_policy:
             policy = candidate.model.lime.history.model_dump(exclude_none=True)
         candidates.append(
-            Candidate(stages, micro_batch_size, policy, candidate, forecast(candidate, machine, processes))
+            Candidate(
+                stages,
+                micro_batch_size,
+                policy,
+                candidate,
+                forecast(candidate, machine, processes),
+                candidate.parallel.parts_per_stage,
+            )
         )
     if not candidates:
         raise LimeError(
             f"--processes {processes}: no combination of stages and replicas divides "
             f"{' and '.join(f'{key}={size}' for key, size in batch_sizes(config.train).items())}; change one of them"
         )
+    return _ranked(candidates, machine)
+
+
+def with_parts(result: Sweep, machine: Machine, processes: int, count: int) -> Sweep:
+    """A sweep with the ``count`` fastest combinations of several stages tried again with several parts a stage."""
+    name = next(name for name, schedule in SCHEDULES.items() if schedule.holds_parts)
+    more = []
+    for candidate in [each for each in result.best(len(result.fitting)) if each.stages > 1][:count]:
+        base = candidate.config
+        for parts in PARTS:
+            if parts == candidate.parts or parts * candidate.stages > base.model.num_hidden_layers:
+                continue
+            parallel = base.parallel.model_copy(update={"virtual_stages": parts, "stage_layers": None})
+            pipeline = base.pipeline.model_copy(update={"schedule": name, "engine": SCHEDULES[name].engine})
+            config = base.model_copy(update={"parallel": parallel, "pipeline": pipeline})
+            planned = forecast(config, machine, processes)
+            more.append(replace(candidate, config=config, forecast=planned, parts=parts))
+    return _ranked([*result.fitting, *result.too_large, *more], machine)
+
+
+def _ranked(candidates: Sequence[Candidate], machine: Machine) -> Sweep:
     limit = machine.memory if machine.memory is not None else float("inf")
     return Sweep(
         fitting=sorted((c for c in candidates if c.forecast.peak_memory <= limit), key=lambda c: c.forecast.seconds),
@@ -108,6 +144,8 @@ def settings(config: Config, processes: int) -> Iterator[Config]:
         parallel = config.parallel
         if stages != parallel.pipeline_stages:
             parallel = parallel.model_copy(update={"pipeline_stages": stages, "stage_layers": None})
+        if parallel.parts > config.model.num_hidden_layers:
+            continue
         size = 1
         while size <= LARGEST_MICRO_BATCH:
             wide = size * processes // stages

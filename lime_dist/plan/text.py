@@ -33,7 +33,7 @@ def plan_table(config: Config, values: Values) -> str:
         "",
         "forward, backward: FLOPs of a micro-batch; memory at the peak of a step "
         f"(schedule {config.pipeline.schedule}), with the number of micro-batches in flight;",
-        f"to next: bytes of a micro-batch{wire_of(config)}; its gradient has as many (pipeline.boundary={config.pipeline.boundary}).",
+        f"to next: bytes of a micro-batch{wire_of(config)}; its gradient has as many ({boundary_of(config)}).",
         "",
     ]
     peak, memory = values["peak_memory"], values["machine"]["memory"]
@@ -65,6 +65,13 @@ def plan_table(config: Config, values: Values) -> str:
             f"time × {over['time']:.3f}"
         )
     return "\n".join(lines)
+
+
+def boundary_of(config: Config) -> str:
+    """What decides what crosses."""
+    if config.parallel.parts_per_stage > 1:
+        return f"from {config.parallel.parts_per_stage} parts; the next stage keeps entries, so each is sent once"
+    return f"pipeline.boundary={config.pipeline.boundary}"
 
 
 def wire_of(config: Config) -> str:
@@ -129,7 +136,7 @@ def sweep_table(values: Values, memory: float | None) -> str:
         header = ["", "stages × replicas", "micro-batch", "history", "step", "memory", "reason"]
         rows = [
             [
-                str(number), f"{row['pipeline_stages']} × {row['replicas']}", str(row["micro_batch_size"]),
+                str(number), stages(row), str(row["micro_batch_size"]),
                 history(row["history"]), show_seconds(row["seconds_per_step"]), show(row["peak_memory"], "B") + limit,
                 reason(row),
             ]
@@ -151,6 +158,12 @@ def sweep_table(values: Values, memory: float | None) -> str:
     lines += ["", "Ranked by time only; benchmarks/RESULTS.md compares how well the policies learn. All micro-batch sizes are assumed",
               "equally efficient; of those whose times differ by less than 1 %, only the largest is shown."]  # fmt: skip
     return "\n".join(lines)
+
+
+def stages(row: Values) -> str:
+    """Stages × replicas, such as 8 × 2, or 8 (2 parts each) × 2."""
+    parts = f" ({row['virtual_stages']} parts each)" if row["virtual_stages"] > 1 else ""
+    return f"{row['pipeline_stages']}{parts} × {row['replicas']}"
 
 
 def history(policy: Values | None) -> str:
