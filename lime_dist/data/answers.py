@@ -25,7 +25,13 @@ share, so it must be a constant of the run; its exact value does not matter."""
 
 
 class CountedLabels(ABC):
-    """A rule for the labels that the loss counts."""
+    """A rule for the labels that the loss counts.
+
+    Attributes:
+        eos: last token of a document.
+    """
+
+    eos: int
 
     @abstractmethod
     def labels(self, rows_BT1: np.ndarray) -> np.ndarray:

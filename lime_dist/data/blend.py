@@ -62,7 +62,6 @@ class Blend:
         path: the paths of all datasets, in one text.
         split: name of the split.
         vocab_size: the largest of the datasets; None if no dataset states one.
-        eos_id: the token that ends every document; None if some dataset does not name it, or names another one.
         tokenizer_hash: of the tokenizer that made the datasets; None if no dataset states one.
     """
 
@@ -78,10 +77,12 @@ class Blend:
                 )
         self.tokenizer_hash = known[0].tokenizer_hash if known else None
         self.vocab_size = max((split.vocab_size for split in splits if split.vocab_size is not None), default=None)
-        ends = {split.eos_id for split in splits}
-        self.eos_id = ends.pop() if len(ends) == 1 else None
         self._starts: list[int] = []
         self._length = 0
+
+    @property
+    def parts(self) -> Sequence[TokenSplit]:
+        return self.splits
 
     def num_samples(self, sequence_length: int) -> int:
         """Number of samples of all datasets."""
@@ -141,9 +142,13 @@ class BlendedValidation:
 
     def __init__(self, blend: Blend) -> None:
         self.path, self.split = blend.path, blend.split
-        self.vocab_size, self.eos_id = blend.vocab_size, blend.eos_id
+        self.vocab_size = blend.vocab_size
         self._blend, self._pattern = blend, Pattern(blend.weights, 0)
         self._datasets, self._turns = np.empty(0, np.int64), np.empty(0, np.int64)
+
+    @property
+    def parts(self) -> Sequence[TokenSplit]:
+        return self._blend.splits
 
     def num_samples(self, sequence_length: int) -> int:
         """Number of samples before a dataset has no more."""

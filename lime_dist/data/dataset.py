@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +84,11 @@ class Samples(Protocol):
     path: Any
     split: str
     vocab_size: int | None
-    eos_id: int | None
+
+    @property
+    def parts(self) -> Sequence[TokenSplit]:
+        """The datasets from which samples come."""
+        ...
 
     def num_samples(self, sequence_length: int) -> int: ...
 
@@ -170,6 +175,10 @@ class TokenSplit:
             self._tokens.append(tokens)
             self._starts.append(self.num_tokens)
             self.num_tokens += tokens.size
+
+    @property
+    def parts(self) -> Sequence[TokenSplit]:
+        return (self,)
 
     @property
     def tokens(self) -> list[np.ndarray]:

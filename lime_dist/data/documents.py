@@ -29,19 +29,21 @@ def find_eos(split: Samples, given: int | None, needed: str) -> int:
         needed: the setting that needs it, for messages.
 
     Raises:
-        LimeError: the split names none, or another one than ``data.eos_token``.
+        LimeError: a dataset of the split names none, or another one than ``data.eos_token``.
     """
-    named = split.eos_id
-    if given is None and named is None:
-        raise LimeError(
-            f"{needed} needs documents that end with a known eos token, and {split.path} names none; "
-            "give a folder made by data_tools.pretokenize without --no-eos, or name the token of a .bin/.idx pair with data.eos_token"
-        )
-    if given is not None and named is not None and given != named:
-        raise LimeError(
-            f"data.eos_token={given}, but the documents of {split.path} end with {named}; leave out data.eos_token"
-        )
-    eos = given if named is None else named
+    eos = given
+    for part in split.parts:
+        if given is None and part.eos_id is None:
+            raise LimeError(
+                f"{needed} needs documents that end with a known eos token, and {part.path} names none; give a folder made by "
+                "data_tools.pretokenize without --no-eos, or name the token of a .bin/.idx pair with data.eos_token"
+            )
+        if given is not None and part.eos_id not in (None, given):
+            raise LimeError(
+                f"data.eos_token={given}, but the documents of {part.path} end with {part.eos_id}; leave out data.eos_token, or give "
+                "data that end with the same token"
+            )
+        eos = part.eos_id if eos is None else eos
     assert eos is not None
     if split.vocab_size is not None and eos >= split.vocab_size:
         raise LimeError(f"data.eos_token={eos}: {split.path} has a vocabulary of {split.vocab_size}")

@@ -52,7 +52,8 @@ def open_validation_sets(
         wanted: samples of each set, as far as it has them; 0: the usual number.
 
     Raises:
-        LimeError: a set cannot be read, has too few samples, or was made with another tokenizer than the training data.
+        LimeError: a set cannot be read, has too few samples, or was made with another tokenizer than the training data, or ends
+            documents with another token.
     """
     wide, length = config.train.micro_batch_size * replicas, config.data.sequence_length
     sets = []
@@ -65,6 +66,11 @@ def open_validation_sets(
             raise LimeError(
                 f"data.validation.{name}: {path} and {training.path} were made with different tokenizers; pretokenize one of "
                 "them again"
+            )
+        if counted is not None and split.eos_id not in (None, counted.eos):
+            raise LimeError(
+                f"data.validation.{name}: the documents of {path} end with the token {split.eos_id}, those of {training.path} with "
+                f"{counted.eos}; pretokenize one of them again"
             )
         samples = fitting_samples(wanted or EVALUATION_SAMPLES, split.num_samples(length), wide)
         if not samples:

@@ -128,5 +128,19 @@ def test_pairs_need_the_eos_and_mistakes_are_one_line(dataset: Path, tmp_path: P
     assert data.eos == EOS and data.counted_shares.training == pytest.approx(0.75)
     with pytest.raises(LimeError, match=f"data.eos_token=3, but the documents of {dataset} end with 2; leave out"):
         find_eos(TokenSplit(dataset, "train"), 3, MASK)
+    blend = [{"path": path, "weight": 1.0} for path in (str(dataset), configuration["data"].pop("path"))]
+    refused = [
+        ({"blend": blend}, f"needs documents that end with a known eos token, and {tmp_path / 'pair'} names none"),
+        ({"blend": blend, "eos_token": 3}, f"data.eos_token=3, but the documents of {dataset} end with 2; leave out"),
+        (
+            {"path": str(tmp_path / "pair"), "eos_token": 9, "validation": {"again": str(dataset)}},
+            f"data.validation.again: the documents of {dataset} end with the token 2, those of {tmp_path / 'pair'} with 9",
+        ),
+    ]
+    configuration["data"].pop("eos_token")
+    configuration["train"]["evaluation_samples"] = 4
+    for keys, line in refused:
+        with pytest.raises(LimeError, match=line):
+            read_run_data(make_config({**configuration, "data": {**configuration["data"], **keys}}, "a test"), 1)
     with pytest.raises(LimeError, match="data.eos_token=2 has no meaning without data.document_mask"):
         load_config(None, ["data.eos_token=2"])
