@@ -89,25 +89,9 @@ def pretokenize(options: argparse.Namespace) -> None:
     )
     if options.bos and tokenizer.bos_id < 0:
         raise LimeError(f"--bos: the tokenizer in {options.tokenizer} has no bos; omit --bos")
-    header: dict[str, Any] = {
-        "settings": {
-            "tokenizer_hash": tokenizer.hash,
-            "text_column": options.text_column,
-            "where": [str(condition) for condition in selection.filters],
-            "drop_duplicates": options.drop_duplicates,
-            **asdict(layout),
-            "tool_version": TOOL_VERSION,
-        },
-        "inputs": [fingerprint(file) for file in files],
-        **({"part": str(part)} if part else {}),
-    }
-    if isinstance(files[0], HubInputFile):
-        header["hub"] = {"input": options.input, "commit": files[0].commit}
+    header = make_header(options, tokenizer, selection, layout, files, part)
     with lock_folder(output):
-        killed = [*output.glob(f"{SCRATCH}-*"), *output.glob(".*.tmp"), *(output / TOKENIZER_FOLDER).glob(".*.tmp")]
-        for left in killed:  # by a killed run, which was writing them
-            if (problem := remove(left)) is not None:
-                print(f"warning: cannot delete {problem}")
+        remove_leftovers(output)
         if options.fresh:
             (output / PART_FILE).unlink(missing_ok=True)
         manifest, duplicates = Manifest(output, header, fresh=options.fresh), output / DUPLICATES
@@ -178,6 +162,39 @@ def pretokenize(options: argparse.Namespace) -> None:
             finish(manifest, in_order, tokenizer, options.input, selection.stop_at_rejection, options.max_rejected)
         footers.remove()
         shutil.rmtree(duplicates, ignore_errors=True)
+
+
+def make_header(
+    options: argparse.Namespace,
+    tokenizer: Tokenizer,
+    selection: Selection,
+    layout: Layout,
+    files: list[InputFile],
+    part: Part | None,
+) -> dict[str, Any]:
+    """What determines the dataset: a run resumes a folder only with the same header."""
+    header: dict[str, Any] = {
+        "settings": {
+            "tokenizer_hash": tokenizer.hash,
+            "text_column": options.text_column,
+            "where": [str(condition) for condition in selection.filters],
+            "drop_duplicates": options.drop_duplicates,
+            **asdict(layout),
+            "tool_version": TOOL_VERSION,
+        },
+        "inputs": [fingerprint(file) for file in files],
+        **({"part": str(part)} if part else {}),
+    }
+    if isinstance(files[0], HubInputFile):
+        header["hub"] = {"input": options.input, "commit": files[0].commit}
+    return header
+
+
+def remove_leftovers(output: Path) -> None:
+    """Delete what a killed run was writing."""
+    for left in [*output.glob(f"{SCRATCH}-*"), *output.glob(".*.tmp"), *(output / TOKENIZER_FOLDER).glob(".*.tmp")]:
+        if (problem := remove(left)) is not None:
+            print(f"warning: cannot delete {problem}")
 
 
 def mark_duplicates(
