@@ -146,6 +146,11 @@ class Architecture(Protocol):
         return False
 
     @property
+    def needs_tensor_mask(self) -> bool:
+        """Whether the mask of documents is a tensor on every device, T elements per token."""
+        return False
+
+    @property
     def sums_sent_gradients(self) -> bool:
         """Whether gradients of entries that come back for what was sent begin the history's own sums, and these go back as they are."""
         return False

@@ -130,10 +130,11 @@ def received_activation_bytes(
     return architecture_of(config).received_activation_bytes(boundary, num_tokens, itemsize, checkpointing)
 
 
-def document_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:
-    """Bytes that a stage keeps of a micro-batch because of ``data.document_mask``: the rotary tables of its positions. (The mask of
-    flex attention is small. The tensor that takes its place on a CPU is not counted: T elements per token.)"""
-    return 2 * config.head_size * num_tokens * accumulation_itemsize(itemsize)
+def document_bytes(config: ModelConfig, num_tokens: int, sequence_length: int, itemsize: int) -> int:
+    """Bytes that a stage keeps of a micro-batch because of ``data.document_mask``: the rotary tables of its positions, and the mask if it
+    is a tensor on GPUs too. (The mask of flex attention is small. The tensor that takes its place on a CPU is not counted.)"""
+    mask = num_tokens * sequence_length * itemsize if architecture_of(config).needs_tensor_mask else 0
+    return 2 * config.head_size * num_tokens * accumulation_itemsize(itemsize) + mask
 
 
 def embedding_activation_bytes(num_tokens: int) -> int:

@@ -67,7 +67,8 @@ class MicroBatchBytes:
         splits = SCHEDULES[config.pipeline.schedule].splits_backward
         payload = [cost.payload_bytes(model, boundary, tokens, size, prices) for boundary in inner]
         received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
-        documents = cost.document_bytes(model, tokens, size) if config.data.document_mask else 0
+        length = config.data.sequence_length
+        documents = cost.document_bytes(model, tokens, length, size) if config.data.document_mask else 0
         return cls(
             layers=[cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers],
             weight_passes=[splits * cost.weight_pass_bytes(model, layer, tokens, size) for layer in layers],

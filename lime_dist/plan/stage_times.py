@@ -8,6 +8,7 @@ from itertools import pairwise
 from lime_dist.config.schema import Config
 from lime_dist.data.documents import attention_length
 from lime_dist.model import cost
+from lime_dist.model.architecture import architecture_of
 from lime_dist.pipeline.boundaries import stage_boundaries
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.shared_weights import boundary_prices
@@ -31,7 +32,9 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
         raise ValueError(f"flops_per_second={flops_per_second} must be above 0")
     model = config.model
     scale = config.train.micro_batch_size * config.data.sequence_length / flops_per_second
-    length = attention_length(config.data, model.vocab_size)
+    length: float = config.data.sequence_length
+    if not architecture_of(model).needs_tensor_mask:  # a mask that is a tensor saves no work
+        length = attention_length(config.data, model.vocab_size)
     bounds, prices = stage_bounds(config) if bounds is None else bounds, boundary_prices(config)
     times = []
     for start, stop in pairwise(bounds):

@@ -73,7 +73,12 @@ def test_what_a_stage_keeps_of_documents(dtype: torch.dtype) -> None:
             decoder(TOKENS, starts)
         kept.append(memory.bytes)
     mask = TOKENS.numel() * 12 * dtype.itemsize
-    assert kept[1] - kept[0] == cost.document_bytes(config, TOKENS.numel(), dtype.itemsize) + mask
+    assert kept[1] - kept[0] == cost.document_bytes(config, TOKENS.numel(), 12, dtype.itemsize) + mask
+    moda = small(lime={"depth_attention": "moda"})
+    kept_mask = (
+        build_decoder(moda).model.layers[0].self_attn.positions(torch.zeros(2, 12, 24, dtype=dtype), starts).mask
+    )
+    assert kept_mask.nbytes == mask == cost.document_bytes(moda, 24, 12, dtype.itemsize) - (kept[1] - kept[0] - mask)
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 300, 512])

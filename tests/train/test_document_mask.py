@@ -108,6 +108,9 @@ def test_the_plan_counts_the_keys_that_attention_reads(dataset: Path) -> None:
     less = stage_times(plain, 1.0, [0, 4])[0].forward - stage_times(mask, 1.0, [0, 4])[0].forward
     tokens = 128 * plain.train.micro_batch_size
     assert less == pytest.approx(tokens * 4 * 2 * 2 * plain.model.hidden_size * (128 - length) / 2)
+    moda = {**base["model"], "lime": {"depth_attention": "moda"}}
+    with_tensor = [make_config({"model": moda, "data": each.data.model_dump()}, "a test") for each in (plain, mask)]
+    assert stage_times(with_tensor[0], 1.0) == stage_times(with_tensor[1], 1.0), "a mask that is a tensor saves no work"
     elsewhere = mask.data.model_copy(update={"path": "/nowhere"})
     assert attention_length(elsewhere, 320) == 128
 

@@ -53,6 +53,7 @@ class DepthAttentionLime(Lime):
     receives_in_place = True
     summary_heads = 1
     sums_sent_gradients = True
+    needs_tensor_mask = True
     router_map_obstacle = "its weights depend on the token"
     router_parameters: Sequence[str] = ()
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lime_dist.config.schema import ModelConfig
+from lime_dist.model.architectures.lime.depth.architecture import DepthAttentionLime
 from lime_dist.model.architectures.lime.depth.history import DepthKeyValueHistory
 from lime_dist.model.blocks import Attention, PreNormLayer
 from lime_dist.model.layers import MLP, Positions
@@ -27,7 +28,7 @@ class DepthAttention(Attention):
     """The projections of attention. The mask of documents is a tensor: the backward pass of flex attention takes no logarithms of a
     softmax with further keys."""
 
-    needs_tensor_mask = True
+    needs_tensor_mask = DepthAttentionLime.needs_tensor_mask
 
 
 class DepthAttentionLayer(PreNormLayer):
