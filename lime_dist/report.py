@@ -70,7 +70,7 @@ def make_page(runs: Sequence[RunFolder]) -> str:
         section("Loss", loss_curves(runs, names)),
         section("Where the time went", time_split(runs, names)),
         section("What layers read", '<div class="maps">' + "\n".join(map(router_picture, runs, names)) + "</div>"),
-        section("Sample texts", "\n".join(map(sample_texts, runs, names))),
+        section("Sample texts", "\n".join(filter(None, map(sample_texts, runs, names)))),
         section("Settings that differ" if len(runs) > 1 else "Settings", settings_table(runs, names)),
     ]
     return html_page(title, parts)

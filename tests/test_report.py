@@ -115,6 +115,7 @@ def test_a_page_of_several_runs(monkeypatch: pytest.MonkeyPatch, runs: dict[str,
         "0.001",
     ]
     assert rows["model.lime.history.rank"] == ["1", "None", "None"] and "model.hidden_size" not in rows
+    assert "Sample texts" not in words, "no run has any"
     assert "Where the time went" in words and any(word.startswith("computation: ") for word in words)
 
 

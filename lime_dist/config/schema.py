@@ -117,8 +117,8 @@ class MonitorConfig(Section):
     straggler_share: float = Field(
         0.25,
         gt=0,
-        description="a rank is slow if its computation takes longer by more than this share than the median of the ranks of its stage (with one "
-        "replica: of all stages, by their FLOPs)",
+        description="a rank is slow if its computation takes longer by more than this share than the median of the ranks of its stage (of two: "
+        "than the other; with one replica: of all stages, by their FLOPs)",
     )
     straggler_minutes: float = Field(5.0, ge=0, description="minutes after which a rank that stays slow is named")
     sinks: list[SinkName] = Field(

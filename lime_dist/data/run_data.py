@@ -55,7 +55,10 @@ class RunData:
     validation_sets: tuple[ValidationSet, ...] = ()
 
     def settled(self, config: Config) -> Config:
-        """The configuration with the number of validation samples that the run uses."""
+        """The configuration with the number of validation samples that the run uses. It stays as it is if only the sets of
+        ``data.validation`` have samples: 0 would mean no validation."""
+        if self.validation is None and self.validation_sets:
+            return config
         train = config.train.model_copy(update={"evaluation_samples": self.evaluation_samples})
         return config.model_copy(update={"train": train})
 
@@ -108,7 +111,8 @@ def read_run_data(config: Config, replicas: int) -> RunData:
     validation, evaluation_samples = _open_validation(config, replicas, counted)
     sets: tuple[ValidationSet, ...] = ()
     if settings.evaluation_samples != 0:
-        sets = open_validation_sets(config, training, counted, evaluation_samples, replicas)
+        wanted = evaluation_samples or settings.evaluation_samples_or_default
+        sets = open_validation_sets(config, training, counted, wanted, replicas)
     shares = CountedShares()
     if counted is not None:
         shares = CountedShares(

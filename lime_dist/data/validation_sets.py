@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from lime_dist.config.schema import Config
-from lime_dist.config.sections.train import EVALUATION_SAMPLES
 from lime_dist.data.answers import CountedLabels
 from lime_dist.data.blend import Blend
 from lime_dist.data.dataset import TokenSplit
@@ -49,7 +48,7 @@ def open_validation_sets(
     """Open the sets of ``data.validation``, in their order.
 
     Args:
-        wanted: samples of each set, as far as it has them; 0: the usual number.
+        wanted: samples of each set, as far as it has them.
 
     Raises:
         LimeError: a set cannot be read, has too few samples, or was made with another tokenizer than the training data, or ends
@@ -72,7 +71,7 @@ def open_validation_sets(
                 f"data.validation.{name}: the documents of {path} end with the token {split.eos_id}, those of {training.path} with "
                 f"{counted.eos}; pretokenize one of them again"
             )
-        samples = fitting_samples(wanted or EVALUATION_SAMPLES, split.num_samples(length), wide)
+        samples = fitting_samples(wanted, split.num_samples(length), wide)
         if not samples:
             raise LimeError(
                 f"data.validation.{name}: {path} has {split.num_samples(length)} samples of {length} tokens, but one micro-batch "

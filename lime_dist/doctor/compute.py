@@ -36,7 +36,8 @@ def measure(processes: int, on_gpu: bool, seconds: float) -> list[float]:
 def _multiply(name: str, begin: float, seconds: float) -> float:
     device = torch.device(name)
     size, dtype = (CPU_SIZE, torch.float32) if device.type == "cpu" else (GPU_SIZE, torch.bfloat16)
-    left, right = (torch.full((size, size), 0.5, dtype=dtype, device=device) for _ in range(2))
+    # Random, because a GPU needs less power for numbers that are all the same, and throttles less.
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     time.sleep(max(0.0, begin - time.time()))
     end = time.monotonic() + seconds
     half, products, measured_from = end - seconds / 2, 0, 0.0

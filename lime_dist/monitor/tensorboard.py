@@ -101,7 +101,7 @@ class TensorBoardLog:
             self._add(Event(summary=summary, step=step))
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        shown = "\n".join(f"{_as_code(prompt)}goes on with\n{_as_code(written)}" for prompt, written in texts.items())
+        shown = "\n".join(f"{as_code(prompt)}goes on with\n{as_code(written)}" for prompt, written in texts.items())
         self._add(Event(summary=text("samples", shown), step=step))
 
     def flush(self) -> None:
@@ -121,9 +121,9 @@ class TensorBoardLog:
         self._records.write(event.SerializeToString())
 
 
-def _as_code(written: str) -> str:
+def as_code(written: str) -> str:
     """Text as Markdown shows it unchanged."""
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", written)), default=2))
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", written))]))
     return f"\n{fence}\n{written}\n{fence}\n"
 
 

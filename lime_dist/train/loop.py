@@ -75,7 +75,7 @@ def train(run: Run, state: TrainState) -> Outcome:
         while state.step < settings.steps and step_end.stopped_by is None:
             state, loss = _step(run, state, recent, measurements, stragglers)
             step_end.check_update(state, loss)
-            if run.profiler is not None and run.profiler.is_over(state.step):
+            if run.profiler is not None and run.profiler.is_over:
                 write_profile(run, run.profiler)
             if has_map(run.config.model) and _due(run.config.monitor.router_interval, state.step):
                 _draw_routers(run, state)
@@ -94,6 +94,10 @@ def train(run: Run, state: TrainState) -> Outcome:
                 validated = (state.step, validate(run, state))
                 step_end.keep_best(state, validated[1])
     run.console.close()
+    if run.profiler is not None and run.profiler.stop(run.engine):
+        run.console.say(
+            f"no profile of steps {run.profiler.steps}: the run was stopped before step {run.profiler.steps.last}"
+        )
     last_loss = validated[1] if validated and step_end.stopped_by is None else None
     return Outcome(state, last_loss, step_end.stopped_by, measurements.time_split())
 

@@ -40,32 +40,41 @@ class Profiler:
 
     Args:
         directory: folder of the traces; each rank writes its own.
+
+    Attributes:
+        is_over: whether the newest step was the last one of a record.
     """
 
     def __init__(self, steps: Steps, directory: Path) -> None:
         self.steps, self.directory = steps, directory / f"steps{steps}"
+        self.is_over = False
         self._profile: profile | None = None
+        self._is_recording = False
 
     @contextmanager
     def step(self, step: int, engine: LimeEngine) -> Iterator[None]:
-        """Around a training step: record it if it is one of the chosen ones."""
+        """Around a training step: record it if it is one of the chosen ones. If the first of them comes again, after a spike, the
+        record begins anew."""
+        self.is_over = False
         if step == self.steps.first:
+            self.stop(engine)
             kinds = [ProfilerActivity.CPU]
             if engine.device.type == "cuda":
                 kinds.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=kinds)
             self._profile.start()
-            engine.names_instructions = True
-        try:
-            yield
-        finally:
-            if step == self.steps.last and self._profile is not None:
-                engine.names_instructions = False
-                self._profile.stop()
+            engine.names_instructions = self._is_recording = True
+        yield
+        if step == self.steps.last:
+            self.is_over = self.stop(engine)
 
-    def is_over(self, step: int) -> bool:
-        """Whether ``step`` was the last of the chosen ones, and they were recorded."""
-        return step == self.steps.last and self._profile is not None
+    def stop(self, engine: LimeEngine) -> bool:
+        """Stop recording; returns whether there was a record to stop."""
+        was_recording, self._is_recording = self._is_recording, False
+        if was_recording and self._profile is not None:
+            engine.names_instructions = False
+            self._profile.stop()
+        return was_recording
 
     def write_trace(self, rank: int) -> None:
         """Write this rank's trace, which Perfetto and Chrome open.

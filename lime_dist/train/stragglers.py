@@ -7,26 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import pairwise
+from statistics import median, median_low
 
 from lime_dist.config.schema import Config
+from lime_dist.data.documents import attention_length
 from lime_dist.model import cost
 from lime_dist.train.measurements import Interval
 
 
 def stage_flops(config: Config, bounds: Sequence[int]) -> list[float]:
-    """Model FLOPs per token of each stage, forwards and backwards; ``bounds`` are those of its layers."""
-    layers = [flops.both for flops in cost.layer_flops(config.model, config.data.sequence_length)]
-    flops = [float(sum(layers[begin:end])) for begin, end in zip(bounds, bounds[1:], strict=False)]
-    flops[-1] += cost.head_flops(config.model).both
-    return flops
+    """Model FLOPs per token of each stage, forwards and backwards; ``bounds`` are those of `partition.stage_bounds`."""
+    length = attention_length(config.data, config.model.vocab_size)
+    layers = [flops.both for flops in cost.layer_flops(config.model, length)]
+    parts = [float(sum(layers[begin:end])) for begin, end in pairwise(bounds)]
+    parts[-1] += cost.head_flops(config.model).both
+    stages = config.parallel.pipeline_stages
+    return [sum(parts[stage::stages]) for stage in range(stages)]
 
 
 def slowness(intervals: Sequence[Interval], flops: Sequence[float]) -> dict[int, float]:
     """Computation time of each rank over the median of its equals, by rank.
 
-    The equals are the ranks of the same stage. With a single replica they are those of all stages, and times are divided by the
-    stages' FLOPs.
+    The equals are the ranks of the same stage; of an even number of them, the faster of the two in the middle is the median. With a
+    single replica they are the ranks of all stages, and times are divided by the stages' FLOPs.
 
     Args:
         intervals: of all ranks, in their order.
@@ -39,8 +43,9 @@ def slowness(intervals: Sequence[Interval], flops: Sequence[float]) -> dict[int,
     groups: dict[int, list[float]] = {}
     for rank, one in enumerate(intervals):
         groups.setdefault(one.stage if several else 0, []).append(times[rank])
+    middle = median_low if several else median
     return {
-        rank: times[rank] / typical if (typical := median(groups[one.stage if several else 0])) > 0 else 1.0
+        rank: times[rank] / typical if (typical := middle(groups[one.stage if several else 0])) > 0 else 1.0
         for rank, one in enumerate(intervals)
     }
 

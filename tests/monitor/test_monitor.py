@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lime_dist.config.load import make_config
 from lime_dist.monitor import map_image
 from lime_dist.monitor.pictures import picture, router_pictures
-from lime_dist.monitor.tensorboard import COLUMNS
+from lime_dist.monitor.tensorboard import COLUMNS, as_code
 from lime_dist.pipeline.clock import KINDS, Clock
 from lime_dist.plan.stage_times import boundary_bytes
 
@@ -184,6 +184,13 @@ def test_maps_have_labelled_axes_and_a_scale(monkeypatch: pytest.MonkeyPatch) ->
             assert right <= left2 or right2 <= left or low <= up2 or low2 <= up, written
         scale = np.asarray(image)[map_image.TOP : -map_image.BOTTOM, -60 - map_image.LINE :]
         assert ((scale == (8, 48, 107)).all(-1)[0]).any() and (scale[-1] == 255).all(-1).any()
+
+
+@pytest.mark.parametrize("text", ["plain", "a `name` b", "a ```block``` b", "````"])
+def test_sample_texts_are_shown_as_they_are(text: str) -> None:
+    """In a fenced block of Markdown, whose fence has at least three marks and more than the text."""
+    _, fence, shown, end, _ = as_code(text).split("\n")
+    assert shown == text and fence == end and set(fence) == {"`"} and len(fence) >= 3 and fence not in text
 
 
 def test_settings_and_layout_are_where_tensorboard_looks(events: EventAccumulator) -> None:

@@ -51,6 +51,30 @@ def test_a_disk_that_refuses_the_traces_does_not_stop_training(workers: Workers,
     )
 
 
+@pytest.mark.parametrize(("steps", "recorded"), [("9-12", 4), ("14-15", 2), ("12-14", 3)])
+def test_a_spike_within_the_steps(workers: Workers, dataset: Path, tmp_path: Path, steps: str, recorded: int) -> None:
+    """From step 14 back to step 10: steps that come again are recorded anew if the first of them comes again."""
+    run = values(dataset, tmp_path, steps=16)
+    run["train"] |= {"spike_factor": 2.0, "evaluation_interval": 0, "evaluation_samples": 0}
+    events = [{"do": "loss", "step": 14, "add": 20.0, "once": True}]
+    ((error, said),) = workers(1).run("support.runs.observe", values=run, events=events, profile=steps)
+    assert error == "" and "back to step 10" in said
+    trace = tmp_path / f"profile/steps{steps}/rank0.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    assert names["OptimizerStep"] == recorded
+
+
+def test_a_stop_within_the_steps_says_that_there_is_no_profile(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    run = values(dataset, tmp_path, steps=6)
+    events = [{"do": "signal", "step": 3}]
+    ((error, said),) = workers(1).run("support.runs.observe", values=run, events=events, profile="2-5")
+    assert error == "" and "no profile of steps 2-5: the run was stopped before step 5" in said
+    assert not (tmp_path / "profile").exists()
+    ((error, _),) = workers(1).run("support.runs.observe", values=run, profile="5")
+    assert error == "" and (tmp_path / "profile/steps5/summary.md").exists(), "no other profile is open"
+
+
 @pytest.mark.parametrize("text", ["", "0", "3-2", "a", "1-2-3", "-1"])
 def test_steps_that_are_none(text: str) -> None:
     with pytest.raises(LimeError, match=f"^pretrain.py --profile {text}: give a step or a range"):

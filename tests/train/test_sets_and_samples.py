@@ -193,6 +193,10 @@ def test_data_without_a_validation_split_of_their_own(dataset: Path, tmp_path: P
     assert (
         data.validation is None and data.evaluation_samples == 0 and data.validation_sets[0].split.split == "validation"
     )
+    assert data.validation_sets[0].evaluation_samples == 4 == run["train"]["evaluation_samples"]
+    again = read_run_data(data.settled(make_config(run, "a test")), 1)
+    samples = [one.evaluation_samples for one in again.validation_sets]
+    assert samples == [4], "the configuration in the run folder means the same"
     run = settings(dataset, tmp_path)
     run["data"]["validation"] = {"bare": str(bare)}
     assert read_run_data(make_config(run, "a test"), 1).validation_sets[0].split.split == "train"

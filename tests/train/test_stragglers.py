@@ -56,6 +56,21 @@ def test_the_flops_of_all_stages_are_those_of_the_model() -> None:
     )
 
 
+def test_a_stage_has_the_flops_of_its_parts() -> None:
+    """With the tokens that attention reads under a document mask."""
+    overrides = ["parallel.pipeline_stages=2", "model.num_hidden_layers=8"]
+    config = load_config(None, overrides)
+    one, two = stage_flops(config, [0, 4, 8]), stage_flops(config, [0, 2, 4, 6, 8])
+    assert len(two) == 2 and sum(two) == pytest.approx(sum(one))
+    layers = [each.both for each in cost.layer_flops(config.model, config.data.sequence_length)]
+    assert two[0] == pytest.approx(sum(layers[0:2] + layers[4:6]))
+
+
+def test_with_two_replicas_the_slower_is_compared_with_the_faster() -> None:
+    """Not with their mean, which is slow itself."""
+    assert slowness([measured(0, 0, 1.0), measured(0, 1, 1.5)], [1.0]) == {0: 1.0, 1: 1.5}
+
+
 def test_a_rank_is_named_once_it_has_been_slow_for_long_and_again_after_it_recovered() -> None:
     watch = Stragglers(share=0.25, seconds=10)
     assert watch.observe({0: 1.0, 1: 1.3}, began=0, now=6) == []
@@ -69,7 +84,7 @@ def test_a_rank_is_named_once_it_has_been_slow_for_long_and_again_after_it_recov
 def test_a_slow_rank_of_a_run_is_named(workers: Workers, dataset: Path, tmp_path: Path) -> None:
     run = values(dataset, tmp_path, steps=6, pipeline_stages=2)
     run["train"]["log_interval"] = 2
-    run["monitor"] = {"straggler_minutes": 0.0, "straggler_share": 0.6}
+    run["monitor"] = {"straggler_minutes": 0.0, "straggler_share": 4.0}
     error, said = workers(4).run("support.runs.observe_with_a_slow_rank", values=run, slow=2, seconds=0.2)[0]
     assert error == ""
     named = re.findall(
