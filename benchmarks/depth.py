@@ -24,6 +24,7 @@ from history_quality import chunked, first_last
 from pairs import mean_interval
 from quality import MODELS as ARCHITECTURES
 from runs import Study, add_options
+from sweep import add_sweep_options, check_sweep_seed, sweep_losses
 
 from lime_dist import load_config
 from lime_dist.config.schema import Config
@@ -78,20 +79,14 @@ def main() -> None:
     parser.set_defaults(seeds=[1, 2, 3])
     parser.add_argument("--models", nargs="+", default=DEFAULT, choices=sorted(MODELS), metavar="MODEL",
                         help=f"of {', '.join(sorted(MODELS))}; {BASE} and {FULL} always run")  # fmt: skip
-    parser.add_argument("--lrs", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3], help="learning rates to try")
+    add_sweep_options(parser, [5e-4, 1e-3, 2e-3])
     parser.add_argument("--router-multiples", nargs="+", type=float, default=[1.0, 3.0],
                         help="learning rates of routers to try, as multiples")  # fmt: skip
-    parser.add_argument(
-        "--sweep-seed", type=int, default=0, help="seed of the runs that choose the learning rates (default 0)"
-    )
     parser.add_argument(
         "--spread", action="store_true", help=f"train {BASE} alone, from {SPREAD_SEEDS} seeds at each learning rate"
     )
     arguments = parser.parse_args()
-    if arguments.sweep_seed in arguments.seeds:
-        raise LimeError(
-            f"--sweep-seed {arguments.sweep_seed} is among --seeds; choose another, or the chosen setting is favoured"
-        )
+    check_sweep_seed(arguments)
     shared = [
         *SIZE, f"optimizer.warmup_steps={max(1, round(WARMUP_SHARE * arguments.steps))}",
         f"train.evaluation_interval={max(1, arguments.steps // CURVE_POINTS)}",
@@ -131,15 +126,9 @@ def has_routers(name: str) -> bool:
 
 
 def best(sweep: Study, settings: Sequence[Setting], seed: int) -> Setting:
-    """Return the setting with the lowest validation loss.
-
-    Raises:
-        LimeError: a run of the sweep has not finished.
-    """
-    losses = {one: sweep.validation(one.name, seed) for one in settings}
-    if missing := [one.name for one, loss in losses.items() if loss is None]:
-        raise LimeError(f"{missing[0]} has not finished; run the same command again")
-    return min(settings, key=lambda one: losses[one] or 0.0)
+    """Return the setting with the lowest validation loss."""
+    losses = sweep_losses(sweep, [one.name for one in settings], seed)
+    return min(settings, key=lambda one: losses[one.name])
 
 
 def report(study: Study, table: str) -> None:

@@ -1,7 +1,7 @@
 """Compare AdamW with Muon, each at the learning rate that suits it.
 
 First both are trained once at each learning rate from a seed of its own (--sweep-seed), then at the best one from the seeds given, the
-same for both. The difference is paired by seed.
+same for both. Routers keep their learning rate. The difference is paired by seed.
 
     python benchmarks/optimizers.py --data data/quickstart/shards --output runs/optimizers --jobs 1
     python benchmarks/optimizers.py --data … --output … --jobs 2 --steps 200 parallel.pipeline_stages=1
@@ -18,8 +18,9 @@ from dataclasses import replace
 from pairs import mean_interval
 from quality import mean_and_spread
 from runs import Study, add_options
+from sweep import add_sweep_options, check_sweep_seed, sweep_losses
 
-from lime_dist.errors import LimeError, run_command
+from lime_dist.errors import run_command
 
 NAMES = ("adamw", "muon")
 
@@ -32,26 +33,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, steps=400)
     parser.set_defaults(seeds=[1, 2, 3])
-    parser.add_argument(
-        "--lrs", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="learning rates to try; routers keep theirs"
-    )
-    parser.add_argument(
-        "--sweep-seed", type=int, default=0, help="seed of the runs that choose the learning rates (default 0)"
-    )
+    add_sweep_options(parser, [1e-3, 2e-3, 4e-3])
     arguments = parser.parse_args()
-    if arguments.sweep_seed in arguments.seeds:
-        raise LimeError(
-            f"--sweep-seed {arguments.sweep_seed} is among --seeds; choose another, or the chosen setting is favoured"
-        )
+    check_sweep_seed(arguments)
     tried = {
         variant(name, lr): [f"optimizer.name={name}", f"optimizer.lr={lr}"] for name in NAMES for lr in arguments.lrs
     }
     sweep = replace(Study.from_options(arguments, [], tried), seeds=[arguments.sweep_seed])
     sweep.run(arguments.jobs, arguments.minutes)
-    swept = {one: sweep.validation(one, arguments.sweep_seed) for one in tried}
-    if missing := [one for one, loss in swept.items() if loss is None]:
-        raise LimeError(f"{missing[0]} has not finished; run the same command again")
-    best = {name: min((variant(name, lr) for lr in arguments.lrs), key=lambda one: swept[one] or 0.0) for name in NAMES}
+    swept = sweep_losses(sweep, list(tried), arguments.sweep_seed)
+    best = {name: min((variant(name, lr) for lr in arguments.lrs), key=swept.__getitem__) for name in NAMES}
     study = replace(sweep, seeds=arguments.seeds, variants={one: tried[one] for one in best.values()})
     study.run(arguments.jobs, arguments.minutes)
     lines = [f"| | {' | '.join(f'{lr:g}' for lr in arguments.lrs)} |", f"|---{'|---' * len(arguments.lrs)}|"]

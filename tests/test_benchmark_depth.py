@@ -50,6 +50,9 @@ def test_the_lowest_loss_chooses_the_setting(study: tuple[Study, dict[str, depth
         depth.best(sweep, settings, 0)
     write(sweep, settings[2].name, 0, {8: 2.7})
     assert depth.best(sweep, settings, 0) == settings[1]
+    diverged = depth.Setting("lime-full", 4e-3, 3.0)
+    write(sweep, diverged.name, 0, {8: float("nan")})
+    assert depth.best(sweep, [diverged, *settings], 0) == settings[1], "nan is no loss below the others"
 
 
 def test_the_table_pairs_by_seed(study: tuple[Study, dict[str, depth.Setting]]) -> None:
