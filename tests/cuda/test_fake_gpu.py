@@ -29,7 +29,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "checkpointing": [False, True],
     "wire": [None, "bf16", "fp8"],
     "batch": [2, 1],
-    "schedule": ["1f1b", "zero_bubble"],
+    "schedule": ["1f1b", "zero_bubble", "interleaved"],
 }
 PROCESSES = 2
 pytestmark = pytest.mark.slow  # all tests together
@@ -71,6 +71,7 @@ def values_of(row: Row) -> dict[str, Any]:
         },
         "parallel": {
             "pipeline_stages": stages, "zero_stage": row["replicas"] - 1, "activation_checkpointing": row["checkpointing"],
+            "virtual_stages": 2 if row["schedule"] == "interleaved" else 1,
         },
         "pipeline": {"wire_dtype": row["wire"], "schedule": row["schedule"]},
         "precision": row["precision"],

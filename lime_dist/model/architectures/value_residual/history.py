@@ -34,7 +34,9 @@ class FirstValues(LayerHistory):
 
     def begin_part(self, part: int) -> None:
         self.part = part
-        self._carrier = _Keep.apply(torch.zeros((), requires_grad=torch.is_grad_enabled()), self.first, self)
+        assert self.first is not None
+        graph = torch.zeros((), device=self.first.device, requires_grad=torch.is_grad_enabled())
+        self._carrier = _Keep.apply(graph, self.first, self)
 
     def unpack(self, payload_BTC: Tensor, hidden_size: int) -> Tensor:
         batch, length, width = payload_BTC.shape
