@@ -27,6 +27,7 @@ from lime_dist.analysis.routes import DynamicWeights, frequent_types, routes_of
 from lime_dist.analysis.words import MIN_OCCURRENCES, Occurrences, WordStates, count_words, find_words, word_tokens
 from lime_dist.commands import CommandParser
 from lime_dist.data.dataset import TokenSplit
+from lime_dist.data.documents import MASK, find_eos
 from lime_dist.data.files import json_bytes, write_atomic
 from lime_dist.errors import LimeError, run_command
 from lime_dist.export.exported import ExportedModel, check_vocabulary, open_verified, require_transformers, verify
@@ -50,12 +51,18 @@ EXAMPLE = """example:
 
 
 def analyse_model(
-    exported: ExportedModel, name: str, samples: Sequence[Tensor], words: Occurrences | None, seed: int
+    exported: ExportedModel,
+    name: str,
+    samples: Sequence[Tensor],
+    words: Occurrences | None,
+    seed: int,
+    eos: int | None = None,
 ) -> Findings:
-    """Run one model over the samples, [T] each, and summarise its representations."""
+    """Run one model over the samples, [T] each, and summarise its representations. ``eos``: see `representations`."""
     entropies, dynamic = EntropyByLayer(), DynamicWeights(frequent_types(samples))
     states = None if words is None else WordStates(words)
-    for sample in tqdm(representations(exported, iter(samples)), name, total=len(samples), unit="sample", disable=None):
+    run = representations(exported, iter(samples), eos)
+    for sample in tqdm(run, name, total=len(samples), unit="sample", disable=None):
         entropies.add(sample)
         dynamic.add(sample)
         if states is not None:
@@ -117,11 +124,14 @@ def locate_words(
     return occurrences
 
 
-def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """The first samples of the split, [T] each. By default T is the shortest sequence length of the runs, at most `LONGEST`.
+def read_samples(
+    options: argparse.Namespace, certificates: Sequence[dict[str, Any]]
+) -> tuple[list[Tensor], list[int | None]]:
+    """The first samples of the split, [T] each, and for each model the token that ends documents, None without
+    ``data.document_mask``. By default T is the shortest sequence length of the runs, at most `LONGEST`.
 
     Raises:
-        LimeError: the data cannot be read, or have another vocabulary than the models.
+        LimeError: the data cannot be read, have another vocabulary than the models, or do not name the token that ends documents.
     """
     vocabulary = min(certificate["tokenizer"]["vocab_size"] for certificate in certificates)
     split = TokenSplit(options.data, options.split, vocab_size=vocabulary)
@@ -131,7 +141,9 @@ def read_samples(options: argparse.Namespace, certificates: Sequence[dict[str, A
     if length is None:
         length = min(LONGEST, *(certificate["training"]["sequence_length"] for certificate in certificates))
     count = min(options.samples, split.num_samples(length))
-    return [torch.from_numpy(split.sample(i, length)[:-1].astype("int64")) for i in range(count)]
+    runs = (certificate["training"] for certificate in certificates)
+    ends = [find_eos(split, run.get("eos_token"), MASK) if run.get("document_mask") else None for run in runs]
+    return [torch.from_numpy(split.sample(i, length)[:-1].astype("int64")) for i in range(count)], ends
 
 
 def analyse(options: argparse.Namespace) -> None:
@@ -155,18 +167,18 @@ def analyse(options: argparse.Namespace) -> None:
             raise LimeError(f"{folder}: is listed twice")
     names = distinct_names(options.models)
     certificates = [verify(folder) for folder in options.models]
-    samples = read_samples(options, certificates)
+    samples, ends = read_samples(options, certificates)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LimeError(f"--output {options.output} cannot be created: {error.strerror}") from None
     findings: dict[str, Findings] = {}
     words: Occurrences | None = None
-    for name, folder, certificate in zip(names, options.models, certificates, strict=True):
+    for name, folder, certificate, eos in zip(names, options.models, certificates, ends, strict=True):
         exported = open_verified(folder, certificate)
         if not findings:
             words = locate_words(exported, samples, asked, options.occurrences)
-        findings[name] = analyse_model(exported, name, samples, words, options.seed)
+        findings[name] = analyse_model(exported, name, samples, words, options.seed, eos)
         del exported  # free it before the next one is loaded
     try:
         drawn = draw(options.output, findings, words)

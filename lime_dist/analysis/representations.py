@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.export.exported import ExportedModel
+from lime_dist.export.exported import ExportedModel, within_documents
 
 KINDS = {"values": "values that attention reads", "states": "hidden states"}
 """Kinds of representations. Values: of each layer, [T, G·d], after the mixture over layers. States: the input of each layer and
@@ -32,8 +32,14 @@ class Representations:
     routing: Mapping[int, Tensor]
 
 
-def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Iterator[Representations]:
-    """Run a model over samples of tokens, [T] each, one at a time."""
+def representations(
+    exported: ExportedModel, samples: Iterator[Tensor], eos: int | None = None
+) -> Iterator[Representations]:
+    """Run a model over samples of tokens, [T] each, one at a time.
+
+    Args:
+        eos: the token that ends every document, for attention within documents; None: attention crosses them.
+    """
     from transformers import DynamicCache
 
     class Recorder(DynamicCache):
@@ -56,9 +62,11 @@ def representations(exported: ExportedModel, samples: Iterator[Tensor]) -> Itera
     try:
         for tokens in samples:
             values: dict[int, Tensor] = {}
+            tokens_BT = tokens.unsqueeze(0).to(exported.model.device)
             with torch.no_grad():
                 output = exported.model(
-                    tokens.unsqueeze(0).to(exported.model.device),
+                    tokens_BT,
+                    **({} if eos is None else within_documents(tokens_BT, eos)),
                     past_key_values=Recorder(),
                     use_cache=True,
                     output_hidden_states=True,

@@ -33,6 +33,7 @@ from lime_dist.export.model_files import model_description
 from lime_dist.model.architectures.lime.depth.history import DepthKeyValueHistory
 from lime_dist.model.blocks import Attention
 from lime_dist.model.decoder import Decoder
+from lime_dist.model.documents import document_starts
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 pytest.importorskip("sklearn", reason="the extra `analysis` is not installed")
@@ -107,16 +108,18 @@ def test_representations_are_those_of_the_trainers_decoder(
         )
     decoder.get_submodule("model.norm").register_forward_hook(lambda module, given, out: states.append(out[0]))
     given = samples(2)
-    for tokens, sample in zip(given, representations(exported, iter(given)), strict=True):
-        values.clear()
-        states.clear()
-        with torch.no_grad():
-            decoder(tokens.unsqueeze(0))
-        assert torch.equal(sample.tokens, tokens)
-        assert len(sample.layers["values"]) == 5 and len(sample.layers["states"]) == 6
-        for kind, wanted in (("values", values), ("states", states)):
-            for one, other in zip(sample.layers[kind], wanted, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    eos = int(given[0][9])
+    for end in (None, eos):
+        for tokens, sample in zip(given, representations(exported, iter(given), end), strict=True):
+            values.clear()
+            states.clear()
+            with torch.no_grad():
+                decoder(tokens.unsqueeze(0), None if end is None else document_starts(tokens.unsqueeze(0), end))
+            assert torch.equal(sample.tokens, tokens)
+            assert len(sample.layers["values"]) == 5 and len(sample.layers["states"]) == 6
+            for kind, wanted in (("values", values), ("states", states)):
+                for one, other in zip(sample.layers[kind], wanted, strict=True):
+                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert not any(router._forward_hooks for router in dynamic_routers(exported).values()), "all hooks are removed"
 
 
@@ -264,11 +267,12 @@ def test_separability_and_clouds() -> None:
 
 @pytest.fixture(scope="module")
 def exports(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """LLaMA, LIMe over keys and values, LIMe Dynamic, with random weights."""
+    """LLaMA, LIMe over keys and values within documents, LIMe Dynamic, with random weights."""
     folder = tmp_path_factory.mktemp("analysis")
     made = []
     for name in ("llama", "kv", "dynamic"):
         values = run_values(dataset, folder / "runs" / name, **MODELS[name] | {"num_key_value_heads": 4})
+        values["data"]["document_mask"] = name == "kv"
         write_random(values)
         export.main(["--checkpoint", str(folder / "runs" / name), "--output", str(folder / name)])
         made.append(folder / name)
@@ -317,6 +321,20 @@ def test_the_command_draws_all_models_side_by_side(
         "retrieval.png",
         "routers.png",
     ]
+
+
+def test_a_model_reads_documents_as_in_its_training(
+    exports: list[Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+
+    def noting(exported: ExportedModel, given: Any, eos: int | None = None) -> Any:
+        ends.append(eos)
+        return representations(exported, given, eos)
+
+    monkeypatch.setattr(analysis, "representations", noting)
+    call(exports[:2], dataset, tmp_path / "out", "--words", "eta,alphabeta", "--samples", "1")
+    assert ends == [None, 2]
 
 
 def test_words_that_are_too_rare_leave_the_rest(
