@@ -25,6 +25,7 @@ from lime_dist.launchers import is_main_process, world_size
 
 if TYPE_CHECKING:  # at run time these imports wait until `start_processes` has chosen DeepSpeed's accelerator
     from lime_dist.checkpoint.store import Checkpoint
+    from lime_dist.data.prompts import Prompts
     from lime_dist.data.run_data import RunData
     from lime_dist.data.state import TrainState
     from lime_dist.data.validation_sets import ValidationSet
@@ -35,7 +36,6 @@ if TYPE_CHECKING:  # at run time these imports wait until `start_processes` has 
     from lime_dist.train.loop import Outcome
     from lime_dist.train.profile import Profiler
     from lime_dist.train.run import Run
-    from lime_dist.train.sample_texts import Prompts
     from lime_dist.train.stage_optimizer import StageOptimizer
     from lime_dist.train.steps import Steps
 
@@ -270,24 +270,11 @@ def open_prompts(config: Config, settings: SampleTextsConfig) -> Prompts:
     Raises:
         LimeError: the data name no tokenizer, or a prompt is too long.
     """
+    from lime_dist.data.prompts import Prompts
     from lime_dist.distributed import from_main_process, together
-    from lime_dist.export.run_tokenizer import open_run_tokenizer
-    from lime_dist.train.sample_texts import Prompts, check_length
+    from lime_dist.export.run_tokenizer import encode_prompts
 
-    def encode() -> Prompts | None:
-        if not is_main_process():
-            return None
-        try:
-            tokenizer, description = open_run_tokenizer(config)
-        except LimeError as error:
-            raise LimeError(f"monitor.samples: {error}") from None
-        begin = tokenizer.bos_id if description["settings"].get("bos") else tokenizer.eos_id
-        tokens = [[begin, *tokenizer.encode(text)] for text in settings.prompts]
-        prompts = Prompts(settings.prompts, tokens, tokenizer.eos_id, tokenizer.vocab_size, tokenizer.decode)
-        check_length(prompts, settings, config.data.sequence_length)
-        return prompts
-
-    own = together(encode)
+    own = together(lambda: encode_prompts(config, settings) if is_main_process() else None)
     tokens, eos, pieces = from_main_process(([], 0, 0) if own is None else (own.tokens, own.eos, own.vocab_size))
     return own or Prompts(settings.prompts, tokens, eos, pieces, str)
 

@@ -360,6 +360,10 @@ REFUSED = {
         "train.evaluation_samples=7 is no multiple of",
     ),
     "samples longer than the split": (["data.sequence_length=1000000"], "tokens, one sample needs 1000001"),
+    "sample texts longer than a sample": (
+        ["monitor.samples={{prompts: [alpha], tokens: 100000}}"],
+        "monitor.samples.tokens=100000 are more than data.sequence_length=",
+    ),
     "an answer token beyond the vocabulary": (["data.answer_token=99999"], "data.answer_token=99999"),
     "a run folder of another model": (
         ["model.hidden_size=32"],

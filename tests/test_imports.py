@@ -35,7 +35,7 @@ ALLOWED: dict[str, str] = {
     "lime_dist.monitor": "errors launchers versions config data model checkpoint",
     "lime_dist.export": "errors config data model checkpoint data_tools",
     "lime_dist.plan": "errors config data model pipeline",
-    "lime_dist.doctor": "errors versions hostfile distributed contract config data model pipeline plan checkpoint",
+    "lime_dist.doctor": "errors versions hostfile distributed contract config data model pipeline plan checkpoint export",
     "lime_dist.analysis": "errors config data model checkpoint monitor export",
     "data_tools": "errors commands paths data",
 }

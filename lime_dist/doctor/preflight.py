@@ -12,6 +12,7 @@ from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.schema import Config
 from lime_dist.data.run_data import describe_evaluation, read_run_data
 from lime_dist.errors import LimeError
+from lime_dist.export.run_tokenizer import encode_prompts
 
 
 def preflight(config: Config, processes: int) -> tuple[list[str], list[str], list[str]]:
@@ -43,6 +44,8 @@ def preflight(config: Config, processes: int) -> tuple[list[str], list[str], lis
             next(iter(validation))
         for each in data.validation_sets:
             next(iter(each.batches(config, 0, replicas)))
+        if config.monitor.samples is not None:
+            encode_prompts(config, config.monitor.samples)
         checkpoints = Path(config.run.directory) / "checkpoints"
         why_not = why_not_resumable(checkpoints, config, data.identity)
         if not saved_steps(checkpoints):

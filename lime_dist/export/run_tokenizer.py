@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.tokenizer import Tokenizer
-from lime_dist.config.schema import Config, DataConfig
+from lime_dist.config.schema import Config, DataConfig, SampleTextsConfig
 from lime_dist.data.dataset import read_dataset_json
+from lime_dist.data.prompts import Prompts
 from lime_dist.errors import LimeError
 
 
@@ -48,3 +49,20 @@ def open_run_tokenizer(
             "give the run's own tokenizer"
         )
     return tokenizer, description
+
+
+def encode_prompts(config: Config, settings: SampleTextsConfig) -> Prompts:
+    """Encode the prompts of ``monitor.samples`` with the run's own tokenizer.
+
+    Raises:
+        LimeError: the data name no tokenizer, or a prompt is too long.
+    """
+    try:
+        tokenizer, description = open_run_tokenizer(config)
+    except LimeError as error:
+        raise LimeError(f"monitor.samples: {error}") from None
+    begin = tokenizer.bos_id if description["settings"].get("bos") else tokenizer.eos_id
+    tokens = [[begin, *tokenizer.encode(text)] for text in settings.prompts]
+    prompts = Prompts(settings.prompts, tokens, tokenizer.eos_id, tokenizer.vocab_size, tokenizer.decode)
+    prompts.check_length(settings, config.data.sequence_length)
+    return prompts
