@@ -31,7 +31,7 @@ def open_run_tokenizer(
     Raises:
         LimeError: there is no tokenizer, it is not the one of the shards, or it has more pieces than the model's vocabulary.
     """
-    data = data_folder(config.data)
+    data, is_given = data_folder(config.data), tokenizer_folder is not None
     description: dict[str, Any] = {}
     try:
         description = read_dataset_json(data)
@@ -42,7 +42,8 @@ def open_run_tokenizer(
             raise LimeError(f"the run's data do not name a tokenizer ({error}){remedy}") from None
     tokenizer = Tokenizer(tokenizer_folder)
     if description and description["tokenizer_hash"] != tokenizer.hash:
-        raise LimeError(f"{tokenizer_folder}: is not the tokenizer that {data} was made with; leave out --tokenizer")
+        what_to_do = "leave out --tokenizer" if is_given else "pretokenize the data again"
+        raise LimeError(f"{tokenizer_folder}: is not the tokenizer that {data} was made with; {what_to_do}")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise LimeError(
             f"{tokenizer_folder}: has {tokenizer.vocab_size} pieces, but model.vocab_size={config.model.vocab_size}; "

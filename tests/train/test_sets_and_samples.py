@@ -21,6 +21,7 @@ from lime_dist.config.load import load_config, make_config
 from lime_dist.data.run_data import read_run_data
 from lime_dist.errors import LimeError
 from lime_dist.export.comparison import mean_loss, validation_batches
+from lime_dist.export.run_tokenizer import encode_prompts
 from lime_dist.model.decoder import Decoder, build_decoder
 from lime_dist.model.documents import document_starts
 from lime_dist.monitor.tags import scalars
@@ -175,6 +176,11 @@ def test_a_set_of_another_tokenizer_is_refused(dataset: Path, tmp_path: Path) ->
     run["data"]["validation"] = {"other": str(other)}
     with pytest.raises(LimeError, match=re.escape("data.validation.other: ") + ".*different tokenizers"):
         read_run_data(make_config(run, "a test"), 1)
+    run["data"] |= {"path": str(other), "validation": {}}
+    config = make_config(run, "a test")
+    assert config.monitor.samples is not None
+    with pytest.raises(LimeError, match="monitor.samples: .*is not the tokenizer that .*; pretokenize the data again"):
+        encode_prompts(config, config.monitor.samples)
 
 
 def test_data_without_a_validation_split_of_their_own(dataset: Path, tmp_path: Path) -> None:
