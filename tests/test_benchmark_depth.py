@@ -12,7 +12,7 @@ import pytest
 from benchmarks import pairs
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # the scripts import each other from their folder
 
 from benchmarks import depth  # noqa: E402
 from benchmarks.runs import Study  # noqa: E402

@@ -137,6 +137,6 @@ def test_what_flex_attention_cannot_compute_gets_a_tensor(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(documents, "block_mask", lambda starts: "blocks")
     monkeypatch.setattr(documents, "find_spec", lambda name: name)
-    assert document_mask(OnCuda(), torch.bfloat16, 64) == "blocks"  # type: ignore[arg-type]
+    assert document_mask(OnCuda(), torch.bfloat16, 64) == "blocks"  # type: ignore[arg-type]  # says only where it is
     starts = document_starts(TOKENS, EOS)
     assert isinstance(document_mask(starts, torch.bfloat16, 64), Tensor)

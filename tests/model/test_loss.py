@@ -73,7 +73,7 @@ class LargestTensor(TorchDispatchMode):
     elements = 0
 
     def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        result = func(*args, **(kwargs or {}))  # type: ignore[operator]
+        result = func(*args, **(kwargs or {}))  # type: ignore[operator]  # torch types it so
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
                 self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.itemsize)
