@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from results import write
+from results import plotting, write
 
 from lime_dist import load_config
 from lime_dist.config.schema import Config
@@ -157,14 +157,8 @@ def make_table(depths: list[int], steps_by_policy: dict[str, list[Parts]], cross
 
 def draw(depths: list[int], steps_by_policy: dict[str, list[Parts]], machine: Machine, path: Path) -> None:
     """Draw one panel per policy with the shares of the step against depth, and one with times over LLaMA's."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install -c constraints.txt -e '.[analysis]'")
+    if (pyplot := plotting()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, all_axes = pyplot.subplots(2, 4, figsize=(17, 7.2))
     for axes, (name, steps) in zip(all_axes.flat, steps_by_policy.items(), strict=False):
         whole = [sum(vars(parts).values()) for parts in steps]

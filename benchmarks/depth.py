@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from history_quality import chunked, first_last
 from pairs import mean_interval
 from quality import MODELS as ARCHITECTURES
+from results import plotting
 from runs import Study, add_options
 from sweep import add_sweep_options, check_sweep_seed, sweep_losses
 
@@ -217,14 +218,8 @@ def seconds_per_step(study: Study, setting: Setting, seeds: Sequence[int]) -> fl
 
 def draw(study: Study, chosen: dict[str, Setting], seeds: Sequence[int]) -> None:
     """Draw validation loss against FLOPs, as means over seeds."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install -c constraints.txt -e '.[analysis]'")
+    if (pyplot := plotting()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name, one in chosen.items():
         each = flops(study.model(one.name))

@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Sequence
 
 from pairs import mean_interval, ratio_interval
+from results import plotting
 from runs import Study, add_options
 
 from lime_dist.errors import LimeError, run_command
@@ -128,14 +129,8 @@ def share(gains: Sequence[float], of: Sequence[float]) -> str:
 
 def draw(study: Study, seeds: Sequence[int]) -> None:
     """Draw validation loss minus LLaMA's against entries: a small dot per seed, a large one for the mean, a bar for its 95 % interval."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install -c constraints.txt -e '.[analysis]'")
+    if (pyplot := plotting()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     llama = study.losses("llama", seeds)
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
     axes.axhline(0, color="grey", linewidth=1, label="llama")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 
+from results import plotting
 from runs import Study, add_options
 
 from lime_dist.errors import LimeError, run_command
@@ -82,14 +83,8 @@ def mean_and_spread(values: list[float], sign: str = "", digits: int = 4) -> str
 
 def draw(study: Study, seeds: list[int]) -> None:
     """Draw training loss (smoothed) and validation loss against tokens, as means over seeds."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install -c constraints.txt -e '.[analysis]'")
+    if (pyplot := plotting()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name in study.variants:
         runs = [study.records(name, seed) for seed in seeds]

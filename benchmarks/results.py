@@ -1,4 +1,4 @@
-"""Keep the measurements of a stopped benchmark, in results.json of its output folder. The file is whole or absent."""
+"""Keep the measurements of a stopped benchmark, in results.json of its output folder, which is whole or absent; and open matplotlib."""
 
 from __future__ import annotations
 
@@ -43,3 +43,16 @@ def write(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def plotting() -> Any | None:
+    """Return matplotlib's pyplot, which draws into files only; None, after a line that says how to install it, if it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: pip install -c constraints.txt -e '.[analysis]'")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
