@@ -61,8 +61,8 @@ def test_device_and_batch_size(trained: tuple[Path, float], dataset: Path, monke
     sizes, devices = [], set()
     original = ExportedModel.logits
 
-    def watched(exported: ExportedModel, tokens: torch.Tensor) -> torch.Tensor:
-        logits = original(exported, tokens)
+    def watched(exported: ExportedModel, tokens: torch.Tensor, eos: int | None = None) -> torch.Tensor:
+        logits = original(exported, tokens, eos)
         sizes.append(len(tokens))
         devices.add((logits.device.type, exported.model.device.type))
         return logits

@@ -75,7 +75,8 @@ def test_the_loss_of_an_export_is_the_runs(dataset: Path, tmp_path: Path, archit
     configuration = run_values(dataset, tmp_path / "run", architecture=architecture)
     configuration["data"] |= {"sequence_length": 128, "document_mask": True}
     config, decoder = write_random(configuration)
-    export(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "exported")])
+    exported = tmp_path / f"{architecture}-of-documents"  # transformers keeps modules by the name of the folder
+    export(["--checkpoint", str(tmp_path / "run"), "--output", str(exported)])
     split = TokenSplit(dataset, "validation")
     counted = find_counted(split, config.data)
     assert counted == WithinDocuments(EOS)
@@ -87,7 +88,7 @@ def test_the_loss_of_an_export_is_the_runs(dataset: Path, tmp_path: Path, archit
             masked_logits, plain = (decoder(tokens, starts) for starts in masks)
         assert (masked_logits - plain).abs().max() > 1e-2
         losses.append(language_model_loss(masked_logits, labels, counted.share(split, 128, 8)).item())
-    loss = evaluate(tmp_path / "exported", dataset, "validation", None, None)
+    loss = evaluate(exported, dataset, "validation", None, None)
     assert loss == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
