@@ -5,7 +5,7 @@ the best setting of each is trained from the seeds given, which are the same for
 paired by seed; intervals hold for all comparisons of the table together.
 
     python benchmarks/depth.py --data data/quickstart/shards --output runs/depth --jobs 2
-    python benchmarks/depth.py --data … --output … --models llama lime-full first_last --seeds 1 2 3 4 5 --steps 3200
+    python benchmarks/depth.py --data … --output … --models llama lime-full lime-first_last --seeds 1 2 3 4 5 --steps 3200
     python benchmarks/depth.py --data … --output … --minutes 60                (start no runs after that)
     python benchmarks/depth.py --data … --output … --spread                    (only LLaMA: how much do seeds differ?)
 

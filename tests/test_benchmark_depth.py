@@ -14,8 +14,8 @@ from benchmarks import pairs
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # the scripts import each other from their folder
 
-from benchmarks import depth  # noqa: E402
-from benchmarks.runs import Study  # noqa: E402
+from benchmarks import depth  # noqa: E402  # needs that folder
+from benchmarks.runs import Study  # noqa: E402  # likewise
 
 SEEDS = [1, 2, 3]
 

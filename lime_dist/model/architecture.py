@@ -263,9 +263,10 @@ class Architecture(Protocol):
 
         return weight_pass_activations(self.config).nbytes(num_tokens, itemsize)
 
-    @abstractmethod
     def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """Bytes that a stage keeps of a received payload; see `cost.received_activation_bytes`."""
+        """Bytes that a stage keeps of a received payload; see `cost.received_activation_bytes`. By default none: the hidden state is
+        the first layer's input, and the rest is the history's."""
+        return 0
 
     @abstractmethod
     def block_gradient_bytes(

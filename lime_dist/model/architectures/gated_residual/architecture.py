@@ -110,10 +110,6 @@ class GatedResidual(WithoutHistory, Architecture):
             kept = self._read(streams) + self._read(self.rate) + write + write + transformer_activations(self.config)
         return kept.nbytes(num_tokens, itemsize)
 
-    def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """The received streams are the first layer's input."""
-        return 0
-
     # -- export -------------------------------------------------------------------------------------------------------
 
     @property

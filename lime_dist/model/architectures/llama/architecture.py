@@ -68,10 +68,6 @@ class Llama(WithoutHistory, Architecture):
             kept = transformer_activations(self.config) + norm_activations(self.config)
         return kept.nbytes(num_tokens, itemsize)
 
-    def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """The received hidden state is the first layer's input."""
-        return 0
-
     @property
     def export_format(self) -> ExportFormat:
         """The LLaMA of `transformers` knows none of ``model.numerics``."""

@@ -129,10 +129,6 @@ class ValueResidual(Architecture):
             kept += Activations(per_token=self.entry_width)  # the layer's own values, for the gradient of their factor
         return kept.nbytes(num_tokens, itemsize)
 
-    def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """The payload's hidden state is the first layer's input, and the rest of it the history's entry."""
-        return 0
-
     def block_gradient_bytes(
         self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:

@@ -164,10 +164,6 @@ class DepthAttentionLime(Lime):
             kept += Activations(per_token=2 * self.config.key_value_heads * self.config.head_size)
         return kept.nbytes(num_tokens, itemsize)
 
-    def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """The payload lands in the history's own memory. Its hidden state is the first layer's input."""
-        return 0
-
     def block_gradient_bytes(
         self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:

@@ -140,10 +140,6 @@ class KeyValueLime(RoutedLime):
         kept += Activations(per_token=self.entry_width // 2)  # mixed keys, in one piece of memory with the values
         return kept.nbytes(num_tokens, itemsize)
 
-    def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
-        """The payload lands in the history's own memory. Its hidden state is the first layer's input."""
-        return 0
-
     def block_gradient_bytes(
         self, layers: range, block: range, num_tokens: int, itemsize: int, checkpointing: bool, prices: Prices
     ) -> int:
