@@ -91,11 +91,31 @@ class Interleaved(OverlappedSchedule):
         for each in forwards[:warm_up]:
             yield from self.forward(stage, *each)
         for each, returning in zip(forwards[warm_up:], backwards, strict=False):
+            gradient = self.backward(stage, *returning)
+            if self._gradient_comes_first(stage, returning):
+                yield next(gradient)
             yield from self.forward(stage, *each)
-            yield from self.backward(stage, *returning)
+            yield from gradient
         for returning in backwards[len(forwards) - warm_up :]:
             yield from self.backward(stage, *returning)
         yield from self.update()
+
+    @cached_property
+    def _in_groups_of_three(self) -> frozenset[int]:
+        """The micro-batches of groups of more than two."""
+        return frozenset(micro_batch for group in self.groups if len(group) > 2 for micro_batch in group)
+
+    def _gradient_comes_first(self, stage: int, returning: Pass) -> bool:
+        """Whether ``stage`` takes the gradient of a backward pass before the payload of the forward pass that precedes it.
+
+        The second of two stages receives both from the first one, and takes them in the order in which they are sent. A gradient is
+        sent after `warm_up` (0) forward passes and as many backward ones as have come before it, less a group, since the first
+        stage is a part ahead; the payload after `warm_up` (1) and as many: so the gradient comes first in groups of more than
+        `warm_up` (0) − `warm_up` (1) = 2. In the other order the first stage's device could not finish sending the gradient before the
+        payload that follows (tests/cuda).
+        """
+        has_gradient = returning.part < self.parts - 1
+        return self.stages == 2 and stage == 1 and has_gradient and returning.micro_batch in self._in_groups_of_three
 
     def forwards_before_backwards(self, stage: int) -> Integers:
         return one_to_one(self.micro_batches * self.parts, self.warm_up(stage))
