@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,7 @@ def test_what_limits_a_step(limit: str, overrides: list[str], changes: dict[str,
     assert planned.bubble == pytest.approx(1 - planned.parts.computation / planned.seconds)
 
 
+TWO_PARTS = ["parallel.virtual_stages=2", "pipeline.schedule=interleaved"]
 PLANS = [
     [],
     ["--stages", "4", "--processes", "8", "--bandwidth", "200MB"],
@@ -186,6 +188,7 @@ PLANS = [
     ["--stages", "1", "--processes", "8", "--bandwidth", "1GB", "parallel.zero_stage=1"],
     ["pipeline.engine=stock", "--bandwidth", "50MB"],
     ["--stages", "4", "pipeline.schedule=zero_bubble", "--bandwidth", "1GB"],
+    ["--stages", "4", *TWO_PARTS, "--bandwidth", "1GB"],
 ]
 
 
@@ -497,6 +500,21 @@ def test_a_timeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     forward, backward = (0x44, 0x77, 0xAA), (0x66, 0xAA, 0x77)
     for colour in (forward, backward):
         assert ((pixels[..., :3] * 255).round() == colour).all(-1).mean() > 0.01
+
+
+def test_a_timeline_says_which_part_a_pass_is_through(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Forward passes through the second of two parts, and those through the first one, in colours of their own, as often as they are."""
+    pyplot, colors = pytest.importorskip("matplotlib.pyplot"), pytest.importorskip("matplotlib.colors")
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    table = call(monkeypatch, capsys, *QUICKSTART, *TWO_PARTS, "--timeline", str(tmp_path / "step.png"))
+    assert "; with equal parts and free transfers, (P − 1)/(V·m + P − 1) = 5.9 %" in table
+    (axes,) = figures[0].axes
+    assert axes.get_title().startswith("2 stages of 2 parts (later ones lighter), 8 micro-batches, ")
+    drawn = Counter(colors.to_hex(colour) for bars in axes.collections for colour in bars.get_facecolors())
+    assert drawn["#4477aa"] == drawn["#8fadcc"] == drawn["#66aa77"] == drawn["#a3ccad"] == 2 * 8
 
 
 def test_a_timeline_needs_matplotlib_and_a_writable_path(

@@ -43,7 +43,9 @@ def plan_table(config: Config, values: Values) -> str:
     lines.append(
         f"step      {show_seconds(values['seconds_per_step'])} predicted, {show(values['tokens_per_second'])} tokens/s: {parts}"
     )
-    lines.append(f"idle      {idle(values['bubble'])} of the step: on average a stage does not compute")
+    lines.append(
+        f"idle      {idle(values['bubble'])} of the step: on average a stage does not compute{least_idle(config, values)}"
+    )
     largest, *others = sorted(values["seconds"], key=lambda name: -values["seconds"][name])
     lines.append(f"limit     {largest}, {share(values, largest)} of the step: {explain(values, largest)}")
     if values["seconds"][largest] < values["seconds_per_step"] / 2:
@@ -103,6 +105,15 @@ def idle(bubble: float) -> str:
     return f"{100 * bubble:.1f} %"
 
 
+def least_idle(config: Config, values: Values) -> str:
+    """What equal parts and transfers that take no time would leave idle, if stages hold several parts; else nothing."""
+    stages, parts, micro_batches = len(values["stages"]), config.parallel.parts_per_stage, values["micro_batches"]
+    if parts == 1 or micro_batches < stages:
+        return ""
+    least = (stages - 1) / (parts * micro_batches + stages - 1)
+    return f"; with equal parts and free transfers, (P − 1)/(V·m + P − 1) = {idle(least)}"
+
+
 def share(values: Values, name: str) -> str:
     """The share of the step that a part takes."""
     return f"{100 * values['seconds'][name] / values['seconds_per_step']:.1f} %"
@@ -120,7 +131,7 @@ def explain(values: Values, part: str) -> str:
         "link": f"stage {widest} sends {show(stages[widest]['bytes_to_next'], 'B')} per micro-batch "
         "(pipeline.wire_dtype; a bounded history; pipeline.extra_in_flight)",
         "bubble": f"{values['micro_batches']} micro-batches per step fill and drain {len(stages)} stages (smaller micro-batches; "
-        "fewer stages)",
+        "fewer stages; parallel.virtual_stages)",
         "latency": "transfers are short and many (larger micro-batches; fewer stages)",
         "reduction": "gradients are reduced after the passes (fewer replicas; a larger global batch)",
     }[part]
