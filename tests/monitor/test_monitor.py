@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lime_dist.config.load import make_config
 from lime_dist.monitor import map_image
 from lime_dist.monitor.pictures import picture, router_pictures
+from lime_dist.monitor.run_folder import read_router_weights
 from lime_dist.monitor.tensorboard import COLUMNS, as_code
 from lime_dist.pipeline.clock import KINDS, Clock
 from lime_dist.plan.stage_times import boundary_bytes
@@ -240,6 +241,27 @@ def test_a_resumed_run_draws_each_step_once(workers: Workers, dataset: Path, tmp
     assert [event.step for event in events.Scalars("stage1/bubble")] == [4, 8]
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
     assert [event.step for event in events.Images("routers/layers")] == [4, 8]
+
+
+def test_stages_with_several_parts_draw_the_whole_model(workers: Workers, dataset: Path, tmp_path: Path) -> None:
+    """The routers of both parts of both stages: the pictures are those of the checkpoint. A stage's bytes are those of both its parts."""
+    configuration = settings(dataset, tmp_path)
+    configuration["parallel"]["virtual_stages"], configuration["pipeline"] = 2, {"schedule": "interleaved"}
+    configuration["train"]["steps"] = 4
+    assert {error for error, _ in workers(2).run("support.runs.observe", values=configuration)} == {""}
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    step, model, weights = read_router_weights(tmp_path)
+    assert step == 4 and len(weights) == 4
+    for summary in router_pictures(model, weights, 3):
+        (made,) = summary.value
+        if made.HasField("image"):
+            assert events.Images(made.tag)[-1].encoded_image_string == made.image.encoded_image_string
+        elif made.HasField("simple_value"):
+            assert events.Scalars(made.tag)[-1].value == made.simple_value
+    first, back, second = (4 * size for size in boundary_bytes(make_config(configuration, "a test")))
+    for way in ("there", "back"):
+        counted = [events.Scalars(f"boundary{stage}/bytes_{way}")[-1].value for stage in range(2)]
+        assert counted == [first + second, back]
 
 
 def test_the_clock_counts_nested_work_separately() -> None:
