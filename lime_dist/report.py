@@ -200,11 +200,12 @@ def router_picture(run: RunFolder, name: str) -> str:
         step, config, weights = read_router_weights(run.path)
     except LimeError as error:
         return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: {error}.')}</div>"
+    from lime_dist.monitor.routers import entropy, has_mean_map, router_map, self_retrieval
+
     if not weights:
         reason = architecture_of(config).router_map_obstacle or "it has no routers"
+        reason += "; TensorBoard has maps of their means" * has_mean_map(config)
         return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: {reason}.')}</div>"
-
-    from lime_dist.monitor.routers import entropy, router_map, self_retrieval
 
     try:
         map_LL = router_map(config, weights)

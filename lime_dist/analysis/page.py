@@ -22,7 +22,7 @@ EXPLAINED = {
     "Values of words (t-SNE)": "Each point is a word in its context.",
     "What layers read": "Each row is divided by its sum. Routers over keys and values: mean |weight| over pairs of heads; "
     "dynamic routers: mean over all tokens; mixture-of-depths attention: mean share of attention, that of the sequence for the layer "
-    "itself.",
+    "itself; attention residuals: mean weight of a layer's outputs over tokens and reads, column −1 is the embedding.",
     "Retrieval": "Statistics of the rows of the maps.",
 }
 
@@ -48,7 +48,7 @@ def _routes(one: Findings) -> str:
         return ""
     rows = [
         [
-            f"layer {route.layer}, head {route.head}",
+            f"layer {route.layer}, {route.reader}",
             route.entry,
             f"{route.mean:.3f}",
             f"{route.spread:.3f}",

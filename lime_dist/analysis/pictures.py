@@ -139,7 +139,9 @@ def draw_maps(path: Path, routes: Mapping[str, Routes]) -> Path:
     for axis in axes.flat[len(routes) :]:
         axis.axis("off")
     for axis, (model, one) in zip(axes.flat, routes.items(), strict=False):
-        axis.imshow(colours.to_rgba(shares(one.map).numpy()), interpolation="nearest")
+        rows, columns = one.map.shape  # with one column more than layers, the first one is the embedding, at −1
+        extent = (rows - columns - 0.5, rows - 0.5, rows - 0.5, -0.5)
+        axis.imshow(colours.to_rgba(shares(one.map).numpy()), interpolation="nearest", extent=extent)
         axis.set_title(model)
         axis.set_xlabel("layer that is read")
         axis.set_ylabel("layer that reads")

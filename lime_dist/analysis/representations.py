@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.export.exported import ExportedModel, within_documents
+from lime_dist.model.mean_weights import stacked
 
 KINDS = {"values": "values that attention reads", "states": "hidden states"}
 """Kinds of representations. Values: of each layer, [T, G·d], after the mixture over layers. States: the input of each layer and
@@ -23,8 +24,8 @@ class Representations:
     Attributes:
         tokens: [T].
         layers: by kind (`KINDS`), by layer, [T, elements] in float32.
-        routing: weights by layer with a dynamic router, [T, H, entries read]; with attention over depth the shares of attention that
-            each entry has, and last that of the sequence.
+        routing: weights by layer with a dynamic router, [T, H, entries read]; with mixture-of-depths attention the shares of attention
+            that each entry has, and last that of the sequence; with attention residuals those of each read, [T, reads, blocks].
     """
 
     tokens: Tensor
@@ -50,6 +51,7 @@ def representations(
             return super().update(key_states, value_states, layer_idx, *more, **other)
 
     routing: dict[int, Tensor] = {}
+    reads: dict[int, list[Tensor]] = {}
 
     def watch(layer: int) -> Callable[[Any, Any, Tensor], None]:
         def keep(module: Any, given: Any, weights: Tensor) -> None:
@@ -57,11 +59,20 @@ def representations(
 
         return keep
 
+    def watch_read(layer: int) -> Callable[[Any, Any, Tensor], None]:
+        def keep(module: Any, given: Any, mixture: Tensor) -> None:
+            reads[layer].append(module.weights(*given)[:, 0].t().unsqueeze(1))  # [T, 1, outputs]
+
+        return keep
+
     routers, depth_readers = dynamic_routers(exported), readers_over_depth(exported)
     hooks = [router.register_forward_hook(watch(layer)) for layer, router in routers.items()]
+    readers = residual_readers(exported)
+    hooks += [module.register_forward_hook(watch_read(layer)) for layer in readers for module in readers[layer]]
     try:
         for tokens in samples:
             values: dict[int, Tensor] = {}
+            reads |= {layer: [] for layer in readers}
             tokens_BT = tokens.unsqueeze(0).to(exported.model.device)
             with torch.no_grad():
                 output = exported.model(
@@ -74,6 +85,7 @@ def representations(
                     logits_to_keep=1,
                 )
             routing |= {layer: depth_shares(output.attentions[layer][0], n) for layer, n in depth_readers.items()}
+            routing |= {layer: stacked(of_layer) for layer, of_layer in reads.items()}
             layers = {
                 "values": [values[layer].cpu() for layer in sorted(values)],
                 "states": [state[0].cpu() for state in output.hidden_states],
@@ -92,6 +104,15 @@ def dynamic_routers(exported: ExportedModel) -> dict[int, Any]:
         if getattr(router, "is_dynamic", False):
             routers[layer] = router
     return routers
+
+
+def residual_readers(exported: ExportedModel) -> dict[int, list[Any]]:
+    """By layer, the modules with which attention residuals read; an export of an older version does not show their weights."""
+    readers = {
+        layer: [read for read in module.children() if hasattr(read, "query") and hasattr(read, "weights")]
+        for layer, module in enumerate(exported.model.model.layers)
+    }
+    return {layer: modules for layer, modules in readers.items() if modules}
 
 
 def readers_over_depth(exported: ExportedModel) -> dict[int, int]:

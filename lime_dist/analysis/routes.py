@@ -1,19 +1,16 @@
-"""What layers read: a map with its statistics for every LIMe model, and for dynamic routers how reads depend on the token."""
+"""What layers read: a map with its statistics for every model with weights over depth, and how reads depend on the token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lime_dist.analysis.representations import Representations, readers_over_depth
-from lime_dist.config.schema import ModelConfig
+from lime_dist.analysis.representations import Representations
 from lime_dist.export.exported import ExportedModel, model_config
-from lime_dist.model.architecture import architecture_of
-from lime_dist.model.policies import Entry, make_policy
+from lime_dist.model.architecture import architecture_of, mean_weights_name
 from lime_dist.monitor.routers import entropy, router_map, self_retrieval, shares
 
 FREQUENT = 512
@@ -29,7 +26,7 @@ class Routes:
     """What the layers of one model read.
 
     Attributes:
-        map: [L, L], see `router_map`; of the mean weights over all tokens of the samples if the router is dynamic.
+        map: [L, columns], see `router_map`; of the mean weights over all tokens of the samples if they depend on the token.
         self_retrieval: by layer, the share of its reads that comes from the layer itself.
         entropy: by layer, the entropy of its reads, in nats.
         distance: by layer, the mean distance of its reads, in layers.
@@ -43,16 +40,17 @@ class Routes:
 
 @dataclass(frozen=True)
 class Route:
-    """A connection from one entry of the history to one head of a layer, in a dynamic router.
+    """A connection from one entry of the history to one reader, whose weight depends on the token.
 
     Attributes:
+        reader: a head of a layer, or a read.
         mean: mean weight over all tokens.
         spread: standard deviation, over token types, of the mean weight.
         tokens: (text, mean weight) of the token types with the largest mean weights.
     """
 
     layer: int
-    head: int
+    reader: str
     entry: str
     mean: float
     spread: float
@@ -60,7 +58,7 @@ class Route:
 
 
 class DynamicWeights:
-    """Sums of a dynamic router's weights, over all tokens and by token type.
+    """Sums of weights that depend on the token, over all tokens and by token type.
 
     Args:
         types: token types to sum separately.
@@ -90,15 +88,12 @@ class DynamicWeights:
             by_type.index_add_(0, index[selected], weights[selected])
 
     def means(self) -> dict[int, Tensor]:
-        """Mean weights over all tokens by layer, [H, entries read]."""
+        """Mean weights over all tokens by layer, [heads or reads, entries read]."""
         return {layer: total / self._tokens for layer, total in self._all.items()}
 
     def routes(self, exported: ExportedModel) -> list[Route]:
         """The `ROUTES` routes whose weight depends most on the token type, in descending order of that."""
-        policy, slot = (
-            make_policy(model_config(exported).lime),
-            "keys of" if readers_over_depth(exported) else "input of",
-        )
+        architecture = architecture_of(model_config(exported))
         enough = self._counts >= MIN_OCCURRENCES
         if enough.sum() < 2:
             return []
@@ -108,16 +103,16 @@ class DynamicWeights:
             means = total[enough] / self._counts[enough].view(-1, 1, 1)
             spread = means.std(0)
             for flat in spread.flatten().argsort(descending=True)[:ROUTES].tolist():
-                head, column = divmod(flat, spread.shape[1])
-                candidates.append((spread[head, column].item(), layer, head, column, means[:, head, column]))
+                row, column = divmod(flat, spread.shape[1])
+                candidates.append((spread[row, column].item(), layer, row, column, means[:, row, column]))
         candidates.sort(key=lambda route: -route[0])
         overall = self.means()
         listed = []
-        for deviation, layer, head, column, by_type in candidates[:ROUTES]:
+        for deviation, layer, row, column, by_type in candidates[:ROUTES]:
             order = by_type.argsort(descending=True)[:TOKENS].tolist()
             tokens = [(_text(exported, int(types[i])), by_type[i].item()) for i in order]
-            name = _entry_name(policy.reads(layer)[column], slot)
-            listed.append(Route(layer, head, name, overall[layer][head, column].item(), deviation, tokens))
+            reader, entry = architecture.row_name(layer, row), architecture.column_name(layer, column)
+            listed.append(Route(layer, reader, entry, overall[layer][row, column].item(), deviation, tokens))
         return listed
 
 
@@ -133,25 +128,14 @@ def routes_of(exported: ExportedModel, dynamic: DynamicWeights) -> Routes | None
     config = model_config(exported)
     if not (architecture_of(config).router_parameters or dynamic.means()):
         return None
-    map_LL = router_map(config, _weights(config, exported.model.state_dict(), dynamic.means()))
-    parts = shares(map_LL)
-    layers = torch.arange(len(map_LL), dtype=parts.dtype)
-    distance = (parts * (layers.unsqueeze(1) - layers)).sum(-1).tolist()
-    return Routes(map_LL, self_retrieval(map_LL), entropy(map_LL), distance)
-
-
-def _weights(config: ModelConfig, weights: Mapping[str, Any], dynamic: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """The weights for a map, with those of a dynamic router replaced by logits: the logarithms of its mean weights."""
-    for_map = {name: weight.cpu() for name, weight in weights.items()}
-    for layer, mean in dynamic.items():
-        for_map[f"model.layers.{layer}.self_attn.router.weight"] = mean.log()
-    return for_map
-
-
-def _entry_name(entry: Entry, slot: str) -> str:
-    if entry.is_summary:
-        return f"summary {entry.row} of layers {entry.layers.start} to {entry.layers.stop - 1}"
-    return f"{slot} layer {entry.layer}"
+    weights = {name: weight.cpu() for name, weight in exported.model.state_dict().items()}
+    weights |= {mean_weights_name(layer): mean for layer, mean in dynamic.means().items()}
+    map_LC = router_map(config, weights)
+    parts = shares(map_LC)
+    layers = torch.arange(len(map_LC), dtype=parts.dtype).unsqueeze(1)
+    columns = torch.arange(map_LC.shape[1], dtype=parts.dtype) + architecture_of(config).first_column
+    distance = (parts * (layers - columns)).sum(-1).tolist()
+    return Routes(map_LC, self_retrieval(map_LC), entropy(map_LC), distance)
 
 
 def _text(exported: ExportedModel, token: int) -> str:

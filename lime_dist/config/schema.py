@@ -105,9 +105,16 @@ class SampleTextsConfig(Section):
 class MonitorConfig(Section):
     """What a run records beside its losses."""
 
-    router_interval: int = Field(100, ge=0, description="steps between pictures of what layers read; 0 draws none")
+    router_interval: int = Field(
+        100,
+        ge=0,
+        description="steps between pictures of what layers read, which take a micro-batch of validation samples where weights depend on "
+        "the token; 0 draws none",
+    )
     router_layer: int | None = Field(
-        None, ge=0, description="layer whose heads are drawn one by one, counted from 0; `null` takes the last layer"
+        None,
+        ge=0,
+        description="layer whose heads or reads are drawn one by one, counted from 0; `null` takes the last layer",
     )
     peak_flops: float | None = Field(
         None,

@@ -48,6 +48,11 @@ def router_name(layer: int) -> str:
     return f"model.layers.{layer}.self_attn.router"
 
 
+def mean_weights_name(layer: int) -> str:
+    """Name of a layer's mean weights over tokens, [heads or reads, entries read], among the weights for a map."""
+    return f"model.layers.{layer}.mean_weights"
+
+
 BASELINE = "llama"
 """The architecture that plans compare with."""
 
@@ -318,7 +323,30 @@ class Architecture(Protocol):
     @property
     @abstractmethod
     def router_map_obstacle(self) -> str | None:
-        """Why no map of router weights can be drawn; None: it can."""
+        """Why no map can be drawn from parameters alone; None: it can."""
+
+    @property
+    def has_mean_map(self) -> bool:
+        """Whether layers read with weights that depend on the token, so that a map shows their means (`mean_weights_name`)."""
+        return False
+
+    @property
+    def first_column(self) -> int:
+        """What the first column of a map is: layer 0, or at −1 the embedding."""
+        return 0
+
+    @property
+    def row_kind(self) -> str:
+        """What a row of `head_map` is, in one word."""
+        return "head"
+
+    def row_name(self, layer: int, row: int) -> str:
+        """A row of a layer's mean weights, in words."""
+        return f"{self.row_kind} {row}"
+
+    def column_name(self, layer: int, column: int) -> str:
+        """A column of a layer's mean weights, in words."""
+        raise NotImplementedError("the weights depend on no token")
 
     @property
     @abstractmethod
@@ -327,7 +355,7 @@ class Architecture(Protocol):
 
     @abstractmethod
     def head_map(self, weights: Mapping[str, Tensor], layer: int) -> Tensor:
-        """How much each head of a layer reads of every layer, [heads, L].
+        """How much each head of a layer reads of every layer, [heads, layers from ``first_column`` on].
 
         Raises:
             KeyError: a weight is missing.

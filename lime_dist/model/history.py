@@ -88,6 +88,7 @@ from torch import Tensor
 
 from lime_dist.model.chunks import Chunk
 from lime_dist.model.layout import StageLayout
+from lime_dist.model.mean_weights import MeanWeights
 from lime_dist.model.places import Block, Reader
 from lime_dist.model.policies import Entry
 from lime_dist.model.products import add_product, product, product_of_rows
@@ -110,6 +111,7 @@ class LayerHistory:
 
     Attributes:
         part: the part of the stage whose forward pass is running, or was the last to run.
+        mean_weights: where reads with weights that depend on the token add them; None: nobody asks.
         memory: [lead + all entries].
         entries: [positions, *slot_shape]: every entry that this stage holds.
         dependency: the scalar that orders the operations on this history in the autograd graph.
@@ -118,6 +120,7 @@ class LayerHistory:
     """
 
     part: int = 0
+    mean_weights: MeanWeights | None = None
 
     def __init__(
         self,

@@ -24,8 +24,10 @@ BAR, GAP, TICK, SPACE = 14, 16, 4, 3
 WHITE, INK, FAINT = (255, 255, 255), (51, 51, 51), (136, 136, 136)
 
 
-def map_image(cells: Sequence[Sequence[float]], x_label: str, y_label: str, scale_label: str) -> Image.Image:
-    """The cells, row 0 on top, coloured by their absolute values; rows and columns are numbered from 0."""
+def map_image(
+    cells: Sequence[Sequence[float]], x_label: str, y_label: str, scale_label: str, first_column: int = 0
+) -> Image.Image:
+    """The cells, row 0 on top, coloured by their absolute values; rows are numbered from 0, columns from ``first_column``."""
     pixels, top = coloured(cells)
     rows, columns = len(pixels), len(pixels[0])
     size = max(MIN_CELL, SIDE // max(rows, columns))
@@ -39,8 +41,11 @@ def map_image(cells: Sequence[Sequence[float]], x_label: str, y_label: str, scal
     draw.font = font
     right, bottom = LEFT + width, TOP + height
     draw.rectangle((LEFT - 1, TOP - 1, right, bottom), outline=FAINT)
-    for column in _numbers(columns, width, wide=True):
-        x = LEFT + (column + 0.5) * width / columns
+    numbered = _numbers(columns + first_column, width, wide=True)
+    if len(numbered) == columns + first_column:
+        numbered = list(range(first_column, len(numbered)))
+    for column in numbered:
+        x = LEFT + (column - first_column + 0.5) * width / columns
         draw.line((x, bottom + 1, x, bottom + TICK), FAINT)
         draw.text((x, bottom + TICK + SPACE), str(column), INK, anchor="mt")
     for row in _numbers(rows, height, wide=False):

@@ -2,7 +2,8 @@
 
 Cell [ℓ, ℓ'] of a map is how much layer ℓ reads of layer ℓ', for every history policy. Where ℓ reads a summary, its weight is
 multiplied by the summary's own weights. If ℓ reads a layer both directly and through a summary, both are added before the
-absolute value is taken.
+absolute value is taken. Where weights depend on the token, a map shows their means. Where layers read the embedding too, it comes
+first (`Architecture.first_column`): then a map has L + 1 columns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import architecture_of
 
 Weights = Mapping[str, Tensor]
-"""By exported name; only routers and chunk summaries are looked at."""
+"""By exported name, routers and chunk summaries; by `mean_weights_name`, mean weights over tokens."""
 
 
 def has_map(config: ModelConfig) -> bool:
@@ -24,8 +25,13 @@ def has_map(config: ModelConfig) -> bool:
     return architecture_of(config).router_map_obstacle is None
 
 
+def has_mean_map(config: ModelConfig) -> bool:
+    """Whether layers read with weights that depend on the token."""
+    return architecture_of(config).has_mean_map
+
+
 def router_map(config: ModelConfig, weights: Weights) -> Tensor:
-    """How much each layer reads of every layer, [L, L]: the mean of `head_map` over the reading heads.
+    """How much each layer reads of every layer, [L, columns]: the mean of `head_map` over the reading heads.
 
     Raises:
         KeyError: a weight is missing.
@@ -35,7 +41,7 @@ def router_map(config: ModelConfig, weights: Weights) -> Tensor:
 
 
 def head_map(config: ModelConfig, weights: Weights, layer: int) -> Tensor:
-    """How much each head of a layer reads of every layer, [reading heads, L]: the mean |weight| over the heads of a slot.
+    """How much each head of a layer reads of every layer, [reading heads, columns]: the mean |weight| over the heads of a slot.
 
     A layer without a router reads its own slot.
     """
@@ -49,7 +55,7 @@ def shares(layers: Tensor) -> Tensor:
 
 def self_retrieval(layers: Tensor) -> Sequence[float]:
     """By layer: the share of its reads that goes to its own slot."""
-    own: list[float] = shares(layers).diagonal().tolist()
+    own: list[float] = shares(layers).diagonal(layers.shape[1] - len(layers)).tolist()
     return own
 
 

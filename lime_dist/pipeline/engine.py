@@ -26,6 +26,7 @@ from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.errors import PeerLost
 from lime_dist.model.history import LayerHistory
+from lime_dist.model.mean_weights import MeanWeights
 from lime_dist.model.weight_gradients import WeightGradients
 from lime_dist.pipeline.clock import INSTRUCTIONS, VALIDATION, WAITING, Clock
 from lime_dist.pipeline.document_stream import Batches, DocumentStream
@@ -204,6 +205,16 @@ class LimeEngine(PipelineEngine):
         finally:
             self._read_output = None
         self.pipe_buffers["outputs"] = [None] * self.num_pipe_buffers
+
+    def read_mean_weights(self, batches: Batches | None, micro_batches: int) -> MeanWeights:
+        """The weights with which the layers of this stage read, where they depend on the token, in forward passes over ``micro_batches``
+        micro-batches of this replica. No parameter changes. All ranks of a replica must call it."""
+        self.module.mean_weights = taken = MeanWeights()
+        try:
+            self.read_outputs(batches, micro_batches, lambda hidden_BTD: None)
+        finally:
+            self.module.mean_weights = None
+        return MeanWeights().merge([taken])
 
     def _streamed(self, batches: Batches | None) -> Batches | None:
         """The micro-batches of a step, of which the stage's forward passes learn where documents begin."""

@@ -39,6 +39,7 @@ from lime_dist.model.decoder import (
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.logits import LogitForm
 from lime_dist.model.loss import projected_loss
+from lime_dist.model.mean_weights import MeanWeights
 from lime_dist.model.summaries import ChunkSummary
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.payload import pack, unpack
@@ -81,6 +82,7 @@ class LimePipelineModule(PipelineModule):
         bounds: `partition.stage_bounds`.
         stage_parts: the parts of this stage.
         later_readers: copies of the routers and summaries of later stages to whose partial mixtures the stage adds.
+        mean_weights: where histories that are made from now on add the weights of reads (`LayerHistory.mean_weights`); else None.
         compile_obstacle: why layers run uncompiled although the configuration would compile them, in one line; else None.
     """
 
@@ -104,6 +106,7 @@ class LimePipelineModule(PipelineModule):
         with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
             super().__init__(layers, topology=grid, loss_fn=self._loss)
         self.dtype = DTYPES[config.precision]
+        self.mean_weights: MeanWeights | None = None
         self.stage_parts = self._make_parts([len(part) for part in by_part])
         self.layout = stage_layout(config.model, *self._cut.of_stage(self.stage_id), prices=self.prices)
         later = later_readers(config.model, self.layout)
@@ -177,7 +180,10 @@ class LimePipelineModule(PipelineModule):
 
     def new_history(self, batch: int, length: int, lead: int = 0) -> LayerHistory | None:
         """An empty history of one micro-batch; None for models without one. ``lead``: see `Architecture.make_history`."""
-        return open_history(self.config.model, self.layout, batch * length, self.dtype, self._device, lead)
+        history = open_history(self.config.model, self.layout, batch * length, self.dtype, self._device, lead)
+        if history is not None:
+            history.mean_weights = self.mean_weights
+        return history
 
     def landing(self, batch: int, length: int, part: int = 0) -> tuple[Tensor, LayerHistory | None]:
         """Memory for the next payload to be received into, for a part of this stage, and the history that it is part of, if it is: pass

@@ -17,9 +17,10 @@ from lime_dist.data.state import TrainState
 from lime_dist.distributed import together
 from lime_dist.errors import LimeError
 from lime_dist.model.architecture import architecture_of
+from lime_dist.model.mean_weights import MeanWeights
 from lime_dist.monitor.console import duration
 from lime_dist.monitor.peak import measured_flops
-from lime_dist.monitor.routers import has_map
+from lime_dist.monitor.routers import has_map, has_mean_map
 from lime_dist.monitor.tags import SET_PREFIX
 from lime_dist.train.measurements import Interval, Measurements, interval_record, stage_scalars
 from lime_dist.train.profile import Profiler
@@ -77,7 +78,7 @@ def train(run: Run, state: TrainState) -> Outcome:
             step_end.check_update(state, loss)
             if run.profiler is not None and run.profiler.is_over:
                 write_profile(run, run.profiler)
-            if has_map(run.config.model) and _due(run.config.monitor.router_interval, state.step):
+            if _due(run.config.monitor.router_interval, state.step):
                 _draw_routers(run, state)
             if _due(settings.evaluation_interval, state.step) and run.validates:
                 validated = (state.step, validate(run, state))
@@ -202,8 +203,12 @@ def _name_stragglers(
 
 
 def _draw_routers(run: Run, state: TrainState) -> None:
-    """Draw what the layers read, from the router weights of all stages of replica 0."""
+    """Draw what the layers read, if there is a map of it: from the router weights of all stages of replica 0, or where weights depend
+    on the token, from their means over a micro-batch of validation samples on every replica. All ranks must call it."""
     model = run.config.model
+    reads_samples = has_mean_map(model) and run.validates
+    if not (has_map(model) or reads_samples):
+        return
     wanted = set(architecture_of(model).router_parameters) if run.replica == 0 else set()
     own = {
         name: weight.detach().to("cpu", torch.float32, copy=True)  # a view would be sent with the whole stage's memory
@@ -211,15 +216,24 @@ def _draw_routers(run: Run, state: TrainState) -> None:
         if name in wanted
     }
     with run.engine.watching(f"gathering the routers' weights after step {state.step}"):
-        stages = run.control.gather(own)
+        means = _mean_weights(run) if reads_samples else MeanWeights()
+        stages = run.control.gather((own, means))
     if stages:
         from lime_dist.monitor.pictures import router_pictures
 
         chosen = run.config.monitor.router_layer
-        weights = {name: weight for stage in stages for name, weight in stage.items()}
+        weights = {name: weight for parameters, _ in stages for name, weight in parameters.items()}
+        weights |= MeanWeights().merge(means for _, means in stages).by_name()
         last = model.num_hidden_layers - 1
         pictures = router_pictures(model, weights, last if chosen is None else chosen)
         run.records.draw(state.step, {}, pictures)
+
+
+def _mean_weights(run: Run) -> MeanWeights:
+    """The mean weights of this stage's reads over the first micro-batch of the validation samples, or else of the first set."""
+    sets = (data.batches for data in run.validation_sets.values())
+    batches = run.validation_batches if run.evaluation_micro_batches else next(sets)
+    return run.engine.read_mean_weights(None if batches is None else iter(batches), 1)
 
 
 def _peak_flops(run: Run) -> float:

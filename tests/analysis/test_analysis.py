@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.exports import exported_in_memory, perturbed, run_values, write_random
+from support.models import means_of
 
 from lime_dist.analysis import __main__ as analysis
 from lime_dist.analysis.representations import (
@@ -30,10 +31,12 @@ from lime_dist.data.files import json_bytes
 from lime_dist.errors import LimeError
 from lime_dist.export.exported import ExportedModel
 from lime_dist.export.model_files import model_description
+from lime_dist.model.architecture import architecture_of
 from lime_dist.model.architectures.lime.depth.history import DepthKeyValueHistory
 from lime_dist.model.blocks import Attention
 from lime_dist.model.decoder import Decoder
 from lime_dist.model.documents import document_starts
+from lime_dist.monitor.routers import router_map
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 pytest.importorskip("sklearn", reason="the extra `analysis` is not installed")
@@ -183,26 +186,34 @@ def test_dynamic_routes(name: str, tmp_path: Path) -> None:
         assert [w for _, w in route.tokens] == sorted((w for _, w in route.tokens), reverse=True)
         if route.entry.startswith("input of layer") and name == "dynamic":
             column = int(route.entry.split()[-1])
-            mean = torch.stack(by_type[route.layer, int(text[2:])]).mean(0)[route.head, column].item()
+            head = int(route.reader.removeprefix("head "))
+            mean = torch.stack(by_type[route.layer, int(text[2:])]).mean(0)[head, column].item()
             assert weight == pytest.approx(mean, rel=1e-4)
-            assert route.mean == pytest.approx(means[route.layer][route.head, column].item())
+            assert route.mean == pytest.approx(means[route.layer][head, column].item())
     kinds = {route.entry for route in listed}
     assert any("summary" in entry for entry in kinds) == (name == "dynamic-chunked"), kinds
 
 
 def test_maps(tmp_path: Path) -> None:
-    """Every LIMe model has a map (of the mean weights if the router is dynamic); those without a history over layers have none."""
+    """Every model with weights over depth has a map, of mean weights where they depend on the token, as the trainer takes them; the
+    others have none."""
     for name in MODELS:
-        exported, _ = exported_and_decoder(name, tmp_path)
+        exported, decoder = exported_and_decoder(name, tmp_path)
         given = samples(2)
         dynamic = DynamicWeights(frequent_types(given))
         for sample in representations(exported, iter(given)):
             dynamic.add(sample)
         routes = routes_of(exported, dynamic)
-        if name in ("llama", "attention-residuals", "hyper", "gated"):
+        if name in ("llama", "hyper", "gated"):
             assert routes is None
             continue
-        assert routes is not None and routes.map.shape == (5, 5)
+        assert routes is not None
+        if architecture_of(decoder.config).has_mean_map:
+            weights = dict(decoder.named_parameters()) | means_of(decoder, torch.stack(given))
+            torch.testing.assert_close(routes.map, router_map(decoder.config, weights), rtol=1e-4, atol=1e-5)
+        if name == "attention-residuals":
+            continue
+        assert routes.map.shape == (5, 5)
         assert routes.self_retrieval[0] == 1 and routes.distance[0] == 0 and routes.entropy[0] == 0
         assert (routes.map.triu(1) == 0).all() and 0 < routes.distance[4] < 4
         if name == "moda":
@@ -223,6 +234,28 @@ def test_maps(tmp_path: Path) -> None:
             rows = torch.stack([dynamic.means()[layer].mean(0).sum() for layer in range(1, 5)])
             torch.testing.assert_close(routes.map[1:].sum(1).double(), rows, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(routes.map[4].double(), dynamic.means()[4].mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_residuals(tmp_path: Path) -> None:
+    """Blocks of 4 sub-layers; layer 0 reads the embedding, and before its MLP its attention. Listed routes exist."""
+    exported, _ = exported_and_decoder("attention-residuals", tmp_path)
+    given = samples(8, 60)
+    dynamic = DynamicWeights(frequent_types(given))
+    for sample in representations(exported, iter(given)):
+        dynamic.add(sample)
+        assert [weights.shape[1:] for weights in sample.routing.values()] == [(1, 2), (2, 2), (2, 3), (2, 3), (3, 4)]
+        for weights in sample.routing.values():
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+    routes, listed = routes_of(exported, dynamic), dynamic.routes(exported)
+    assert routes is not None and routes.map.shape == (5, 6) and (routes.map.triu(2) == 0).all()
+    assert routes.self_retrieval[0] == pytest.approx((routes.map[0, 1] / routes.map[0].sum()).item())
+    assert routes.distance[0] == pytest.approx(1 - routes.self_retrieval[0]) and 0 < routes.distance[4] < 5
+    blocks = [f"attention of layer {first} to MLP of layer {last}" for first, last in ((0, 1), (2, 3), (4, 4))]
+    assert len(listed) == 20 and {route.entry for route in listed} <= {"embedding", *blocks}
+    assert {route.reader for route in listed} <= {"attention", "MLP", "last read"}
+    for route in listed:
+        seen = ("embedding", *blocks).index(route.entry) <= (2 * route.layer + (route.reader != "attention") + 3) // 4
+        assert seen and route.spread > 0, route
 
 
 def test_words_are_found_evenly() -> None:

@@ -185,6 +185,11 @@ def test_maps_have_labelled_axes_and_a_scale(monkeypatch: pytest.MonkeyPatch) ->
             assert right <= left2 or right2 <= left or low <= up2 or low2 <= up, written
         scale = np.asarray(image)[map_image.TOP : -map_image.BOTTOM, -60 - map_image.LINE :]
         assert ((scale == (8, 48, 107)).all(-1)[0]).any() and (scale[-1] == 255).all(-1).any()
+    for layers, embedding in ((5, ["-1"]), (300, [])):  # a number before 0 only where there is room
+        texts.clear()
+        map_image.map_image(np.zeros((2, layers + 1)).tolist(), "read", "reader", "weight", -1)
+        numbers_below = [text for text, _ in texts if re.fullmatch(r"-?\d+", text)]
+        assert [text for text in numbers_below if text.startswith("-")] == embedding and "300" not in numbers_below
 
 
 @pytest.mark.parametrize("text", ["plain", "a `name` b", "a ```block``` b", "````"])

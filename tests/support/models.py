@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from support.policies import POLICIES
+from torch import Tensor
 
 from lime_dist.config.schema import ModelConfig
+from lime_dist.model.decoder import Decoder, embed, open_history, run_layers
+from lime_dist.model.mean_weights import MeanWeights
 
 
 def small(**changes: object) -> ModelConfig:
@@ -88,3 +92,15 @@ MODELS = {
     "gated residual, numerics": {"architecture": "gated_residual", "gated_residual": {"rate": 2}, "numerics": NUMERICS},
     "attention residuals, numerics": {"architecture": "attention_residuals", "numerics": NUMERICS},
 }
+
+
+def means_of(decoder: Decoder, tokens_BT: Tensor) -> dict[str, Tensor]:
+    """The mean weights over tokens with which the layers read in a forward pass, as `head_map` takes them."""
+    embedding, *layers, _, _ = (decoder.get_submodule(spec.name) for spec in decoder.specs)
+    hidden = embed(decoder.config, embedding, tokens_BT)
+    history = open_history(decoder.config, decoder.layout, tokens_BT.numel(), hidden.dtype, hidden.device)
+    assert history is not None
+    history.mean_weights = MeanWeights()
+    with torch.no_grad():
+        run_layers(layers, hidden, history, False)
+    return history.mean_weights.by_name()

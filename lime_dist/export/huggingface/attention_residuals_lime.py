@@ -20,14 +20,22 @@ class DepthAttention(nn.Module):
 
     def forward(self, outputs: list[Tensor]) -> Tensor:
         """The mixture [B, T, D] of outputs of the same shape."""
-        query = self.query * self.key_layernorm()
-        accumulation_dtype = torch.promote_types(query.dtype, torch.float32)
-        wide = [output.to(query.device, accumulation_dtype) for output in outputs]
-        scores = torch.stack([rms_normalise(one, self.key_layernorm.eps) @ query.to(one.dtype) for one in wide])
+        wide = self._wide(outputs)
         mixture = torch.zeros_like(wide[0])
-        for weights, one in zip(scores.softmax(0), wide, strict=True):
+        for weights, one in zip(self.weights(wide), wide, strict=True):
             mixture = mixture + weights.unsqueeze(-1) * one
         return mixture.to(outputs[0].dtype)
+
+    def weights(self, outputs: list[Tensor]) -> Tensor:
+        """The softmax [outputs, B, T], in at least float32."""
+        query, wide = self.query * self.key_layernorm(), self._wide(outputs)
+        scores = torch.stack([rms_normalise(one, self.key_layernorm.eps) @ query.to(one.dtype) for one in wide])
+        return scores.softmax(0)
+
+    def _wide(self, outputs: list[Tensor]) -> list[Tensor]:
+        """The outputs where the query is, in at least float32."""
+        accumulation_dtype = torch.promote_types(self.query.dtype, torch.float32)
+        return [output.to(self.query.device, accumulation_dtype) for output in outputs]
 
 
 class AttentionResidualsLayer(PreNormLayer):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lime_dist.config.precision import accumulation_itemsize
 from lime_dist.config.schema import ModelConfig
-from lime_dist.model.architecture import Architecture, ExportFormat, Flops, Group, Sizes
+from lime_dist.model.architecture import Architecture, ExportFormat, Flops, Group, Sizes, mean_weights_name
 from lime_dist.model.architectures.attention_residuals.blocks import GROUP, Blocks
 from lime_dist.model.chunks import Chunk
 from lime_dist.model.crossing import Prices
@@ -48,6 +48,9 @@ class AttentionResiduals(Architecture):
     max_block_layers = GROUP // 2
     receives_in_place = True
     router_map_obstacle = "its weights depend on the token"
+    has_mean_map = True
+    first_column = -1
+    row_kind = "read"
     router_parameters: Sequence[str] = ()
 
     def __init__(self, config: ModelConfig) -> None:
@@ -235,8 +238,28 @@ class AttentionResiduals(Architecture):
 
     # -- pictures of routers ------------------------------------------------------------------------------------------
 
+    def row_name(self, layer: int, row: int) -> str:
+        """Layer 0 chooses only before its MLP."""
+        return ("attention", "MLP", "last read")[row + (layer == 0)]
+
+    def column_name(self, layer: int, column: int) -> str:
+        return self.policy.name(column, self.config.num_hidden_layers)
+
     def head_map(self, weights: Mapping[str, Tensor], layer: int) -> Tensor:
-        raise NotImplementedError(self.router_map_obstacle)
+        """The mean weight of the outputs of every layer, for each read. A block is a sum, so its weight is that of every output in it;
+        of an own layer, only the outputs count that the read can see."""
+        import torch
+
+        means = weights[mean_weights_name(layer)]
+        if layer == 0:  # attention reads the embedding alone
+            means = torch.cat([torch.eye(1, means.shape[1], dtype=means.dtype), means])
+        read = torch.zeros(len(means), self.config.num_hidden_layers + 1)
+        for row, of_blocks in enumerate(means):
+            of_outputs = of_blocks[[self.policy.finished(sublayer) for sublayer in range(2 * layer + row)]]
+            read[row, 0] = of_blocks[0]
+            for index in range(0, len(of_outputs), 2):
+                read[row, 1 + index // 2] = of_outputs[index : index + 2].mean()
+        return read
 
     # -- export -------------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,14 @@ class Blocks:
         """Number of finished blocks when the last read takes place, which also reads the sum of the last block."""
         return self.finished(2 * num_layers - 1)
 
+    def name(self, block: int, num_layers: int) -> str:
+        """A block in words. It may not be finished when it is read."""
+        if block == 0:
+            return "embedding"
+        first, last = (block - 1) * self.size, min(block * self.size, 2 * num_layers) - 1
+        begin, end = (f"{('attention', 'MLP')[sublayer % 2]} of layer {sublayer // 2}" for sublayer in (first, last))
+        return begin if first == last else f"{begin} to {end}"
+
     def group(self, sublayer: int) -> range:
         """The sub-layers that share a product with this one: several whole blocks, or a part of one."""
         if self.size <= GROUP:

@@ -45,6 +45,15 @@ def mix(entries_END: Tensor, inverse_EN: Tensor, queries_RD: Tensor) -> tuple[Te
     return mixtures_RND, sums_RN
 
 
+def total_weights(entries_END: Tensor, inverse_EN: Tensor, queries_RD: Tensor, sums_RN: Tensor) -> Tensor:
+    """Weights of entries, summed over tokens, [R, E], given the logarithms of the sums of exponentials of all scores."""
+    total_RE = queries_RD.new_zeros(len(queries_RD), len(entries_END))
+    for tokens in _token_slices(entries_END):
+        scores_EnR = _scores(_factor(entries_END[:, tokens]), inverse_EN[:, tokens], queries_RD)
+        total_RE += scores_EnR.sub_(sums_RN[:, tokens].t()).exp_().sum(1).t()
+    return total_RE
+
+
 def spread(
     entries_END: Tensor,
     inverse_EN: Tensor,

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from lime_dist.model.architectures.attention_residuals.blocks import Blocks
-from lime_dist.model.architectures.attention_residuals.depth_softmax import inverse_rms, mix, spread
+from lime_dist.model.architectures.attention_residuals.depth_softmax import inverse_rms, mix, spread, total_weights
 from lime_dist.model.architectures.attention_residuals.functions import Pack, Read, TakeQueries, Unpack, Write
 from lime_dist.model.crossing import Crossing
 from lime_dist.model.history import LayerHistory, separate_view
 from lime_dist.model.layout import StageLayout
+from lime_dist.model.mean_weights import MeanWeights
 
 
 class DepthHistory(LayerHistory):
@@ -158,6 +159,8 @@ class DepthHistory(LayerHistory):
         if not self.is_recomputing and sublayer == readers[-1]:
             self._older = None
         mixture_ND, sums_N = _merged(parts)
+        if self.mean_weights is not None:
+            self._add_weights(self.mean_weights, sublayer, running_ND is not None, sums_N)
         return mixture_ND.to(self.entries.dtype), sums_N
 
     # -- called by autograd Functions in backward ---------------------------------------------------------------------
@@ -263,6 +266,17 @@ class DepthHistory(LayerHistory):
     def _first_of(self, part: int) -> int:
         """The first reader of a part; sub-layer 0 has nothing to choose from."""
         return max(1, 2 * self.layout.parts[part].start)
+
+    def _add_weights(self, means: MeanWeights, sublayer: int, has_running: bool, sums_N: Tensor) -> None:
+        """Add a reader's weights, [1, blocks], given the logarithms of its sums of exponentials; the running sum has what is left."""
+        alone, finished = range(sublayer, sublayer + 1), self._num_finished(sublayer)
+        of_blocks = total_weights(
+            self.entries[:finished], self.inverse_EN[:finished], self._queries_of(alone), sums_N[None]
+        )
+        running = len(sums_N) - of_blocks.sum(1, keepdim=True)
+        layer = min(sublayer, self._end - 1) // 2
+        totals = torch.cat([of_blocks, running], 1) if has_running else of_blocks
+        means.add(layer, totals, len(sums_N), first=sublayer - 2 * layer)
 
     def _position(self, sublayer: int) -> int:
         """Of the block that is finished when a block begins with this sub-layer."""

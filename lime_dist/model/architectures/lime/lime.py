@@ -61,6 +61,24 @@ class Lime(Architecture):
     def last_output(self, hidden: Tensor) -> Tensor:
         return hidden
 
+    # -- pictures of routers ------------------------------------------------------------------------------------------
+
+    slot_name: str
+    """What a slot has of its layer, where the weights with which it is read depend on the token."""
+
+    @property
+    def summary_names(self) -> Sequence[str]:
+        """Exported names of the weights of summaries."""
+        return [f"{CHUNKS}{chunk.index}.weight" for chunk in self.chunks.values()]
+
+    def column_name(self, layer: int, column: int) -> str:
+        entry = self.policy.reads(layer)[column]
+        if entry.is_summary:
+            return f"summary {entry.row} of layers {entry.layers.start} to {entry.layers.stop - 1}"
+        return f"{self.slot_name} of layer {entry.layer}"
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
     def parameter_group(self, name: str) -> Group:
         return "routers" if ".router." in name or name.startswith(CHUNKS) else shared_parameter_group(name)
 
@@ -97,7 +115,7 @@ class RoutedLime(Lime):
             for layer in range(self.config.num_hidden_layers)
             for part in self.router_parts
         ]
-        return routers + [f"{CHUNKS}{chunk.index}.weight" for chunk in self.chunks.values()]
+        return [*routers, *self.summary_names]
 
     @property
     @abstractmethod

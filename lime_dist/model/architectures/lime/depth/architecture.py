@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lime_dist.config.precision import accumulation_itemsize
-from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, router_name, stage_layout
+from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, mean_weights_name, stage_layout
 from lime_dist.model.architectures.lime.lime import Lime
 from lime_dist.model.crossing import Prices, sources_of_readers
 from lime_dist.model.layout import BLOCK, StageLayout
@@ -55,7 +55,8 @@ class DepthAttentionLime(Lime):
     sums_sent_gradients = True
     needs_tensor_mask = True
     router_map_obstacle = "its weights depend on the token"
-    router_parameters: Sequence[str] = ()
+    has_mean_map = True
+    slot_name = "keys"
 
     def check(self) -> None:
         """The configuration's own types are enough."""
@@ -198,16 +199,20 @@ class DepthAttentionLime(Lime):
 
     # -- pictures of routers ------------------------------------------------------------------------------------------
 
+    @property
+    def router_parameters(self) -> Sequence[str]:
+        return self.summary_names
+
     def head_map(self, weights: Mapping[str, Tensor], layer: int) -> Tensor:
-        """From logarithms of the mean shares of attention, [H, entries read], under the name of a router's weights; the own slot stands
-        for the sequence. A summary's share is divided among the layers of its chunk by its weights."""
+        """From mean shares of attention; the own slot stands for the sequence. A summary's share is divided among the layers of its chunk
+        by its weights."""
         import torch
 
         reads = self.policy.reads(layer)
         if len(reads) == 1:
             shares = torch.ones(self.config.num_attention_heads, 1)
         else:
-            shares = weights[f"{router_name(layer)}.weight"].float().softmax(-1)
+            shares = weights[mean_weights_name(layer)].float()
         total = torch.zeros(len(shares), self.config.num_hidden_layers)
         for entry, share in zip(reads, shares.t(), strict=True):
             parts = torch.ones(1)

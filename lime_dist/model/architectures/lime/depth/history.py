@@ -14,6 +14,7 @@ A_m, the same for keys and values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from lime_dist.model.architectures.lime.depth.functions import Attend, Summarise, WriteMlp
 from lime_dist.model.architectures.lime.depth.kernels import Attended, attend, gradients
-from lime_dist.model.architectures.lime.depth.softmax import Together, mix, spread
+from lime_dist.model.architectures.lime.depth.softmax import Together, mix, spread, total_shares
 from lime_dist.model.architectures.lime.kv.functions import Pack, Unpack
 from lime_dist.model.chunks import Chunk
 from lime_dist.model.history import LayerHistory, separate_view
 from lime_dist.model.layout import StageLayout
+from lime_dist.model.mean_weights import MeanWeights
 from lime_dist.model.places import Block
 from lime_dist.model.policies import Entry
 from lime_dist.model.products import add_product, product_of_rows
@@ -112,8 +114,12 @@ class DepthKeyValueHistory(LayerHistory):
         out_BTHd, sums_BTH = (x.transpose(1, 2).contiguous() for x in (out_BHTd, sums_BHT))
         if runs := self._older(layer) + self._alone(layer):
             out_NGRd = self._by_group(out_BTHd)
-            mix(self._pairs(self.entries, runs), self._by_group(q_BHTd.transpose(1, 2)), out_NGRd,
-                sums_BTH.view(out_NGRd.shape[:3]))  # fmt: skip
+            pairs, q_NGRd, sums_NGR = (
+                self._pairs(self.entries, runs), self._by_group(q_BHTd.transpose(1, 2)), sums_BTH.view(out_NGRd.shape[:3])
+            )  # fmt: skip
+            mix(pairs, q_NGRd, out_NGRd, sums_NGR)
+            if self.mean_weights is not None:
+                self._add_shares(self.mean_weights, layer, runs, total_shares(pairs, q_NGRd, sums_NGR))
         return out_BTHd, sums_BTH, state
 
     def write_summary(self, chunk: Chunk, weights: Tensor) -> None:
@@ -235,6 +241,23 @@ class DepthKeyValueHistory(LayerHistory):
             entry for entry in layout.reads[layer] if layout.position[entry] not in layout.blocks[layer].older.positions
         )
         return list(layout.places(entry for entry in entries if layout.position[entry] != own).runs)
+
+    def _add_shares(self, means: MeanWeights, layer: int, runs: Sequence[slice], of_columns: Tensor) -> None:
+        """Add a layer's shares of attention, [H, entries read]; the own slot has that of the sequence.
+
+        Args:
+            of_columns: sums over tokens [H, columns of the runs].
+        """
+        num_tokens, own = self.slot_shape[2], self.layout.slot(layer)
+        of_entries = of_columns.unflatten(1, (-1, self.slot_shape[0])).sum(-1)
+        column = {
+            position: index for index, position in enumerate(chain(*(range(run.start, run.stop) for run in runs)))
+        }
+        read = [self.layout.position[entry] for entry in self.layout.reads[layer]]
+        totals = torch.zeros(len(of_entries), len(read), dtype=of_entries.dtype, device=of_entries.device)
+        for index, position in enumerate(read):
+            totals[:, index] = num_tokens - of_entries.sum(1) if position == own else of_entries[:, column[position]]
+        means.add(layer, totals, num_tokens)
 
     def _pairs(self, buffer: Tensor, runs: Sequence[slice]) -> list[Tensor]:
         """Pairs of keys and values in runs of positions, [C, 2, N, G, d] each."""

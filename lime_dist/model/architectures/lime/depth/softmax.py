@@ -43,6 +43,16 @@ def mix(pairs: Sequence[Tensor], q_NGRd: Tensor, out_NGRd: Tensor, sums_NGR: Ten
         sums_NGR[tokens] = after.view_as(sums_NGR[tokens])
 
 
+def total_shares(pairs: Sequence[Tensor], q_NGRd: Tensor, sums_NGR: Tensor) -> Tensor:
+    """Shares of columns, summed over tokens, [G·R, C], given the logarithms of the sums of exponentials of the whole softmax."""
+    total = sums_NGR.new_zeros(*sums_NGR.shape[1:], sum(len(part) for part in pairs))
+    for tokens in _token_slices(pairs):
+        scores = _scores(q_NGRd[tokens], [_factors(part, tokens) for part in pairs], sums_NGR.dtype)
+        scores.sub_(sums_NGR[tokens].flatten(0, 1).unsqueeze(-1))
+        total += scores.exp_().view(-1, *total.shape).sum(0)
+    return total.flatten(0, 1)
+
+
 class Together:
     """What a block of readers adds to the gradients of columns that all of them read.
 

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from lime_dist.config.precision import accumulation_itemsize
-from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, router_name
+from lime_dist.model.architecture import CHUNKS, ExportFormat, Flops, Sizes, mean_weights_name, router_name
 from lime_dist.model.architectures.lime.lime import RoutedLime
 from lime_dist.model.crossing import Prices, crossings
 from lime_dist.model.layout import BLOCK, StageLayout
@@ -46,6 +46,7 @@ SLICE_TOKENS = 64
 class HiddenLime(RoutedLime):
     """``routes: hidden``; multi-head attention only (G = H), since every head is routed by itself."""
 
+    slot_name = "input"
     receives_in_place = False
     summary_heads = 1
     router_parts = ("weight",)
@@ -258,6 +259,14 @@ class HiddenLime(RoutedLime):
     def router_map_obstacle(self) -> str | None:
         return "its weights depend on the token" if self.is_dynamic else None
 
+    @property
+    def has_mean_map(self) -> bool:
+        return self.is_dynamic
+
+    @property
+    def router_parameters(self) -> Sequence[str]:
+        return self.summary_names if self.is_dynamic else super().router_parameters
+
     def router_matrix(self, weights: Mapping[str, Tensor], layer: int) -> Tensor:
         """Summaries are normed before they are read; a map leaves that aside."""
         import torch
@@ -266,6 +275,8 @@ class HiddenLime(RoutedLime):
 
         if layer < self.config.lime.start_layer:
             return torch.ones(self.config.num_attention_heads, 1)
+        if self.is_dynamic:
+            return weights[mean_weights_name(layer)].float()
         matrix = weights[f"{router_name(layer)}.weight"].float().softmax(-1)
         return prune(matrix, self.config.lime.top_p) if self.prunes and self.config.lime.top_p is not None else matrix
 

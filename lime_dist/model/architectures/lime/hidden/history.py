@@ -152,6 +152,8 @@ class HiddenHistory(LayerHistory):
         Returns:
             [H, N, c].
         """
+        if self.mean_weights is not None and weights is not None:
+            self.mean_weights.add(layer, weights.sum(0, dtype=self.accumulation_dtype), len(weights))
         projected, dependency = Project.apply(self.dependency, weights, projections_HcD, self, layer)
         self._advance(dependency)
         return projected
