@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from pydantic import ValidationError
 from lime_dist import load_config
 from lime_dist.config.deepspeed import batch_split, deepspeed_config
 from lime_dist.config.load import dump_config
+from lime_dist.config.registry import ARCHITECTURES
 from lime_dist.config.schema import Config
 from lime_dist.config.synonyms import NOTES, SYNONYMS, UNSUPPORTED
 from lime_dist.config.unknown_keys import known_keys
@@ -31,6 +34,30 @@ def test_overrides_replace_the_file_and_the_resolved_configuration_reads_back(tm
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_configuration_in_the_repository_is_valid(path: Path) -> None:
     load_config(path)
+
+
+def kind_of(config: Config) -> tuple[object, ...]:
+    """What tells models apart beside their shape."""
+    model = config.model
+    own: dict[str, tuple[object, ...]] = {
+        "lime": (model.lime.routes, model.lime.router, model.lime.depth_attention),
+        "hyper": (model.hyper.connection,),
+    }
+    return model.architecture, *own.get(model.architecture, ())
+
+
+def test_every_model_is_one_line_of_overrides_away_at_every_depth() -> None:
+    """The table of docs/models.md names every architecture, and every kind that configs/paper/ has at 1.2 B."""
+    rows = re.findall(
+        r"^\| .+ \| `(model\.architecture=\w+[^`]*)` \|$", (ROOT / "docs/models.md").read_text(), re.MULTILINE
+    )
+    kinds = {kind_of(load_config(ROOT / "configs/deep/llama_64.yaml"))}
+    for row, depth in itertools.product(rows, (32, 64, 128)):
+        config = load_config(ROOT / f"configs/deep/llama_{depth}.yaml", row.split())
+        assert config.model.num_hidden_layers == depth
+        kinds.add(kind_of(config))
+    assert {architecture for architecture, *_ in kinds} == set(ARCHITECTURES)
+    assert {kind_of(load_config(path)) for path in (ROOT / "configs/paper").glob("*.yaml")} <= kinds
 
 
 @pytest.mark.parametrize(
