@@ -66,6 +66,7 @@ def test_the_roofline_counts_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ("planning.py", "--layers 4 --hidden 32 --length 32 --rounds 1 --links loopback", 19),
         ("crossover.py", "--depths 8 16", 12),
         ("roofline.py", "--layers 4 --hidden 32 --heads 4 --kv-heads 4 2 --length 32", 9),
+        ("depth_stability.py", "--layers 3 --hidden 16 --heads 2 --length 8 --steps 2", 18),
     ],
 )
 def test_a_benchmark_makes_its_table(script: str, arguments: str, rows: int, tmp_path: Path) -> None:
@@ -83,7 +84,6 @@ def test_a_benchmark_makes_its_table(script: str, arguments: str, rows: int, tmp
     [
         ("connection_cost.py", "--layers 4 --hidden 32 --heads 4 --kv-heads 2 --length 32", 6),
         ("document_mask.py", "--lengths 32 150 --time --layers 2 --hidden 64 --tokens 150 --rounds 1", 3),
-        ("deep_start.py", "--layers 3 --hidden 16 --steps 2 --variants value_residual permutations", 3),
     ],
 )
 def test_a_benchmark_prints_its_table(script: str, arguments: str, rows: int) -> None:

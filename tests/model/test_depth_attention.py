@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.models import small
 
-from benchmarks.depth_stability import Course, train
 from benchmarks.equality import perturb
 from lime_dist import build_decoder
-from lime_dist.config.schema import LimeConfig, ModelConfig
+from lime_dist.config.schema import LimeConfig, ModelConfig, OptimizerConfig
 from lime_dist.model import cost
 from lime_dist.model.architecture import architecture_of, model_crossings
 from lime_dist.model.architectures.lime.depth import kernels
 from lime_dist.model.crossing import Prices
 from lime_dist.model.documents import tensor_mask
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TOKENS = torch.arange(20).view(2, 10)
 
 
@@ -143,11 +144,14 @@ def test_misuse_of_the_history_is_an_error() -> None:
 
 
 @pytest.mark.slow
-def test_128_layers_in_bf16_train_without_a_spike() -> None:
-    """From the initial values; 8 steps, of which five warm up. (`benchmarks/deep_start.py` makes more.)"""
+def test_128_layers_in_bf16_train_without_a_spike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the initial values; 8 steps, of which five warm up. (`benchmarks/depth_stability.py` makes more.)"""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from depth_stability import train
+
     lime = {"depth_attention": "moda", "mlp_entries": True}
     config = small(lime=lime, num_hidden_layers=128, hidden_size=32, intermediate_size=64, num_attention_heads=2,
                    num_key_value_heads=2, vocab_size=256)  # fmt: skip
-    course: Course = train(config, torch.bfloat16, steps=8, batch=1, length=32)
+    course = train(config, OptimizerConfig(), torch.bfloat16, steps=8, batch=1, length=32)
     assert all(map(math.isfinite, course.losses + course.norms))
     assert max(course.losses) < 1.02 * course.losses[0]
