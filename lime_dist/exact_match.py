@@ -185,12 +185,13 @@ def exact_match(
     certificate = verify(model)
     split = TokenSplit(data, split_name)
     check_vocabulary(certificate, model, split)
-    mark = certificate["training"].get("answer_token") if answer_token is None else answer_token
-    answers = find_answers(split, mark)
+    training = certificate["training"]
+    mark = training.get("answer_token") if answer_token is None else answer_token
+    answers = find_answers(split, mark, training.get("eos_token"))
     if answers is None:
         raise LimeError(f"{model}: was trained without data.answer_token; pass the id of the mark as --answer-token")
     bos = read_dataset_json(data).get("bos_id", -1)
-    masked = bool(certificate["training"].get("document_mask"))
+    masked = bool(training.get("document_mask"))
     questions = read_questions(data, split_name, answers.mark, answers.eos, bos, samples, masked)
     return score(open_verified(model, certificate), questions, answers.eos, batch_size)
 

@@ -155,3 +155,8 @@ def test_mistakes_are_one_line(exported: Path, shards: Path, dataset: Path, tmp_
     assert "was trained without data.answer_token; pass the id of the mark as --answer-token" in line(
         model=tmp_path / "out"
     )
+    certificate = tmp_path / "out/certificate.json"
+    values = json.loads(certificate.read_text())
+    values["training"] |= {"answer_token": 250, "eos_token": 7}
+    certificate.write_text(json.dumps(values))
+    assert line(model=tmp_path / "out").startswith("data.eos_token=7, but the documents of ")
