@@ -6,6 +6,7 @@ stock         DeepSpeed's schedule and blocking transfers (pipeline.schedule: st
 overlap       this program's engine (pipeline.schedule: 1f1b)
 zero-bubble   the same engine with weight passes (pipeline.schedule: zero_bubble)
 parts-V       the same engine with V parts a stage (pipeline.schedule: interleaved, parallel.virtual_stages)
+again-V       the same, but with as many bytes as if every entry were sent again to a stage that has it (not a way to train)
 
 Two processes build every variant once. Each round runs one step of every variant; the first round warms up and
 is dropped. Times are medians. The simulator gets the seconds of forward, backward and weight passes that the stages measured
@@ -53,14 +54,21 @@ MODELS: dict[str, list[str]] = {
 }
 SCHEDULES = {
     "overlap": "1f1b", "zero-bubble": "zero_bubble", "stock": "stock", "stock-tuple": "stock", "parts-2": "interleaved",
-    "parts-4": "interleaved",
+    "parts-4": "interleaved", "again-4": "interleaved",
 }  # fmt: skip
 """The pipeline.schedule of each engine."""
-PARTS = {"parts-2": 2, "parts-4": 4}
+PARTS = {"parts-2": 2, "parts-4": 4, "again-4": 4}
 """The parallel.virtual_stages of each engine, if it is not 1."""
+AGAIN = {"again-4"}
+"""The engines that send every entry again."""
 VARIANTS = {f"{engine} {model}": (engine, model) for engine in ("overlap", "stock") for model in MODELS}
 VARIANTS |= {f"zero-bubble {model}": ("zero-bubble", model) for model in ("llama", "full", "first_last")}
-VARIANTS |= {f"{engine} {model}": (engine, model) for engine in PARTS for model in ("llama", "full", "first_last")}
+VARIANTS |= {
+    f"{engine} {model}": (engine, model)
+    for engine in PARTS
+    for model in ("llama", "full", "first_last")
+    if engine not in AGAIN or model != "llama"
+}
 VARIANTS["stock-tuple full"] = ("stock-tuple", "full")
 DEPTHS = (4, 8)
 """Numbers of stages that are simulated."""
@@ -164,6 +172,17 @@ def make_tables(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> s
     return "\n".join(parts)
 
 
+def variant_bytes(config: Config, engine: str) -> Sequence[int]:
+    """Return the bytes of a micro-batch over each boundary."""
+    return again_bytes(config, stage_bounds(config)) if engine in AGAIN else boundary_bytes(config)
+
+
+def again_bytes(config: Config, bounds: Sequence[int]) -> list[int]:
+    """Return what they would be if a stage received every entry again for each of its parts."""
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    return [WireFormat.of(config, bound).nbytes(tokens) for bound in bounds[1:-1]]
+
+
 def part_times(stages: Sequence[dict[str, Any]]) -> list[StageTimes]:
     """Return the measured seconds by part; part v · stages + s is the v-th one of stage s."""
     return [
@@ -190,7 +209,7 @@ def simulated(
     config = make_config(settings, engine, model, 2)
     trace = simulate(
         part_times(stages),
-        boundary_bytes(config) if sizes is None else sizes,
+        variant_bytes(config, engine) if sizes is None else sizes,
         Link(links[name]["bandwidth"], links[name]["latency"]),
         make_schedule(config, settings["micro_batches"]),
         update=max(stage["update"] for stage in stages),
@@ -215,7 +234,7 @@ def link_table(settings: dict[str, Any], name: str, links: dict[str, dict[str, A
         bases = f"{engine.removesuffix('-tuple')} llama", "stock llama", f"overlap {model}"
         ratios = " | ".join(ratio(seconds[variant], seconds.get(base)) for base in bases)
         config = make_config(settings, engine, model, 2)
-        predicted = sum(boundary_bytes(config)[::2]) * settings["micro_batches"]  # the first stage's
+        predicted = sum(variant_bytes(config, engine)[::2]) * settings["micro_batches"]  # the first stage's
         expected = simulated(settings, variant, links, name)
         median = statistics.median(seconds[variant])
         counted = result["variants"][variant]["bytes"]
@@ -252,7 +271,7 @@ def depth_table(settings: dict[str, Any], links: dict[str, dict[str, Any]], dept
             *(sum(getattr(each, key) for each in measured) / parts for key in ("forward", "backward", "weights"))
         )
         config = make_config(settings, engine, model, depth)
-        sizes, schedule = boundary_bytes(config), make_schedule(config, settings["micro_batches"])
+        sizes, schedule = variant_bytes(config, engine), make_schedule(config, settings["micro_batches"])
         cells = []
         for result in links.values():
             link = Link(result["bandwidth"], result["latency"])
@@ -270,13 +289,11 @@ def kept_table(settings: dict[str, Any], links: dict[str, dict[str, Any]]) -> st
         f"| variant | bytes, a micro-batch | sent again | {' | '.join(f'{name}, s/step | sent again | ratio' for name in links)} |",
         f"|---|---|---|{'---|---|---|' * len(links)}",
     ]  # fmt: skip
-    tokens = settings["batch"] * settings["length"]
     for variant in settings["variants"]:
         engine, model = VARIANTS[variant]
-        if engine in PARTS:
+        if engine in PARTS and engine not in AGAIN:
             config = make_config(settings, engine, model, 2)
-            kept = boundary_bytes(config)
-            again = [WireFormat.of(config, bound).nbytes(tokens) for bound in stage_bounds(config)[1:-1]]
+            kept, again = boundary_bytes(config), again_bytes(config, stage_bounds(config))
             cells = []
             for name in links:
                 own, other = (simulated(settings, variant, links, name, sizes) for sizes in (kept, again))

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from copying import copying_layer, random_batch
 from deepspeed.runtime.pipe import schedule
-from pipeline_cost import VARIANTS, make_config
+from pipeline_cost import AGAIN, VARIANTS, again_bytes, make_config
 from torch import Tensor
 
 from lime_dist.config.registry import SCHEDULES
@@ -28,6 +29,7 @@ from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.overlap import OverlapEngine
 from lime_dist.pipeline.process_groups import stage_process_groups
 from lime_dist.pipeline.stage_schedule import BackwardInput
+from lime_dist.pipeline.wire import Wire
 from lime_dist.train.build import make_stage_optimizer
 
 Payload = tuple[Tensor, Tensor]
@@ -77,10 +79,46 @@ class TupleEngine(LimeEngine):
     }
 
 
+@dataclass(frozen=True)
+class AgainWire(Wire):
+    """Sends as many bytes as if a stage received every entry again for each of its parts: the payload, and memory behind it."""
+
+    sent_bytes: int = 0
+
+    @property
+    def is_identity(self) -> bool:
+        return False
+
+    def empty(self, payload_shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.empty(self.sent_bytes // self.wire_dtype.itemsize, dtype=self.wire_dtype, device=device)
+
+    def encode(self, payload: Tensor) -> Tensor:
+        sent = self.empty(tuple(payload.shape), payload.device)
+        sent[: payload.numel()] = payload.reshape(-1)
+        return sent
+
+    def decode(self, sent: Tensor, payload: Tensor) -> Tensor:
+        payload.view(-1).copy_(sent[: payload.numel()])
+        return payload
+
+
+class AgainModule(LimePipelineModule):
+    """A module with several parts a stage whose stages send every entry again, and do not use it."""
+
+    def _wire(self, boundary: int) -> Wire:
+        own = super()._wire(boundary)
+        size = again_bytes(self.config, self.bounds)[boundary - 1]
+        return AgainWire(own.wire_format, own.dtype, own.wire_dtype, size)
+
+
+def module_class(engine: str) -> type[LimePipelineModule]:
+    return TupleModule if engine == "stock-tuple" else AgainModule if engine in AGAIN else LimePipelineModule
+
+
 def build(settings: dict[str, Any], variant: str) -> LimeEngine:
     engine_name, model = VARIANTS[variant]
     config = make_config(settings, engine_name, model, 2)
-    module = (TupleModule if engine_name == "stock-tuple" else LimePipelineModule)(config)
+    module = module_class(engine_name)(config)
     clock = Clock(next(module.parameters()).device)
     optimizer = make_stage_optimizer(config, module.exported_parameters, stage_process_groups(module), clock)
     engine_class = TupleEngine if engine_name == "stock-tuple" else SCHEDULES[config.pipeline.schedule].engine_class()
