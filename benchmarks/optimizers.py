@@ -15,8 +15,7 @@ import argparse
 import statistics
 from dataclasses import replace
 
-from pairs import mean_interval
-from quality import mean_and_spread
+from pairs import mean_and_spread, mean_interval
 from runs import Study, add_options
 from sweep import add_sweep_options, check_sweep_seed, sweep_losses
 

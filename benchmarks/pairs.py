@@ -22,21 +22,10 @@ def mean_interval(values: Sequence[float], comparisons: int = 1) -> Interval:
     return mean - half, mean + half
 
 
-def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval | None:
-    """Return the 95 % interval of a ratio of means of paired values (Fieller); None if it is unbounded, as the divisor may be 0."""
-    count = len(above)
-    square = t_quantile(count - 1) ** 2 / count
-    covariance = np.cov(above, below)
-    a, b = statistics.fmean(above), statistics.fmean(below)
-    second, first, constant = (
-        b * b - square * covariance[1, 1],
-        a * b - square * covariance[0, 1],
-        a * a - square * covariance[0, 0],
-    )
-    if second <= 0:
-        return None
-    root = math.sqrt(max(0.0, first * first - second * constant))
-    return (first - root) / second, (first + root) / second
+def mean_and_spread(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
+    """Return the mean ± standard deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):{sign}.{digits}f} ± {spread:.{digits}f}"
 
 
 def t_quantile(freedom: int, level: float = 0.975) -> float:

@@ -7,15 +7,19 @@ one resumes from its checkpoint, so the same command finishes the rest.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from kept import KeptRuns
 
 from lime_dist import load_config
 from lime_dist.config.schema import Config
@@ -23,11 +27,24 @@ from lime_dist.errors import LimeError
 from lime_dist.paths import user_path
 
 ROOT = Path(__file__).resolve().parents[1]
+_writes_kept_runs = threading.Lock()
 
 
-def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
-    """Add the options of a study on given data."""
-    parser.add_argument("--data", required=True, type=user_path, help="folder with dataset.json")
+@functools.cache
+def _load(config: Path, overrides: tuple[str, ...]) -> Config:
+    return load_config(config, list(overrides))
+
+
+def add_options(parser: argparse.ArgumentParser, steps: int, only_reads: bool = False) -> None:
+    """Add the options of a study on given data.
+
+    Args:
+        only_reads: the study can be read from kept runs, and then needs no data.
+    """
+    parser.add_argument(
+        "--data", required=not only_reads, type=user_path,
+        help="folder with dataset.json" + ("; without it, nothing is trained" if only_reads else ""),
+    )  # fmt: skip
     parser.add_argument(
         "--config", default=ROOT / "configs/quickstart.yaml", type=user_path, help="configuration that all runs share"
     )
@@ -53,6 +70,8 @@ class Study:
     Attributes:
         shared: overrides of the configuration for all runs.
         variants: the overrides of each variant, by name.
+        kept: a file of finished runs, which are not repeated, and to which others are added.
+        only_reads: start no run.
     """
 
     config: Path
@@ -61,14 +80,16 @@ class Study:
     variants: dict[str, list[str]]
     seeds: Sequence[int]
     steps: int
+    kept: KeptRuns | None = None
+    only_reads: bool = False
 
     @classmethod
     def from_options(
         cls, arguments: argparse.Namespace, shared: Sequence[str], variants: dict[str, list[str]]
     ) -> Study:
-        overrides = [
-            *shared, *arguments.overrides, f"train.steps={arguments.steps}", f"data.path={arguments.data.resolve()}",
-        ]  # fmt: skip
+        overrides = [*shared, *arguments.overrides, f"train.steps={arguments.steps}"]
+        if arguments.data is not None:
+            overrides.append(f"data.path={arguments.data.resolve()}")
         study = cls(arguments.config, arguments.output.resolve(), overrides, variants, arguments.seeds, arguments.steps)
         for name in variants:
             study.model(name)  # report mistakes before anything runs
@@ -77,7 +98,7 @@ class Study:
 
     def model(self, name: str) -> Config:
         """Return the configuration of a variant, without seeds and folder."""
-        return load_config(self.config, [*self.shared, *self.variants[name]])
+        return _load(self.config, (*self.shared, *self.variants[name]))
 
     def folder(self, name: str, seed: int) -> Path:
         return self.output / f"{name}-seed{seed}"
@@ -99,7 +120,10 @@ class Study:
             raise LimeError(f"{directory} holds a run with other settings; give another --output, or delete it")
         if self.validation(name, seed) is not None:
             print(f"{directory.name}: already finished", flush=True)
+            self._keep(name, seed)
             return
+        if self.only_reads:
+            raise LimeError(f"{directory.name} is not among the finished runs; give --data, to train it")
         if time.monotonic() > deadline:
             print(f"{directory.name}: not started, no time left", flush=True)
             return
@@ -118,9 +142,17 @@ class Study:
             last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
             raise LimeError(f"{directory.name} ended with status {finished.returncode}: {last}")
         print(f"{directory.name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        self._keep(name, seed)
+
+    def _keep(self, name: str, seed: int) -> None:
+        if self.kept is not None:
+            with _writes_kept_runs:
+                self.kept.add(name, self.model(name), seed, self.records(name, seed))
 
     def records(self, name: str, seed: int) -> list[dict[str, float]]:
-        """Return the records of a run's metrics.jsonl."""
+        """Return the records of a run's metrics.jsonl; of a run that was kept, those with a validation loss."""
+        if self.kept is not None and (kept := self.kept.records(self.model(name), seed)):
+            return kept
         path = self.folder(name, seed) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -1,7 +1,7 @@
 """Measure how well models answer questions that need several steps: train them on a synthetic task and count equal solutions.
 
     python benchmarks/tasks.py arithmetic --output runs/arithmetic
-    python benchmarks/tasks.py graph --output runs/graph --models llama lime-kv --seeds 0 --steps 500
+    python benchmarks/tasks.py graph --output runs/graph --models llama lime-full --seeds 0 --steps 500
 
 Makes the data (data_tools.tasks), trains every model from every seed with configs/tasks/TASK.yaml, exports it, and lets it answer
 unseen questions (lime_dist.exact_match). Resumable: after a stop, the same command finishes the rest.
@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from history_quality import mean_interval
-from quality import MODELS, mean_and_spread
+from memories import MODELS
+from pairs import mean_and_spread, mean_interval
 from results import write
 from runs import ROOT, Study, add_run_options
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(TASKS))
     add_run_options(parser, steps=1500)
-    parser.add_argument("--models", nargs="+", default=["llama", "lime-kv", "lime-static"], choices=sorted(MODELS),
+    parser.add_argument("--models", nargs="+", default=["llama", "lime-full", "lime-static"], choices=sorted(MODELS),
                         metavar="MODEL", help=f"of {', '.join(sorted(MODELS))}")  # fmt: skip
     parser.add_argument("--documents", type=int, help="questions to train on (default: by task)")
     parser.add_argument("--questions", type=int, default=1000, help="questions for each model (default 1000)")

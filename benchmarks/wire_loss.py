@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from quality import mean_and_spread
+from pairs import mean_and_spread
 from runs import Study, add_options
 
 from lime_dist.errors import LimeError, run_command

@@ -1,4 +1,4 @@
-"""Tests of the comparison of memories over depth: how it chooses, and what its table says of given runs."""
+"""Tests of the comparison of memories over depth: how it chooses, what it keeps, and what its tables say of given runs."""
 
 from __future__ import annotations
 
@@ -10,64 +10,148 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pairs
+from lime_dist import load_config
+from lime_dist.errors import LimeError
+from lime_dist.model.cost import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # the scripts import each other from their folder
 
-from benchmarks import depth  # noqa: E402  # needs that folder
-from benchmarks.runs import Study  # noqa: E402  # likewise
+# isort: split
+import depth  # noqa: E402  # needs that folder
+import depth_or_width  # noqa: E402  # likewise
+import depth_table  # noqa: E402  # likewise
+import kept  # noqa: E402  # likewise
+from memories import Setting, Sweep, has_routers  # noqa: E402  # likewise
+from runs import Study  # noqa: E402  # likewise
 
 SEEDS = [1, 2, 3]
-
-
-def write(study: Study, name: str, seed: int, losses: dict[int, float]) -> None:
-    folder = study.folder(name, seed)
-    folder.mkdir(parents=True)
-    records = [{"step": step, "tokens": 1024 * step, "validation_loss": loss} for step, loss in losses.items()]
-    records.append({"step": 8, "tokens": 8192, "loss": 1.0, "step_seconds": 2.0 if "full" in name else 1.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+CONFIG = ROOT / "configs/quickstart.yaml"
+Losses = dict[int, float]
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> tuple[Study, dict[str, depth.Setting]]:
-    chosen = {name: depth.Setting(name, 1e-3, multiple) for name, multiple in (("llama", 1.0), ("lime-full", 3.0))}
-    variants = {one.name: one.overrides for one in chosen.values()}
-    return Study(ROOT / "configs/quickstart.yaml", tmp_path, depth.SIZE, variants, SEEDS, 8), chosen
+def study(tmp_path: Path) -> Study:
+    """A study that starts no run: it has what :func:`keep` has written."""
+    return Study(CONFIG, tmp_path, [*depth.SIZE, "train.steps=8"], {}, SEEDS, 8, kept.KeptRuns(tmp_path / "runs.jsonl", "data"), True)  # fmt: skip
+
+
+def keep(study: Study, setting: Setting, seed: int, losses: Losses) -> None:
+    assert study.kept is not None
+    records = [{"step": step, "tokens": 1024 * step, "validation_loss": loss} for step, loss in losses.items()]
+    config = replace(study, variants={setting.name: setting.overrides}).model(setting.name)
+    study.kept.add(setting.name, config, seed, [*records, {"step": 8, "tokens": 8192, "loss": 1.0}])
 
 
 def test_only_models_with_routers_sweep_their_learning_rate() -> None:
-    assert [name for name in ("llama", "lime-full", "lime-chunked", "value-residual") if depth.has_routers(name)] == [
+    assert [name for name in ("llama", "lime-full", "lime-chunked", "value-residual") if has_routers(name)] == [
         "lime-full", "lime-chunked",
     ]  # fmt: skip
 
 
-def test_the_lowest_loss_chooses_the_setting(study: tuple[Study, dict[str, depth.Setting]]) -> None:
-    settings = [depth.Setting("lime-full", lr, 3.0) for lr in (5e-4, 1e-3, 2e-3)]
-    sweep = replace(study[0], variants={one.name: one.overrides for one in settings})
-    for one, loss in zip(settings[:2], (3.0, 2.5), strict=True):
-        write(sweep, one.name, 0, {8: loss})
-    with pytest.raises(Exception, match="lime-full-lr0.002-x3 has not finished"):
-        depth.best(sweep, settings, 0)
-    write(sweep, settings[2].name, 0, {8: 2.7})
-    assert depth.best(sweep, settings, 0) == settings[1]
-    diverged = depth.Setting("lime-full", 4e-3, 3.0)
-    write(sweep, diverged.name, 0, {8: float("nan")})
-    assert depth.best(sweep, [diverged, *settings], 0) == settings[1], "nan is no loss below the others"
+def test_a_sweep_goes_on_while_the_best_is_at_an_end(study: Study) -> None:
+    """LLaMA's best is in the middle; LIMe's lies above the highest given, and its routers like another multiple."""
+    sweep = Sweep(study, [("llama", ()), ("lime-full", ())], [1e-3, 2e-3, 4e-3], [3.0, 1.0], seed=0)
+    for lr, loss in ((1e-3, 3.0), (2e-3, 2.5), (4e-3, float("nan"))):
+        keep(study, Setting("llama", lr), 0, {8: loss})
+    for lr, loss in ((1e-3, 3.0), (2e-3, 2.9), (4e-3, 2.8), (8e-3, 2.7)):
+        keep(study, Setting("lime-full", lr, 3.0), 0, {8: loss})
+    with pytest.raises(LimeError, match="lime-full-lr0.016-x3-seed0 is not among the finished runs; give --data"):
+        sweep.run(1, None)
+    keep(study, Setting("lime-full", 1.6e-2, 3.0), 0, {8: 2.75})
+    keep(study, Setting("lime-full", 8e-3, 1.0), 0, {8: 2.6})
+    llama, lime = sweep.run(1, None)
+    assert (llama, lime) == (Setting("llama", 2e-3), Setting("lime-full", 8e-3, 1.0)), "nan is no loss below the others"
+    table = depth_table.sweep_table(sweep.study, sweep.settings(), 0).splitlines()
+    assert table[0] == "| model, routers' multiple | 0.001 | 0.002 | 0.004 | 0.008 | 0.016 |"
+    assert table[2:] == [
+        "| llama, 1 | 3.0000 | **2.5000** | nan |  |  |",
+        "| lime-full, 3 | 3.0000 | 2.9000 | 2.8000 | 2.7000 | 2.7500 |",
+        "| lime-full, 1 |  |  |  | **2.6000** |  |",
+    ]
+    assert not sweep.at_an_end(llama) and not sweep.at_an_end(lime)
+    assert sweep.at_an_end(replace(lime, lr=1.6e-2))
 
 
-def test_the_table_pairs_by_seed(study: tuple[Study, dict[str, depth.Setting]]) -> None:
+def test_a_run_is_kept_by_what_it_trains_and_on_what(study: Study, tmp_path: Path) -> None:
+    """Folder, paths and seeds are no settings; learning rates and the data are."""
+    setting, path = Setting("lime-full", 1e-3, 3.0), tmp_path / "runs.jsonl"
+    keep(study, setting, 1, {4: 4.0, 8: 3.0})
+    keep(study, setting, 1, {8: 2.0})
+    assert len(path.read_text().splitlines()) == 1, "the first stays"
+    shared = [*study.shared, *setting.overrides]
+    here = kept.KeptRuns(path, "data")
+    moved = load_config(
+        CONFIG, [*shared, "run.directory=/elsewhere", "data.path=/other", "data.seed=9", "train.seed=9"]
+    )
+    assert here.records(moved, 1) == [
+        {"step": 4, "tokens": 4096, "validation_loss": 4.0}, {"step": 8, "tokens": 8192, "validation_loss": 3.0},
+    ]  # fmt: skip
+    assert not here.records(moved, 2)
+    assert not here.records(load_config(CONFIG, [*shared, "optimizer.lr=2.0e-3"]), 1)
+    assert not kept.KeptRuns(path, "other data").records(moved, 1)
+    assert kept.only_data_digest(path) == "data"
+    replace(here, data="other data").add("llama", moved, 1, [{"step": 8, "tokens": 8192, "validation_loss": 1.0}])
+    with pytest.raises(LimeError, match="runs on 2 data sets; give --data"):
+        kept.only_data_digest(path)
+    path.write_text("{")
+    with pytest.raises(LimeError, match="runs.jsonl is no file of finished runs"):
+        here.records(moved, 1)
+
+
+def test_data_are_known_by_their_sources_and_settings(tmp_path: Path) -> None:
+    def facts(**changes: object) -> str:
+        content = {"source": "/a", "inputs": [{"name": "x", "sha256": "1"}], "settings": {"eos": True, "tool_version": "1"}}  # fmt: skip
+        (tmp_path / "dataset.json").write_text(json.dumps({**content, **changes}))
+        return kept.data_digest(tmp_path)
+
+    same = facts()
+    assert facts(source="/b", settings={"eos": True, "tool_version": "2"}) == same
+    assert facts(settings={"eos": False}) != same and facts(inputs=[{"name": "x", "sha256": "2"}]) != same
+    with pytest.raises(LimeError, match="holds no data set"):
+        kept.data_digest(tmp_path / "absent")
+
+
+def test_the_table_pairs_by_seed(study: Study) -> None:
     """Each seed moves both models alike, so that the small difference is resolved though the seeds differ more."""
-    runs, chosen = study
+    chosen = {"llama": Setting("llama", 1e-3), "lime-full": Setting("lime-full", 1e-3, 3.0)}
+    study = replace(study, variants={one.name: one.overrides for one in chosen.values()})
     for seed, shift in zip(SEEDS, (0.0, 0.5, 1.0), strict=True):
-        write(runs, chosen["llama"].name, seed, {4: 4.0 + shift, 8: 3.0 + shift})
-        write(runs, chosen["lime-full"].name, seed, {4: 3.0 + shift, 8: 2.9 + shift + 0.001 * seed})
-    table = depth.make_table(runs, chosen, SEEDS)
-    cells = [cell.strip() for cell in table.splitlines()[3].split("|")]
-    assert cells[1:3] == ["lime-full", "0.001, 0.003"] and cells[3].startswith("3.4020 ±")
-    assert cells[4].startswith("-0.0980 [") and cells[4].endswith("better") and cells[5] == ""
-    assert cells[8] == "2.00" and cells[9] == "24", "32 layers: every slot before the last quarter crosses"
-    assert cells[10] == "4,096", "the tokens at which its mean curve has reached LLaMA's last loss"
-    assert depth.difference([1.0, 2.0], [1.1, 1.8], 1).endswith("not resolved")
+        keep(study, chosen["llama"], seed, {4: 4.0 + shift, 8: 3.0 + shift})
+        keep(study, chosen["lime-full"], seed, {4: 3.0 + shift, 8: 2.9 + shift + 0.001 * seed})
+    assert study.finished_seeds() == SEEDS
+    costs = {"llama": depth_table.Cost(1.0, 1.0), "lime-full": depth_table.Cost(2.0, 1.25)}
+    table = depth_table.make_table(study, chosen, SEEDS, costs, ["lime-full"])
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| lime-full")]
+    learning, costing = rows
+    assert learning[2] == "0.001, 0.003 (at an end)" and learning[3].startswith("3.4020 ±")
+    assert learning[4].startswith("-0.0980 [") and learning[4].endswith("better") and learning[5] == ""
+    assert learning[7] == "+0.0000", "twice the time: LIMe's loss after half the steps, 3.5, over LLaMA's last, 3.5"
+    assert learning[8] == "4,096", "the tokens at which its mean curve has reached LLaMA's last loss"
+    assert costing[4:7] == ["2.00", "1.25", "18"], "24 layers: every slot before the last quarter could cross"
+    assert depth_table.difference([1.0, 2.0], [1.1, 1.8], 1).endswith("not resolved")
+
+
+def test_losses_between_the_points_of_a_curve() -> None:
+    curve = [(100, 4.0), (200, 3.0), (400, 2.0)]
+    assert [depth_table.loss_at(curve, tokens) for tokens in (150, 300, 400, 500)] == [3.5, 2.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("layers", [12, 48, 96])
+def test_deeper_models_are_narrower_at_equal_parameters(layers: int) -> None:
+    base = [*depth.SIZE, "model.architecture=llama"]
+    middle = load_config(CONFIG, base).model
+    shaped = load_config(CONFIG, [*base, *depth_or_width.shape(middle, layers)]).model
+    assert shaped.num_hidden_layers == layers and shaped.hidden_size == 16 * shaped.num_attention_heads
+    assert count_parameters(shaped) == pytest.approx(count_parameters(middle), rel=2e-3)
+    assert (shaped.hidden_size < middle.hidden_size) == (layers > middle.num_hidden_layers)
+
+
+def test_too_deep_for_equal_parameters_is_refused() -> None:
+    middle = load_config(CONFIG, [*depth.SIZE, "model.architecture=llama"]).model
+    assert depth_or_width.shape(middle, middle.num_hidden_layers) == ()
+    with pytest.raises(LimeError, match="--depths 2000: no size of the SwiGLU"):
+        depth_or_width.shape(middle, 2000)
 
 
 def test_intervals_widen_with_the_number_of_comparisons() -> None:

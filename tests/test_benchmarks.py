@@ -134,7 +134,7 @@ def test_a_task_is_made_learned_and_measured(tmp_path: Path) -> None:
         "--seeds",
         "0",
     ]
-    command += ["--models", "llama", "lime-kv", "--steps", "2", "--documents", "2000", "--jobs", "1", *size.split()]
+    command += ["--models", "llama", "lime-full", "--steps", "2", "--documents", "2000", "--jobs", "1", *size.split()]
 
     command += ["--questions", "20"]
 
@@ -144,7 +144,7 @@ def test_a_task_is_made_learned_and_measured(tmp_path: Path) -> None:
     first, second = call(), call()
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     table = (tmp_path / "table.md").read_text()
-    assert table in first.stdout and table in second.stdout and "| lime-kv | 0.0 ± 0.0 | +0.0 |" in table
+    assert table in first.stdout and table in second.stdout and "| lime-full | 0.0 ± 0.0 | +0.0 |" in table
     assert first.stdout.count("of 20 solutions") == 2 and "of 20 solutions" not in second.stdout
     assert second.stdout.count("already finished") == 2
     shutil.rmtree(tmp_path / "llama-seed0")

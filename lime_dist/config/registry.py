@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any, Generic, TypeVar
@@ -10,6 +11,8 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import AfterValidator
 
 T = TypeVar("T")
+_LOADING = threading.RLock()
+"""Held while a registry is loaded, so that no thread sees half of it; the thread that loads may look things up meanwhile."""
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -51,11 +54,12 @@ class Registry(Mapping[str, T], Generic[T]):
         del self._entries[name]
 
     def _load(self) -> dict[str, T]:
-        if not self._is_loaded:
-            self._is_loaded = True
-            package = import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__):
-                import_module(f"{self.package}.{module.name}")
+        with _LOADING:
+            if not self._is_loaded:
+                self._is_loaded = True
+                package = import_module(self.package)
+                for module in pkgutil.iter_modules(package.__path__):
+                    import_module(f"{self.package}.{module.name}")
         return self._entries
 
     def __getitem__(self, name: str) -> T:
