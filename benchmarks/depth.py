@@ -74,7 +74,7 @@ def add_study_options(parser: argparse.ArgumentParser) -> None:
     add_options(parser, steps=400, only_reads=True)
     parser.set_defaults(seeds=[1, 2, 3])
     parser.add_argument("--runs", type=user_path, help="file of finished runs (default: runs.jsonl in --output)")
-    add_sweep_options(parser, [1e-3, 2e-3, 4e-3])
+    add_sweep_options(parser, [2e-3, 4e-3])
     parser.add_argument("--router-multiples", nargs="+", type=float, default=[3.0, 1.0],
                         help="learning rates of routers to try, as multiples; the first with every learning rate")  # fmt: skip
 
