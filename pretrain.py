@@ -325,7 +325,7 @@ def report(run: Run, data: RunData, outcome: Outcome, metrics: MetricsFile | Non
     Args:
         metrics: on rank 0, the file with the validation losses of all starts.
     """
-    from lime_dist.train.measurements import describe_transfers
+    from lime_dist.train.measurements import describe_exchange, describe_transfers
 
     directory, vocab_size, say = Path(run.config.run.directory), run.config.model.vocab_size, run.console.say
     run.console.time_split(outcome.time_split)
@@ -336,7 +336,7 @@ def report(run: Run, data: RunData, outcome: Outcome, metrics: MetricsFile | Non
         )
     if metrics is not None and (best := metrics.best_validation()) is not None:
         say(f"best validation loss {best[0]:.4f} at step {best[1]}")
-    for line in describe_transfers(run.engine):
+    for line in (*describe_transfers(run.engine), *describe_exchange(run)):
         say(line)
     say(f"tokens seen: {outcome.state.consumed_samples * data.sequence_length:,}")
     say(f"run folder: {directory}")

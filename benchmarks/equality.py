@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lime_dist.config.schema import Config
@@ -22,6 +23,7 @@ from lime_dist.model.decoder import Decoder, build_decoder
 from lime_dist.model.layers import language_model_loss
 
 if TYPE_CHECKING:  # DeepSpeed chooses its accelerator when it is imported
+    from lime_dist.model.optimizer_states import StatePart
     from lime_dist.pipeline.engine import LimeEngine
     from lime_dist.train.stage_optimizer import StageOptimizer
 
@@ -204,7 +206,8 @@ def train_stage(
         for name, parameter in optimizer.parameters.items():
             perturb(name, parameter)
         for name in optimizer.local_names():
-            optimizer.state(name)["weight"].copy_(optimizer.parameters[name])
+            for part in optimizer.state(name):
+                part.values["weight"].copy_(_elements(optimizer.parameters[name], part.elements))
     replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
     result: Result = {
         "stage": engine.stage_id,
@@ -214,12 +217,14 @@ def train_stage(
         "evaluations": [],
     }
     result["rates"] = []
-    before = {name: optimizer.state(name)["weight"].clone() for name in optimizer.local_names()}
+    before = _whole(optimizer, lambda name, part: part.values["weight"])
     update = optimizer.step
 
     def recorded_update() -> Tensor:
         if "gradients" not in result:
-            result["gradients"] = {name: optimizer.gradient(name).clone() for name in optimizer.local_names()}
+            result["gradients"] = _whole(
+                optimizer, lambda name, part: _elements(optimizer.gradient(name), part.elements)
+            )
         return update()
 
     optimizer.step = recorded_update  # type: ignore[method-assign]  # the update clears the gradients
@@ -234,5 +239,23 @@ def train_stage(
             parts = config.train.global_batch_size // size // width
             result["evaluations"].append(engine.evaluate(batches, parts, size))
     result["parameters"] = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
-    result["updates"] = {name: optimizer.state(name)["weight"] - weight for name, weight in before.items()}
+    after = _whole(optimizer, lambda name, part: part.values["weight"])
+    result["updates"] = {name: after[name] - weight for name, weight in before.items()}
     return result
+
+
+def _elements(tensor: Tensor, elements: range) -> Tensor:
+    return tensor.detach().reshape(-1)[elements.start : elements.stop]
+
+
+def _whole(optimizer: StageOptimizer, values_of: Callable[[str, StatePart], Tensor]) -> dict[str, Tensor]:
+    """Values of the parameters that this rank updates, in their shapes; of those that replicas divide, the values of all of them."""
+    whole: dict[str, Tensor] = {}
+    for name, parameter in optimizer.parameters.items():
+        parts = optimizer.state(name)
+        whole[name] = torch.zeros_like(parameter, dtype=optimizer.flat_gradients.dtype).detach()
+        for part in parts:
+            whole[name].view(-1)[part.elements.start : part.elements.stop] = values_of(name, part)
+        if optimizer.is_sharded:
+            dist.all_reduce(whole[name], group=optimizer.replicas.group)
+    return whole

@@ -58,8 +58,8 @@ class Trainer:
         """
         optimizer = self.optimizer
         kept = [optimizer.flat_weights, optimizer.flat_gradients]
-        if optimizer.masters.dtype != optimizer.flat_weights.dtype:  # else they are the weights
-            kept.append(optimizer.masters)
+        if optimizer.masters[0].dtype != optimizer.flat_weights.dtype:  # else they are the weights
+            kept += optimizer.masters
         kept += [state for group in optimizer.parameter_groups for state in group.states.values()]
         gc.collect()
         if not on_gpu():

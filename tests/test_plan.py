@@ -326,7 +326,15 @@ def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
     machine = Machine(1e12, 1e18, 1e9, 0.0)
     for zero, size in ((0, 4 + 4), (1, 4 + 2)):
         planned = forecast(load_config(None, [*SIZE, *one_stage, f"parallel.zero_stage={zero}"]), machine, 4)
-        assert planned.parts.reduction == pytest.approx(3 / 4 * size * planned.parameters / 1e9)
+        ((exchange, memory),) = ((stage.exchange, stage.memory) for stage in planned.stages)
+        elements = memory.weights // 2  # with padding
+        assert planned.parameters < elements < 1.02 * planned.parameters
+        assert planned.parts.reduction == pytest.approx(3 / 4 * size * elements / 1e9)
+        assert (exchange.calls, exchange.gradient_bytes, exchange.weight_bytes) == (
+            1 + zero,
+            4 * elements,
+            2 * zero * elements,
+        )
     entries, untied = "pipeline.boundary=entries", "model.tie_word_embeddings=false"
     tied = forecast(load_config(None, [*SIZE, entries]), machine, 4)
     assert tied.parts.reduction == pytest.approx(64 * 64 * 4 / 1e9)

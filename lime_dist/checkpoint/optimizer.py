@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
+
+from lime_dist.model.optimizer_states import StatePart
 
 
 class CheckpointedOptimizer(Protocol):
@@ -21,16 +23,17 @@ class CheckpointedOptimizer(Protocol):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each replica holds the state of its own parameters only (ZeRO 1)."""
+        """Whether replicas divide the state (ZeRO 1)."""
 
-    def owned_names(self) -> list[str]:
-        """Parameters whose state this rank saves. Over all ranks that save, each parameter is listed once."""
+    def saved_state(self) -> dict[str, dict[str, Tensor]]:
+        """A copy, in host memory, of the state that this rank saves: whole tensors by parameter and state. Over all ranks that save,
+        each parameter is saved once. If the state is sharded, all replicas call it together."""
 
     def local_names(self) -> list[str]:
-        """Parameters whose state this rank holds, including copies of tied weights that another stage saves."""
+        """Parameters of which this rank holds state, including copies of tied weights that another stage saves."""
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """Writable views of a parameter's master weight and optimizer states, by state name."""
+    def state(self, name: str) -> Sequence[StatePart]:
+        """What this rank holds of a parameter's master weight and optimizer states; writable."""
 
     def restore_finished(self, step_count: int) -> None:
         """Complete a restore: called after every `state` has been written.

@@ -159,7 +159,7 @@ class Saver:
         assert self._in_progress is None, "a checkpoint is in progress"
         begin = time.perf_counter()
         partial = self._prepare(state)
-        values = _snapshot(self._optimizer) if self._writes else None
+        values = self._optimizer.saved_state() if self._writes else None
         write = _Write(state, partial, self._file, values, self._optimizer.step_count)
         if self._config.checkpoint.asynchronous:
             write.thread = threading.Thread(target=write.run, name="checkpoint", daemon=True)
@@ -251,14 +251,6 @@ def _problem(state: TrainState, error: OSError | None) -> str | None:
     if error is None:
         return None
     return f"cannot write the checkpoint of step {state.step}: {error}; earlier checkpoints are untouched"
-
-
-def _snapshot(optimizer: CheckpointedOptimizer) -> Values:
-    """A copy, in host memory, of the state that this rank saves."""
-    return {
-        name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in optimizer.state(name).items()}
-        for name in optimizer.owned_names()
-    }
 
 
 def _prune(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> list[str]:

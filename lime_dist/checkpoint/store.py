@@ -129,11 +129,12 @@ def load(
             file = index[name]["file"]
             if file not in opened:
                 opened[file] = _read(checkpoint.path / file)
-            for key, target in optimizer.state(name).items():
-                if checkpoint.weights_only and key != WEIGHT:
-                    target.zero_()
-                else:
-                    target.copy_(opened[file][name][key])
+            for part in optimizer.state(name):
+                for key, target in part.values.items():
+                    if checkpoint.weights_only and key != WEIGHT:
+                        target.zero_()
+                    else:
+                        target.copy_(opened[file][name][key].view(-1)[part.elements.start : part.elements.stop])
     optimizer.restore_finished(checkpoint.optimizer_steps)
     return compared.notes
 

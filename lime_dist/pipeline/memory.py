@@ -19,10 +19,9 @@ from lime_dist.config.schema import Config
 from lime_dist.model import cost
 from lime_dist.model.architecture import Sizes, architecture_of
 from lime_dist.model.crossing import Cut
-from lime_dist.model.transformer import EMBEDDING_WEIGHT
-from lime_dist.pipeline.optimizer_memory import optimizer_bytes
+from lime_dist.pipeline.optimizer_memory import layout_of_stage, optimizer_bytes
 from lime_dist.pipeline.schedules.base import BoundaryBytes, Schedule
-from lime_dist.pipeline.shared_weights import boundary_prices, shared_parameters
+from lime_dist.pipeline.shared_weights import boundary_prices
 from lime_dist.pipeline.wire_format import WireFormat
 
 
@@ -143,9 +142,7 @@ def stage_memory(
         schedule: of the step.
         replicas: number of replicas.
     """
-    is_tied = config.model.tie_word_embeddings and len(bounds) > 2
-    elsewhere = shared_parameters(config, bounds).keys() | ({EMBEDDING_WEIGHT} if is_tied else set())
-    weights, optimizer = optimizer_bytes(config, sizes, elsewhere, replicas)
+    weights, optimizer = optimizer_bytes(config, layout_of_stage(config, sizes, bounds, replicas))
     if schedule.parts > 1:
         parts = Cut(tuple(bounds), schedule.stages).of_stage(stage)
         return _memory_of_parts(config, kept, weights, optimizer, parts, stage, schedule)

@@ -155,6 +155,7 @@ def stage_values(planned: Forecast, stage: int) -> Values:
         "entries_to_next": len(each.crossing.entries),
         "mixtures_to_next": len(each.crossing.mixtures),
         "crosses_to_next": str(each.crossing) if each.boundary_bytes else None,
+        "between_replicas": vars(each.exchange),
     }
 
 

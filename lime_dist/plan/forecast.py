@@ -23,6 +23,7 @@ from lime_dist.model.crossing import Crossing, Cut
 from lime_dist.model.layout import joined
 from lime_dist.model.parameters import Sizes
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
+from lime_dist.pipeline.optimizer_memory import Exchange, exchange_of, layout_of_stage
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
 from lime_dist.pipeline.shared_weights import boundary_prices, parameters_of_stage, shared_parameters
@@ -60,6 +61,7 @@ class StageForecast:
         forward_flops, backward_flops: of one micro-batch.
         boundary_bytes: of one micro-batch's payloads to the next stage, of all parts; the gradients that come back have as many.
         crossing: what of the layer history these have.
+        exchange: with the other replicas of the stage.
     """
 
     parts: tuple[range, ...]
@@ -69,6 +71,7 @@ class StageForecast:
     memory: StageMemory
     boundary_bytes: int
     crossing: Crossing
+    exchange: Exchange
 
 
 @dataclass(frozen=True)
@@ -162,12 +165,13 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
             memory=stage_memory(config, kept, parameters[stage], bounds, stage, schedule, replicas),
             boundary_bytes=sum([*sizes, 0][stage::count]),
             crossing=joined(crossings[layers.stop] for layers in cut.of_stage(stage)),
+            exchange=exchange_of(config, layout_of_stage(config, parameters[stage], bounds, replicas), replicas),
         )
         for stage in range(count)
     ]
     times = machine_times(config, machine, bounds, flops)
     shared = sum(shared_parameters(config, bounds).values())
-    reduction = reduction_seconds(config, [stage.parameters for stage in stages], shared, machine, replicas)
+    reduction = reduction_seconds(config, [stage.exchange for stage in stages], shared, machine, replicas)
     parts = step_parts(config, times, sizes, machine, micro_batches, reduction)
     seconds = sum(vars(parts).values())
     return Forecast(
@@ -289,27 +293,30 @@ def _scenarios(
     return [float(seconds) for seconds in step_seconds(schedule, forward, backward, weights, durations, latencies)]
 
 
-def reduction_seconds(config: Config, parameters: Sequence[int], shared: int, machine: Machine, replicas: int) -> float:
+def reduction_seconds(
+    config: Config, exchanges: Sequence[Exchange], shared: int, machine: Machine, replicas: int
+) -> float:
     """Seconds of the reduction of gradients after the last pass, on the stage that takes longest.
 
-    Over replicas it is a ring: each sends (replicas − 1) / replicas of the bytes for the sum, and as much to distribute it (with
-    ZeRO-1 the weights are distributed). The gradient of a tied weight between first and last stage comes after it, then a ring of
-    all stages over the gradients of the routers and summaries of which several stages have a copy.
+    Over replicas it is a ring, in pieces that follow each other without a wait. The gradient of a tied weight between first and last
+    stage comes after it, then a ring of all stages over the gradients of the routers and summaries of which several stages have a
+    copy.
 
     Args:
-        parameters: by stage.
+        exchanges: with the other replicas, by stage.
         shared: elements of those routers and summaries.
     """
     model, size = config.model, ITEM_BYTES[config.precision]
-    accumulation_bytes = max(4, size)
-    distributed = size if config.parallel.zero_stage == 1 else accumulation_bytes
-    ring = (replicas - 1) / replicas * max(parameters) * (accumulation_bytes + distributed)
-    seconds = ring / machine.bandwidth + 2 * (replicas - 1) * machine.latency
-    if model.tie_word_embeddings and len(parameters) > 1:
-        seconds += model.vocab_size * model.hidden_size * accumulation_bytes / machine.bandwidth + 2 * machine.latency
+    accumulation_bytes, stages = max(4, size), len(exchanges)
+    sent = max(exchange.sent for exchange in exchanges)
+    seconds = sent / machine.bandwidth + 2 * (replicas - 1) * machine.latency
+    if model.tie_word_embeddings and stages > 1:
+        divided = replicas if config.parallel.zero_stage == 1 else 1  # each replica sums what it updates
+        tied = model.vocab_size * model.hidden_size * accumulation_bytes / divided
+        seconds += tied / machine.bandwidth + 2 * machine.latency
     if shared:
-        hops = 2 * (len(parameters) - 1)
-        seconds += hops * (shared * accumulation_bytes / len(parameters) / machine.bandwidth + machine.latency)
+        hops = 2 * (stages - 1)
+        seconds += hops * (shared * accumulation_bytes / stages / machine.bandwidth + machine.latency)
     return seconds
 
 

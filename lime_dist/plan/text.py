@@ -39,6 +39,8 @@ def plan_table(config: Config, values: Values) -> str:
     peak, memory = values["peak_memory"], values["machine"]["memory"]
     limit = "" if memory is None else f" of {show(memory, 'B')}: {'it fits' if values['fits'] else 'it DOES NOT FIT'}"
     lines.append(f"memory    {show(peak, 'B')} on the fullest stage{limit}")
+    if values["replicas"] > 1:
+        lines.append(replicas_line(config, values))
     parts = ", ".join(f"{name} {share(values, name)}" for name, seconds in values["seconds"].items() if seconds)
     lines.append(
         f"step      {show_seconds(values['seconds_per_step'])} predicted, {show(values['tokens_per_second'])} tokens/s: {parts}"
@@ -67,6 +69,16 @@ def plan_table(config: Config, values: Values) -> str:
             f"time × {over['time']:.3f}"
         )
     return "\n".join(lines)
+
+
+def replicas_line(config: Config, values: Values) -> str:
+    """What a process exchanges with the other replicas of its stage, on the stage where that is most."""
+    most = max((row["between_replicas"] for row in values["stages"]), key=lambda exchange: exchange["sent"])
+    sharded = config.parallel.zero_stage == 1
+    calls = (
+        f"{most['calls'] // 2} reduce-scatters and as many all-gathers" if sharded else f"{most['calls']} all-reduces"
+    )
+    return f"replicas  a process sends the others {show(most['sent'], 'B')} a step, in {calls}"
 
 
 def boundary_of(config: Config) -> str:

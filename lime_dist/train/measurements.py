@@ -19,6 +19,7 @@ from lime_dist.pipeline.boundaries import boundary_name, stage_boundaries
 from lime_dist.pipeline.clock import COMPUTATION, KINDS, TRANSFER, VALIDATION, WAITING
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.pipeline.transfer import TransferStats
+from lime_dist.train.replicas import ExchangeStats
 from lime_dist.train.run import Run
 
 SENT, RETURNED = "sent to next", "received from next"
@@ -185,4 +186,20 @@ def describe_transfers(engine: LimeEngine) -> list[str]:
                 f"{boundary_name(config, part)}: {counted}; {there.bytes / 1e6:,.1f} MB there, {back.bytes / 1e6:,.1f} MB back; "
                 f"waited {waited:.1f} s there, {waited_back:.1f} s back"
             )
+    return lines
+
+
+def describe_exchange(run: Run) -> list[str]:
+    """A line for each stage of replica 0: what it exchanged with the other replicas, counted. All ranks must call it."""
+    if run.replicas == 1:
+        return []
+    gathered: list[tuple[int, int, ExchangeStats] | None] = [None] * dist.get_world_size()
+    with run.engine.watching("the end of the run"):
+        dist.all_gather_object(gathered, (run.replica, run.engine.stage_id, run.optimizer.replicas.stats))
+    lines = []
+    for replica, stage, stats in filter(None, gathered):
+        if replica == 0:
+            line = f"replicas of stage {stage}: {stats.gradient_bytes / 1e6:,.1f} MB of gradients summed"
+            line += f", {stats.weight_bytes / 1e6:,.1f} MB of weights gathered" if stats.weight_bytes else ""
+            lines.append(f"{line}, in {stats.calls:,} calls")
     return lines

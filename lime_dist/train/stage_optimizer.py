@@ -4,15 +4,15 @@ Which states are kept of a parameter and how one update is computed is the busin
 learning rates change over steps, of `lime_dist.train.learning_rates`.
 
 The same code serves fp32, bf16 and fp64, ZeRO 0 and 1. All parameters of a stage lie in flat buffers, in the order of
-`flat_layout`: by owner (the replica that updates them; with ZeRO 0 every replica owns everything), then by group. Between them
+`lime_dist.pipeline.flat_layout`, which divides them among the replicas (with ZeRO 0 every replica updates everything). Between them
 is padding, which is zero in all buffers and stays zero in updates.
 
     flat_weights    in the precision of the run; the model's parameters are views into it
     flat_gradients  float32 (float64 in fp64 runs); micro-batches are accumulated here
-    masters         float32 (float64); this rank's part only. The weights themselves if they have this type
+    masters         float32 (float64); of what this rank updates. The weights themselves if they have this type
 
 A step: gradients are averaged over replicas, gradients of weights that several stages hold are summed over these stages, the
-global norm is computed, each owner updates its part, and replicas exchange the new weights.
+global norm is computed, each replica updates its part, and replicas gather the new weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -28,12 +29,13 @@ from torch import Tensor, nn
 
 from lime_dist.config.schema import OptimizerConfig
 from lime_dist.model.architecture import Group
-from lime_dist.model.optimizer_states import WEIGHT
+from lime_dist.model.optimizer_states import WEIGHT, StatePart
 from lime_dist.pipeline.clock import WAITING, Clock
+from lime_dist.pipeline.flat_layout import FlatLayout, lay_out, overlap
 from lime_dist.pipeline.process_groups import ProcessGroups
-from lime_dist.train.flat_layout import Place, owner_ranges, place_parameters
 from lime_dist.train.learning_rates.base import LearningRate
 from lime_dist.train.optimizers.base import Optimizer, ParameterGroup, Span
+from lime_dist.train.replicas import Replicas
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class StageOptimizer:
         optimizer: the update rule.
         learning_rate: the schedule of learning rates.
         config: learning rates, weight decay and the norm to clip at.
-        zero_stage: 0: every replica updates everything; 1: each replica updates the parameters that it owns.
+        zero_stage: 0: every replica updates everything; 1: replicas divide the updates.
         process_groups: the ranks that share this stage, and its weights that other stages hold as well.
         clock: counts the time in which the global norm waits for other ranks.
         width_multiplier: divisor of the learning rate of matrices (`lime_dist.model.scaling`); their weight decay is multiplied by
@@ -63,7 +65,8 @@ class StageOptimizer:
         step_count: updates applied so far.
         skipped_steps: steps whose update was skipped because the gradient norm was not finite.
         gradient_norm: global norm of the newest step, before clipping.
-        not_finite: what made the newest skipped update impossible, among the parameters that this rank owns.
+        not_finite: what made the newest skipped update impossible, among what this rank updates.
+        replicas: the exchange with the other ranks of the stage.
         stage_gradient_norm: this stage's part of it.
     """
 
@@ -88,33 +91,38 @@ class StageOptimizer:
         self.gradient_norm = 0.0
         self.not_finite = NotFinite()
         self.stage_gradient_norm = 0.0
-        self._replicas = dist.get_world_size(process_groups.replicas)
-        self.is_sharded = zero_stage == 1 and self._replicas > 1
-        self._owner = dist.get_rank(process_groups.replicas) if self.is_sharded else 0
-
-        owners = self._replicas if self.is_sharded else 1
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        states = {name: optimizer.states(name, groups[name]) for name in shapes}
+        replicas = dist.get_world_size(process_groups.replicas)
+        self.is_sharded = zero_stage == 1 and replicas > 1
+        self._shared = [name for name in process_groups.shared if name in self.parameters]
         first = next(iter(self.parameters.values()))
-        self._shared = [name for name in process_groups.shared if name in shapes]
-        of_several_stages = process_groups.tied.keys() | self._shared
-        self._places = place_parameters(shapes, groups, states, owners, of_several_stages, first.itemsize)
-        self._ranges = owner_ranges(self._places, owners)
+        self._layout = self._lay_out(groups, replicas if self.is_sharded else 1, first.itemsize)
+        self.replicas = Replicas(process_groups.replicas, self._layout)
+        self._own = self._layout.owned(self.replicas.own)
 
         accumulation_dtype = torch.promote_types(first.dtype, torch.float32)
-        size = self._ranges[-1][1]
+        size = self._layout.size
         self.flat_weights = torch.zeros(size, dtype=first.dtype, device=first.device)
         self.flat_gradients = torch.zeros(size, dtype=accumulation_dtype, device=first.device)
         self._move_parameters()
-        begin, end = self._ranges[self._owner]
-        own = self.flat_weights[begin:end]
-        self.masters = own if own.dtype == accumulation_dtype else own.to(accumulation_dtype)
+        self.masters = [self.flat_weights[own.start : own.stop] for own in self._own]
+        if first.dtype != accumulation_dtype:
+            copy = torch.cat(self.masters).to(accumulation_dtype)
+            self.masters = list(copy.split([len(own) for own in self._own]))
+        self._own_parts: dict[str, list[range]] = {}  # by exported name, elements of the flat buffers
+        self._states: dict[str, list[StatePart]] = {}
         self.parameter_groups = self._make_parameter_groups()
+
+    def _lay_out(self, groups: Mapping[str, Group], owners: int, itemsize: int) -> FlatLayout:
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        states = {name: self._optimizer.states(name, groups[name]) for name in shapes}
+        whole = {name for name in shapes if not self._optimizer.is_elementwise(name, groups[name])}
+        tied = frozenset(self._process_groups.tied)
+        return lay_out(shapes, groups, states, itemsize, owners, tied, frozenset(self._shared), whole)
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
-        place = self._places[name]
+        place = self._layout.places[name]
         return flat[place.begin : place.end].view(place.shape)
 
     def _move_parameters(self) -> None:
@@ -131,30 +139,30 @@ class StageOptimizer:
                 parameter.register_post_accumulate_grad_hook(lambda p, gradient=gradient: _move_gradient(p, gradient))
 
     def _make_parameter_groups(self) -> list[ParameterGroup]:
-        """The parameters that this rank updates: one `ParameterGroup` per optimizer group and set of states, in their order."""
-        kinds: dict[tuple[Group, tuple[str, ...]], dict[str, Place]] = {}
-        for name, place in self._places.items():
-            if place.owner == self._owner:
-                kinds.setdefault((place.group, place.states), {})[name] = place
-        offset, _ = self._ranges[self._owner]
+        """What this rank updates: one `ParameterGroup` for each run of the layout."""
         groups = []
-        for (group, states), places in kinds.items():
-            begin, end = min(place.begin for place in places.values()), max(place.stop for place in places.values())
-            weight = self.masters[begin - offset : end - offset]
-            groups.append(
-                ParameterGroup(
-                    group=group,
-                    spans={
-                        name: Span(place.begin - begin, place.end - begin, place.shape)
-                        for name, place in places.items()
-                    },
-                    weight=weight,
-                    gradient=self.flat_gradients[begin:end],
-                    states={state: torch.zeros_like(weight) for state in states},
-                    weight_decay=self._config.weight_decay * self._width_multiplier if group == "matrices" else 0.0,
-                )
-            )
+        for number, run in self._layout.runs(self.replicas.own):
+            begin, stop, offset = run.elements.start, run.elements.stop, self._own[number].start
+            weight = self.masters[number][begin - offset : stop - offset]
+            spans = {
+                name: Span(part.start - begin, part.stop - begin, self._shape_of(name, part))
+                for name, part in run.parts.items()
+            }
+            decay = self._config.weight_decay * self._width_multiplier if run.group == "matrices" else 0.0
+            states = {state: torch.zeros_like(weight) for state in run.states}
+            groups.append(ParameterGroup(run.group, spans, weight, self.flat_gradients[begin:stop], states, decay))
+            for name, part in run.parts.items():
+                first, inner = self._layout.places[name].begin, slice(part.start - begin, part.stop - begin)
+                values = {key: flat[inner] for key, flat in ((WEIGHT, weight), *states.items())}
+                elements = range(part.start - first, part.stop - first)
+                self._own_parts.setdefault(name, []).append(part)
+                self._states.setdefault(name, []).append(StatePart(elements, values))
         return groups
+
+    def _shape_of(self, name: str, part: range) -> tuple[int, ...]:
+        """The parameter's shape if ``part`` is all of it, else that of a flat part."""
+        shape = self._layout.places[name].shape
+        return shape if len(part) == prod(shape) else (len(part),)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -185,15 +193,15 @@ class StageOptimizer:
             self.flat_gradients[:1] += torch.where(loss.isfinite(), 0.0, math.nan).to(self.flat_gradients)
         self._average_over_replicas()
         for name in sorted(self._process_groups.tied):
-            if self._places[name].owner == self._owner:
-                dist.all_reduce(self.gradient(name), group=self._process_groups.tied[name])
+            for part in self._own_gradients(name):  # copies are cut alike: each replica sums its part
+                dist.all_reduce(part, group=self._process_groups.tied[name])
         self._sum_shared_gradients()
 
     def _sum_shared_gradients(self) -> None:
         """Sum the gradients of routers and summaries over the stages that hold a copy, in one message. All stages of every replica
         that updates them take part, and all receive the same sums."""
         sizes = self._process_groups.shared
-        if not sizes or self._owner != 0:
+        if not sizes or self.replicas.own != 0:
             return
         packed = self.flat_gradients.new_zeros(sum(sizes.values()))
         parts = dict(zip(sizes, packed.split(list(sizes.values())), strict=True))
@@ -202,27 +210,28 @@ class StageOptimizer:
         with self._clock.measuring(WAITING) if self._clock is not None else nullcontext():
             dist.all_reduce(packed, group=self._process_groups.pipeline)
         for name in self._shared:
-            self.gradient(name).copy_(parts[name].view(self._places[name].shape))
+            self.gradient(name).copy_(parts[name].view(self._layout.places[name].shape))
 
     def _average_over_replicas(self) -> None:
-        """With ZeRO 1 each owner receives the gradients of its own parameters only."""
-        if self._replicas == 1:
+        """With ZeRO 1 each replica receives the averages of its slices only."""
+        if self.replicas.count == 1:
             return
-        self.flat_gradients /= self._replicas
-        if not self.is_sharded:
-            dist.all_reduce(self.flat_gradients, group=self._process_groups.replicas)
-            return
-        for owner, (begin, end) in enumerate(self._ranges):
-            if end > begin:
-                target = dist.get_global_rank(self._process_groups.replicas, owner)
-                dist.reduce(self.flat_gradients[begin:end], target, group=self._process_groups.replicas)
+        for piece in reversed(self._layout.pieces):
+            self.flat_gradients[piece.start : piece.stop] /= self.replicas.count
+            self.replicas.start_sum(self.flat_gradients, piece)
+        self.replicas.finish_sums()
+
+    def _own_gradients(self, name: str) -> list[Tensor]:
+        """The parts of a parameter's gradient that this rank updates, flat."""
+        return [self.flat_gradients[part.start : part.stop] for part in self._own_parts.get(name, ())]
 
     def norms(self) -> Tensor:
         """2-norms of the gradient of the whole model and of this stage, float64 [2] on the device. The first is the same number
         on every rank; a weight of several stages counts once."""
         total = torch.zeros((), dtype=torch.float64, device=self.flat_gradients.device)
         for name in self.owned_names():
-            total += torch.linalg.vector_norm(self.gradient(name), dtype=torch.float64) ** 2
+            for part in self._own_gradients(name):
+                total += torch.linalg.vector_norm(part, dtype=torch.float64) ** 2
         with self._clock.measuring(WAITING) if self._clock is not None else nullcontext():
             if self.is_sharded:
                 dist.all_reduce(total, group=self._process_groups.replicas)
@@ -258,17 +267,20 @@ class StageOptimizer:
         finite = norms[0].isfinite()
         skip = finite.logical_not().to(torch.float32)
         scale = torch.where(finite, (self._config.max_grad_norm / (norms[0] + 1e-6)).clamp(max=1), 1.0)
-        begin, end = self._ranges[self._owner]
-        self.flat_gradients[begin:end] *= scale
+        for own in self._own:
+            self.flat_gradients[own.start : own.stop] *= scale
         lr, router_lr = self.learning_rates()
         for group in self.parameter_groups:
             group.lr = {"routers": router_lr, "matrices": lr / self._width_multiplier}.get(group.group, lr)
         self._optimizer.update(self.parameter_groups, self.step_count + 1, skip)
         self._publish()
-        # 0, unless `settle` has to find what is not finite. The sum makes 0 of a negative 0.
-        self.flat_gradients[begin:end].mul_(skip).add_(0.0)
-        self.flat_gradients[:begin].zero_()
-        self.flat_gradients[end:].zero_()
+        begin = 0
+        for own in self._own:
+            # 0, unless `settle` has to find what is not finite. The sum makes 0 of a negative 0.
+            self.flat_gradients[own.start : own.stop].mul_(skip).add_(0.0)
+            self.flat_gradients[begin : own.start].zero_()
+            begin = own.stop
+        self.flat_gradients[begin:].zero_()
         return norms
 
     @torch.no_grad()
@@ -285,43 +297,72 @@ class StageOptimizer:
         self.skipped_steps += 1
         names = self.owned_names()
         self.not_finite = NotFinite(
-            gradients=tuple(name for name in names if not self.gradient(name).isfinite().all()),
-            weights=tuple(name for name in names if not self._view(self.flat_weights, name).isfinite().all()),
+            gradients=tuple(name for name in names if not all(map(_is_finite, self._own_gradients(name)))),
+            weights=tuple(name for name in names if not _is_finite(self._view(self.flat_weights, name))),
         )
         self.flat_gradients.zero_()
         return False
 
     def _publish(self) -> None:
         """Copy masters to the weights of every replica."""
-        begin, end = self._ranges[self._owner]
-        if self.masters.dtype != self.flat_weights.dtype:
-            self.flat_weights[begin:end].copy_(self.masters)
+        for own, master in zip(self._own, self.masters, strict=True):
+            if master.dtype != self.flat_weights.dtype:
+                self.flat_weights[own.start : own.stop].copy_(master)
         if self.is_sharded:
-            for owner, (first, last) in enumerate(self._ranges):
-                if last > first:
-                    source = dist.get_global_rank(self._process_groups.replicas, owner)
-                    dist.broadcast(self.flat_weights[first:last], source, group=self._process_groups.replicas)
+            self.replicas.gather(self.flat_weights)
 
-    # -- state by parameter, which does not depend on the layout; any rank may call these alone -----------------------
+    # -- state by parameter, which does not depend on the layout; any rank may call these alone, unless they say otherwise --------
 
     def owned_names(self) -> list[str]:
-        """Parameters whose state this rank holds and saves. A weight of several stages belongs to the one that counts it."""
+        """Parameters of which this rank updates a part that counts. A weight of several stages counts on one of them."""
         return [name for name in self.local_names() if name not in self._process_groups.tied_copies]
 
     def local_names(self) -> list[str]:
-        """Parameters that this rank updates: those that it owns, and its copies of tied and shared weights."""
-        return [name for name, place in self._places.items() if place.owner == self._owner]
+        """Parameters of which this rank updates a part: also of its copies of tied and shared weights."""
+        return [name for name in self._layout.places if name in self._states]
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """Writable views of a parameter's master weight (``weight``) and of its optimizer states, in at least float32.
+    def state(self, name: str) -> list[StatePart]:
+        """What this rank holds of a parameter's master weight (``weight``) and of its optimizer states, in at least float32."""
+        return self._states.get(name, [])
 
-        Raises:
-            KeyError: another replica owns the parameter.
+    @torch.no_grad()
+    def saved_state(self) -> dict[str, dict[str, Tensor]]:
+        """A copy, in host memory, of the state that this rank saves: by exported name, whole tensors in the parameter's shape. Over all
+        ranks each parameter is saved once.
+
+        With ZeRO 1 all replicas call it together.
         """
-        for group in self.parameter_groups:
-            if name in group.spans:
-                return {key: group.view(flat, name) for key, flat in ((WEIGHT, group.weight), *group.states.items())}
-        raise KeyError(f"{name} is owned by replica {self._places[name].owner}")
+        saved: dict[str, dict[str, Tensor]] = {}
+        for name in self.owned_names():
+            if self._layout.keepers[name] == self.replicas.own:
+                shape, parts = self._layout.places[name].shape, self._states[name]
+                saved[name] = {key: own.new_empty(shape, device="cpu") for key, own in parts[0].values.items()}
+                for part in parts:
+                    for key, own in part.values.items():
+                        _set(saved[name][key], part.elements, own)
+        for piece in self._layout.pieces:
+            divided = [name for name in self._layout.divided_in(piece) if name not in self._process_groups.tied_copies]
+            for key in dict.fromkeys(key for name in divided for key in (WEIGHT, *self._layout.places[name].states)):
+                self._gather_state(piece, divided, key, saved)
+        return saved
+
+    def _gather_state(
+        self, piece: range, names: Sequence[str], key: str, saved: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """Complete one state of the parameters ``names``, as far as they lie in a piece, on the replicas that save them."""
+        own = self._layout.slice(piece, self.replicas.own)
+        values = self.flat_gradients.new_zeros(len(own))
+        for name in names:
+            for held, part in zip(self._own_parts.get(name, ()), self.state(name), strict=True):
+                if overlap(held, own) and key in part.values:
+                    values[held.start - own.start : held.stop - own.start] = part.values[key]
+        gathered = self.replicas.gather_piece(values)
+        for name in names:
+            if key in saved.get(name, {}):
+                place = self._layout.places[name]
+                common = overlap(piece, range(place.begin, place.end))
+                elements = range(common.start - place.begin, common.stop - place.begin)
+                _set(saved[name][key], elements, gathered[common.start - piece.start : common.stop - piece.start])
 
     def restore_finished(self, step_count: int) -> None:
         """Complete a restore, after every `state` has been written: set the step and publish the weights.
@@ -331,6 +372,15 @@ class StageOptimizer:
         self.step_count = step_count
         with torch.no_grad():
             self._publish()
+
+
+def _set(tensor: Tensor, elements: range, values: Tensor) -> None:
+    """Set elements of a flattened tensor."""
+    tensor.view(-1)[elements.start : elements.stop] = values
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def _move_gradient(parameter: Tensor, view: Tensor) -> None:

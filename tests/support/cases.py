@@ -34,6 +34,52 @@ def train_steps(values: dict[str, Any], steps: int, evaluation_micro_batch_size:
     return result
 
 
+PIECE_ELEMENTS = 300
+
+
+def train_in_pieces(values: dict[str, Any], steps: int, evaluation_micro_batch_size: int = 0) -> dict[str, Any]:
+    """`train_steps` with pieces of at most 300 elements; also what this rank exchanged with its replicas in a step, what the plan
+    predicts for NCCL, and the number of pieces."""
+    return _train_in_pieces(values, steps, evaluation_micro_batch_size, calls_of_nccl=False)
+
+
+def train_with_calls_of_nccl(
+    values: dict[str, Any], steps: int, evaluation_micro_batch_size: int = 0
+) -> dict[str, Any]:
+    """The same with the collectives that are used on NCCL, which gloo has as well."""
+    return _train_in_pieces(values, steps, evaluation_micro_batch_size, calls_of_nccl=True)
+
+
+def _train_in_pieces(values: dict[str, Any], steps: int, evaluation: int, calls_of_nccl: bool) -> dict[str, Any]:
+    from lime_dist.pipeline import flat_layout
+    from lime_dist.pipeline.optimizer_memory import exchange_of, layout_of_stage
+    from lime_dist.pipeline.partition import stage_bounds
+    from lime_dist.train.replicas import Replicas
+
+    made: list[Replicas] = []
+    whole, init = flat_layout.PIECE_ELEMENTS, Replicas.__init__
+
+    def noting(self: Replicas, *arguments: Any) -> None:
+        made.append(self)
+        init(self, *arguments)
+        if calls_of_nccl:
+            self._by_slice, self._calls = False, 1
+
+    flat_layout.PIECE_ELEMENTS, Replicas.__init__ = PIECE_ELEMENTS, noting  # type: ignore[method-assign]  # for this case
+    try:
+        result = train_steps(values, steps, evaluation)
+        config, (replicas,) = make_config(values, "a test"), made
+        sizes = {name: tensor.numel() for name, tensor in result["parameters"].items()}
+        layout = layout_of_stage(config, sizes, stage_bounds(config), replicas.count)
+        result["planned"] = exchange_of(config, layout, replicas.count)
+    finally:
+        flat_layout.PIECE_ELEMENTS, Replicas.__init__ = whole, init  # type: ignore[method-assign]  # as before
+    stats = replicas.stats
+    result["exchanged"] = (stats.calls / steps, stats.gradient_bytes / steps, stats.weight_bytes / steps)
+    result["pieces"] = len(layout.pieces)
+    return result
+
+
 def rounds_partial_sums() -> bool:
     """Return whether bf16 products on GPUs may round partial sums to bf16."""
     return bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)

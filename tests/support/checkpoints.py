@@ -64,9 +64,18 @@ def _fill(optimizer: Any, step: int) -> None:
     """Set weights and moments to a function of name and step."""
     with torch.no_grad():
         for name in optimizer.local_names():
-            for index, tensor in enumerate(optimizer.state(name).values()):
-                tensor.fill_(sum(map(ord, name)) + 1000 * index + step)
+            for part in optimizer.state(name):
+                for index, tensor in enumerate(part.values.values()):
+                    tensor.copy_(
+                        part.elements.start + torch.arange(len(tensor)) + sum(map(ord, name)) + 1000 * index + step
+                    )
     optimizer.restore_finished(step)
+
+
+def _states(optimizer: Any) -> list[torch.Tensor]:
+    """All states that this rank holds, in an order of their own."""
+    names = optimizer.local_names()
+    return [tensor for name in names for part in optimizer.state(name) for tensor in part.values.values()]
 
 
 def save(values: dict[str, Any], directory: str, steps: list[int]) -> list[str]:
@@ -101,11 +110,9 @@ def load(values: dict[str, Any], directory: str) -> int:
     if newest is None:
         return 0
     store.load(newest, config, DataIdentity(NUM_SAMPLES), optimizer)
-    got = {name: {k: t.clone() for k, t in optimizer.state(name).items()} for name in optimizer.local_names()}
+    got = [tensor.clone() for tensor in _states(optimizer)]
     _fill(optimizer, newest.state.step)
-    for name, state in got.items():
-        for key, tensor in optimizer.state(name).items():
-            assert torch.equal(state[key], tensor), (name, key)
+    assert all(map(torch.equal, got, _states(optimizer)))
     assert optimizer.step_count == newest.state.step and newest.state.consumed_samples == 4 * newest.state.step
     return newest.state.step
 
@@ -129,5 +136,5 @@ def start_from(values: dict[str, Any]) -> tuple[str, int, int, dict[str, float]]
         except LimeError as error:
             return str(error), 0, 0, {}
     assert checkpoint is not None
-    state = optimizer.state(optimizer.local_names()[0])
+    state = optimizer.state(optimizer.local_names()[0])[0].values
     return "", checkpoint.state.step, optimizer.step_count, {key: tensor.mean().item() for key, tensor in state.items()}

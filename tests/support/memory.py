@@ -17,7 +17,7 @@ def measure_stage(values: dict[str, Any]) -> dict[str, Any]:
     config, engine, optimizer = build(values)
     engine._go_on_with_weights = lambda: False
     losses_of(config, engine, range(1))
-    kept = [optimizer.flat_weights, optimizer.flat_gradients, optimizer.masters]
+    kept = [optimizer.flat_weights, optimizer.flat_gradients, *optimizer.masters]
     kept += [state for group in optimizer.parameter_groups for state in group.states.values()]
     before = {name: stats.bytes for name, stats in engine.transfer_stats().items()}
     gc.collect()

@@ -17,7 +17,6 @@ from support.transfers import build
 from torch import Tensor
 
 from benchmarks.equality import rank_batches
-from lime_dist.checkpoint.saver import _snapshot
 from lime_dist.config.load import make_config
 
 BEFORE_TRAINING = (
@@ -69,10 +68,10 @@ def train(gpu: FakeGpu, values: dict[str, Any]) -> dict[str, Any]:
     gpu.reset()
     engine.evaluate(_pinned(rank_batches(config, 1, replica, width, size)), engine.micro_batches)
     result["evaluation"], result["after the evaluation"] = list(gpu.waits), gpu.queued
-    tensors = [optimizer.flat_weights, optimizer.flat_gradients, optimizer.masters, *optimizer.parameters.values()]
+    tensors = [optimizer.flat_weights, optimizer.flat_gradients, *optimizer.masters, *optimizer.parameters.values()]
     tensors += [state for group in optimizer.parameter_groups for state in group.states.values()]
     result["devices"] = {tensor.device.type for tensor in tensors}
-    copies = [copy for states in _snapshot(optimizer).values() for copy in states.values()]
+    copies = [copy for states in optimizer.saved_state().values() for copy in states.values()]
     result["snapshot"] = {tensor.device.type for tensor in copies}
     return result
 

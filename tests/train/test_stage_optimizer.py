@@ -9,7 +9,6 @@ from support.workers import WorkerGroup
 
 from lime_dist.config.registry import LEARNING_RATES
 from lime_dist.config.schema import OptimizerConfig
-from lime_dist.train.flat_layout import owner_ranges, place_parameters
 from lime_dist.train.learning_rates.cosine import Cosine
 from lime_dist.train.learning_rates.wsd import WarmupStableDecay
 
@@ -80,20 +79,3 @@ def test_a_replica_that_owns_nothing_trains_along(workers: Callable[[int], Worke
     group = workers(4)
     for weights in group.run("support.faults.one_tensor_over_four_replicas", zero_stage=zero_stage):
         assert weights == pytest.approx([0.9] * 3, abs=1e-3), "one step of AdamW with lr 0.1 on a positive gradient"
-
-
-def test_more_replicas_than_tensors() -> None:
-    """With ZeRO 1 a replica may own nothing: its range is empty and does not affect the others."""
-    name = "model.norm.weight"
-    places = place_parameters({name: (3,)}, {name: "plain"}, {name: ("exp_avg",)}, 4, frozenset(), 4)
-    assert owner_ranges(places, 4) == [(0, 32), (32, 32), (32, 32), (32, 32)]
-
-
-def test_parameters_with_the_same_states_lie_together() -> None:
-    """Within an owner: by group, then by states, then in the given order."""
-    groups = {"a": "matrices", "b": "plain", "c": "matrices", "d": "matrices"}
-    states = {"a": ("momentum",), "b": ("moment",), "c": ("moment",), "d": ("momentum",)}
-    places = place_parameters(dict.fromkeys(groups, (2, 3)), groups, states, 1, frozenset(), 8)  # type: ignore[arg-type]  # groups of the test
-    assert [(name, place.begin, place.end) for name, place in places.items()] == [
-        ("c", 0, 6), ("a", 16, 22), ("d", 32, 38), ("b", 48, 54),
-    ]  # fmt: skip

@@ -24,6 +24,9 @@ class AdamW(Optimizer):
     def states(self, name: str, group: Group) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
+    def is_elementwise(self, name: str, group: Group) -> bool:
+        return True
+
     def update(self, groups: Sequence[ParameterGroup], step: int, skip: Tensor) -> None:
         import torch  # not at the top of the file: plans read `states` and do not import torch
         from torch.optim.adamw import adamw

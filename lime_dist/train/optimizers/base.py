@@ -33,7 +33,8 @@ class ParameterGroup:
 
     Attributes:
         group: the optimizer group.
-        spans: place of each parameter, by exported name. Parameters are whole: no rank holds a part of one.
+        spans: place of each parameter, by exported name. Those whose update works by element may be parts of parameters, which are
+            flat then; all others are whole.
         weight: master weights [n].
         gradient: gradients [n], averaged and clipped.
         states: the optimizer's states [n] each, by name; zero before the first update.
@@ -89,12 +90,20 @@ class Optimizer(Protocol):
             group: its optimizer group.
         """
 
+    def is_elementwise(self, name: str, group: Group) -> bool:
+        """Whether the update of an element depends on nothing but its own gradient, weight and states. With ZeRO 1, replicas then
+        divide the parameter; by default each parameter is updated whole, by one replica.
+
+        Args: as of `states`.
+        """
+        return False
+
     @abstractmethod
     def update(self, groups: Sequence[ParameterGroup], step: int, skip: Tensor) -> None:
         """Update weights and states in place, or leave all of them as they are, without waiting for the device.
 
         Args:
-            groups: the parameters that this rank owns; empty if it owns none. A rule for whole matrices takes each in its
+            groups: the parameters that this rank updates; empty if there are none. A rule for whole matrices takes each in its
                 shape from `ParameterGroup.view`.
             step: 1 for the first update.
             skip: float32 scalar on the device. 1: gradients are not finite, and nothing may change; 0: update. `assign` and

@@ -8,8 +8,8 @@ O(U) is U with all singular values moved to about 1, by five Newton–Schulz ite
 usual size of AdamW's (Moonlight, arXiv 2502.16982), so that both parts share ``optimizer.lr`` and ``optimizer.weight_decay``.
 
 Which matrices: the projections of attention and of the MLP, each as one matrix; heads are not taken apart. Embeddings, output
-projection, norms, routers, gates and the small matrices of connections use AdamW. With ZeRO 1 each replica orthogonalises the
-matrices that it owns.
+projection, norms, routers, gates and the small matrices of connections use AdamW. With ZeRO 1 each replica orthogonalises
+whole matrices of its own, and everything else is divided evenly.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Muon(Optimizer):
 
     def states(self, name: str, group: Group) -> tuple[str, ...]:
         return (MOMENTUM,) if MATRICES.search(name) else self._rest.states(name, group)
+
+    def is_elementwise(self, name: str, group: Group) -> bool:
+        return not MATRICES.search(name)
 
     def update(self, groups: Sequence[ParameterGroup], step: int, skip: Tensor) -> None:
         self._rest.update([group for group in groups if MOMENTUM not in group.states], step, skip)

@@ -1,0 +1,99 @@
+"""Protects the exchange of replicas: pieces of the gradients, slices of each replica, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pipeline.test_equality import check_equal, settings
+from support.workers import WorkerGroup
+
+from lime_dist.pipeline.flat_layout import lay_out
+from lime_dist.train import replicas
+
+Workers = Callable[[int], WorkerGroup]
+
+IN_PIECES, AS_ON_NCCL = "support.cases.train_in_pieces", "support.cases.train_with_calls_of_nccl"
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "schedule", "tied", "worker"),
+    [
+        (0, "1f1b", True, IN_PIECES),
+        (0, "zero_bubble", False, IN_PIECES),
+        (1, "1f1b", False, IN_PIECES),
+        (1, "zero_bubble", True, IN_PIECES),
+        (1, "1f1b", True, AS_ON_NCCL),
+    ],
+)
+def test_two_stages_of_two_replicas(workers: Workers, zero_stage: int, schedule: str, tied: bool, worker: str) -> None:
+    """In many pieces, which cut parameters between replicas, against one process. Calls and bytes are those of the plan; gloo makes a
+    call for each slice."""
+    values: dict[str, Any] = settings("lime", 2, tied, "fp64", pipeline_stages=2, zero_stage=zero_stage)
+    values["pipeline"] = {"schedule": schedule}
+    for result in check_equal(values, workers(4), steps=3, worker=worker):
+        planned, calls_a_piece = result["planned"], 2 if zero_stage and worker is IN_PIECES else 1
+        assert result["pieces"] > 5
+        assert result["exchanged"] == (calls_a_piece * planned.calls, planned.gradient_bytes, planned.weight_bytes)
+
+
+class FakeDist:
+    """A rank of three replicas that communicate over NCCL. It notes calls and does nothing."""
+
+    Backend = SimpleNamespace(GLOO="gloo")
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self.calls = rank, list[tuple[str, int, int, int, int]]()
+
+    def get_world_size(self, group: Any) -> int:
+        return 3
+
+    def get_rank(self, group: Any) -> int:
+        return self._rank
+
+    def get_backend(self, group: Any) -> str:
+        return "nccl"
+
+    def note(self, name: str) -> Callable[..., Any]:
+        def call(output: torch.Tensor, source: torch.Tensor, group: Any, async_op: bool) -> Any:
+            assert async_op and output.is_contiguous() and source.is_contiguous()
+            places = output.storage_offset(), len(output), source.storage_offset(), len(source)
+            self.calls.append((name, *places))
+            return SimpleNamespace(wait=lambda: None)
+
+        return call
+
+
+def test_calls_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind a piece, in place: NCCL wants a rank's slice where it lies in the whole. All ranks call in the same order."""
+    layout = lay_out(
+        {"a": (500,), "b": (400,)}, {"a": "plain", "b": "matrices"}, {"a": (), "b": ()}, 4, 3, piece_elements=300
+    )
+    flat, orders = torch.zeros(layout.size), []
+    for rank in range(3):
+        fake = FakeDist(rank)
+        monkeypatch.setattr(replicas, "dist", fake)
+        monkeypatch.setattr(replicas, "reduce_scatter", lambda fake=fake: fake.note("scatter"))
+        monkeypatch.setattr(replicas, "all_gather", lambda fake=fake: fake.note("gather"))
+        exchange = replicas.Replicas(object(), layout)  # type: ignore[arg-type]  # the fake knows no groups
+        for piece in reversed(layout.pieces):
+            exchange.start_sum(flat, piece)
+        exchange.finish_sums()
+        exchange.gather(flat)
+        own = [layout.slice(piece, rank) for piece in layout.pieces]
+        scatters = [
+            ("scatter", part.start, len(part), piece.start, len(piece))
+            for part, piece in zip(own, layout.pieces, strict=True)
+        ]
+        gathers = [
+            ("gather", piece.start, len(piece), part.start, len(part))
+            for part, piece in zip(own, layout.pieces, strict=True)
+        ]
+        assert fake.calls == [*reversed(scatters), *gathers] and len(scatters) > 2
+        orders.append([name for name, *_ in fake.calls])
+        assert exchange.stats.calls == len(fake.calls)
+        assert exchange.stats.gradient_bytes == exchange.stats.weight_bytes == flat.nbytes
+    assert orders[0] == orders[1] == orders[2]
