@@ -43,16 +43,24 @@ class WeightGradients:
         """Keep what the gradient of a weight is made from: the input and the gradient of the output, rows by token."""
         self._products.append(_Product(weight, input_NC, gradient_NC))
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a gradient of a weight is left."""
+        return any(product.weight is weight for product in self._products)
+
     @torch.no_grad()
-    def compute_next(self, gradient_of: Callable[[Tensor], Tensor]) -> None:
+    def compute_next(self, gradient_of: Callable[[Tensor], Tensor]) -> Tensor:
         """Add the first one that is left to the gradient of its weight, and free what it was made from. They come in the order in
         which backward came to them.
 
         Args:
             gradient_of: the accumulated gradient of a weight, in the weight's shape.
+
+        Returns:
+            The weight.
         """
         weight, input_NC, gradient_NC = self._products.popleft()
         add_product(gradient_NC.t(), input_NC, gradient_of(weight))
+        return weight
 
 
 @contextmanager

@@ -52,6 +52,12 @@ class GradientOptimizer(Protocol):
     def gradient_of(self, weight: Tensor) -> Tensor:
         """The accumulated gradient of a parameter, in its shape; it may be added to."""
 
+    def begin_last_pass(self) -> None:
+        """Take note that the last backward pass of a step begins."""
+
+    def gradient_is_final(self, weight: Tensor) -> None:
+        """Take note that nothing more is added to the gradient of a parameter in this step, once its last backward pass has begun."""
+
     def reduce_gradients(self, loss: Tensor | None) -> None: ...
 
     def step(self) -> Tensor:

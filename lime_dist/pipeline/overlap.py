@@ -25,7 +25,7 @@ from lime_dist.pipeline.clock import COMPUTATION, TRANSFER, Clock
 from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.process_groups import limits_ctas, transfer_options
-from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, RECV_GRAD, Pass, make_schedule
+from lime_dist.pipeline.schedules.base import BACKWARDS, RECV_ACTIVATION, RECV_GRAD, Pass, make_schedule
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 from lime_dist.pipeline.stage_schedule import BackwardInput, BackwardWeight, EvaluationStage, TrainingStage
 from lime_dist.pipeline.transfer import Receiver, Sender, TransferStats
@@ -75,6 +75,7 @@ class OverlapEngine(LimeEngine):
         self._in_flight: dict[Pass, MicroBatch] = {}
         self._shared: dict[int, tuple[LayerHistory | None, Tensor | None]] = {}  # by micro-batch: `_shared_by_parts`
         self._held_back: dict[int, WeightGradients] = {}  # by micro-batch, the oldest one first
+        self._backwards_left = 0  # in this step
         self._failed = False
         self._from_previous: Receiver[LayerHistory | None] | None = None
         self._from_next: Receiver[None] | None = None
@@ -172,6 +173,7 @@ class OverlapEngine(LimeEngine):
         fills_waits = is_training and configured.splits_backward and self._sees_arrivals
         meanwhile = self._go_on_with_weights if fills_waits else None
         payload_window = configured.evaluation_window()
+        self._backwards_left = sum(each.kind in BACKWARDS for each in pipe_schedule.instructions())
         for sender in (self._to_next, self._to_previous):
             if sender is not None:
                 sender.release()  # the device has come to the end of the last step
@@ -273,6 +275,9 @@ class OverlapEngine(LimeEngine):
 
     def _exec_backward_pass(self, buffer_id: int, part: int = 0) -> None:
         micro_batch, own = self._in_flight[Pass(buffer_id, part)], self.module.stage_parts[part]
+        self._backwards_left -= 1
+        if self._backwards_left == 0 and len(self.module.stage_parts) == 1:
+            self.optimizer.begin_last_pass()
         if micro_batch.loss is not None:
             (micro_batch.loss / self.micro_batches).backward()
         else:
@@ -298,9 +303,16 @@ class OverlapEngine(LimeEngine):
     def _exec_backward_weight(self, buffer_id: int, part: int = 0) -> None:
         """Compute what is left of the weight gradients. Micro-batches come in their order, so that every sum has the same order,
         whatever has been computed while the stage waited."""
-        gradients = self._held_back.pop(buffer_id)
+        gradients = self._held_back[buffer_id]
         while gradients:
-            gradients.compute_next(self.optimizer.gradient_of)
+            self._compute_next(gradients)
+        del self._held_back[buffer_id]
+
+    def _compute_next(self, gradients: WeightGradients) -> None:
+        """Compute a weight gradient. If none of this weight is left in the step, its sum over replicas can start."""
+        weight = gradients.compute_next(self.optimizer.gradient_of)
+        if self._backwards_left == 0 and not any(each.holds(weight) for each in self._held_back.values()):
+            self.optimizer.gradient_is_final(weight)
 
     def _go_on_with_weights(self) -> bool:
         """Compute one of the weight gradients that are held back, of the oldest micro-batch; returns whether there was one."""
@@ -308,7 +320,7 @@ class OverlapEngine(LimeEngine):
             if gradients:
                 place = f"{BackwardWeight.__name__} of micro-batch {micro_batch}, step {self.global_steps + 1}"
                 with self.watching(place, ranks=()), self.clock.measuring(COMPUTATION):
-                    gradients.compute_next(self.optimizer.gradient_of)
+                    self._compute_next(gradients)
                 return True
         return False
 

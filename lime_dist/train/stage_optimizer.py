@@ -33,6 +33,7 @@ from lime_dist.model.optimizer_states import WEIGHT, StatePart
 from lime_dist.pipeline.clock import WAITING, Clock
 from lime_dist.pipeline.flat_layout import FlatLayout, lay_out, overlap
 from lime_dist.pipeline.process_groups import ProcessGroups
+from lime_dist.train.early_sums import EarlySums
 from lime_dist.train.learning_rates.base import LearningRate
 from lime_dist.train.optimizers.base import Optimizer, ParameterGroup, Span
 from lime_dist.train.replicas import Replicas
@@ -97,6 +98,8 @@ class StageOptimizer:
         first = next(iter(self.parameters.values()))
         self._layout = self._lay_out(groups, replicas if self.is_sharded else 1, first.itemsize)
         self.replicas = Replicas(process_groups.replicas, self._layout)
+        keys = {name: id(parameter) for name, parameter in self.parameters.items()}
+        self._sums = EarlySums(self._layout, keys, self._start_average)
         self._own = self._layout.owned(self.replicas.own)
 
         accumulation_dtype = torch.promote_types(first.dtype, torch.float32)
@@ -137,6 +140,8 @@ class StageOptimizer:
                 parameter.grad = gradient
             else:
                 parameter.register_post_accumulate_grad_hook(lambda p, gradient=gradient: _move_gradient(p, gradient))
+            if self.replicas.count > 1:
+                parameter.register_post_accumulate_grad_hook(self.gradient_is_final)
 
     def _make_parameter_groups(self) -> list[ParameterGroup]:
         """What this rank updates: one `ParameterGroup` for each run of the layout."""
@@ -179,6 +184,16 @@ class StageOptimizer:
         """`gradient` by parameter. What is added to it counts as a part of the gradient."""
         return self._gradients[id(weight)]
 
+    def begin_last_pass(self) -> None:
+        """Say that the last backward pass of a step begins. Sums over replicas start while it runs, piece by piece."""
+        self._sums.open()
+
+    @torch.no_grad()
+    def gradient_is_final(self, weight: Tensor) -> None:
+        """Say that nothing more is added to the gradient of a parameter in this step. Backward passes say it of the parameters whose
+        gradients they compute; without effect before `begin_last_pass`."""
+        self._sums.finish(id(weight))
+
     def reduce_gradients(self, loss: Tensor | None = None) -> None:
         """Average gradients over replicas, then sum gradients of tied and shared weights over the stages that hold them.
 
@@ -188,10 +203,13 @@ class StageOptimizer:
 
         Args:
             loss: scalar, on the last stage. If it is not finite, neither is the gradient norm, so that all ranks skip the update.
+                Element 0 carries it, in the piece that is summed last. If that is a copy of a tied weight, which does not count in the
+                norm, the sum over stages carries it to the one that does.
         """
         if loss is not None:
             self.flat_gradients[:1] += torch.where(loss.isfinite(), 0.0, math.nan).to(self.flat_gradients)
-        self._average_over_replicas()
+        self._sums.start_rest()
+        self.replicas.finish_sums()
         for name in sorted(self._process_groups.tied):
             for part in self._own_gradients(name):  # copies are cut alike: each replica sums its part
                 dist.all_reduce(part, group=self._process_groups.tied[name])
@@ -212,14 +230,11 @@ class StageOptimizer:
         for name in self._shared:
             self.gradient(name).copy_(parts[name].view(self._layout.places[name].shape))
 
-    def _average_over_replicas(self) -> None:
-        """With ZeRO 1 each replica receives the averages of its slices only."""
-        if self.replicas.count == 1:
-            return
-        for piece in reversed(self._layout.pieces):
+    def _start_average(self, piece: range) -> None:
+        """Start to average a piece over replicas. With ZeRO 1 each replica receives the averages of its slice only."""
+        if self.replicas.count > 1:
             self.flat_gradients[piece.start : piece.stop] /= self.replicas.count
             self.replicas.start_sum(self.flat_gradients, piece)
-        self.replicas.finish_sums()
 
     def _own_gradients(self, name: str) -> list[Tensor]:
         """The parts of a parameter's gradient that this rank updates, flat."""

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import pytest
 from support.nccl import LAUNCHES, Graph, Place, first_of_each_kind, places
-from support.recording import FakeDist, RecordingEngine, engines, programs
+from support.recording import PIECES, FakeDist, RecordingEngine, engines, programs, programs_of_replicas
 
 from lime_dist import load_config
 from lime_dist.config.registry import SCHEDULES
@@ -113,6 +113,22 @@ def test_several_parts_a_stage(stages: int) -> None:
             assert not Graph(queued, before_first_launches(queued)).deadlocks(), schedule
             if stages == 2 or micro_batches % stages == 0:
                 assert not Graph(queued, one_queue=True).deadlocks(), schedule
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_sums_over_replicas_that_start_early(stages: int) -> None:
+    """All pieces of a stage's gradients but one start within its last pass. Both replicas start them at the same places."""
+    for schedule in schedules(stages):
+        if schedule.micro_batches in (1, 2, 5):
+            queued = programs_of_replicas(schedule)
+            assert Graph(queued).single_deadlocks() == [], schedule
+            for waits in (before_first_launches(queued), first_of_each_kind(queued).__contains__, before_launches):
+                assert not Graph(queued, waits).deadlocks(), schedule
+            assert not Graph(queued, one_queue=True).deadlocks(), schedule
+            for program in queued:
+                kinds = [each.kind for each in program]
+                last = max(index for index, kind in enumerate(kinds) if kind in ("backward", "weights"))
+                assert kinds[:last].count("reduce") == PIECES - 1, schedule
 
 
 # -- memory of transfers --------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ PIECE_ELEMENTS = 300
 
 def train_in_pieces(values: dict[str, Any], steps: int, evaluation_micro_batch_size: int = 0) -> dict[str, Any]:
     """`train_steps` with pieces of at most 300 elements; also what this rank exchanged with its replicas in a step, what the plan
-    predicts for NCCL, and the number of pieces."""
+    predicts for NCCL, the number of pieces, and how many of them a step sums before all its gradients are final."""
     return _train_in_pieces(values, steps, evaluation_micro_batch_size, calls_of_nccl=False)
 
 
@@ -54,10 +54,12 @@ def _train_in_pieces(values: dict[str, Any], steps: int, evaluation: int, calls_
     from lime_dist.pipeline import flat_layout
     from lime_dist.pipeline.optimizer_memory import exchange_of, layout_of_stage
     from lime_dist.pipeline.partition import stage_bounds
+    from lime_dist.train.early_sums import EarlySums
     from lime_dist.train.replicas import Replicas
 
     made: list[Replicas] = []
-    whole, init = flat_layout.PIECE_ELEMENTS, Replicas.__init__
+    early: list[EarlySums] = []
+    whole, init, init_sums = flat_layout.PIECE_ELEMENTS, Replicas.__init__, EarlySums.__init__
 
     def noting(self: Replicas, *arguments: Any) -> None:
         made.append(self)
@@ -65,7 +67,12 @@ def _train_in_pieces(values: dict[str, Any], steps: int, evaluation: int, calls_
         if calls_of_nccl:
             self._by_slice, self._calls = False, 1
 
+    def noting_sums(self: EarlySums, *arguments: Any) -> None:
+        early.append(self)
+        init_sums(self, *arguments)
+
     flat_layout.PIECE_ELEMENTS, Replicas.__init__ = PIECE_ELEMENTS, noting  # type: ignore[method-assign]  # for this case
+    EarlySums.__init__ = noting_sums  # type: ignore[method-assign]  # likewise
     try:
         result = train_steps(values, steps, evaluation)
         config, (replicas,) = make_config(values, "a test"), made
@@ -74,9 +81,10 @@ def _train_in_pieces(values: dict[str, Any], steps: int, evaluation: int, calls_
         result["planned"] = exchange_of(config, layout, replicas.count)
     finally:
         flat_layout.PIECE_ELEMENTS, Replicas.__init__ = whole, init  # type: ignore[method-assign]  # as before
+        EarlySums.__init__ = init_sums  # type: ignore[method-assign]  # likewise
     stats = replicas.stats
     result["exchanged"] = (stats.calls / steps, stats.gradient_bytes / steps, stats.weight_bytes / steps)
-    result["pieces"] = len(layout.pieces)
+    result["pieces"], result["early"] = len(layout.pieces), early[0].early / steps
     return result
 
 

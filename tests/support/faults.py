@@ -11,9 +11,13 @@ from benchmarks.equality import rank_batches
 from lime_dist.config.load import make_config
 
 
-def poisoned_step(zero_stage: int, optimizer: dict[str, Any] | None = None, schedule: str = "1f1b") -> dict[str, Any]:
-    """Run three steps; in the second, one gradient of the last stage of one replica is infinite."""
+def poisoned_step(
+    zero_stage: int, optimizer: dict[str, Any] | None = None, schedule: str = "1f1b", loss: bool = False
+) -> dict[str, Any]:
+    """Run three steps; in the second, one gradient of the last stage of one replica is infinite; or its loss, while all gradients are
+    finite and summed in small pieces."""
     from lime_dist.distributed import quiet
+    from lime_dist.pipeline import flat_layout
     from lime_dist.train.build import build_engine
 
     config = make_config(
@@ -33,8 +37,13 @@ def poisoned_step(zero_stage: int, optimizer: dict[str, Any] | None = None, sche
         },
         "a test",
     )
-    with quiet():
-        engine, updater = build_engine(config)
+    whole = flat_layout.PIECE_ELEMENTS
+    flat_layout.PIECE_ELEMENTS = 100 if loss else whole
+    try:
+        with quiet():
+            engine, updater = build_engine(config)
+    finally:
+        flat_layout.PIECE_ELEMENTS = whole
 
     def state() -> list[torch.Tensor]:
         return [tensor.clone() for group in updater.parameter_groups for tensor in group.states.values()] + [
@@ -49,12 +58,19 @@ def poisoned_step(zero_stage: int, optimizer: dict[str, Any] | None = None, sche
         applied.append(settle(norms))
         return applied[-1]
 
-    def poisoned(loss: Any) -> None:
-        if len(applied) == 1 and engine.is_last_stage() and engine.grid.get_data_parallel_rank() == 1:
-            updater.gradient("model.norm.weight")[-1] = math.inf
-        reduce(loss)
+    def is_poisoned() -> bool:
+        return len(applied) == 1 and engine.is_last_stage() and engine.grid.get_data_parallel_rank() == 1
 
-    updater.settle, updater.reduce_gradients = recorded, poisoned
+    def poisoned_loss(total: Any) -> None:
+        reduce(total * math.inf if loss and is_poisoned() else total)
+
+    def poisoned_gradient() -> None:
+        if is_poisoned() and not loss:
+            updater.gradient("model.norm.weight")[-1] = math.inf
+        begin_last_pass()
+
+    updater.settle, updater.reduce_gradients = recorded, poisoned_loss
+    begin_last_pass, updater.begin_last_pass = updater.begin_last_pass, poisoned_gradient
     for step in range(3):
         replica, width = engine.grid.get_data_parallel_rank(), engine.dp_world_size
         engine.train_step(rank_batches(config, step, replica, width, config.train.micro_batch_size))

@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 from support.nccl import Program
 
+from lime_dist.config.registry import SCHEDULES
 from lime_dist.pipeline import transfer
 from lime_dist.pipeline.overlap import MicroBatch, OverlapEngine
 from lime_dist.pipeline.schedules.base import Pass
@@ -34,15 +35,25 @@ class FakeDist:
         return group[0].transfer("receive", group[1], 2)
 
 
-class RecordingEngine(OverlapEngine):
-    """The overlap engine of one stage, without a model and without processes."""
+PIECES = 3
+"""Of the gradients, with several replicas."""
 
-    def __init__(self, schedule: OverlappedSchedule, stage: int) -> None:
+
+class RecordingEngine(OverlapEngine):
+    """The overlap engine of one stage, without a model and without processes.
+
+    Args:
+        replica: of the two that the stage has; None: it has one.
+    """
+
+    def __init__(self, schedule: OverlappedSchedule, stage: int, replica: int | None = None) -> None:
         self.program = Program()
+        self._replica, self._pieces = replica, PIECES
+        self.optimizer: Any = SimpleNamespace(begin_last_pass=lambda: None)
         self.held: list[Counter[str]] = []
         self.stage_id, self.num_stages, self.micro_batches = stage, schedule.stages, schedule.micro_batches
         self.global_steps, self.device, self._shape = 0, torch.device("cpu"), (1, 1)
-        self.names_instructions = False
+        self.names_instructions, self._name = False, schedule.name
         self.clock: Any = SimpleNamespace(measuring=nullcontext)
         self.placement: Any = SimpleNamespace(name=str)
         self.module: Any = SimpleNamespace(
@@ -54,7 +65,8 @@ class RecordingEngine(OverlapEngine):
         self._from_previous = self._from_next = self._to_next = self._to_previous = None
         has_ring = schedule.parts > 1
         before, behind = (stage - 1) % schedule.stages, stage
-        there, back = ([(self.program, f"{way} {boundary}") for boundary in (before, behind)] for way in "><")
+        own = "" if replica is None else f"replica {replica} "
+        there, back = ([(self.program, f"{own}{way} {boundary}") for boundary in (before, behind)] for way in "><")
         after = (stage + 1) % schedule.stages
         if has_ring or stage + 1 < schedule.stages:
             self._to_next, self._from_next = self._sender(after, there[1]), self._receiver(after, back[1])
@@ -103,6 +115,9 @@ class RecordingEngine(OverlapEngine):
     def _backward(self, buffer_id: int, part: int) -> None:
         self.held.append(self._count_held())
         self.program.compute("backward")
+        self._backwards_left -= 1
+        if not SCHEDULES[self._name].splits_backward:
+            self._go_on_with_sums("backward")
         if part * self.num_stages + self.stage_id:
             micro_batch = self._in_flight[Pass(buffer_id, part)]
             assert micro_batch.inputs is not None
@@ -110,6 +125,18 @@ class RecordingEngine(OverlapEngine):
 
     def _weights(self, buffer_id: int, part: int) -> None:
         self.program.compute("weights")
+        if buffer_id == self.micro_batches - 1:
+            self._go_on_with_sums("weights")
+
+    def _go_on_with_sums(self, kind: str) -> None:
+        """All pieces but one start within the last pass of a step."""
+        while self._replica is not None and self._backwards_left == 0 and self._pieces > 1:
+            self._sum_piece()
+            self.program.compute(kind)
+
+    def _sum_piece(self) -> Any:
+        self._pieces -= 1
+        return self.program.transfer("reduce", f"replicas of {self.stage_id}", 2)
 
     def _count_held(self) -> Counter[str]:
         """Tensors of transfers for which there is memory during a backward pass."""
@@ -123,7 +150,10 @@ class RecordingEngine(OverlapEngine):
         return held
 
     def _reduce(self) -> None:
-        self.program.transfer("reduce", "all stages", self.num_stages).wait()
+        if self._replica is not None:
+            last = self._sum_piece()  # in one queue: when it is over, so are those before it
+            last.wait()
+        self.program.transfer("reduce", f"all stages of {self._replica}", self.num_stages).wait()
 
     def _update(self) -> None:
         """The host reads the gradient norm before the update."""
@@ -146,9 +176,14 @@ def programs(schedule: OverlappedSchedule, is_training: bool) -> list[Program]:
     return [engine.program for engine in engines(schedule, is_training)]
 
 
-def engines(schedule: OverlappedSchedule, is_training: bool) -> list[RecordingEngine]:
+def programs_of_replicas(schedule: OverlappedSchedule) -> list[Program]:
+    """What the hosts of two replicas queue in a training step, by replica and stage."""
+    return [engine.program for replica in range(2) for engine in engines(schedule, True, replica)]
+
+
+def engines(schedule: OverlappedSchedule, is_training: bool, replica: int | None = None) -> list[RecordingEngine]:
     """The engines of all stages after a training step or an evaluation, likewise."""
-    recording = [RecordingEngine(schedule, stage) for stage in range(schedule.stages)]
+    recording = [RecordingEngine(schedule, stage, replica) for stage in range(schedule.stages)]
     for stage, engine in enumerate(recording):
         with torch.set_grad_enabled(is_training):
             engine._exec_schedule((TrainingStage if is_training else EvaluationStage)(schedule, stage))

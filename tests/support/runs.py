@@ -186,15 +186,15 @@ def _loss(engine: Any, event: Event) -> Iterator[None]:
 def _gradient(engine: Any, event: Event) -> Iterator[None]:
     """Make an element of the gradient of one parameter (``of``) infinite, before replicas exchange gradients."""
     optimizer = engine.optimizer
-    reduce = optimizer.reduce_gradients
+    begin = optimizer.begin_last_pass
 
-    def changed(loss: Any) -> None:
+    def changed() -> None:
         optimizer.gradient(event["of"]).view(-1)[0] = math.inf
-        reduce(loss)
+        begin()
 
-    optimizer.reduce_gradients = changed
+    optimizer.begin_last_pass = changed
     yield
-    optimizer.reduce_gradients = reduce
+    optimizer.begin_last_pass = begin
 
 
 @contextlib.contextmanager

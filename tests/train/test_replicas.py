@@ -13,6 +13,7 @@ from support.workers import WorkerGroup
 
 from lime_dist.pipeline.flat_layout import lay_out
 from lime_dist.train import replicas
+from lime_dist.train.early_sums import EarlySums
 
 Workers = Callable[[int], WorkerGroup]
 
@@ -36,8 +37,17 @@ def test_two_stages_of_two_replicas(workers: Workers, zero_stage: int, schedule:
     values["pipeline"] = {"schedule": schedule}
     for result in check_equal(values, workers(4), steps=3, worker=worker):
         planned, calls_a_piece = result["planned"], 2 if zero_stage and worker is IN_PIECES else 1
-        assert result["pieces"] > 5
+        assert result["pieces"] > 5 and result["pieces"] / 2 < result["early"] < result["pieces"]
         assert result["exchanged"] == (calls_a_piece * planned.calls, planned.gradient_bytes, planned.weight_bytes)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_loss_that_is_not_finite_is_skipped_by_all(workers: Workers, zero_stage: int) -> None:
+    """Also when most of the gradients, which are finite, have been summed before the other replicas learn of it."""
+    for result in workers(4).run(
+        "support.faults.poisoned_step", zero_stage=zero_stage, schedule="zero_bubble", loss=True
+    ):
+        assert result == {"applied": [True, False, True], "unchanged": True, "moved": True, "skipped": 1, "updates": 2}
 
 
 class FakeDist:
@@ -97,3 +107,28 @@ def test_calls_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
         assert exchange.stats.calls == len(fake.calls)
         assert exchange.stats.gradient_bytes == exchange.stats.weight_bytes == flat.nbytes
     assert orders[0] == orders[1] == orders[2]
+
+
+def test_pieces_start_in_one_order() -> None:
+    """From the last to the first, whatever becomes final when; the first one only with the rest. Before the last pass nothing starts."""
+    groups = {"a": "plain", "b": "matrices", "c": "matrices"}
+    layout = lay_out(dict.fromkeys(groups, (400,)), groups, dict.fromkeys(groups, ()), 4, piece_elements=250)  # type: ignore[arg-type]  # groups of the test
+    started: list[range] = []
+    sums = EarlySums(layout, {"a": 1, "b": 2, "c": 3}, started.append)
+    backwards = list(reversed(layout.pieces))
+    assert len(backwards) == 5
+    for _ in range(2):
+        for key in (1, 2, 3):
+            sums.finish(key)
+        assert started == []
+        sums.open()
+        sums.finish(2)
+        assert started == []
+        sums.finish(3)
+        assert started == backwards[:3], "the piece that c and b share has started, that of b and a not"
+        sums.finish(1)
+        assert started == backwards[:4]
+        sums.start_rest()
+        assert started == backwards
+        started.clear()
+    assert sums.early == 2 * 4
