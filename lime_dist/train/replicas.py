@@ -1,8 +1,8 @@
 """What the replicas of a stage exchange: sums of gradients, updated weights, and states for checkpoints, piece by piece.
 
 With ZeRO 0 a piece is summed for every replica. With ZeRO 1 each replica receives the sum of its slice, and every replica gathers the
-slices of weights: over NCCL one reduce-scatter and one all-gather a piece. gloo's are four and seven times as slow as one
-reduction to, and one broadcast from, each owner (two processes, 32 MiB, `benchmarks/reduction_cost.py`), so it gets those.
+slices of weights: over NCCL one reduce-scatter and one all-gather a piece. gloo's take two and four times as long as a reduction to,
+and a broadcast from, the owner of each slice (`benchmarks/reduction_cost.py`), so it gets those.
 """
 
 from __future__ import annotations
