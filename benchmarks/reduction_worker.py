@@ -15,11 +15,11 @@ from copying import random_batch
 from reduction_cost import STEPS, make_config
 
 from lime_dist.config.schema import Config
-from lime_dist.contract import all_gather, reduce_scatter
 from lime_dist.distributed import quiet, start_processes
 from lime_dist.pipeline import flat_layout
 from lime_dist.pipeline.engine import LimeEngine
 from lime_dist.train.build import build_engine
+from lime_dist.train.replicas import all_gather, reduce_scatter
 from lime_dist.train.stage_optimizer import StageOptimizer
 
 

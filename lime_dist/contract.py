@@ -226,18 +226,6 @@ def limit_new_groups(timeout: timedelta) -> None:
     backend.new_group = lambda _, ranks: distributed.new_group(ranks, timeout=timeout)
 
 
-def reduce_scatter() -> Any:
-    """torch's reduce-scatter of one tensor to equal slices, ``(output, input, op, group, async_op)``. torch 2.13 has renamed it."""
-    distributed: Any = import_module("torch.distributed")
-    return getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
-
-
-def all_gather() -> Any:
-    """torch's all-gather of equal slices into one tensor, ``(output, input, group, async_op)``. torch 2.13 has renamed it."""
-    distributed: Any = import_module("torch.distributed")
-    return getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-
-
 @contextlib.contextmanager
 def quiet_logger() -> Iterator[None]:
     """Let DeepSpeed log errors only, from now on. A logger that is created within keeps ``sys.stdout`` as its stream, which may

@@ -14,8 +14,17 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lime_dist.contract import all_gather, reduce_scatter
 from lime_dist.pipeline.flat_layout import FlatLayout
+
+
+def reduce_scatter() -> Any:
+    """torch's reduce-scatter of one tensor to equal slices, ``(output, input, op, group, async_op)``. torch 2.13 has renamed it."""
+    return getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather() -> Any:
+    """torch's all-gather of equal slices into one tensor, ``(output, input, group, async_op)``. torch 2.13 has renamed it."""
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
