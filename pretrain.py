@@ -134,8 +134,9 @@ def train(config: Config, verbose: bool, profiled: Steps | None = None) -> str |
         config = data.settled(config)
         together(lambda: hold_directory(directory, held))
         held.enter_context(console.logging(directory / "console.log"))
+        built = settle_checkpointing(config, console)
         with quiet(verbose):
-            engine, optimizer = build_engine(config, verbose, data.counted_shares, data.eos)
+            engine, optimizer = build_engine(built, verbose, data.counted_shares, data.eos)
         if engine.module.compile_obstacle is not None:
             console.say(engine.module.compile_obstacle)
         resumed = resume(config, data, optimizer, console)
@@ -158,6 +159,20 @@ def train(config: Config, verbose: bool, profiled: Steps | None = None) -> str |
         if outcome.stopped_by is None:
             report(run, data, outcome, files.metrics)
     return outcome.stopped_by
+
+
+def settle_checkpointing(config: Config, console: Console) -> Config:
+    """The configuration with what each stage computes again, chosen from free memory if it is ``auto``. All ranks must call it."""
+    from lime_dist.distributed import free_memory
+    from lime_dist.pipeline.checkpointing_choice import describe_checkpointing, with_checkpointing
+
+    if config.parallel.activation_checkpointing != "auto":
+        return config
+    memory = free_memory()
+    chosen = with_checkpointing(config, memory, world_size())
+    if (line := describe_checkpointing(config, chosen, memory)) is not None:
+        console.say(line)
+    return chosen
 
 
 def notes(config: Config, data: RunData) -> Iterator[str]:

@@ -31,9 +31,9 @@ from results import read_results, write, write_results
 from training_step import Subject, step_peak_bytes, step_seconds
 
 from lime_dist import build_decoder, load_config
-from lime_dist.config.schema import ModelConfig
+from lime_dist.config.schema import Checkpointing, ModelConfig
 from lime_dist.errors import LimeError, run_command
-from lime_dist.model.architecture import BASELINE
+from lime_dist.model.architecture import BASELINE, architecture_of
 from lime_dist.model.cost import head_flops, layer_flops
 from lime_dist.model.decoder import Decoder
 from lime_dist.paths import user_path
@@ -60,6 +60,13 @@ VARIANTS: dict[str, list[str]] = {
     "attention_residuals": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=8"],
     "attention_residuals-full": ["model.architecture=attention_residuals", "model.attention_residuals.block_size=1"],
 }
+RECOMPUTED: dict[str, tuple[str, Checkpointing]] = {
+    "llama-selective": ("llama", "selective"),
+    "llama-recomputed": ("llama", True),
+    "full-selective": ("full", "selective"),
+    "full-recomputed": ("full", True),
+}
+"""Variants that compute activations again in backward: of which variant, and ``parallel.activation_checkpointing``."""
 DEFAULT = ["llama", "copying", "full", "first_last", "chunked", "dilated", "hyper"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GB = 1e9
@@ -73,8 +80,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=user_path, help="folder for table.md and results.json")
     parser.add_argument("--layers", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--kv-heads", nargs="+", type=int, default=[8, 2])
-    parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=list(VARIANTS), metavar="VARIANT",
-                        help=f"of {', '.join(VARIANTS)}; llama always runs")  # fmt: skip
+    parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=[*VARIANTS, *RECOMPUTED], metavar="VARIANT",
+                        help=f"of {', '.join([*VARIANTS, *RECOMPUTED])}; llama always runs")  # fmt: skip
     parser.add_argument("--hidden", type=int, default=256, help="hidden size; the SwiGLU has four times as much")
     parser.add_argument("--heads", type=int, default=8, help="query heads")
     parser.add_argument("--batch", type=int, default=2)
@@ -90,7 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=float, metavar="GB",
                         help="memory that copying may use (default: nine tenths of what is free)")  # fmt: skip
     arguments = parser.parse_args()
-    arguments.variants = [name for name in VARIANTS if name in {BASELINE, *arguments.variants}]
+    arguments.variants = [name for name in (*VARIANTS, *RECOMPUTED) if name in {BASELINE, *arguments.variants}]
     return arguments
 
 
@@ -117,7 +124,9 @@ def main() -> None:
         results[group_name(layers, heads)] = measure(arguments, layers, heads)
         for name, result in results[group_name(layers, heads)].items():
             config = model_config(arguments, layers, heads, name)
-            result["flops"] = None if config is None else step_flops(config, arguments.length)
+            result["flops"] = (
+                None if config is None else step_flops(config, arguments.length, checkpointing(arguments, name))
+            )
         write_results(arguments.output, settings, results)
     table = make_table(arguments.variants, results)
     write(arguments.output / "table.md", table)
@@ -130,18 +139,29 @@ def group_name(layers: int, heads: int) -> str:
 
 def model_config(arguments: argparse.Namespace, layers: int, heads: int, name: str) -> ModelConfig | None:
     """Return the configuration, or None if the variant cannot have this number of K/V heads."""
-    if "model.lime.routes=hidden" in VARIANTS[name] and heads != arguments.heads:
+    overrides = VARIANTS[RECOMPUTED[name][0] if name in RECOMPUTED else name]
+    if "model.lime.routes=hidden" in overrides and heads != arguments.heads:
         return None
     shape = {
         "vocab_size": arguments.vocabulary, "hidden_size": arguments.hidden, "intermediate_size": 4 * arguments.hidden,
         "num_hidden_layers": layers, "num_attention_heads": arguments.heads, "num_key_value_heads": heads,
     }  # fmt: skip
-    return load_config(None, [*(f"model.{key}={value}" for key, value in shape.items()), *VARIANTS[name]]).model
+    return load_config(None, [*(f"model.{key}={value}" for key, value in shape.items()), *overrides]).model
 
 
-def step_flops(config: ModelConfig, length: int) -> float:
-    """Return the FLOPs of a step's matrix products per token, by formula."""
-    return sum(flops.both for flops in layer_flops(config, length)) + head_flops(config).both
+def checkpointing(arguments: argparse.Namespace, name: str) -> Checkpointing:
+    return RECOMPUTED[name][1] if name in RECOMPUTED else arguments.checkpointing
+
+
+def step_flops(config: ModelConfig, length: int, recomputed: Checkpointing = False) -> float:
+    """Return the FLOPs of a step's matrix products per token, by formula, with those that backward computes again."""
+    layers = layer_flops(config, length)
+    again = {
+        False: 0.0,
+        True: sum(flops.forward for flops in layers),
+        "selective": len(layers) * architecture_of(config).feed_forward_flops(defers_weights=False),
+    }
+    return sum(flops.both for flops in layers) + head_flops(config).both + again[recomputed]
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -195,13 +215,13 @@ def build_subjects(
         if config is None:
             results[name] = {"left_out": "needs G = heads"}
             continue
-        key = repr(config)
+        key = f"{config!r} {checkpointing(arguments, name)}"
         if key not in decoders:
             decoders[key] = build_decoder(
                 config,
                 device=arguments.device,
                 dtype=DTYPES[arguments.dtype],
-                activation_checkpointing=arguments.checkpointing,
+                activation_checkpointing=checkpointing(arguments, name),
             )
         decoder = decoders[key]
         subjects[name] = Subject(decoder, partial(copying_logits, decoder) if name == "copying" else decoder)

@@ -6,10 +6,12 @@ import contextlib
 import os
 import socket
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -157,6 +159,29 @@ def from_main_process(value: T) -> T:
     shared: list[T] = [value]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
+
+
+def free_memory() -> int | None:
+    """The least bytes that a process of the job finds free on its device, divided among the processes that share it; of the host on a
+    CPU. None: unknown. All ranks must call it."""
+    found: list[tuple[str, int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _own_free_memory())
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
+        return None
+    sharing = Counter(device for device, _ in known)
+    return min(free // sharing[device] for device, free in known)
+
+
+def _own_free_memory() -> tuple[str, int] | None:
+    """The name of this process's device in the job, and the bytes that are free on it."""
+    try:
+        if os.environ.get("DS_ACCELERATOR") == "cpu":
+            return socket.gethostname(), psutil.virtual_memory().available
+        device = torch.cuda.current_device()
+        return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}", torch.cuda.mem_get_info()[0]
+    except (OSError, RuntimeError, AttributeError):
+        return None
 
 
 def free_port() -> int:

@@ -93,6 +93,16 @@ def test_good_hosts_have_no_problems() -> None:
     assert f"ok: {line}" in map(str, findings_for())
 
 
+def test_what_stages_would_compute_again() -> None:
+    """The host with the least memory for a process decides, here the second."""
+    auto = job("parallel.activation_checkpointing=auto")
+    chosen = "ok: parallel.activation_checkpointing=auto: {} on stages 0 to 1, for 85% of {} GB a process"
+    assert chosen.format("false", "100.0") in map(str, findings_for(on=auto))
+    found = list(map(str, findings_for(second=replace(OTHER, free_memory=1000), on=auto)))
+    assert chosen.format("true", "0.0") in found and any("node2: needs up to 0." in line for line in found)
+    assert not any("activation_checkpointing=auto:" in str(finding) for finding in findings_for())
+
+
 ONE_CHECKPOINT = 12 * count_parameters(load_config(None, SMALL).model)
 
 

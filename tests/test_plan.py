@@ -19,7 +19,7 @@ from support.workers import WorkerGroup
 from lime_dist import load_config
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.load import make_config
-from lime_dist.config.schema import HISTORY_KEYS
+from lime_dist.config.schema import HISTORY_KEYS, Checkpointing
 from lime_dist.errors import LimeError
 from lime_dist.model import cost, memory_traffic
 from lime_dist.model.crossing import Prices
@@ -42,6 +42,7 @@ Setting = tuple[int, int, dict[str, Any]]
 """Stages, replicas, and changes to `shape`."""
 HIDDEN = {"routes": "hidden"}
 CHECKPOINTING = {"activation_checkpointing": True}
+SELECTIVE = {"activation_checkpointing": "selective"}
 
 SETTINGS: dict[str, Setting] = {
     "llama, 2 stages": (2, 1, {"model": {"architecture": "llama"}}),
@@ -105,6 +106,21 @@ SETTINGS: dict[str, Setting] = {
     "zero bubble, hidden, 2 held back": (
         2, 1, {"model": {"lime": HIDDEN}, "pipeline": {"schedule": "zero_bubble", "deferred_weight_passes": 2}},
     ),
+    "selective, llama": (2, 1, {"model": {"architecture": "llama"}, "parallel": SELECTIVE}),
+    "selective, lime full, bf16": (3, 1, {"parallel": SELECTIVE, "precision": "bf16"}),
+    "kept, selective and full": (3, 1, {"parallel": {"activation_checkpointing": [True, "selective", False]}}),
+    "selective, hidden": (2, 1, {"model": {"lime": HIDDEN}, "parallel": SELECTIVE}),
+    "selective, moda, MLP": (2, 1, {"model": {"lime": {"depth_attention": "moda", "mlp_entries": True}}, "parallel": SELECTIVE}),
+    "selective, hyper": (2, 1, {"model": {"architecture": "hyper"}, "parallel": SELECTIVE}),
+    "selective, hyper doubly stochastic, bf16": (
+        2, 1, {"model": {"architecture": "hyper", "hyper": {"connection": "doubly_stochastic"}}, "parallel": SELECTIVE, "precision": "bf16"},
+    ),
+    "selective, gated residual": (2, 1, {"model": {"architecture": "gated_residual"}, "parallel": SELECTIVE}),
+    "selective, value residual": (2, 1, {"model": {"architecture": "value_residual"}, "parallel": SELECTIVE}),
+    "selective, attention residuals, bf16": (
+        2, 1, {"model": {"architecture": "attention_residuals"}, "parallel": SELECTIVE, "precision": "bf16"},
+    ),
+    "selective, zero bubble": (2, 1, {"pipeline": {"schedule": "zero_bubble"}, "parallel": SELECTIVE}),
     "ZeRO 1, 3 replicas": (1, 3, {"parallel": {"zero_stage": 1}}),
     "ZeRO 1, 2 stages × 2 replicas, bf16": (2, 2, {"parallel": {"zero_stage": 1}, "precision": "bf16"}),
     "stock": (2, 1, {"pipeline": {"engine": "stock"}}),
@@ -257,8 +273,8 @@ def test_a_step_takes_the_simulated_seconds(engine: str, bandwidth: float) -> No
     assert planned.bubble == pytest.approx(sum(trace.bubble) / 4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_passes_take_products_and_memory_traffic(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_passes_take_products_and_memory_traffic(checkpointing: Checkpointing) -> None:
     """Without a history: activations that autograd keeps move twice in forward and four times in backward; the head's, on the last
     stage."""
     overrides = ["model.architecture=llama", f"parallel.activation_checkpointing={str(checkpointing).lower()}"]
@@ -273,7 +289,8 @@ def test_passes_take_products_and_memory_traffic(checkpointing: bool) -> None:
     for stage, each in enumerate(times):
         layers, last = bounds[stage + 1] - bounds[stage], stage == 3
         forward, backward = 2 * (layers * layer + last * head), 4 * (layers * layer + last * head)
-        backward += 2 * layers * layer if checkpointing else 0
+        again = {False: 0, True: layer, "selective": cost.feed_forward_activation_bytes(config.model, tokens, 4)}
+        backward += 2 * layers * again[checkpointing]
         assert each.forward == pytest.approx(flops[stage].forward / 1e9 + forward / 1e6)
         assert each.backward == pytest.approx(flops[stage].backward / 1e9 + backward / 1e6)
 
@@ -363,6 +380,11 @@ def test_a_sweep_ranks_the_fitting_candidates() -> None:
         again = forecast(make_config(candidate.config.model_dump(), "a test"), Machine(1e12, 1e12, 1e9, 1e-5), 8)
         assert again == candidate.forecast
 
+    by_stage = load_config(None, [*SIZE, "parallel.activation_checkpointing=[true,selective,false,false]"])
+    others = sweep(by_stage, Machine(1e12, 1e12, 1e9, 1e-5), 8).fitting
+    for candidate in others:
+        is_other = "parallel.activation_checkpointing=auto" in candidate.overrides(candidate.config)
+        assert is_other == (candidate.stages != 4)
     limit = sorted(c.forecast.peak_memory for c in everything.fitting)[20]
     bounded = sweep(config, Machine(1e12, 1e12, 1e9, 1e-5, limit), 8)
     assert bounded.fitting == [c for c in everything.fitting if c.forecast.peak_memory <= limit]

@@ -55,8 +55,10 @@ def losses(directory: Path) -> list[tuple[float, float, float]]:
 @pytest.mark.slow
 def test_output_of_a_run(dataset: Path, tmp_path: Path) -> None:
     """Only one of the two ranks prints. (Kills are tested in checkpoint/test_chaos.py.)"""
-    finished = run(*small_run(dataset, tmp_path / "run"), "train.steps=40")
+    chooses = "parallel.activation_checkpointing=auto"
+    finished = run(*small_run(dataset, tmp_path / "run"), "train.steps=40", chooses)
     assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count(f"{chooses}: false on stages 0 to 1, for 85% of ") == 1
     for line in ("validation loss: ", "tokens seen: 2,560", f"run folder: {tmp_path / 'run'}", "tensorboard --logdir "):
         assert finished.stdout.count(line) == 1, f"{line!r} is printed once"
     lines = re.findall(r"^step (\d+)/40 \| loss ([\d.]+) .* \| \d\d:\d\d:\d\d$", finished.stdout, re.MULTILINE)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from lime_dist import load_config
+from lime_dist.config.schema import Checkpointing
+from lime_dist.model.architecture import architecture_of
 from lime_dist.model.cost import head_flops, layer_flops
 from lime_dist.pipeline.schedules.base import Instruction, Schedule, make_schedule
 from lime_dist.pipeline.schedules.one_forward_one_backward import OneForwardOneBackward
@@ -344,13 +346,14 @@ SHAPE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_stage_times(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_stage_times(checkpointing: Checkpointing) -> None:
     """Layers by hand-made cuts, tokens of a micro-batch, the head once and last, a second forward where there is one."""
     overrides = ["model.architecture=llama", f"parallel.activation_checkpointing={str(checkpointing).lower()}"]
     config = load_config(None, [*SHAPE, *overrides])
     layer, head = layer_flops(config.model, 8)[0], head_flops(config.model)
-    backward = layer.backward + (layer.forward if checkpointing else 0)
+    again = {False: 0, True: layer.forward, "selective": architecture_of(config.model).feed_forward_flops(False)}
+    backward = layer.backward + again[checkpointing]
     times = stage_times(config, 1e6)
     seconds = 24 / 1e6
     forwards = [layer.forward, 2 * layer.forward, 3 * layer.forward + head.forward]

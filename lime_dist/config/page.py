@@ -89,11 +89,14 @@ def _type_text(field: FieldInfo) -> str:
         if get_origin(option) is Annotated:
             option = get_args(option)[0]
         if get_origin(option) is Literal:
-            names.append(", ".join(f"`{choice}`" for choice in get_args(option)))
+            names.append(_choice_text(option))
         elif get_origin(option) is list:
             (item,) = get_args(option)
             if registry := next((one for one in get_args(item) if isinstance(one, Registry)), None):
                 names.append(f"list of {_choices(registry)}")
+                continue
+            if len(options := _options(item)) > 1:
+                names.append(f"list of {' or '.join(_choice_text(one) for one in options)}")
                 continue
             names.append(f"list of {'sections' if _is_section(item) else TYPE_NAMES[item] + 's'}")
         elif get_origin(option) is dict:
@@ -106,6 +109,13 @@ def _type_text(field: FieldInfo) -> str:
             number = option in (int, float)
             names.append(" ".join([TYPE_NAMES[option], ", ".join(bounds) if number else ""]).strip())
     return " or ".join(names)
+
+
+def _choice_text(option: Any) -> str:
+    """A type without bounds."""
+    if get_origin(option) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(option))
+    return TYPE_NAMES[option]
 
 
 def _choices(registry: Registry[Any]) -> str:

@@ -24,7 +24,7 @@ from lime_dist.config.sections.model import (
 )
 from lime_dist.config.sections.numerics import NumericsConfig
 from lime_dist.config.sections.optimizer import OptimizerConfig
-from lime_dist.config.sections.parallel import ParallelConfig, PipelineConfig
+from lime_dist.config.sections.parallel import Checkpointing, ParallelConfig, PipelineConfig
 from lime_dist.config.sections.rope import RopeScalingConfig
 from lime_dist.config.sections.train import BatchRampConfig, CheckpointConfig, TrainConfig
 
@@ -32,6 +32,7 @@ __all__ = [
     "BatchRampConfig",
     "BlendEntry",
     "CheckpointConfig",
+    "Checkpointing",
     "Config",
     "DEPTH_KEYS",
     "DataConfig",
@@ -189,6 +190,11 @@ class Config(Section):
             raise ValueError(
                 f"parallel.pipeline_stages={stages} is more than model.num_hidden_layers={layers}; "
                 "every stage needs a layer"
+            )
+        by_stage = self.parallel.activation_checkpointing
+        if isinstance(by_stage, list) and len(by_stage) != stages:
+            raise ValueError(
+                f"parallel.activation_checkpointing={by_stage} must have {stages} values (parallel.pipeline_stages)"
             )
         watched = self.monitor.router_layer
         if watched is not None and watched >= layers:

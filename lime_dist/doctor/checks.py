@@ -15,6 +15,7 @@ from lime_dist.doctor.transferred_bytes import bytes_between_hosts
 from lime_dist.errors import LimeError
 from lime_dist.model.cost import count_parameters
 from lime_dist.pipeline.boundaries import describe_boundaries
+from lime_dist.pipeline.checkpointing_choice import describe_checkpointing, with_checkpointing
 from lime_dist.pipeline.partition import memory_costs, stage_bounds
 from lime_dist.pipeline.placement import AXES, describe_placement, process_grid
 
@@ -125,10 +126,16 @@ def boundaries(job: Job, facts: Sequence[Facts]) -> Findings:
 
 def memory(job: Job, facts: Sequence[Facts]) -> Findings:
     """Compare the peak memory of the stages on a host with the memory of each GPU, or of the host on CPUs."""
-    config = job.config
-    stages = config.parallel.pipeline_stages
+    stages = job.config.parallel.pipeline_stages
+    least = min(_memory_of_process(job, fact) for fact in facts)
     if job.world_size % stages:
         return
+    try:
+        config = with_checkpointing(job.config, least, job.world_size)
+    except LimeError:  # reported by `split`
+        return
+    if (choice := describe_checkpointing(job.config, config, least)) is not None:
+        yield Finding("ok", choice)
     bounds, cost = stage_bounds(config), memory_costs(config)
     of_parts = [float(cost(part)[begin, end]) for part, (begin, end) in enumerate(pairwise(bounds))]
     need = [sum(of_parts[stage::stages]) for stage in range(stages)]
@@ -146,10 +153,15 @@ def memory(job: Job, facts: Sequence[Facts]) -> Findings:
             yield Finding(
                 "error",
                 f"{fact.host}: needs up to {size(needed)} of {'GPU ' if on_gpu else ''}memory, but only {size(available)} "
-                "is available; use more stages, parallel.activation_checkpointing=true, or a smaller train.micro_batch_size",
+                "is available; use more stages, parallel.activation_checkpointing=auto, or a smaller train.micro_batch_size",
             )
     if not short:
         yield Finding("ok", f"memory: stages need up to {size(max(need))} each, which is available {everywhere(facts)}")
+
+
+def _memory_of_process(job: Job, fact: Facts) -> float:
+    """Bytes that a process has on a host."""
+    return min(fact.gpus) if fact.on_gpu else fact.free_memory / job.slots[fact.host]
 
 
 def accelerators(job: Job, facts: Sequence[Facts]) -> Findings:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lime_dist.model.history import LayerHistory
+    from lime_dist.model.transformer import Activations
 
 Group = Literal["matrices", "plain", "routers"]
 GROUPS: tuple[Group, ...] = ("matrices", "plain", "routers")
@@ -261,6 +262,23 @@ class Architecture(Protocol):
     @abstractmethod
     def activation_bytes(self, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         """Bytes that autograd keeps of a decoder layer; see `cost.activation_bytes`."""
+
+    def feed_forward_activations(self) -> Activations:
+        """What autograd does not keep of a layer whose feed-forward half backward computes again: of the MLP, and the output and root
+        mean square of its norm."""
+        from lime_dist.model.transformer import Activations
+
+        return Activations(4 * self.config.intermediate_size + self.config.hidden_size, accumulated_per_token=1)
+
+    def feed_forward_flops(self, defers_weights: bool) -> float:
+        """FLOPs of matrix products per token that computing a feed-forward half again takes. It ends with the last tensor that autograd
+        keeps: the input of the down projection.
+
+        Args:
+            defers_weights: whether the weight gradients come later. Then the down projection runs again, too.
+        """
+        products = 3 if defers_weights else 2
+        return products * 2 * self.config.hidden_size * self.config.intermediate_size
 
     def weight_pass_bytes(self, layer: int, num_tokens: int, itemsize: int) -> int:
         """Bytes that a weight pass keeps of a decoder layer while it is held back: inputs and output gradients of projections."""

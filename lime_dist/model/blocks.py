@@ -25,6 +25,7 @@ from lime_dist.model.layers import (
     scaled,
     within_documents,
 )
+from lime_dist.model.recomputation import feed_forward_half
 from lime_dist.model.scaling import residual_scale
 from lime_dist.model.weight_gradients import Projection
 
@@ -127,7 +128,11 @@ class PreNormLayer(nn.Module):
     def finish(self, x_BTD: Tensor, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, positions: Positions) -> Tensor:
         """The layer's output from its input, rotated queries, keys before rotation, and values."""
         x_BTD = x_BTD + self.self_attn.attend(q_BHTd, k_BGTd, v_BGTd, positions)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return x_BTD + feed_forward_half(self.feed_forward, x_BTD)
+
+    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+        """The MLP behind its norm."""
+        return cast(Tensor, self.mlp(self.post_attention_layernorm(x_BTD)))
 
 
 def compile_layers(

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from lime_dist.config.precision import accumulation_itemsize
-from lime_dist.config.schema import ModelConfig
+from lime_dist.config.schema import Checkpointing, ModelConfig
 from lime_dist.model.architecture import Flops, architecture_of, chunk_ends, model_crossings
 from lime_dist.model.crossing import ENTRIES, Prices
 from lime_dist.model.parameters import stage_parameters
@@ -102,7 +102,9 @@ def history_bytes(config: ModelConfig, layers: range, num_tokens: int, itemsize:
 # -- activations ----------------------------------------------------------------------------------------------------------
 
 
-def activation_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
+def activation_bytes(
+    config: ModelConfig, layer: int, num_tokens: int, itemsize: int, checkpointing: Checkpointing
+) -> int:
     """Bytes that autograd keeps of a decoder layer of one micro-batch from its forward to its backward pass: the layer's
     input and what is made from it. The history's own memory (`history_bytes`), parameters and constant tables do not count.
 
@@ -110,9 +112,16 @@ def activation_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize:
 
     Args:
         itemsize: bytes per element of the run's precision; norms and softmax statistics are never kept below float32.
-        checkpointing: whether only the layer's input is kept, and what is made outside of the layer.
+        checkpointing: true: only the layer's input is kept, and what is made outside of the layer; ``selective``: all but
+            `feed_forward_activation_bytes`.
     """
-    return architecture_of(config).activation_bytes(layer, num_tokens, itemsize, checkpointing)
+    kept = architecture_of(config).activation_bytes(layer, num_tokens, itemsize, checkpointing is True)
+    return kept - (feed_forward_activation_bytes(config, num_tokens, itemsize) if checkpointing == "selective" else 0)
+
+
+def feed_forward_activation_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:
+    """Bytes that autograd does not keep of a decoder layer if backward computes its feed-forward half again."""
+    return architecture_of(config).feed_forward_activations().nbytes(num_tokens, itemsize)
 
 
 def weight_pass_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize: int) -> int:
@@ -121,13 +130,13 @@ def weight_pass_bytes(config: ModelConfig, layer: int, num_tokens: int, itemsize
 
 
 def received_activation_bytes(
-    config: ModelConfig, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool
+    config: ModelConfig, boundary: int, num_tokens: int, itemsize: int, checkpointing: Checkpointing
 ) -> int:
     """Bytes that a stage keeps of the payload received over a boundary, beside its layers' activations and its history.
 
     A payload that lands in the history's own memory counts there.
     """
-    return architecture_of(config).received_activation_bytes(boundary, num_tokens, itemsize, checkpointing)
+    return architecture_of(config).received_activation_bytes(boundary, num_tokens, itemsize, checkpointing is True)
 
 
 def document_bytes(config: ModelConfig, num_tokens: int, sequence_length: int, itemsize: int) -> int:

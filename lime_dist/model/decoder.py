@@ -6,17 +6,15 @@ The list reads like the model: embedding, decoder layers, final norm, output pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lime_dist.config.schema import ModelConfig
+from lime_dist.config.schema import Checkpointing, ModelConfig
 from lime_dist.model.architecture import CHUNKS, architecture_of, chunk_ends, router_name, stage_layout
 from lime_dist.model.blocks import Attention, PreNormLayer, Router
 from lime_dist.model.history import LayerHistory
@@ -25,9 +23,9 @@ from lime_dist.model.layers import Embedding
 from lime_dist.model.layout import StageLayout
 from lime_dist.model.logits import LogitForm
 from lime_dist.model.parameters import FINAL_NORM
+from lime_dist.model.recomputation import run_layer
 from lime_dist.model.summaries import ChunkSummary
 from lime_dist.model.transformer import EMBEDDING
-from lime_dist.model.weight_gradients import WeightGradients, deferring
 
 
 @dataclass(frozen=True)
@@ -111,14 +109,14 @@ def run_layers(
     layers: Sequence[nn.Module],
     hidden: Tensor,
     history: LayerHistory | None,
-    activation_checkpointing: bool,
+    activation_checkpointing: Checkpointing,
     later: Sequence[nn.Module] = (),
     starts_BT: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run consecutive decoder layers and the chunk summaries between them.
 
     Args:
-        activation_checkpointing: keep only the input of each layer, and compute the rest again in backward.
+        activation_checkpointing: what of each layer backward computes again (`recomputation`).
         later: the modules of `later_readers`.
         starts_BT: where documents begin (`documents.document_starts`); None: attention and positions cross them.
 
@@ -138,39 +136,12 @@ def run_layers(
             if isinstance(layer, ChunkSummary):
                 assert history is not None
                 history.summarise(next(chunks))
-            elif activation_checkpointing and torch.is_grad_enabled():
-                hidden = cast(
-                    Tensor,
-                    checkpoint(
-                        layer,
-                        hidden,
-                        history,
-                        positions,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                        context_fn=partial(_checkpoint_contexts, history),
-                    ),
-                )
             else:
-                hidden = layer(hidden, history, positions)
+                hidden = run_layer(layer, hidden, history, positions, activation_checkpointing)
     finally:
         if history is not None:
             released = history.release()
     return hidden, released
-
-
-def _checkpoint_contexts(
-    history: LayerHistory | None,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Context managers for the forward pass of a checkpointed layer and for its recomputation."""
-    return nullcontext(), _recomputing(history, WeightGradients.active)
-
-
-@contextmanager
-def _recomputing(history: LayerHistory | None, gradients: WeightGradients | None) -> Iterator[None]:
-    """What recomputation has in common with the forward pass, where weight gradients go, and what it does not write again."""
-    with deferring(gradients), nullcontext() if history is None else history.recomputing():
-        yield
 
 
 def apply_norm(config: ModelConfig, norm: nn.Module, hidden: Tensor) -> Tensor:
@@ -196,7 +167,7 @@ class Decoder(nn.Module):
         seed: int,
         device: torch.device | str,
         dtype: torch.dtype,
-        activation_checkpointing: bool,
+        activation_checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
         self.config = config
@@ -234,7 +205,7 @@ def build_decoder(
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Checkpointing = False,
 ) -> Decoder:
     """The whole decoder with initial values, which are determined by ``seed``."""
     return Decoder(config, seed, device, dtype, activation_checkpointing)

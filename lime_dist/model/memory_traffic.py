@@ -37,6 +37,11 @@ def stage_traffic(
     return FORWARD * kept + history, BACKWARD * kept + HISTORY_BACKWARD * history
 
 
+def feed_forward_traffic(config: ModelConfig, num_tokens: int, itemsize: int) -> float:
+    """Bytes moved when backward computes the feed-forward half of a decoder layer again."""
+    return FORWARD * cost.feed_forward_activation_bytes(config, num_tokens, itemsize)
+
+
 def head_traffic(config: ModelConfig, num_tokens: int, itemsize: int) -> tuple[float, float]:
     """Bytes moved for the final norm, the logits and the loss."""
     kept = cost.head_activation_bytes(config, num_tokens, itemsize)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from lime_dist.config.precision import ITEM_BYTES, accumulation_itemsize
 from lime_dist.config.registry import SCHEDULES
-from lime_dist.config.schema import Config
+from lime_dist.config.schema import Checkpointing, Config
 from lime_dist.model import cost
 from lime_dist.model.architecture import Sizes, architecture_of
 from lime_dist.model.crossing import Cut
@@ -30,6 +31,7 @@ class MicroBatchBytes:
     """What stages keep of one micro-batch from its forward to its backward pass.
 
     Attributes:
+        checkpointing: by decoder layer, what is computed again in backward.
         layers: by decoder layer, activations that autograd keeps.
         weight_passes: by decoder layer, what a weight pass that is held back keeps; 0 if the schedule has none.
         received: by boundary 0 … L, what a stage that begins there keeps of the payload received, and of documents.
@@ -41,6 +43,7 @@ class MicroBatchBytes:
         lands: whether a payload is received into the memory of its history, and not decoded into it.
     """
 
+    checkpointing: list[Checkpointing]
     layers: list[int]
     weight_passes: list[int]
     received: list[int]
@@ -53,9 +56,16 @@ class MicroBatchBytes:
     lands: bool
 
     @classmethod
-    def of(cls, config: Config, bounds: Sequence[int] | None = None) -> MicroBatchBytes:
-        """``bounds``: see `boundary_prices`; with stages of several parts, only what crosses these cuts counts then."""
-        model, checkpointing = config.model, config.parallel.activation_checkpointing
+    def of(
+        cls, config: Config, bounds: Sequence[int] | None = None, checkpointing: Checkpointing | None = None
+    ) -> MicroBatchBytes:
+        """
+        Args:
+            bounds: see `boundary_prices`; with stages of several parts, only what crosses these cuts counts then.
+            checkpointing: of all stages; None: the configuration's, which must be the same for all stages if there are no bounds.
+        """
+        model = config.model
+        again = checkpointing_by_layer(config, bounds, checkpointing)
         layers, inner = range(model.num_hidden_layers), range(1, model.num_hidden_layers)
         size, wires = (
             ITEM_BYTES[config.precision],
@@ -65,11 +75,14 @@ class MicroBatchBytes:
         entry, prices = architecture_of(model).entry_width * tokens * size, boundary_prices(config, bounds)
         splits = SCHEDULES[config.pipeline.schedule].splits_backward
         payload = [cost.payload_bytes(model, boundary, tokens, size, prices) for boundary in inner]
-        received = [cost.received_activation_bytes(model, boundary, tokens, size, checkpointing) for boundary in inner]
+        received = [
+            cost.received_activation_bytes(model, boundary, tokens, size, again[boundary]) for boundary in inner
+        ]
         length = config.data.sequence_length
         documents = cost.document_bytes(model, tokens, length, size) if config.data.document_mask else 0
         return cls(
-            layers=[cost.activation_bytes(model, layer, tokens, size, checkpointing) for layer in layers],
+            checkpointing=again,
+            layers=[cost.activation_bytes(model, layer, tokens, size, again[layer]) for layer in layers],
             weight_passes=[splits * cost.weight_pass_bytes(model, layer, tokens, size) for layer in layers],
             received=[documents, *(each + documents for each in received), 0],
             made=[cost.entries_made(model, layer) * entry for layer in layers],
@@ -96,6 +109,18 @@ class MicroBatchBytes:
         received = self.sent[layers.start]
         landing = received + (self.history(layers) - self.crossing[layers.start] if self.lands else 0)
         return BoundaryBytes(received, self.sent[layers.stop], landing if layers.start else 0)
+
+
+def checkpointing_by_layer(
+    config: Config, bounds: Sequence[int] | None, checkpointing: Checkpointing | None = None
+) -> list[Checkpointing]:
+    """What of each decoder layer is computed again; the arguments are those of `MicroBatchBytes.of`."""
+    parallel, layers = config.parallel, config.model.num_hidden_layers
+    if checkpointing is None and bounds is not None:
+        parts = enumerate(pairwise(bounds))
+        stages = [part % parallel.pipeline_stages for part, (start, stop) in parts for _ in range(start, stop)]
+        return [parallel.checkpointing_of(stage) for stage in stages]
+    return [parallel.checkpointing_of(0) if checkpointing is None else checkpointing] * layers
 
 
 @dataclass(frozen=True)
@@ -198,7 +223,7 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
 
     It counts large tensors only. tests/test_plan.py holds the stage's peak to 5 %.
     """
-    model, checkpointing = config.model, config.parallel.activation_checkpointing
+    model, checkpointing = config.model, kept.checkpointing[layers.start] is True
     size, tokens = ITEM_BYTES[config.precision], config.train.micro_batch_size * config.data.sequence_length
     accumulation_bytes = accumulation_itemsize(size)
     stream = tokens * model.hidden_size * size
@@ -219,7 +244,7 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     peaks = []
     for block in reversed(architecture_of(model).backward_blocks(layers)):
         top = block.stop - 1
-        again = cost.activation_bytes(model, top, tokens, size, False) - kept.layers[top] if checkpointing else 0
+        again = cost.activation_bytes(model, top, tokens, size, False) - kept.layers[top]  # 0 if all is kept
         history = _history_bytes(config, kept, layers, block)
         before = architecture_of(model).feed_forward_history_bytes(layers, top, tokens, size, checkpointing)
         peaks += [
@@ -233,9 +258,8 @@ def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
             peaks.append(history + read + 7 * stream + left - freed)
         if checkpointing and len(block) > 1:
             peaks.append(again + history + in_swiglu + streams - freed)  # SwiGLU of the layer before
-        if (
-            checkpointing and splits_backward
-        ):  # SwiGLU of the block's first layer, when weight passes keep much of the others
+        if kept.checkpointing[top] and splits_backward:
+            # SwiGLU of the block's first layer, when weight passes keep much of the others.
             newer = slice(block.start + 1, block.stop)
             left = sum(kept.weight_passes[newer]) - sum(kept.layers[newer])
             peaks.append(again + history + in_swiglu + streams + left - freed)
@@ -274,7 +298,7 @@ def _history_bytes(config: Config, kept: MicroBatchBytes, layers: range, block: 
     size, architecture = ITEM_BYTES[config.precision], architecture_of(config.model)
     tokens = config.train.micro_batch_size * config.data.sequence_length
     gradients = _gradient_bytes(config, kept, layers)
-    checkpointing = config.parallel.activation_checkpointing
+    checkpointing = kept.checkpointing[layers.start] is True
     prices = boundary_prices(config)
     return gradients + architecture.block_gradient_bytes(layers, block, tokens, size, checkpointing, prices)
 

@@ -251,7 +251,7 @@ class LimePipelineModule(PipelineModule):
             hidden = embed(config.model, functions[0], inputs)
         else:
             hidden = unpack(inputs.to(self.dtype), config.model.hidden_size, history)
-        checkpointing, later = config.parallel.activation_checkpointing, list(self.later_readers)
+        checkpointing, later = config.parallel.checkpointing_of(self.stage_id), list(self.later_readers)
         hidden, released = run_layers(own.modules, hidden, history, checkpointing, later, starts_BT)
         if not own.holds_head:
             return pack(hidden, released, history)

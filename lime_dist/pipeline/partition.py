@@ -94,9 +94,14 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     and payloads received ahead. A step has global_batch_size / micro_batch_size micro-batches, as with one replica."""
     model, train = config.model, config.train
     stages, last = config.parallel.pipeline_stages, config.parallel.parts - 1
-    size, kept = ITEM_BYTES[config.precision], MicroBatchBytes.of(config)
+    size, settings = ITEM_BYTES[config.precision], [config.parallel.checkpointing_of(stage) for stage in range(stages)]
+    by_setting = {setting: MicroBatchBytes.of(config, checkpointing=setting) for setting in settings}
+    kept = by_setting[settings[0]]  # only activations depend on the setting
     history = range_sums(kept.made) + np.array(kept.crossing)[:, None]
-    activations = range_sums(kept.layers) + np.array(kept.received)[:, None] + history
+    activations = {
+        setting: range_sums(each.layers) + np.array(each.received)[:, None] + history
+        for setting, each in by_setting.items()
+    }
     weight_passes = range_sums(kept.weight_passes)
     layers = range(model.num_hidden_layers)
     parameters = [layer_parameters(model, layer) for layer in layers]
@@ -125,7 +130,9 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
             once += norm
             if part > 0 or not model.tie_word_embeddings:
                 once += head
-        costs: Costs = (activations + own) * int(schedule.held_by_part(stage)[turn].max()) + fixed + once
+        costs: Costs = (
+            (activations[settings[stage]] + own) * int(schedule.held_by_part(stage)[turn].max()) + fixed + once
+        )
         if (held_back := int(schedule.weight_passes_held(stage).max())) > 0:
             costs = costs + held_back * weight_passes
         if part > 0 and (ahead := schedule.receives_ahead(RECV_ACTIVATION)):

@@ -64,6 +64,16 @@ def shared_parameters(config: Config, bounds: Sequence[int]) -> Sizes:
     return dict(sorted(shared.items()))
 
 
+def parameters_by_stage(config: Config, bounds: Sequence[int]) -> list[Sizes]:
+    """All parameters of every stage, by exported name."""
+    stages = config.parallel.pipeline_stages
+    cut = Cut(tuple(bounds), stages)
+    return [
+        {name: size for layers in cut.of_stage(stage) for name, size in parameters_of_stage(config, layers).items()}
+        for stage in range(stages)
+    ]
+
+
 def parameters_of_stage(config: Config, layers: range) -> Sizes:
     """All parameters that a stage holds: its own, and its copies of later routers and summaries."""
     return stage_parameters(config.model, layers) | later_parameters(config.model, layers, boundary_prices(config))

@@ -12,6 +12,7 @@ from lime_dist.config.schema import Config
 from lime_dist.data.documents import attention_length
 from lime_dist.errors import LimeError, run_command
 from lime_dist.paths import user_path
+from lime_dist.pipeline.checkpointing_choice import describe_checkpointing, with_checkpointing
 from lime_dist.plan.forecast import Forecast, Machine, as_baseline, forecast, whole_run
 from lime_dist.plan.quantities import read_bandwidth, read_bytes, read_flops, read_seconds, read_share
 from lime_dist.plan.sweep import Candidate, Sweep, sweep, with_parts
@@ -86,8 +87,10 @@ def main() -> None:
         values = sweep_values(result, config)
         print(json.dumps(values, indent=1) if arguments.json else sweep_table(values, machine.memory))
         return
+    asked, config = config, with_checkpointing(config, machine.memory, processes)
+    choice = describe_checkpointing(asked, config, machine.memory)
     planned = forecast(config, machine, processes)
-    values = plan_values(config, machine, planned)
+    values = {**plan_values(config, machine, planned), "checkpointing_choice": choice}
     print(json.dumps(values, indent=1) if arguments.json else plan_table(config, values))
     if arguments.timeline is not None:
         from lime_dist.plan.timeline import draw_timeline
@@ -146,6 +149,7 @@ def stage_values(planned: Forecast, stage: int) -> Values:
         "stage": stage,
         "layers": [each.parts[0].start, each.parts[0].stop],
         **({"parts": [[layers.start, layers.stop] for layers in each.parts]} if len(each.parts) > 1 else {}),
+        "checkpointing": each.checkpointing,
         "parameters": each.parameters,
         "forward_flops": each.forward_flops,
         "backward_flops": each.backward_flops,

@@ -15,18 +15,18 @@ import numpy as np
 
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.load import make_config
-from lime_dist.config.schema import Config
+from lime_dist.config.schema import Checkpointing, Config
 from lime_dist.data.ramp import BatchSizes
 from lime_dist.model import memory_traffic
 from lime_dist.model.architecture import BASELINE, model_crossings
 from lime_dist.model.crossing import Crossing, Cut
 from lime_dist.model.layout import joined
-from lime_dist.model.parameters import Sizes
+from lime_dist.pipeline.checkpointing_choice import with_checkpointing
 from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, StageMemory, stage_memory
 from lime_dist.pipeline.optimizer_memory import Exchange, exchange_of, layout_of_stage
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
-from lime_dist.pipeline.shared_weights import boundary_prices, parameters_of_stage, shared_parameters
+from lime_dist.pipeline.shared_weights import boundary_prices, parameters_by_stage, shared_parameters
 from lime_dist.plan.simulate import Link, StageTimes, simulate
 from lime_dist.plan.stage_times import boundary_bytes, stage_times
 from lime_dist.plan.wavefront import step_seconds
@@ -57,6 +57,7 @@ class StageForecast:
 
     Attributes:
         parts: the decoder layers of each of its parts.
+        checkpointing: what it computes again.
         parameters: number of elements, including the embedding and the output projection on their stages.
         forward_flops, backward_flops: of one micro-batch.
         boundary_bytes: of one micro-batch's payloads to the next stage, of all parts; the gradients that come back have as many.
@@ -65,6 +66,7 @@ class StageForecast:
     """
 
     parts: tuple[range, ...]
+    checkpointing: Checkpointing
     parameters: int
     forward_flops: float
     backward_flops: float
@@ -146,19 +148,18 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
         LimeError: the number of processes is not a multiple of the stages, or the batch does not divide into micro-batches.
     """
     replicas, micro_batches = batch_split(config, processes)
+    config = with_checkpointing(config, machine.memory, processes)
     bounds, count = stage_bounds(config), config.parallel.pipeline_stages
     cut = Cut(tuple(bounds), count)
     flops = stage_times(config, 1.0, bounds)
     sizes = boundary_bytes(config, bounds)
-    parameters: list[Sizes] = []
-    for stage in range(count):
-        of_parts = (parameters_of_stage(config, layers) for layers in cut.of_stage(stage))
-        parameters.append({name: size for sizes_of_part in of_parts for name, size in sizes_of_part.items()})
+    parameters = parameters_by_stage(config, bounds)
     kept, schedule = MicroBatchBytes.of(config, bounds), make_schedule(config, micro_batches)
     crossings = model_crossings(config.model, boundary_prices(config, bounds))
     stages = [
         StageForecast(
             parts=cut.of_stage(stage),
+            checkpointing=config.parallel.checkpointing_of(stage),
             parameters=sum(parameters[stage].values()),
             forward_flops=sum(part.forward for part in flops[stage::count]),
             backward_flops=sum(part.backward for part in flops[stage::count]),
@@ -223,9 +224,12 @@ def machine_times(
     model, size = config.model, ITEM_BYTES[config.precision]
     tokens = config.train.micro_batch_size * config.data.sequence_length
     prices, times = boundary_prices(config), []
-    for (start, stop), each in zip(pairwise(bounds), flops, strict=True):
+    for part, ((start, stop), each) in enumerate(zip(pairwise(bounds), flops, strict=True)):
         forward, backward = memory_traffic.stage_traffic(model, [range(start, stop)], tokens, size, prices)
-        if config.parallel.activation_checkpointing:
+        checkpointing = config.parallel.checkpointing_of(part % config.parallel.pipeline_stages)
+        if checkpointing == "selective":
+            backward += (stop - start) * memory_traffic.feed_forward_traffic(model, tokens, size)
+        elif checkpointing:
             backward += forward
         if stop == model.num_hidden_layers:
             head = memory_traffic.head_traffic(model, tokens, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Config
 from lime_dist.data.documents import attention_length
 from lime_dist.model import cost
@@ -19,7 +20,7 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
     """Seconds by stage of a micro-batch's passes, at the same speed on all stages.
 
     Counts the matrix products that cost.py counts, with the head on the last stage; with activation checkpointing, the
-    backward pass repeats the forward pass of the decoder layers. (`forecast.machine_times` adds memory traffic.)
+    backward pass repeats the forward pass of the decoder layers, or of their feed-forward halves. (`forecast.machine_times` adds memory traffic.)
 
     Args:
         flops_per_second: speed of one stage.
@@ -37,9 +38,13 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
         length = attention_length(config.data, model.vocab_size)
     bounds, prices = stage_bounds(config) if bounds is None else bounds, boundary_prices(config)
     times = []
-    for start, stop in pairwise(bounds):
+    defers_weights = SCHEDULES[config.pipeline.schedule].splits_backward
+    for part, (start, stop) in enumerate(pairwise(bounds)):
         flops = sum(cost.layer_flops(model, length, range(start, stop), prices), cost.Flops(0.0, 0.0))
-        if config.parallel.activation_checkpointing:
+        checkpointing = config.parallel.checkpointing_of(part % config.parallel.pipeline_stages)
+        if checkpointing == "selective":
+            flops += cost.Flops(0.0, (stop - start) * architecture_of(model).feed_forward_flops(defers_weights))
+        elif checkpointing:
             flops += cost.Flops(0.0, flops.forward)
         if stop == bounds[-1]:
             flops += cost.head_flops(model)

@@ -40,6 +40,8 @@ class Candidate:
             items.append(f"pipeline.schedule={self.config.pipeline.schedule}")
         if config.parallel.stage_layers != self.config.parallel.stage_layers:
             items.append("parallel.stage_layers=null")
+        if config.parallel.activation_checkpointing != self.config.parallel.activation_checkpointing:
+            items.append("parallel.activation_checkpointing=auto")
         if config.train.evaluation_samples != self.config.train.evaluation_samples:
             items.append(f"train.evaluation_samples={self.config.train.evaluation_samples}")
         if self.policy is not None:
@@ -144,6 +146,8 @@ def settings(config: Config, processes: int) -> Iterator[Config]:
         parallel = config.parallel
         if stages != parallel.pipeline_stages:
             parallel = parallel.model_copy(update={"pipeline_stages": stages, "stage_layers": None})
+            if isinstance(parallel.activation_checkpointing, list):  # of other stages
+                parallel = parallel.model_copy(update={"activation_checkpointing": "auto"})
         if parallel.parts > config.model.num_hidden_layers:
             continue
         size = 1

@@ -36,6 +36,8 @@ def plan_table(config: Config, values: Values) -> str:
         f"to next: bytes of a micro-batch{wire_of(config)}; its gradient has as many ({boundary_of(config)}).",
         "",
     ]
+    if values["checkpointing_choice"] is not None:
+        lines += [values["checkpointing_choice"], ""]
     peak, memory = values["peak_memory"], values["machine"]["memory"]
     limit = "" if memory is None else f" of {show(memory, 'B')}: {'it fits' if values['fits'] else 'it DOES NOT FIT'}"
     lines.append(f"memory    {show(peak, 'B')} on the fullest stage{limit}")

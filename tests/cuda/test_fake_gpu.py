@@ -26,7 +26,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "precision": ["bf16", "fp32"],
     "replicas": [1, 2],
     "tied": [False, True],
-    "checkpointing": [False, True],
+    "checkpointing": [False, True, "selective"],
     "wire": [None, "bf16", "fp8"],
     "batch": [2, 1],
     "schedule": ["1f1b", "zero_bubble", "interleaved"],

@@ -13,6 +13,7 @@ from support.on_gpu import Case
 from support.workers import WorkerGroup
 
 from lime_dist.config.load import make_config
+from lime_dist.config.schema import Checkpointing
 from lime_dist.plan.forecast import Machine, forecast
 
 ARCHITECTURES = [
@@ -34,7 +35,7 @@ def rows() -> Iterator[tuple[str, bool, str, int, int]]:
 
 
 def values_of(
-    architecture: str, checkpointing: bool, precision: str, stages: int, schedule: str = "1f1b"
+    architecture: str, checkpointing: Checkpointing, precision: str, stages: int, schedule: str = "1f1b"
 ) -> dict[str, Any]:
     """A run in which constants are small. In float32, attention on a GPU keeps copies of K/V heads that several query heads share,
     which plans leave out; so there are as many K/V heads as query heads."""
@@ -59,6 +60,8 @@ SPLIT = [
     for checkpointing, precision in [((False, "bf16"), (True, "fp32"))[index % 2]]
 ]
 """Cases with weight passes."""
+SELECTIVE = [(architecture, STAGES[turn % len(STAGES)]) for turn, architecture in enumerate(ARCHITECTURES)]
+"""Cases in which feed-forward halves are computed again."""
 CASES = {
     f"{architecture}, {precision}, {'checkpointed, ' if checkpointing else ''}stage {stage} of {stages}":
     Case("peak", values_of(architecture, checkpointing, precision, stages), stage, stages)
@@ -69,6 +72,13 @@ CASES |= {
     Case("peak", values_of(architecture, checkpointing, precision, stages, "zero_bubble"), stage, stages)
     for architecture, checkpointing, precision, stage, stages in SPLIT
 }  # fmt: skip
+CASES |= {
+    f"selective, {architecture}, stage {stage} of {stages}": Case(
+        "peak", values_of(architecture, "selective", "bf16", stages), stage, stages
+    )
+    for architecture, (stage, stages) in SELECTIVE
+}
+CASES["selective, weight passes"] = Case("peak", values_of("lime kv", "selective", "bf16", 3, "zero_bubble"), 1, 3)
 
 
 @pytest.fixture(scope="module")

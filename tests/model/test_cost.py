@@ -187,6 +187,21 @@ def test_what_is_left_for_a_weight_pass(model: str) -> None:
     assert sum(kept.values()) == sum(cost.weight_pass_bytes(config, i, BATCH * LENGTH, 4) for i in range(LAYERS))
 
 
+@pytest.mark.parametrize("defers_weights", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_flops_of_what_selective_checkpointing_computes_again(model: str, defers_weights: bool) -> None:
+    config, counted = make_config(model), []
+    for checkpointing in (False, "selective"):
+        decoder = build_decoder(config, activation_checkpointing=checkpointing)
+        with deferring(WeightGradients() if defers_weights else None):
+            loss = decoder(torch.zeros(BATCH, LENGTH, dtype=torch.int64)).sum()
+        with FlopCounterMode(display=False) as count:
+            loss.backward()
+        counted.append(count.get_total_flops())
+    of_layer = architecture_of(config).feed_forward_flops(defers_weights)
+    assert counted[1] - counted[0] == LAYERS * of_layer * BATCH * LENGTH
+
+
 @pytest.mark.parametrize("model", ["llama", "hyper static", "gated residual"])
 def test_flops_of_the_head(model: str) -> None:
     config = make_config(model)
@@ -310,7 +325,7 @@ def count_activations(
     return kept.bytes - entries_of(history).nbytes
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"], ids=["all", "checkpointed", "selective"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_of_activations(model: str, dtype: torch.dtype, checkpointing: bool) -> None:

@@ -42,7 +42,7 @@ def by_plain_loops(model: str, tied: bool) -> tuple[Tensor, dict[str, Tensor]]:
     return logits.detach(), {name: copy.grad for name, copy in copies.items()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("model", MODELS)
 def test_forward_and_all_gradients_equal_plain_loops(model: str, tied: bool, checkpointing: bool) -> None:

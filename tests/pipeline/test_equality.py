@@ -20,6 +20,7 @@ from support.workers import WorkerGroup
 from benchmarks.equality import train_one_process
 from benchmarks.staged import staged_logits
 from lime_dist.config.load import make_config
+from lime_dist.config.schema import Checkpointing
 from lime_dist.model.architecture import architecture_of
 from lime_dist.pipeline.shared_weights import boundary_prices
 
@@ -285,10 +286,16 @@ def test_two_replicas_of_three_stages(
     check_equal(values, workers(6))
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_activation_checkpointing_changes_nothing(workers: Callable[[int], WorkerGroup], model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "by_stage"),
+    [(model, [[True, "selective"], ["selective", True]][turn % 2]) for turn, model in enumerate(MODELS)],
+)
+def test_activation_checkpointing_changes_nothing(
+    workers: Callable[[int], WorkerGroup], model: str, by_stage: list[Checkpointing]
+) -> None:
     """On two stages; `test_numerics` has one stage and three."""
-    check_equal(settings(model, 4, True, "fp64", pipeline_stages=2, activation_checkpointing=True), workers(2))
+    values = settings(model, 4, True, "fp64", pipeline_stages=2, activation_checkpointing=by_stage)
+    check_equal(values, workers(2))
 
 
 @pytest.mark.parametrize("model", list(MODELS)[2:])
@@ -306,10 +313,13 @@ def test_every_other_model_in_bf16_with_two_replicas(workers: Callable[[int], Wo
 
 @pytest.mark.parametrize(
     ("model", "stages", "tied", "checkpointing"),
-    [(model, 1 + turn % 3, turn % 2 == 0, turn % 4 > 1) for turn, model in enumerate(MODELS)],
+    [
+        (model, 1 + turn % 3, turn % 2 == 0, (False, "selective", True, True)[turn % 4])
+        for turn, model in enumerate(MODELS)
+    ],
 )
 def test_numerics(
-    workers: Callable[[int], WorkerGroup], model: str, stages: int, tied: bool, checkpointing: bool
+    workers: Callable[[int], WorkerGroup], model: str, stages: int, tied: bool, checkpointing: Checkpointing
 ) -> None:
     """Normed queries and keys, bounded and scaled logits, z-loss, scaled branches, and learning rates that follow the width."""
     values = settings(model, 4, tied, "fp64", pipeline_stages=stages, activation_checkpointing=checkpointing)
@@ -329,8 +339,9 @@ def test_numerics_in_low_precision_with_two_replicas(workers: Callable[[int], Wo
     check_equal(values, workers(4), steps=2)
 
 
+SETTINGS: list[Checkpointing] = [False, True, "selective"]
 DOCUMENT_CASES = [
-    (model, 1 + turn % 4, "stock" if turn % 5 == 4 else "overlap", turn % 2 == 1, turn % 3, 1 + turn % 2)
+    (model, 1 + turn % 4, "stock" if turn % 5 == 4 else "overlap", SETTINGS[turn // 2 % 3], turn % 3, 1 + turn % 2)
     for turn, model in enumerate([*MODELS, *MODELS])
 ]
 """Every model twice, with different stages: model, stages, engine, activation checkpointing, extra micro-batches in flight, samples per micro-batch."""
@@ -342,7 +353,7 @@ def test_documents_that_do_not_see_each_other(
     model: str,
     stages: int,
     engine: str,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     extra: int,
     micro_batch_size: int,
 ) -> None:
@@ -561,12 +572,12 @@ def test_every_policy_in_low_precision_with_two_replicas(
 @pytest.mark.parametrize(
     ("model", "checkpointing"),
     [
-        ("llama", False), ("lime", False), ("lime", True), ("hidden static", True), ("hyper dynamic", True),
-        ("moda, MLP, chunked", False), ("value residual, learnable", True), ("gated residual", False),
-        ("attention residuals", True),
+        ("llama", "selective"), ("lime", False), ("lime", True), ("lime", "selective"), ("hidden static", True),
+        ("hyper dynamic", "selective"), ("moda, MLP, chunked", "selective"), ("value residual, learnable", True),
+        ("gated residual", False), ("attention residuals", "selective"),
     ],
 )  # fmt: skip
-def test_compiled_layers(workers: Callable[[int], WorkerGroup], model: str, checkpointing: bool) -> None:
+def test_compiled_layers(workers: Callable[[int], WorkerGroup], model: str, checkpointing: Checkpointing) -> None:
     values = settings(model, 4, True, "fp64", pipeline_stages=2, activation_checkpointing=checkpointing)
     values["train"] = {**values["train"], "compile": True}
     check_equal(values, workers(2))

@@ -124,13 +124,13 @@ EQUAL: list[tuple[str, int, int, int, dict[str, Any]]] = [
     ("kv, chunked, two rows", 4, 2, 8, {"stage_layers": [1, 2, 1, 1, 3, 1, 2, 1]}),
     ("kv, dilated", 4, 4, 6, {}),
     ("static, full", 2, 3, 3, {"stage_layers": [1, 3, 1, 4, 2, 1]}),
-    ("static, chunked", 3, 3, 4, {}),
+    ("static, chunked", 3, 3, 4, {"activation_checkpointing": "selective"}),
     ("dynamic, first_last", 2, 4, 2, {"activation_checkpointing": True}),
     ("dynamic, dilated", 4, 3, 5, {}),
     ("long chunks, hidden", 2, 2, 6, {"activation_checkpointing": True}),
     ("moda", 2, 3, 4, {}),
     ("moda, MLP, chunked", 3, 2, 5, {"activation_checkpointing": True}),
-    ("llama", 4, 2, 9, {}),
+    ("llama", 4, 2, 9, {"activation_checkpointing": [True, "selective", False, "selective"]}),
     ("llama", 1, 4, 3, {}),
     ("hyper dynamic", 2, 2, 3, {}),
     ("gated residual", 3, 2, 4, {}),
@@ -168,7 +168,7 @@ def test_replicas_and_documents(workers: Callable[[int], WorkerGroup], precision
 PLANNED: list[tuple[str, int, int, dict[str, Any]]] = [
     ("llama", 2, 2, {}),
     ("kv, full", 2, 3, {}),
-    ("kv, chunked", 3, 2, {"activation_checkpointing": True}),
+    ("kv, chunked", 3, 2, {"activation_checkpointing": [True, "selective", False]}),
     ("static, first_last", 2, 2, {}),
 ]
 

@@ -19,6 +19,7 @@ from support.policies import POLICIES
 from support.workers import WorkerGroup
 
 from lime_dist import build_decoder, load_config
+from lime_dist.config.schema import Checkpointing
 from lime_dist.errors import LimeError
 from lime_dist.model.history import LayerHistory
 from lime_dist.model.weight_gradients import Projection, WeightGradients, deferring
@@ -29,7 +30,13 @@ Workers = Callable[[int], WorkerGroup]
 
 HELD_BACK = [None, 0, 3]
 MODEL_CASES = [
-    (model, 1 + (index + 1) % 4, index % 3, HELD_BACK[index // 2 % 3], index % 2 == 1)
+    (
+        model,
+        1 + (index + 1) % 4,
+        index % 3,
+        HELD_BACK[index // 2 % 3],
+        (False, True, "selective")[(index + index // 3) % 3],
+    )
     for index, model in enumerate(MODELS)
 ]
 """Model, stages, extra micro-batches in flight, weight passes held back, activation checkpointing."""
@@ -41,7 +48,7 @@ def zero_bubble(extra: int, held_back: int | None) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("model", "stages", "extra", "held_back", "checkpointing"), MODEL_CASES)
 def test_every_model(
-    workers: Workers, model: str, stages: int, extra: int, held_back: int | None, checkpointing: bool
+    workers: Workers, model: str, stages: int, extra: int, held_back: int | None, checkpointing: Checkpointing
 ) -> None:
     values = settings(model, 4, stages % 2 == 0, "fp64", pipeline_stages=stages, activation_checkpointing=checkpointing)
     values["pipeline"] = zero_bubble(extra, held_back)
@@ -152,8 +159,8 @@ def test_a_resumed_run_is_the_same(workers: Workers, dataset: Path, tmp_path: Pa
 # -- projections ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_backward_leaves_the_weights_of_projections(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_backward_leaves_the_weights_of_projections(checkpointing: Checkpointing) -> None:
     """And nothing else. What is left frees what it was made from, one after the other, and holds no part of the graph."""
     model = build_decoder(load_config(None, SIZE).model, dtype=torch.float64, activation_checkpointing=checkpointing)
     tokens = torch.arange(10).view(2, 5)

@@ -37,7 +37,7 @@ train:
   log_interval: 2
   z_loss: 1.0e-4
 optimizer: {name: muon, schedule: wsd, decay_share: 0.5, warmup_steps: 2}
-parallel: {pipeline_stages: 2, zero_stage: 1, activation_checkpointing: true}
+parallel: {pipeline_stages: 2, zero_stage: 1, activation_checkpointing: [true, selective]}
 monitor:
   samples: {prompts: [alpha beta, gamma], interval: 6, tokens: 4, temperature: 1.0}
   straggler_minutes: 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lime_dist.config.registry import SCHEDULES, choice_of
 from lime_dist.config.sections.base import Section
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     ScheduleName = str
 else:
     ScheduleName = choice_of(SCHEDULES)
+
+Checkpointing = bool | Literal["selective"]
+"""What a stage computes again in its backward pass: nothing, its layers, or the feed-forward halves of its layers."""
 
 
 class ParallelConfig(Section):
@@ -44,14 +47,36 @@ class ParallelConfig(Section):
     balance: Literal["compute", "memory"] = Field(
         "compute", description="what the stages share evenly, unless `stage_layers` is set"
     )
-    activation_checkpointing: bool = Field(
-        False, description="store only the input of each layer, and compute its activations again in the backward pass"
+    activation_checkpointing: Checkpointing | Literal["auto"] | list[Checkpointing] = Field(
+        False,
+        description="compute activations again in the backward pass instead of keeping them: `true` keeps only the input of each layer; "
+        "`selective` keeps what attention and its projections need, and only the input of the MLP with its norm; `auto` chooses for each "
+        "stage the first of `false`, `selective` and `true` with which it fits in the memory of its device; a list has a value for each "
+        "stage",
     )
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _known_checkpointing(cls, setting: Any) -> Any:
+        each = setting if isinstance(setting, list) else [setting]
+        if setting != "auto" and not all(isinstance(one, bool) or one == "selective" for one in each):
+            raise ValueError(
+                f"parallel.activation_checkpointing={setting} must be true, false, selective or auto, or a list with true, false or "
+                "selective for each stage"
+            )
+        return setting
 
     @property
     def parts_per_stage(self) -> int:
         """Parts of the decoder that each stage holds. The parts of a single stage would follow each other: they are one."""
         return self.virtual_stages if self.pipeline_stages > 1 else 1
+
+    def checkpointing_of(self, stage: int) -> Checkpointing:
+        """``activation_checkpointing`` of a stage. While nothing is chosen (`pipeline.checkpointing_choice`), ``auto`` is false."""
+        setting = self.activation_checkpointing
+        if isinstance(setting, list):
+            return setting[stage]
+        return False if setting == "auto" else setting
 
     @property
     def parts(self) -> int:

@@ -12,6 +12,7 @@ from lime_dist.model.architectures.attention_residuals.blocks import Blocks
 from lime_dist.model.architectures.attention_residuals.history import DepthHistory
 from lime_dist.model.blocks import PreNormLayer
 from lime_dist.model.layers import Positions, RMSNorm
+from lime_dist.model.recomputation import feed_forward_half
 
 
 class DepthQuery(nn.Module):
@@ -35,7 +36,7 @@ class AttentionResidualsLayer(PreNormLayer):
         reads_last: whether this is the last layer.
     """
 
-    compiled_parts: ClassVar[tuple[str, ...]] = ("attend", "feed_forward")
+    compiled_parts: ClassVar[tuple[str, ...]] = ("attend", "add_feed_forward")
 
     def __init__(self, config: ModelConfig, layer: int, blocks: Blocks, reads_last: bool) -> None:
         super().__init__(config, layer, router=None)
@@ -55,7 +56,7 @@ class AttentionResidualsLayer(PreNormLayer):
         mixed_BTD = history.read(sublayer, x_BTD)
         x_BTD = self.attend(mixed_BTD, None if self.blocks.begins(sublayer) else x_BTD, positions)
         mixed_BTD = history.read(sublayer + 1, x_BTD)
-        x_BTD = self.feed_forward(mixed_BTD, None if self.blocks.begins(sublayer + 1) else x_BTD)
+        x_BTD = self.add_feed_forward(mixed_BTD, None if self.blocks.begins(sublayer + 1) else x_BTD)
         return x_BTD if self.output_residual is None else history.read(sublayer + 2, x_BTD)
 
     def attend(self, mixed_BTD: Tensor, running_BTD: Tensor | None, positions: Positions) -> Tensor:
@@ -63,7 +64,7 @@ class AttentionResidualsLayer(PreNormLayer):
         out_BTD = self.self_attn(self.input_layernorm(mixed_BTD), positions)
         return out_BTD if running_BTD is None else running_BTD + out_BTD
 
-    def feed_forward(self, mixed_BTD: Tensor, running_BTD: Tensor | None) -> Tensor:
+    def add_feed_forward(self, mixed_BTD: Tensor, running_BTD: Tensor | None) -> Tensor:
         """The output of SwiGLU, added to the running sum of its block."""
-        out_BTD = self.mlp(self.post_attention_layernorm(mixed_BTD))
+        out_BTD = feed_forward_half(self.feed_forward, mixed_BTD)
         return out_BTD if running_BTD is None else running_BTD + out_BTD

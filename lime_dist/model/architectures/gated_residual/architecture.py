@@ -89,9 +89,12 @@ class GatedResidual(WithoutHistory, Architecture):
         return Flops(products, 2 * products)
 
     def layer_flops(self, sequence_length: float, layers: range, prices: Prices) -> list[Flops]:
-        write = 2 * self.rate**2 * self.hidden
-        connection = self.final_norm_flops() + Flops(write, 2 * write)
+        connection = self._connection_flops()
         return [transformer_flops(self.config, sequence_length) + connection + connection] * len(layers)
+
+    def _connection_flops(self) -> Flops:
+        write = 2 * self.rate**2 * self.hidden
+        return self.final_norm_flops() + Flops(write, 2 * write)
 
     def _read(self, streams: int) -> Activations:
         """What a read keeps; ``streams``: of its input that are memory of their own."""
@@ -106,9 +109,20 @@ class GatedResidual(WithoutHistory, Architecture):
         streams = self.rate if layer > 0 else 1  # they start as views of one embedding
         kept = Activations(per_token=streams * self.hidden)  # the layer's input
         if not checkpointing:
-            write = Activations(per_token=2 * self.hidden + 2 * self.rate)  # input and output of a sub-layer; gates
-            kept = self._read(streams) + self._read(self.rate) + write + write + transformer_activations(self.config)
+            kept = self._connection(streams) + self._connection(self.rate) + transformer_activations(self.config)
         return kept.nbytes(num_tokens, itemsize)
+
+    def _connection(self, streams: int) -> Activations:
+        """What a connection keeps: of its read, its gates, and the input and output of its sub-layer."""
+        return self._read(streams) + Activations(per_token=2 * self.hidden + 2 * self.rate)
+
+    def feed_forward_activations(self) -> Activations:
+        """The MLP's connection is computed again from the streams."""
+        kept = Activations(per_token=4 * self.config.intermediate_size - self.rate * self.hidden)
+        return kept + self._connection(self.rate)
+
+    def feed_forward_flops(self, defers_weights: bool) -> float:
+        return self._connection_flops().forward + super().feed_forward_flops(defers_weights=True)
 
     # -- export -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ W_d, W_u and W_w are ``compress_proj``, ``expand_proj`` and ``write_proj``. The 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.blocks import Attention
 from lime_dist.model.layers import MLP, Positions
+from lime_dist.model.recomputation import feed_forward_half
 
 
 class GatedRead(nn.Module):
@@ -82,7 +83,10 @@ class GatedResidualLayer(nn.Module):
         def attend(x_BTD: Tensor) -> Tensor:
             return self.self_attn(x_BTD, positions)
 
-        return self.mlp_connection(self.attn_connection(streams_BTnD, attend), self.mlp)
+        def second_half(streams_BTnD: Tensor) -> Tensor:
+            return cast(Tensor, self.mlp_connection(streams_BTnD, self.mlp))
+
+        return feed_forward_half(second_half, self.attn_connection(streams_BTnD, attend))
 
 
 class StreamNorm(nn.Module):

@@ -99,6 +99,15 @@ class Hyper(WithoutHistory, Architecture):
             kept += transformer_activations(self.config)
         return kept.nbytes(num_tokens, itemsize)
 
+    def feed_forward_activations(self) -> Activations:
+        """The MLP's connection is computed again from the streams."""
+        width = self.config.hyper.rate * self.config.hidden_size
+        kept = Activations(per_token=4 * self.config.intermediate_size - width)
+        return kept + self.connection.activations(self.config.hyper.rate)
+
+    def feed_forward_flops(self, defers_weights: bool) -> float:
+        return self.connection.flops().forward + super().feed_forward_flops(defers_weights=True)
+
     def received_activation_bytes(self, boundary: int, num_tokens: int, itemsize: int, checkpointing: bool) -> int:
         received = Activations() if checkpointing else self.connection.received_activations()
         return received.nbytes(num_tokens, itemsize)

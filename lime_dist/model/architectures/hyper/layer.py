@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architectures.hyper.connection import Connection
 from lime_dist.model.blocks import Attention
 from lime_dist.model.layers import MLP, Positions
+from lime_dist.model.recomputation import feed_forward_half
 
 
 class HyperDecoderLayer(nn.Module):
@@ -38,4 +39,7 @@ class HyperDecoderLayer(nn.Module):
         def feed_forward(x_BTD: Tensor) -> Tensor:
             return self.mlp(self.post_attention_layernorm(x_BTD))
 
-        return self.mlp_connection(self.attn_connection(streams_BTnD, attend), feed_forward)
+        def second_half(streams_BTnD: Tensor) -> Tensor:
+            return cast(Tensor, self.mlp_connection(streams_BTnD, feed_forward))
+
+        return feed_forward_half(second_half, self.attn_connection(streams_BTnD, attend))

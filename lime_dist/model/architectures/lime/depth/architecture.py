@@ -158,6 +158,10 @@ class DepthAttentionLime(Lime):
             kept += Activations(heads * self.config.head_size, heads)
         return kept.nbytes(num_tokens, itemsize)
 
+    def feed_forward_activations(self) -> Activations:
+        """The norm's output is kept: keys and values are made from it, too."""
+        return Activations(4 * self.config.intermediate_size)
+
     def weight_pass_bytes(self, layer: int, num_tokens: int, itemsize: int) -> int:
         """Those of the MLP's keys and values are made from its input, which is kept anyway, and from their gradients."""
         kept = weight_pass_activations(self.config)

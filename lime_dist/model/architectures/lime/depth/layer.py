@@ -11,6 +11,7 @@ from lime_dist.model.architectures.lime.depth.architecture import DepthAttention
 from lime_dist.model.architectures.lime.depth.history import DepthKeyValueHistory
 from lime_dist.model.blocks import Attention, PreNormLayer
 from lime_dist.model.layers import MLP, Positions
+from lime_dist.model.recomputation import feed_forward_half
 from lime_dist.model.weight_gradients import Projection
 
 
@@ -78,4 +79,4 @@ class DepthAttentionLayer(PreNormLayer):
 
     def add_mlp(self, x_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
         """The residual stream with the output of the MLP."""
-        return x_BTD + self.mlp(normed_BTD)
+        return x_BTD + feed_forward_half(self.mlp, normed_BTD)
