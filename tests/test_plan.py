@@ -383,7 +383,7 @@ def test_a_sweep_ranks_the_fitting_candidates() -> None:
     by_stage = load_config(None, [*SIZE, "parallel.activation_checkpointing=[true,selective,false,false]"])
     others = sweep(by_stage, Machine(1e12, 1e12, 1e9, 1e-5), 8).fitting
     for candidate in others:
-        is_other = "parallel.activation_checkpointing=auto" in candidate.overrides(candidate.config)
+        is_other = "parallel.activation_checkpointing=auto" in candidate.overrides(by_stage)
         assert is_other == (candidate.stages != 4)
     limit = sorted(c.forecast.peak_memory for c in everything.fitting)[20]
     bounded = sweep(config, Machine(1e12, 1e12, 1e9, 1e-5, limit), 8)
