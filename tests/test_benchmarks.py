@@ -64,6 +64,7 @@ def test_the_roofline_counts_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             61,
         ),
         ("planning.py", "--layers 4 --hidden 32 --length 32 --rounds 1 --links loopback", 19),
+        ("reduction_cost.py", "--elements 1000 --layers 4 --hidden 32 --length 32 --rounds 1", 11),
         ("crossover.py", "--depths 8 16", 12),
         ("roofline.py", "--layers 4 --hidden 32 --heads 4 --kv-heads 4 2 --length 32", 9),
         ("depth_stability.py", "--layers 3 --hidden 16 --heads 2 --length 8 --steps 2", 18),
