@@ -204,7 +204,7 @@ def router_picture(run: RunFolder, name: str) -> str:
 
     if not weights:
         reason = architecture_of(config).router_map_obstacle or "it has no routers"
-        reason += "; TensorBoard has maps of their means" * has_mean_map(config)
+        reason += "; if the run has a validation, maps of their means are in TensorBoard" * has_mean_map(config)
         return f"<div><h3>{escape(name)}</h3>\n{note(f'No map: {reason}.')}</div>"
 
     try:

@@ -48,6 +48,12 @@ class MeanWeights:
         self._tokens[place] = self._tokens.get(place, 0) + num_tokens
 
 
+def remainder(totals_RE: Tensor, num_tokens: int) -> Tensor:
+    """What sums of weights over tokens leave for one more entry, [R, 1]. Rounding makes none of it negative, or an entropy would be
+    infinite."""
+    return (num_tokens - totals_RE.sum(1, keepdim=True)).clamp_min_(0)
+
+
 def stacked(parts: Iterable[Tensor]) -> Tensor:
     """Tensors [..., R, E] with different E as one [..., all R, largest E], with zeros at the ends of shorter ones."""
     parts = list(parts)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lime_dist.config.schema import ModelConfig
 from lime_dist.model.architecture import architecture_of
+from lime_dist.model.mean_weights import remainder
 from lime_dist.monitor.routers import head_map, router_map
 
 Workers = Callable[[int], WorkerGroup]
@@ -79,6 +80,11 @@ CASES: dict[str, dict[str, Any]] = {
     "dynamic": {"num_key_value_heads": 4, "lime": {"routes": "hidden", "router": "dynamic", "start_layer": 2}},
     "moda": {"lime": {"depth_attention": "moda", "history": {"policy": "chunked", "chunk_size": 2, "rank": 1, "first": 1}}},
 }  # fmt: skip
+
+
+def test_no_share_is_negative() -> None:
+    """Where the other entries have all of the weight but for rounding, 0 is left."""
+    assert remainder(torch.tensor([[2.0, 1.0 + 1e-6], [0.5, 1.0]]), 3).tolist() == [[0.0], [1.5]]
 
 
 def settings(dataset: Path, directory: Path, case: str, router_interval: int, **parallel: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lime_dist.model.architectures.attention_residuals.functions import Pack, Re
 from lime_dist.model.crossing import Crossing
 from lime_dist.model.history import LayerHistory, separate_view
 from lime_dist.model.layout import StageLayout
-from lime_dist.model.mean_weights import MeanWeights
+from lime_dist.model.mean_weights import MeanWeights, remainder
 
 
 class DepthHistory(LayerHistory):
@@ -273,7 +273,7 @@ class DepthHistory(LayerHistory):
         of_blocks = total_weights(
             self.entries[:finished], self.inverse_EN[:finished], self._queries_of(alone), sums_N[None]
         )
-        running = len(sums_N) - of_blocks.sum(1, keepdim=True)
+        running = remainder(of_blocks, len(sums_N))
         layer = min(sublayer, self._end - 1) // 2
         totals = torch.cat([of_blocks, running], 1) if has_running else of_blocks
         means.add(layer, totals, len(sums_N), first=sublayer - 2 * layer)

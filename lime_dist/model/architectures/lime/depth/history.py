@@ -27,7 +27,7 @@ from lime_dist.model.architectures.lime.kv.functions import Pack, Unpack
 from lime_dist.model.chunks import Chunk
 from lime_dist.model.history import LayerHistory, separate_view
 from lime_dist.model.layout import StageLayout
-from lime_dist.model.mean_weights import MeanWeights
+from lime_dist.model.mean_weights import MeanWeights, remainder
 from lime_dist.model.places import Block
 from lime_dist.model.policies import Entry
 from lime_dist.model.products import add_product, product_of_rows
@@ -255,8 +255,9 @@ class DepthKeyValueHistory(LayerHistory):
         }
         read = [self.layout.position[entry] for entry in self.layout.reads[layer]]
         totals = torch.zeros(len(of_entries), len(read), dtype=of_entries.dtype, device=of_entries.device)
+        sequence = remainder(of_entries, num_tokens)[:, 0]
         for index, position in enumerate(read):
-            totals[:, index] = num_tokens - of_entries.sum(1) if position == own else of_entries[:, column[position]]
+            totals[:, index] = sequence if position == own else of_entries[:, column[position]]
         means.add(layer, totals, num_tokens)
 
     def _pairs(self, buffer: Tensor, runs: Sequence[slice]) -> list[Tensor]:
