@@ -3,13 +3,14 @@
 First every model is trained once for each learning rate, then for each multiple of the best one for its routers, from a seed of its
 own (--sweep-seed). While the best learning rate is the lowest or the highest of a model, one more is tried, twice at most. Then the best
 setting of each is trained from the seeds given, which are the same for all models, and so is the order of the data. Differences are
-paired by seed; intervals hold for all comparisons of the table together. At last, one step of each model is timed, one model after another.
+paired by seed; intervals hold for all comparisons of the table together. At last, forward, loss
+and backward of each model are timed on this machine, one model after another.
 
     python benchmarks/depth.py --data data/quickstart/shards --output runs/depth --jobs 2
     python benchmarks/depth.py --data … --output … --models llama lime-full lime-first_last --seeds 1 2 3 4 5 --steps 1600
     python benchmarks/depth.py --data … --output … --minutes 60                (start no runs after that)
     python benchmarks/depth.py --data … --output … --spread                    (only LLaMA: how much do seeds differ?)
-    python benchmarks/depth.py --output runs/depth --runs benchmarks/depth.jsonl    (the table of RESULTS.md; trains nothing)
+    python benchmarks/depth.py --output runs/depth --runs benchmarks/depth.jsonl    (the losses of RESULTS.md; trains nothing)
 
 Resumable: after a stop, the same command finishes the rest. A run that has ended is kept as one line of --runs, and is not repeated
 where its line is, also on another machine, if model, settings and data are the same.
@@ -71,7 +72,7 @@ def main() -> None:
 
 def add_study_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a study of memories over depth."""
-    add_options(parser, steps=400, only_reads=True)
+    add_options(parser, steps=400, data_is_optional=True)
     parser.set_defaults(seeds=[1, 2, 3])
     parser.add_argument("--runs", type=user_path, help="file of finished runs (default: runs.jsonl in --output)")
     add_sweep_options(parser, [2e-3, 4e-3])

@@ -5,7 +5,7 @@ difference in parameters. Learning rates are chosen for every model and depth as
 
     python benchmarks/depth_or_width.py --data data/quickstart/shards --output runs/depth --jobs 2
     python benchmarks/depth_or_width.py --data … --output … --depths 12 24 48 96 --models llama lime-full
-    python benchmarks/depth_or_width.py --output runs/depth --runs benchmarks/depth.jsonl    (the table of RESULTS.md; trains nothing)
+    python benchmarks/depth_or_width.py --output runs/depth --runs benchmarks/depth.jsonl    (the table of these runs; trains nothing)
 
 Resumable, and shares the runs of `depth.py` in the same --output or --runs.
 """
@@ -51,8 +51,10 @@ def shape(middle: ModelConfig, layers: int) -> tuple[str, ...]:
     """Return the overrides that give a LLaMA of so many layers the parameters of another, as nearly as sizes allow.
 
     Raises:
-        LimeError: no SwiGLU is left at this depth.
+        LimeError: there are no layers, or no SwiGLU is left at this depth.
     """
+    if layers < 1:
+        raise LimeError(f"--depths {layers} must be at least 1")
     if layers == middle.num_hidden_layers:
         return ()
     head = middle.hidden_size // middle.num_attention_heads
@@ -75,7 +77,13 @@ def shape(middle: ModelConfig, layers: int) -> tuple[str, ...]:
     sized = candidate(best)
     return tuple(
         f"model.{key}={getattr(sized, key)}"
-        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        for key in (
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+        )
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def _measure_costs(study: Study, chosen: dict[str, Setting]) -> dict[str, dict[s
     torch.set_num_threads(1)
     config = study.model(chosen[BASE].name)
     size = (config.train.micro_batch_size or 1, config.data.sequence_length)
+    torch.manual_seed(0)
     batch = torch.randint(config.model.vocab_size, size), torch.randint(config.model.vocab_size, size)
     subjects = {}
     for name, one in chosen.items():
@@ -82,7 +84,7 @@ def make_table(
         "|---|---|---|---|---|---|---|---|",
     ]
     costing = [
-        f"| model | parameters | FLOPs over {BASE} | s/step over {BASE} | peak memory over {BASE} | entries over the last of 3 boundaries |",
+        f"| model | parameters | FLOPs over {BASE} | seconds of forward, loss and backward over {BASE} | peak memory over {BASE} | entries over the last of 3 boundaries |",
         "|---|---|---|---|---|---|",
     ]
     for name, one in chosen.items():
@@ -100,8 +102,11 @@ def make_table(
             f"| {name} | {cost.count_parameters(config.model):,} | {ratio:.3f} | {costs[name].seconds:.2f} | "
             f"{costs[name].peak:.2f} | {entries(config)} |"
         )
-    note = f"Intervals hold for all {count} comparisons together with 95 % (Student, Bonferroni)."
-    return "\n".join([*learning, "", note, "", *costing]) + "\n"
+    notes = [
+        f"Intervals hold for all {count} comparisons together with 95 % (Student, Bonferroni). Losses at {BASE}'s FLOPs and time are read off",
+        "within the curves, where the learning rate has not fallen as far as at their ends: a shorter schedule would end lower.",
+    ]
+    return "\n".join([*learning, "", *notes, "", *costing]) + "\n"
 
 
 def entries(config: Config) -> int:
@@ -132,7 +137,9 @@ def curve(study: Study, setting: Setting, seeds: Sequence[int]) -> Curve:
 
 
 def loss_at(points: Curve, tokens: float) -> float:
-    """Return the loss after some tokens, between two points of a curve in proportion; after its end, its last loss."""
+    """Return the loss after some tokens, between two points of a curve in proportion; after its end, its last loss; before it, nan."""
+    if tokens < points[0][0]:
+        return math.nan
     for (before, high), (after, low) in zip(points, points[1:], strict=False):
         if before <= tokens <= after:
             return high + (low - high) * (tokens - before) / (after - before)
@@ -158,7 +165,10 @@ def sweep_table(study: Study, settings: Sequence[Setting], seed: int) -> str:
     for model, multiple, shape in rows:
         finite = [loss for one, loss in losses.items() if (one.model, one.shape) == (model, shape) and loss == loss]
         cells = [losses.get(Setting(model, lr, multiple, shape)) for lr in lrs]
-        texts = ["" if loss is None else f"**{loss:.4f}**" if loss == min(finite) else f"{loss:.4f}" for loss in cells]
+        texts = [
+            "" if loss is None else f"**{loss:.4f}**" if loss == min(finite, default=None) else f"{loss:.4f}"
+            for loss in cells
+        ]
         name = " ".join([model, *(override.partition("=")[2] for override in shape)])
         lines.append(f"| {name}, {multiple:g} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"

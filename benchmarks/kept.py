@@ -13,6 +13,7 @@ from results import write
 from lime_dist.config.schema import Config
 from lime_dist.errors import LimeError
 
+KEYS = ("run", "seed", "settings", "data", "records")
 RECORDED = ("step", "tokens", "validation_loss")
 
 
@@ -37,7 +38,7 @@ class KeptRuns:
         return []
 
     def add(self, name: str, config: Config, seed: int, records: list[dict[str, float]]) -> None:
-        """Add a run, unless it is there."""
+        """Add a run, unless it is there. Nobody else may write the file meanwhile."""
         if self.records(config, seed):
             return
         losses = [[record[key] for key in RECORDED] for record in records if "validation_loss" in record]
@@ -55,16 +56,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         LimeError: the file cannot be read.
     """
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except (OSError, ValueError) as error:
         raise LimeError(f"{path} is no file of finished runs: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, dict) or not set(KEYS) <= line.keys():
+            raise LimeError(f"{path} is no file of finished runs: line {number} lacks one of {', '.join(KEYS)}")
+    return lines
 
 
 def settings_digest(config: Config) -> str:
-    """Return a digest of what a run's settings change from the defaults, without its folder, data and seeds."""
+    """Return a digest of what a run changes from the defaults, without its folder, data, seeds, checkpoints and records.
+
+    A default that changes between versions is not noticed.
+    """
     changed = config.model_dump(mode="json", exclude_defaults=True)
-    changed.pop("run", None)
-    for section, key in (("data", "path"), ("data", "seed"), ("train", "seed")):
+    for section in ("run", "checkpoint", "monitor"):
+        changed.pop(section, None)
+    for section, key in (
+        ("data", "path"), ("data", "seed"), ("train", "seed"), ("train", "log_interval"), ("train", "checkpoint_interval"),
+    ):  # fmt: skip
         changed.get(section, {}).pop(key, None)
     return digest(changed)
 
@@ -88,8 +99,10 @@ def only_data_digest(path: Path) -> str:
     """Return the digest of the data of all runs in a file.
 
     Raises:
-        LimeError: it has no run, or runs on different data.
+        LimeError: it is not there, or has runs on different data.
     """
+    if not path.exists():
+        raise LimeError(f"{path} is not there; give the --runs to read, or --data to train")
     found = {line["data"] for line in read_lines(path)}
     if len(found) != 1:
         raise LimeError(f"{path} has runs on {len(found)} data sets; give --data, to say which")

@@ -35,15 +35,15 @@ def _load(config: Path, overrides: tuple[str, ...]) -> Config:
     return load_config(config, list(overrides))
 
 
-def add_options(parser: argparse.ArgumentParser, steps: int, only_reads: bool = False) -> None:
+def add_options(parser: argparse.ArgumentParser, steps: int, data_is_optional: bool = False) -> None:
     """Add the options of a study on given data.
 
     Args:
-        only_reads: the study can be read from kept runs, and then needs no data.
+        data_is_optional: the study can be read from kept runs, and then needs no data.
     """
     parser.add_argument(
-        "--data", required=not only_reads, type=user_path,
-        help="folder with dataset.json" + ("; without it, nothing is trained" if only_reads else ""),
+        "--data", required=not data_is_optional, type=user_path,
+        help="folder with dataset.json" + ("; without it, nothing is trained" if data_is_optional else ""),
     )  # fmt: skip
     parser.add_argument(
         "--config", default=ROOT / "configs/quickstart.yaml", type=user_path, help="configuration that all runs share"
@@ -116,7 +116,7 @@ class Study:
             *self.shared, *self.variants[name], f"train.seed={seed}", f"data.seed={seed}", f"run.directory={directory}",
         ]  # fmt: skip
         written = directory / "config.yaml"
-        if written.exists() and load_config(written) != load_config(self.config, overrides):
+        if not self.only_reads and written.exists() and load_config(written) != load_config(self.config, overrides):
             raise LimeError(f"{directory} holds a run with other settings; give another --output, or delete it")
         if self.validation(name, seed) is not None:
             print(f"{directory.name}: already finished", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -81,9 +82,8 @@ def test_a_run_is_kept_by_what_it_trains_and_on_what(study: Study, tmp_path: Pat
     assert len(path.read_text().splitlines()) == 1, "the first stays"
     shared = [*study.shared, *setting.overrides]
     here = kept.KeptRuns(path, "data")
-    moved = load_config(
-        CONFIG, [*shared, "run.directory=/elsewhere", "data.path=/other", "data.seed=9", "train.seed=9"]
-    )
+    unlike = ["run.directory=/elsewhere", "data.path=/other", "data.seed=9", "train.seed=9", "train.log_interval=1"]
+    moved = load_config(CONFIG, [*shared, *unlike])
     assert here.records(moved, 1) == [
         {"step": 4, "tokens": 4096, "validation_loss": 4.0}, {"step": 8, "tokens": 8192, "validation_loss": 3.0},
     ]  # fmt: skip
@@ -94,6 +94,11 @@ def test_a_run_is_kept_by_what_it_trains_and_on_what(study: Study, tmp_path: Pat
     replace(here, data="other data").add("llama", moved, 1, [{"step": 8, "tokens": 8192, "validation_loss": 1.0}])
     with pytest.raises(LimeError, match="runs on 2 data sets; give --data"):
         kept.only_data_digest(path)
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(LimeError, match="runs.jsonl is no file of finished runs: line 1 lacks one of run, seed"):
+        kept.only_data_digest(path)
+    with pytest.raises(LimeError, match="absent.jsonl is not there; give the --runs to read"):
+        kept.only_data_digest(tmp_path / "absent.jsonl")
     path.write_text("{")
     with pytest.raises(LimeError, match="runs.jsonl is no file of finished runs"):
         here.records(moved, 1)
@@ -134,7 +139,8 @@ def test_the_table_pairs_by_seed(study: Study) -> None:
 
 def test_losses_between_the_points_of_a_curve() -> None:
     curve = [(100, 4.0), (200, 3.0), (400, 2.0)]
-    assert [depth_table.loss_at(curve, tokens) for tokens in (150, 300, 400, 500)] == [3.5, 2.5, 2.0, 2.0]
+    assert [depth_table.loss_at(curve, tokens) for tokens in (100, 150, 300, 400, 500)] == [4.0, 3.5, 2.5, 2.0, 2.0]
+    assert math.isnan(depth_table.loss_at(curve, 50))
 
 
 @pytest.mark.parametrize("layers", [12, 48, 96])
@@ -152,6 +158,8 @@ def test_too_deep_for_equal_parameters_is_refused() -> None:
     assert depth_or_width.shape(middle, middle.num_hidden_layers) == ()
     with pytest.raises(LimeError, match="--depths 2000: no size of the SwiGLU"):
         depth_or_width.shape(middle, 2000)
+    with pytest.raises(LimeError, match="--depths 0 must be at least 1"):
+        depth_or_width.shape(middle, 0)
 
 
 def test_intervals_widen_with_the_number_of_comparisons() -> None:
@@ -160,3 +168,10 @@ def test_intervals_widen_with_the_number_of_comparisons() -> None:
     (low, high), (wide, _) = pairs.mean_interval([0.0, 1.0, 2.0]), pairs.mean_interval([0.0, 1.0, 2.0], 5)
     assert high - 1 == pytest.approx(4.303 / 3**0.5, abs=2e-3) and 1 - wide == pytest.approx(9.925 / 3**0.5, abs=2e-2)
     assert low == pytest.approx(2 - high)
+
+
+def test_a_model_of_which_every_run_diverged_has_no_best(study: Study) -> None:
+    setting = Setting("llama", 1e-3)
+    keep(study, setting, 0, {8: float("nan")})
+    study = replace(study, variants={setting.name: setting.overrides})
+    assert depth_table.sweep_table(study, [setting], 0).splitlines()[2] == "| llama, 1 | nan |"

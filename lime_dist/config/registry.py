@@ -19,7 +19,8 @@ class Registry(Mapping[str, T], Generic[T]):
     """The implementations of a key by name, in alphabetical order.
 
     The modules of ``package`` are imported at the first lookup, and register themselves. So a new implementation is one new
-    file in that package. The configuration depends on no implementation: it knows the package by its name alone.
+    file in that package. The configuration depends on no implementation: it knows the package by its name alone. Other
+    modules must not look anything up while they are imported: of two threads, each could wait for what the other loads.
 
     Args:
         key: the configuration key whose values are the names.
@@ -57,9 +58,13 @@ class Registry(Mapping[str, T], Generic[T]):
         with _LOADING:
             if not self._is_loaded:
                 self._is_loaded = True
-                package = import_module(self.package)
-                for module in pkgutil.iter_modules(package.__path__):
-                    import_module(f"{self.package}.{module.name}")
+                try:
+                    package = import_module(self.package)
+                    for module in pkgutil.iter_modules(package.__path__):
+                        import_module(f"{self.package}.{module.name}")
+                except BaseException:
+                    self._is_loaded = False
+                    raise
         return self._entries
 
     def __getitem__(self, name: str) -> T:
