@@ -101,7 +101,7 @@ class Interleaved(OverlappedSchedule):
         yield from self.update()
 
     @cached_property
-    def _in_groups_of_three(self) -> frozenset[int]:
+    def _in_large_groups(self) -> frozenset[int]:
         """The micro-batches of groups of more than two."""
         return frozenset(micro_batch for group in self.groups if len(group) > 2 for micro_batch in group)
 
@@ -115,7 +115,7 @@ class Interleaved(OverlappedSchedule):
         payload that follows (tests/cuda).
         """
         has_gradient = returning.part < self.parts - 1
-        return self.stages == 2 and stage == 1 and has_gradient and returning.micro_batch in self._in_groups_of_three
+        return self.stages == 2 and stage == 1 and has_gradient and returning.micro_batch in self._in_large_groups
 
     def forwards_before_backwards(self, stage: int) -> Integers:
         return one_to_one(self.micro_batches * self.parts, self.warm_up(stage))
