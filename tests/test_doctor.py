@@ -99,7 +99,7 @@ def test_what_stages_would_compute_again() -> None:
     chosen = "ok: parallel.activation_checkpointing=auto: {} on stages 0 to 1, for 85% of {} GB a process"
     assert chosen.format("false", "100.0") in map(str, findings_for(on=auto))
     found = list(map(str, findings_for(second=replace(OTHER, free_memory=1000), on=auto)))
-    assert chosen.format("true", "0.0") in found and any("node2: needs up to 0." in line for line in found)
+    assert chosen.format("true", "0.000") in found and any("node2: needs up to 0." in line for line in found)
     assert not any("activation_checkpointing=auto:" in str(finding) for finding in findings_for())
 
 

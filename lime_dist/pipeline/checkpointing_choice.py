@@ -69,4 +69,6 @@ def describe_checkpointing(config: Config, chosen: Config, memory: float | None)
         stages = f"stage {stage}" if last == stage else f"stages {stage} to {last}"
         parts.append(f"{str(setting).lower()} on {stages}")
         stage = last + 1
-    return f"{asked}: {', '.join(parts)}, for {USABLE:.0%} of {memory / 1e9:,.1f} GB a process"
+    return (
+        f"{asked}: {', '.join(parts)}, for {USABLE:.0%} of {memory / 1e9:,.{1 if memory >= 1e9 else 3}f} GB a process"
+    )
