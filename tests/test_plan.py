@@ -28,7 +28,7 @@ from lime_dist.pipeline.schedules.base import make_schedule
 from lime_dist.pipeline.shared_weights import shared_parameters
 from lime_dist.plan import __main__ as plan
 from lime_dist.plan import text
-from lime_dist.plan.forecast import Machine, forecast, machine_times
+from lime_dist.plan.forecast import Machine, as_baseline, forecast, machine_times
 from lime_dist.plan.simulate import Link, simulate
 from lime_dist.plan.stage_times import boundary_bytes, stage_times
 from lime_dist.plan.sweep import sweep, with_parts
@@ -489,6 +489,18 @@ def test_json_and_table_have_the_same_numbers(
     assert values["peak_memory"] == max(stage["memory"]["peak"] for stage in values["stages"])
     assert values["fits"] is (values["peak_memory"] <= 50e6) and "DOES NOT FIT" in table
     assert values["over_llama"]["flops"] > 1 and values["over_llama"]["memory"] > 1
+
+
+def test_with_auto_llama_chooses_and_cuts_for_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["parallel.pipeline_stages=4", "parallel.activation_checkpointing=auto"]
+    values = json.loads(call(monkeypatch, capsys, *QUICKSTART, "--gpu-memory", "40MB", "--json", *overrides))
+    assert values["checkpointing_choice"].endswith(
+        "true on stages 0 to 2, false on stage 3, for 85% of 0.040 GB a process"
+    )
+    llama = forecast(as_baseline(load_config(QUICKSTART[1], overrides)), Machine(**values["machine"]), 4)
+    assert values["over_llama"]["memory"] == values["peak_memory"] / llama.peak_memory
 
 
 def test_the_command_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

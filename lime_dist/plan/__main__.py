@@ -87,15 +87,14 @@ def main() -> None:
         values = sweep_values(result, config)
         print(json.dumps(values, indent=1) if arguments.json else sweep_table(values, machine.memory))
         return
-    asked, config = config, with_checkpointing(config, machine.memory, processes)
-    choice = describe_checkpointing(asked, config, machine.memory)
-    planned = forecast(config, machine, processes)
-    values = {**plan_values(config, machine, planned), "checkpointing_choice": choice}
+    chosen = with_checkpointing(config, machine.memory, processes)
+    planned = forecast(chosen, machine, processes)
+    values = plan_values(config, chosen, machine, planned)
     print(json.dumps(values, indent=1) if arguments.json else plan_table(config, values))
     if arguments.timeline is not None:
         from lime_dist.plan.timeline import draw_timeline
 
-        draw_timeline(config, machine, planned, arguments.timeline)
+        draw_timeline(chosen, machine, planned, arguments.timeline)
         if not arguments.json:
             print(f"\ntimeline: {arguments.timeline}")
 
@@ -103,14 +102,15 @@ def main() -> None:
 # -- one configuration ----------------------------------------------------------------------------------------------------
 
 
-def plan_values(config: Config, machine: Machine, planned: Forecast) -> Values:
+def plan_values(config: Config, chosen: Config, machine: Machine, planned: Forecast) -> Values:
     """All numbers of a plan, in FLOPs, bytes and seconds.
 
     Args:
-        planned: the forecast of the configuration on the machine.
+        chosen: the result of `with_checkpointing`. (The LLaMA beside it chooses for itself, and cuts its own stages.)
+        planned: the forecast of ``chosen`` on the machine.
     """
     processes = planned.replicas * len(planned.stages)
-    consumed_samples, seconds = whole_run(config, machine, planned)
+    consumed_samples, seconds = whole_run(chosen, machine, planned)
     values: Values = {
         "processes": processes,
         "replicas": planned.replicas,
@@ -130,6 +130,7 @@ def plan_values(config: Config, machine: Machine, planned: Forecast) -> Values:
         "keys_per_token": (attention_length(config.data, config.model.vocab_size) + 1) / 2,
         "total_tokens": consumed_samples * config.data.sequence_length,
         "total_hours": seconds / 3600,
+        "checkpointing_choice": describe_checkpointing(config, chosen, machine.memory),
     }
     baseline = as_baseline(config)
     if baseline.model.architecture != config.model.architecture:
