@@ -34,6 +34,7 @@ from lime_dist.pipeline.clock import WAITING, Clock
 from lime_dist.pipeline.flat_layout import FlatLayout, lay_out, overlap
 from lime_dist.pipeline.process_groups import ProcessGroups
 from lime_dist.train.early_sums import EarlySums
+from lime_dist.train.gradient_hooks import accumulate_in, call_when_accumulated
 from lime_dist.train.learning_rates.base import LearningRate
 from lime_dist.train.optimizers.base import Optimizer, ParameterGroup, Span
 from lime_dist.train.replicas import Replicas
@@ -129,19 +130,16 @@ class StageOptimizer:
         return flat[place.begin : place.end].view(place.shape)
 
     def _move_parameters(self) -> None:
-        """Make parameters views of flat_weights, and backward add to flat_gradients: directly if the type allows, else by a hook."""
+        """Make parameters views of flat_weights, and backward add to flat_gradients."""
         self._gradients: dict[int, Tensor] = {}  # by id of the parameter, which lives as long as this object
         for name, parameter in self.parameters.items():
             weight, gradient = self._view(self.flat_weights, name), self._view(self.flat_gradients, name)
             self._gradients[id(parameter)] = gradient
             weight.copy_(parameter.data)
             parameter.data = weight
-            if weight.dtype == gradient.dtype:
-                parameter.grad = gradient
-            else:
-                parameter.register_post_accumulate_grad_hook(lambda p, gradient=gradient: _move_gradient(p, gradient))
+            accumulate_in(gradient, parameter)
             if self.replicas.count > 1:
-                parameter.register_post_accumulate_grad_hook(self.gradient_is_final)
+                call_when_accumulated(self.gradient_is_final, parameter)
 
     def _make_parameter_groups(self) -> list[ParameterGroup]:
         """What this rank updates: one `ParameterGroup` for each run of the layout."""
@@ -396,9 +394,3 @@ def _set(tensor: Tensor, elements: range, values: Tensor) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
-
-
-def _move_gradient(parameter: Tensor, view: Tensor) -> None:
-    assert parameter.grad is not None
-    view.add_(parameter.grad)
-    parameter.grad = None

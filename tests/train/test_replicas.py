@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,12 @@ import torch
 from pipeline.test_equality import check_equal, settings
 from support.workers import WorkerGroup
 
+from lime_dist.config.load import load_config
+from lime_dist.pipeline import flat_layout
 from lime_dist.pipeline.flat_layout import lay_out
-from lime_dist.train import replicas
+from lime_dist.pipeline.process_groups import ProcessGroups
+from lime_dist.train import replicas, stage_optimizer
+from lime_dist.train.build import make_stage_optimizer
 from lime_dist.train.early_sums import EarlySums
 
 Workers = Callable[[int], WorkerGroup]
@@ -93,7 +99,11 @@ def test_calls_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
             exchange.start_sum(flat, piece)
         exchange.finish_sums()
         exchange.gather(flat)
-        own = [layout.slice(piece, rank) for piece in layout.pieces]
+        thirds = [len(piece) // 3 for piece in layout.pieces]
+        own = [
+            range(piece.start + rank * third, piece.start + (rank + 1) * third)
+            for piece, third in zip(layout.pieces, thirds, strict=True)
+        ]
         scatters = [
             ("scatter", part.start, len(part), piece.start, len(piece))
             for part, piece in zip(own, layout.pieces, strict=True)
@@ -107,6 +117,67 @@ def test_calls_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
         assert exchange.stats.calls == len(fake.calls)
         assert exchange.stats.gradient_bytes == exchange.stats.weight_bytes == flat.nbytes
     assert orders[0] == orders[1] == orders[2]
+
+
+class LateDist(FakeDist):
+    """One of three replicas with equal gradients. What a collective writes is there when it has been waited for, not before."""
+
+    under_way = 0
+
+    def late(self, write: Callable[[], Any]) -> Any:
+        def wait() -> None:
+            self.under_way -= 1
+            write()
+
+        self.under_way += 1
+        return SimpleNamespace(wait=wait)
+
+    def all_reduce(self, tensor: torch.Tensor, group: Any, async_op: bool = False) -> Any:
+        return self.late(lambda: tensor.mul_(3)) if async_op else None
+
+    def reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, group: Any, async_op: bool) -> Any:
+        return self.late(lambda: output.mul_(3))
+
+    def all_gather(self, output: torch.Tensor, source: torch.Tensor, group: Any, async_op: bool) -> Any:
+        return self.late(lambda: None)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_nothing_is_read_before_its_sum_is_there(
+    monkeypatch: pytest.MonkeyPatch, zero_stage: int, precision: str
+) -> None:
+    """Sums start within the last pass, not in the one before it, and the norm and what follows wait for them. Afterwards the optimizer
+    is freed, though its parameters have hooks that call it."""
+    fake = LateDist(1)
+    for module in (replicas, stage_optimizer):
+        monkeypatch.setattr(module, "dist", fake)
+    monkeypatch.setattr(replicas, "reduce_scatter", lambda: fake.reduce_scatter)
+    monkeypatch.setattr(replicas, "all_gather", lambda: fake.all_gather)
+    monkeypatch.setattr(flat_layout, "PIECE_ELEMENTS", 300)
+    weights = {
+        name: torch.nn.Parameter(torch.ones(20, 20, dtype={"fp64": torch.float64, "bf16": torch.bfloat16}[precision]))
+        for name in ("model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    }
+    config = load_config(None, [f"parallel.zero_stage={zero_stage}", f"precision={precision}"])
+    optimizer = make_stage_optimizer(config, weights, ProcessGroups(object(), object(), {}, frozenset()))  # type: ignore[arg-type]  # the fake knows no groups
+    for _ in range(2):
+        sum(weight.sum() for weight in weights.values()).backward()  # type: ignore[union-attr]  # not the int 0
+        assert fake.under_way == 0
+        optimizer.begin_last_pass()
+        sum(weight.sum() for weight in weights.values()).backward()  # type: ignore[union-attr]  # likewise
+        assert fake.under_way == len(optimizer._layout.pieces) - 1 > 2
+        optimizer.reduce_gradients(torch.zeros(()))
+        assert fake.under_way == 0
+        for name in weights:
+            for part in optimizer._own_gradients(name):
+                assert torch.allclose(part, torch.full_like(part, 2))
+        optimizer.settle(optimizer.step().tolist())
+        assert fake.under_way == 0 and not optimizer.flat_gradients.any()
+    reference = weakref.ref(optimizer)
+    del optimizer, weights
+    gc.collect()
+    assert reference() is None
 
 
 def test_pieces_start_in_one_order() -> None:
