@@ -148,7 +148,7 @@ NAMES: Mapping[str, Entries] = {
         "BlockMask": (CLASS, "its from_kv_blocks makes a mask from the blocks that documents leave, without a T × T table"),
     },
     "torch.Tensor": {
-        "register_post_accumulate_grad_hook": ("(self, hook)", "moves low-precision gradients into the float32 sum"),
+        "register_post_accumulate_grad_hook": ("(self, hook)", "moves low-precision gradients into the float32 sum; starts sums over replicas"),
     },
     "torch.nn.Module": {
         "_modules": (INSTANCE, "whether a submodule of this name exists"),
