@@ -175,3 +175,12 @@ def test_a_model_of_which_every_run_diverged_has_no_best(study: Study) -> None:
     keep(study, setting, 0, {8: float("nan")})
     study = replace(study, variants={setting.name: setting.overrides})
     assert depth_table.sweep_table(study, [setting], 0).splitlines()[2] == "| llama, 1 | nan |"
+
+
+def test_the_published_sweep_is_that_of_the_kept_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of RESULTS.md. Not all seeds of the comparison have been trained yet, which ends it after the sweep."""
+    call = ["depth.py", "--output", str(tmp_path), "--runs", str(ROOT / "benchmarks/depth.jsonl")]
+    monkeypatch.setattr(sys, "argv", [*call, "--models", "llama", "lime-full", "lime-first_last"])
+    with pytest.raises(LimeError, match="not among the finished runs; give --data"):
+        depth.main()
+    assert (tmp_path / "sweep.md").read_text() in (ROOT / "benchmarks/RESULTS.md").read_text()
