@@ -349,7 +349,9 @@ class StageOptimizer:
         for name in self.owned_names():
             if self._layout.keepers[name] == self.replicas.own:
                 shape, parts = self._layout.places[name].shape, self._states[name]
-                saved[name] = {key: own.new_empty(shape, device="cpu") for key, own in parts[0].values.items()}
+                saved[name] = {
+                    key: torch.empty(shape, dtype=own.dtype, device="cpu") for key, own in parts[0].values.items()
+                }
                 for part in parts:
                     for key, own in part.values.items():
                         _set(saved[name][key], part.elements, own)

@@ -146,4 +146,5 @@ def test_a_whole_run(dataset: Path, tmp_path: Path) -> None:
     assert isinstance(waits, dict), waits
     assert waits.pop(Wait("copy to the host", "pipeline/engine.py: train_step")) == 3
     assert waits.pop(Wait("read", "pipeline/engine.py: evaluate")) == 1
+    assert waits.pop(Wait("copy to the host", "train/stage_optimizer.py: _set")), "the snapshot for the checkpoint"
     assert all("checkpoint/saver.py" in wait.where or wait.what == "all_gather_object" for wait in waits), waits
