@@ -52,7 +52,7 @@ class Subject:
         self.seconds: dict[str, list[float]] = {"step": [], "sums": [], "gather": []}
         self._batches = [random_batch(config.train.micro_batch_size, config.data.sequence_length, 4096, "cpu")] * 2
         if not is_early:
-            self.optimizer.begin_last_pass = lambda: None  # type: ignore[method-assign]  # as it is elsewhere
+            self.optimizer.begin_last_pass = lambda: None  # type: ignore[method-assign]  # so that all sums start after the passes
         self._time("sums", self.optimizer, "reduce_gradients")
         self._time("gather", self.optimizer, "_publish")
 

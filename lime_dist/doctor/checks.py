@@ -127,9 +127,9 @@ def boundaries(job: Job, facts: Sequence[Facts]) -> Findings:
 def memory(job: Job, facts: Sequence[Facts]) -> Findings:
     """Compare the peak memory of the stages on a host with the memory of each GPU, or of the host on CPUs."""
     stages = job.config.parallel.pipeline_stages
-    least = min(_memory_of_process(job, fact) for fact in facts)
     if job.world_size % stages:
         return
+    least = min(_memory_of_process(job, fact) for fact in facts)
     try:
         config = with_checkpointing(job.config, least, job.world_size)
     except LimeError:  # reported by `split`

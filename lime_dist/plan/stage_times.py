@@ -20,7 +20,8 @@ def stage_times(config: Config, flops_per_second: float, bounds: Sequence[int] |
     """Seconds by stage of a micro-batch's passes, at the same speed on all stages.
 
     Counts the matrix products that cost.py counts, with the head on the last stage; with activation checkpointing, the
-    backward pass repeats the forward pass of the decoder layers, or of their feed-forward halves. (`forecast.machine_times` adds memory traffic.)
+    backward pass repeats the forward pass of the decoder layers, or of their feed-forward halves. (`forecast.machine_times` adds
+    memory traffic.)
 
     Args:
         flops_per_second: speed of one stage.

@@ -71,7 +71,7 @@ def _train_in_pieces(values: dict[str, Any], steps: int, evaluation: int, calls_
         early.append(self)
         init_sums(self, *arguments)
 
-    flat_layout.PIECE_ELEMENTS, Replicas.__init__ = PIECE_ELEMENTS, noting  # type: ignore[method-assign]  # for this case
+    flat_layout.PIECE_ELEMENTS, Replicas.__init__ = PIECE_ELEMENTS, noting  # type: ignore[method-assign]  # replaced for this case only
     EarlySums.__init__ = noting_sums  # type: ignore[method-assign]  # likewise
     try:
         result = train_steps(values, steps, evaluation)
@@ -80,7 +80,7 @@ def _train_in_pieces(values: dict[str, Any], steps: int, evaluation: int, calls_
         layout = layout_of_stage(config, sizes, stage_bounds(config), replicas.count)
         result["planned"] = exchange_of(config, layout, replicas.count)
     finally:
-        flat_layout.PIECE_ELEMENTS, Replicas.__init__ = whole, init  # type: ignore[method-assign]  # as before
+        flat_layout.PIECE_ELEMENTS, Replicas.__init__ = whole, init  # type: ignore[method-assign]  # put back
         EarlySums.__init__ = init_sums  # type: ignore[method-assign]  # likewise
     stats = replicas.stats
     result["exchanged"] = (stats.calls / steps, stats.gradient_bytes / steps, stats.weight_bytes / steps)
