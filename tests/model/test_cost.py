@@ -321,6 +321,7 @@ def count_activations(
             hidden = projected_loss(apply_norm(config, norm, hidden), head.weight, labels, form=LogitForm.of(config))
     if history is None:
         return kept.bytes
+    history.release()  # else it and the graph hold each other
     kept.add(entries_of(history))
     return kept.bytes - entries_of(history).nbytes
 
