@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import signal
@@ -12,21 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.collector import freeze_imported
 from support.workers import WorkerGroup
 
 ROOT = Path(__file__).resolve().parents[1]
-_modules = 0
-"""The number of imported modules when the collector last froze everything."""
 
 
 @pytest.fixture(autouse=True)
 def young_garbage_alone() -> None:
-    """Keep collections in a test from going through everything imported before it, which takes half a second."""
-    global _modules
-    if len(sys.modules) > _modules + 50:
-        gc.collect()
-        gc.freeze()
-        _modules = len(sys.modules)
+    freeze_imported()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,7 @@ from lime_dist.config.schema import HISTORY_KEYS, Checkpointing
 from lime_dist.errors import LimeError
 from lime_dist.model import cost, memory_traffic
 from lime_dist.model.crossing import Prices
+from lime_dist.pipeline import flat_layout
 from lime_dist.pipeline.partition import stage_bounds
 from lime_dist.pipeline.schedules.base import make_schedule
 from lime_dist.pipeline.shared_weights import shared_parameters
@@ -337,6 +338,34 @@ def test_the_parts_of_a_step() -> None:
     )
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize(
+    ("schedule", "bandwidth"), [("1f1b", 1e12), ("1f1b", 1e9), ("zero_bubble", 1e9), ("stock", 1e9)]
+)
+def test_the_last_pass_hides_sums_over_replicas(
+    monkeypatch: pytest.MonkeyPatch, zero_stage: int, schedule: str, bandwidth: float
+) -> None:
+    """By hand, for some ten even pieces: over a fast link the first piece is left, over a slow one all that the last pass did not
+    hide. What is gathered afterwards (ZeRO 1) is not hidden."""
+    monkeypatch.setattr(flat_layout, "PIECE_ELEMENTS", 20_000)
+    setting = ["parallel.pipeline_stages=1", "precision=bf16", f"parallel.zero_stage={zero_stage}"]
+    config = load_config(None, [*SIZE, *setting, f"pipeline.schedule={schedule}"])
+    planned = forecast(config, Machine(1e12, 1e18, bandwidth, 0.0), 4)
+    exchange, backward = planned.stages[0].exchange, planned.stages[0].backward_flops / 1e12
+    late = exchange.late_bytes / exchange.gradient_bytes
+    assert 1 / 15 < late < 1 / 8
+    sums = (2 - zero_stage) * 3 / 4 * exchange.gradient_bytes / bandwidth
+    gathering = 3 / 4 * exchange.weight_bytes / bandwidth
+    if bandwidth == 1e12:
+        assert sums < backward / 10
+        left = late * sums
+    else:
+        assert sums > 2 * backward
+        hidden = {"1f1b": backward, "zero_bubble": stage_times(config, 1e12)[0].weights, "stock": 0.0}[schedule]
+        left = sums - (1 - late) * hidden
+    assert planned.parts.reduction == pytest.approx(left + gathering)
+
+
 def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
     """By hand: in a ring of 4 each sends 3/4 of the gradients twice; with ZeRO 1 it sends weights in bf16 the second time."""
     one_stage = ["parallel.pipeline_stages=1", "precision=bf16"]
@@ -352,6 +381,7 @@ def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
             4 * elements,
             2 * zero * elements,
         )
+        assert exchange.late_bytes == exchange.gradient_bytes, "one piece"
     entries, untied = "pipeline.boundary=entries", "model.tie_word_embeddings=false"
     tied = forecast(load_config(None, [*SIZE, entries]), machine, 4)
     assert tied.parts.reduction == pytest.approx(64 * 64 * 4 / 1e9)

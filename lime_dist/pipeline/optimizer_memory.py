@@ -27,12 +27,14 @@ class Exchange:
     Attributes:
         calls: of collectives: one for each piece, and with ZeRO 1 one more.
         gradient_bytes: of the gradients that they sum.
+        late_bytes: of those that they sum after all passes of a step: the first piece. The others can start within the last pass.
         weight_bytes: of the weights that they gather (ZeRO 1).
         sent: bytes that a replica sends if the collectives go around a ring.
     """
 
     calls: int
     gradient_bytes: int
+    late_bytes: int
     weight_bytes: int
     sent: int
 
@@ -85,12 +87,13 @@ def optimizer_bytes(config: Config, layout: FlatLayout) -> tuple[int, int]:
 def exchange_of(config: Config, layout: FlatLayout, replicas: int) -> Exchange:
     """What each of the replicas of a stage exchanges in a step, over NCCL."""
     if replicas == 1:
-        return Exchange(0, 0, 0, 0)
-    pieces, gradients = len(layout.pieces), layout.size * accumulation_bytes(config.precision)
+        return Exchange(0, 0, 0, 0, 0)
+    pieces, size = len(layout.pieces), accumulation_bytes(config.precision)
+    gradients, late = layout.size * size, len(layout.pieces[0]) * size
     if layout.owners == 1:
-        return Exchange(pieces, gradients, 0, 2 * gradients * (replicas - 1) // replicas)
+        return Exchange(pieces, gradients, late, 0, 2 * gradients * (replicas - 1) // replicas)
     weights = layout.size * ITEM_BYTES[config.precision]
-    return Exchange(2 * pieces, gradients, weights, (gradients + weights) * (replicas - 1) // replicas)
+    return Exchange(2 * pieces, gradients, late, weights, (gradients + weights) * (replicas - 1) // replicas)
 
 
 def _master_bytes(config: Config) -> int:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, starmap
 from statistics import fmean
 
 import numpy as np
 
 from lime_dist.config.deepspeed import batch_split
 from lime_dist.config.load import make_config
+from lime_dist.config.registry import SCHEDULES
 from lime_dist.config.schema import Checkpointing, Config
 from lime_dist.data.ramp import BatchSizes
 from lime_dist.model import memory_traffic
@@ -172,7 +174,8 @@ def forecast(config: Config, machine: Machine, processes: int) -> Forecast:
     ]
     times = machine_times(config, machine, bounds, flops)
     shared = sum(shared_parameters(config, bounds).values())
-    reduction = reduction_seconds(config, [stage.exchange for stage in stages], shared, machine, replicas)
+    exchanges = [stage.exchange for stage in stages]
+    reduction = reduction_seconds(config, exchanges, last_passes(config, times), shared, machine, replicas)
     parts = step_parts(config, times, sizes, machine, micro_batches, reduction)
     seconds = sum(vars(parts).values())
     return Forecast(
@@ -297,23 +300,39 @@ def _scenarios(
     return [float(seconds) for seconds in step_seconds(schedule, forward, backward, weights, durations, latencies)]
 
 
+def last_passes(config: Config, times: Sequence[StageTimes]) -> list[float]:
+    """Seconds by stage of the pass in which its gradients become final, and within which their sums over replicas can start: the last
+    backward pass, or the last weight pass. 0 where sums start after all passes: with several parts a stage, and in DeepSpeed's engine."""
+    schedule = SCHEDULES[config.pipeline.schedule]
+    if config.parallel.parts_per_stage > 1 or schedule.is_blocking:
+        return [0.0] * config.parallel.pipeline_stages
+    return [each.weights if schedule.splits_backward else each.backward for each in times]
+
+
 def reduction_seconds(
-    config: Config, exchanges: Sequence[Exchange], shared: int, machine: Machine, replicas: int
+    config: Config,
+    exchanges: Sequence[Exchange],
+    last_passes: Sequence[float],
+    shared: int,
+    machine: Machine,
+    replicas: int,
 ) -> float:
     """Seconds of the reduction of gradients after the last pass, on the stage that takes longest.
 
-    Over replicas it is a ring, in pieces that follow each other without a wait. The gradient of a tied weight between first and last
-    stage comes after it, then a ring of all stages over the gradients of the routers and summaries of which several stages have a
-    copy.
+    Over replicas it is a ring, in pieces that follow each other without a wait; what the last pass hides of it is left out. The
+    gradient of a tied weight between first and last stage comes after it, then a ring of all stages over the gradients of the
+    routers and summaries of which several stages have a copy.
 
     Args:
         exchanges: with the other replicas, by stage.
+        last_passes: by stage; the result of `last_passes`.
         shared: elements of those routers and summaries.
     """
     model, size = config.model, ITEM_BYTES[config.precision]
     accumulation_bytes, stages = max(4, size), len(exchanges)
-    sent = max(exchange.sent for exchange in exchanges)
-    seconds = sent / machine.bandwidth + 2 * (replicas - 1) * machine.latency
+    seconds = 2 * (replicas - 1) * machine.latency
+    if replicas > 1:
+        seconds += max(starmap(partial(_after_passes, machine), zip(exchanges, last_passes, strict=True)))
     if model.tie_word_embeddings and stages > 1:
         divided = replicas if config.parallel.zero_stage == 1 else 1  # each replica sums what it updates
         tied = model.vocab_size * model.hidden_size * accumulation_bytes / divided
@@ -322,6 +341,16 @@ def reduction_seconds(
         hops = 2 * (stages - 1)
         seconds += hops * (shared * accumulation_bytes / stages / machine.bandwidth + machine.latency)
     return seconds
+
+
+def _after_passes(machine: Machine, exchange: Exchange, last_pass: float) -> float:
+    """Seconds that the exchange of a stage takes after its last pass, in the course of which its pieces become final at a steady rate:
+    either the sums have kept up, and the first piece is left, or they have been busy since the last piece was final."""
+    whole = exchange.gradient_bytes + exchange.weight_bytes
+    sums = exchange.sent * exchange.gradient_bytes / whole / machine.bandwidth
+    late = exchange.late_bytes / exchange.gradient_bytes
+    gathering = exchange.sent * exchange.weight_bytes / whole / machine.bandwidth
+    return max(late * sums, sums - (1 - late) * last_pass) + gathering
 
 
 def as_baseline(config: Config) -> Config:

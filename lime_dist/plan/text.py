@@ -147,7 +147,7 @@ def explain(values: Values, part: str) -> str:
         "bubble": f"{values['micro_batches']} micro-batches per step fill and drain {len(stages)} stages (smaller micro-batches; "
         "fewer stages; parallel.virtual_stages)",
         "latency": "transfers are short and many (larger micro-batches; fewer stages)",
-        "reduction": "gradients are reduced after the passes (fewer replicas; a larger global batch)",
+        "reduction": "gradients are still being reduced after the passes (fewer replicas; a larger global batch)",
     }[part]
 
 

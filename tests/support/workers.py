@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from support import processes
+from support.collector import freeze_imported
 from torch import Tensor
 
 TIMEOUT = 240.0
@@ -35,8 +36,8 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
         return group
 
     dist.new_group = remembered
-    gc.freeze()  # so that collections, and counts of what a case leaves behind, do not go through the libraries' objects
     while True:
+        freeze_imported()
         try:
             module, function, arguments = pipe.recv()
         except EOFError:

@@ -146,6 +146,7 @@ def test_what_replicas_exchange() -> None:
     assert layout.size == 256 and len(layout.pieces) == 2
     summed = exchange_of(config, layout, 4)
     assert (summed.calls, summed.gradient_bytes, summed.weight_bytes, summed.sent) == (2, 1024, 0, 2 * 1024 * 3 // 4)
+    assert summed.late_bytes == 4 * len(layout.pieces[0]) < 1024
     layout = lay_out(shapes, groups, states, 2, owners=4, piece_elements=150)  # type: ignore[arg-type]  # groups of the test
     assert layout.size == 256 and len(layout.pieces) == 1
     scattered = exchange_of(config, layout, 4)
