@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lime_dist.config.labels import IGNORED_LABEL
 from lime_dist.config.schema import DataConfig
 from lime_dist.data.dataset import Samples
 from lime_dist.data.documents import MASK, find_eos
 from lime_dist.errors import LimeError
-
-IGNORED = -100
-"""Label of a token that is not counted: the default ``ignore_index`` of torch."""
 
 MEASURED_SAMPLES = 16_384
 """Number of evenly spaced samples from which the counted share of a training split is estimated. The loss is divided by this
@@ -35,7 +33,7 @@ class CountedLabels(ABC):
 
     @abstractmethod
     def labels(self, rows_BT1: np.ndarray) -> np.ndarray:
-        """Labels [B, T] for the tokens [B, T + 1] of samples: the tokens shifted by one, IGNORED where they do not count."""
+        """Labels [B, T] for the tokens [B, T + 1] of samples: the tokens shifted by one, IGNORED_LABEL where they do not count."""
 
     @abstractmethod
     def missing(self, split: Samples, sequence_length: int) -> str:
@@ -52,7 +50,7 @@ class CountedLabels(ABC):
         """
         spaced = np.linspace(0, samples - 1, min(samples, measured or samples)).astype(np.int64)
         counted = sum(
-            int((self.labels(split.sample(i, sequence_length)[None].astype(np.int64)) != IGNORED).sum())
+            int((self.labels(split.sample(i, sequence_length)[None].astype(np.int64)) != IGNORED_LABEL).sum())
             for i in spaced.tolist()
         )
         if not counted:
@@ -78,7 +76,7 @@ class Answers(CountedLabels):
         newest = np.maximum.accumulate(np.where(borders, np.arange(tokens.shape[1]), -1), axis=1)
         # Before the first border this picks token 0, which is not the mark there.
         newest_border = np.take_along_axis(tokens, np.maximum(newest, 0), axis=1)
-        return np.where(newest_border == self.mark, targets, IGNORED)
+        return np.where(newest_border == self.mark, targets, IGNORED_LABEL)
 
     def missing(self, split: Samples, sequence_length: int) -> str:
         return (
@@ -99,7 +97,7 @@ class WithinDocuments(CountedLabels):
     eos: int
 
     def labels(self, rows_BT1: np.ndarray) -> np.ndarray:
-        return np.where(rows_BT1[:, :-1] == self.eos, IGNORED, rows_BT1[:, 1:])
+        return np.where(rows_BT1[:, :-1] == self.eos, IGNORED_LABEL, rows_BT1[:, 1:])
 
     def missing(self, split: Samples, sequence_length: int) -> str:
         return f"{split.path}: split {split.split!r} has no tokens but eos={self.eos}; give other data"

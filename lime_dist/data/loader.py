@@ -34,7 +34,7 @@ def read_batch(
     split: Samples, samples: np.ndarray, sequence_length: int, counted: CountedLabels | None = None
 ) -> Batch:
     """Tokens and labels, int64 [b, T] each, of ``samples`` [b]. Labels are the tokens shifted by one; those that
-    are not ``counted`` are IGNORED."""
+    are not ``counted`` are IGNORED_LABEL."""
     return _read(split, samples, sequence_length, counted, None)[0]
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lime_dist.config.labels import IGNORED_LABEL
 from lime_dist.config.schema import ModelConfig, RopeScalingConfig
 from lime_dist.model.documents import attention_with_mask, document_mask, tensor_mask
 from lime_dist.model.norm_rotation import Rotate, rms_norm
@@ -156,10 +157,6 @@ class Embedding(nn.Module):
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] with the embedding's weight as the output projection."""
         return F.linear(x_BTD, self.weight)
-
-
-IGNORED_LABEL = -100
-"""A label that does not count, as in torch."""
 
 
 def language_model_loss(

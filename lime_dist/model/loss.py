@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lime_dist.config.labels import IGNORED_LABEL
 from lime_dist.model.cost import loss_piece_tokens
-from lime_dist.model.layers import IGNORED_LABEL
 from lime_dist.model.logits import PLAIN, LogitForm
 from lime_dist.model.products import add_product
 

@@ -18,7 +18,8 @@ from support.workers import WorkerGroup
 from lime_dist.checkpoint import export, importing
 from lime_dist.checkpoint.compress import compress
 from lime_dist.checkpoint.reading import load_decoder, read_weights
-from lime_dist.data.answers import IGNORED, find_answers
+from lime_dist.config.labels import IGNORED_LABEL
+from lime_dist.data.answers import find_answers
 from lime_dist.data.blend import open_training
 from lime_dist.data.loader import TrainBatches
 from lime_dist.errors import LimeError
@@ -176,7 +177,9 @@ def first_training_loss(values: dict[str, Any], directory: Path) -> float:
     batches = TrainBatches(split, order, length, size, size, 0, 1, counted=answers)
     tokens, labels = next(batches)
     batches.close()
-    assert 0 < (labels == IGNORED).sum() < labels.numel()
+    assert 0 < (labels == IGNORED_LABEL).sum() < labels.numel()
     logits = load_decoder(config.model, weights)(tokens)
-    total = torch.nn.functional.cross_entropy(logits[labels != IGNORED], labels[labels != IGNORED], reduction="sum")
+    total = torch.nn.functional.cross_entropy(
+        logits[labels != IGNORED_LABEL], labels[labels != IGNORED_LABEL], reduction="sum"
+    )
     return total.item() / (labels.numel() * answers.share(split, length, order.num_samples))

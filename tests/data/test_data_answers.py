@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lime_dist import load_config
-from lime_dist.data.answers import IGNORED, Answers, find_answers
+from lime_dist.config.labels import IGNORED_LABEL
+from lime_dist.data.answers import Answers, find_answers
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.data.loader import TrainBatches, ValidationBatches
@@ -29,7 +30,7 @@ def slow_labels(row: list[int]) -> list[int]:
             is_open = True
         elif token == EOS:
             is_open = False
-        labels.append(following if is_open else IGNORED)
+        labels.append(following if is_open else IGNORED_LABEL)
     return labels
 
 
@@ -38,7 +39,7 @@ def test_labels_equal_those_of_a_loop() -> None:
     rows = generator.integers(0, 12, size=(200, 31))
     labels = Answers(MARK, EOS).labels(rows)
     assert labels.shape == (200, 30) and labels.tolist() == [slow_labels(row) for row in rows.tolist()]
-    assert 0.1 < (labels != IGNORED).mean() < 0.9
+    assert 0.1 < (labels != IGNORED_LABEL).mean() < 0.9
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_labels_equal_those_of_a_loop() -> None:
 )
 def test_samples_that_start_anywhere(row: list[int], counted: list[int]) -> None:
     labels = Answers(MARK, EOS).labels(np.array([row]))[0]
-    assert labels[labels != IGNORED].tolist() == counted
+    assert labels[labels != IGNORED_LABEL].tolist() == counted
 
 
 @pytest.fixture
@@ -85,13 +86,23 @@ def test_batches_count_answers_only(folder: Path) -> None:
     for stream in (plain, masked):
         stream.close()
     (first, *_) = ValidationBatches(TokenSplit(folder, "validation"), LENGTH, 4, 2, 0, 1, answers)
-    assert first[1].tolist()[0] == [IGNORED, IGNORED, 3, 4, EOS, IGNORED, IGNORED, IGNORED]
+    assert first[1].tolist()[0] == [
+        IGNORED_LABEL,
+        IGNORED_LABEL,
+        3,
+        4,
+        EOS,
+        IGNORED_LABEL,
+        IGNORED_LABEL,
+        IGNORED_LABEL,
+    ]
 
 
 def test_the_share_is_that_of_the_samples_asked_for(folder: Path) -> None:
     split, answers = TokenSplit(folder, "train"), Answers(MARK, EOS)
     wanted = [
-        sum(label != IGNORED for label in slow_labels(split.sample(i, LENGTH).tolist())) / LENGTH for i in range(44)
+        sum(label != IGNORED_LABEL for label in slow_labels(split.sample(i, LENGTH).tolist())) / LENGTH
+        for i in range(44)
     ]
     assert answers.share(split, LENGTH, 5) == pytest.approx(sum(wanted[:5]) / 5)
     assert answers.share(split, LENGTH, 44) == pytest.approx(sum(wanted) / 44)

@@ -15,8 +15,9 @@ from support.workers import WorkerGroup
 
 from lime_dist import load_config
 from lime_dist.checkpoint.export import main as export
+from lime_dist.config.labels import IGNORED_LABEL
 from lime_dist.config.load import make_config
-from lime_dist.data.answers import IGNORED, WithinDocuments, find_counted
+from lime_dist.data.answers import WithinDocuments, find_counted
 from lime_dist.data.dataset import TokenSplit
 from lime_dist.data.documents import MASK, attended_length, attention_length, find_eos
 from lime_dist.data.indexed import IndexedWriter
@@ -82,7 +83,7 @@ def test_the_loss_of_an_export_is_the_runs(dataset: Path, tmp_path: Path, archit
     assert counted == WithinDocuments(EOS)
     losses = []
     for tokens, labels in ValidationBatches(split, 128, 8, 4, 0, 1, counted):
-        assert torch.equal(labels == IGNORED, tokens == EOS) and 0 < (labels == IGNORED).sum() < 24
+        assert torch.equal(labels == IGNORED_LABEL, tokens == EOS) and 0 < (labels == IGNORED_LABEL).sum() < 24
         with torch.no_grad():
             masks = (document_starts(tokens, EOS), None)
             masked_logits, plain = (decoder(tokens, starts) for starts in masks)
