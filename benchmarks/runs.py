@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kept import KeptRuns
@@ -82,6 +82,8 @@ class Study:
     steps: int
     kept: KeptRuns | None = None
     only_reads: bool = False
+    _known: set[Path] = field(default_factory=set, repr=False, compare=False)
+    """Folders of finished runs that have been named; copies by `dataclasses.replace` share it."""
 
     @classmethod
     def from_options(
@@ -119,7 +121,9 @@ class Study:
         if not self.only_reads and written.exists() and load_config(written) != load_config(self.config, overrides):
             raise LimeError(f"{directory} holds a run with other settings; give another --output, or delete it")
         if self.validation(name, seed) is not None:
-            print(f"{directory.name}: already finished", flush=True)
+            if directory not in self._known:
+                print(f"{directory.name}: already finished", flush=True)
+            self._known.add(directory)
             self._keep(name, seed)
             return
         if self.only_reads:
@@ -142,6 +146,7 @@ class Study:
             last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
             raise LimeError(f"{directory.name} ended with status {finished.returncode}: {last}")
         print(f"{directory.name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        self._known.add(directory)
         self._keep(name, seed)
 
     def _keep(self, name: str, seed: int) -> None:

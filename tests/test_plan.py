@@ -347,7 +347,7 @@ def test_the_last_pass_hides_sums_over_replicas(
 ) -> None:
     """By hand, for some ten even pieces: over a fast link the first piece is left, over a slow one all that the last pass did not
     hide. What is gathered afterwards (ZeRO 1) is not hidden."""
-    monkeypatch.setattr(flat_layout, "PIECE_ELEMENTS", 20_000)
+    monkeypatch.setattr(flat_layout, "PIECE_ELEMENTS", 100_000)
     setting = ["parallel.pipeline_stages=1", "precision=bf16", f"parallel.zero_stage={zero_stage}"]
     config = load_config(None, [*SIZE, *setting, f"pipeline.schedule={schedule}"])
     planned = forecast(config, Machine(1e12, 1e18, bandwidth, 0.0), 4)
