@@ -366,6 +366,31 @@ def test_the_last_pass_hides_sums_over_replicas(
     assert planned.parts.reduction == pytest.approx(left + gathering)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_histories_that_wait_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], schedule: str
+) -> None:
+    """By hand: three histories stay on each stage, of those that it has in flight; a received hidden state goes with its history.
+    (tests/cuda/test_memory.py measures the peaks.)"""
+    config = load_config(None, [*SIZE, f"pipeline.schedule={schedule}", "pipeline.extra_in_flight=1", "precision=bf16"])
+    parallel = config.parallel.model_copy(update={"offload_history": True})
+    stages, moved = (
+        [stage.memory for stage in forecast(each, FAST_LINKS, 4).stages]
+        for each in (config, config.model_copy(update={"parallel": parallel}))
+    )
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    assert [stage.in_flight for stage in stages] == [7, 5, 3, 1]
+    for number, (memory, saving) in enumerate(zip(stages, moved, strict=True)):
+        waiting, history = max(0, memory.in_flight - 3), memory.history // memory.in_flight
+        state = 2 * tokens * config.model.hidden_size if number else 0
+        assert saving.host == memory.peak - saving.peak == waiting * (history + state)
+        assert saving.history == (memory.in_flight - waiting) * history
+    line = f"up to {text.show(max(each.host for each in moved), 'B')} of histories wait in the host's memory, a process"
+    arguments = ["--config", "configs/quickstart.yaml", *SIZE, f"pipeline.schedule={schedule}", "precision=bf16"]
+    assert line in call(monkeypatch, capsys, *arguments, "parallel.offload_history=true")
+    assert "host's memory" not in call(monkeypatch, capsys, *arguments)
+
+
 def test_gradients_are_reduced_over_replicas_and_tied_stages() -> None:
     """By hand: in a ring of 4 each sends 3/4 of the gradients twice; with ZeRO 1 it sends weights in bf16 the second time."""
     one_stage = ["parallel.pipeline_stages=1", "precision=bf16"]

@@ -173,6 +173,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_offload(self) -> Config:
+        schedule = self.pipeline.schedule
+        if self.parallel.offload_history and (self.parallel.parts_per_stage > 1 or SCHEDULES[schedule].is_blocking):
+            raise ValueError(
+                f"parallel.offload_history=true does not work with pipeline.schedule={schedule}: it needs a schedule with one part a stage, "
+                "whose transfers overlap the computation; leave it out, or set pipeline.schedule=1f1b or zero_bubble"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit(self) -> Config:
         layers, stages = self.model.num_hidden_layers, self.parallel.pipeline_stages
         virtual, parts = self.parallel.virtual_stages, self.parallel.parts

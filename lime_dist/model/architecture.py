@@ -146,6 +146,11 @@ class Architecture(Protocol):
         """Whether a payload can be received into the memory of the history that it belongs to."""
 
     @property
+    def offloads_history(self) -> bool:
+        """Whether the history of a micro-batch has memory of its own, which can wait on the host."""
+        return self.policy is not None
+
+    @property
     def mixtures_cross(self) -> bool:
         """Whether partial mixtures may cross boundaries instead of entries: a mixture is a sum over entries with weights that are
         known before its layer runs, and has the size of an entry."""

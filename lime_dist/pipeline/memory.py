@@ -21,9 +21,12 @@ from lime_dist.model import cost
 from lime_dist.model.architecture import Sizes, architecture_of
 from lime_dist.model.crossing import Cut
 from lime_dist.pipeline.optimizer_memory import layout_of_stage, optimizer_bytes
-from lime_dist.pipeline.schedules.base import BoundaryBytes, Schedule
+from lime_dist.pipeline.schedules.base import BoundaryBytes, Integers, Schedule
 from lime_dist.pipeline.shared_weights import boundary_prices
 from lime_dist.pipeline.wire_format import WireFormat
+
+HISTORIES_ON_DEVICE = 3
+"""Most histories that lie on the device during a pass with ``parallel.offload_history`` (`waiting_histories`)."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,11 @@ class StageMemory:
         weights: in the precision of the run.
         optimizer: accumulated gradients, and masters and optimizer states of the replica that has most.
         activations: of the micro-batches in flight, and what is kept for weight passes that are held back.
-        history: entries of the micro-batches in flight.
+        history: entries of the micro-batches in flight, without those that wait on the host.
         transfers: payloads and their gradients in transfer.
         working: temporary tensors of the backward pass.
         in_flight: number of micro-batches whose activations are held; each counts once for every part that it is in.
+        host: of histories that wait in the memory of the host, which is not the device's (``parallel.offload_history``).
     """
 
     weights: int
@@ -144,6 +148,7 @@ class StageMemory:
     transfers: int
     working: int
     in_flight: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -175,16 +180,27 @@ def stage_memory(
     activations, history = kept.activations(layers), kept.history(layers)
     held, held_back, transfers = schedule.memory_in_flight(stage, kept.boundary(layers))
     weight_pass = sum(kept.weight_passes[layers.start : layers.stop])
-    worst = int((held * (activations + history) + held_back * weight_pass + transfers).argmax())
+    here = histories_on_device(config, held)
+    waiting, start = held - here, layers.start
+    # The hidden state of a payload in the memory of the history goes with it.
+    away = kept.payload[start] - kept.crossing[start] if architecture_of(config.model).receives_in_place else 0
+    worst = int((held * activations + here * history - waiting * away + held_back * weight_pass + transfers).argmax())
     return StageMemory(
         weights=weights,
         optimizer=optimizer,
-        activations=int(held[worst]) * activations + int(held_back[worst]) * weight_pass,
-        history=int(held[worst]) * history,
+        activations=int(held[worst] * activations - waiting[worst] * away + held_back[worst] * weight_pass),
+        history=int(here[worst]) * history,
         transfers=int(transfers[worst]),
         working=working_bytes(config, kept, layers),
         in_flight=int(held[worst]),
+        host=int(waiting.max()) * (history + away),
     )
+
+
+def histories_on_device(config: Config, held: Integers) -> Integers:
+    """Of how many micro-batches in flight the history lies on the device."""
+    moves = config.parallel.offload_history and architecture_of(config.model).offloads_history
+    return np.minimum(held, HISTORIES_ON_DEVICE) if moves else held
 
 
 def _memory_of_parts(

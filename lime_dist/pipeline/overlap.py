@@ -19,7 +19,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.distributed import group_timeout
-from lime_dist.model.history import LayerHistory
+from lime_dist.model.architecture import architecture_of
+from lime_dist.model.history import LayerHistory, separate_view
 from lime_dist.model.weight_gradients import WeightGradients, deferring
 from lime_dist.pipeline.clock import COMPUTATION, TRANSFER, Clock
 from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
@@ -29,6 +30,7 @@ from lime_dist.pipeline.schedules.base import BACKWARDS, RECV_ACTIVATION, RECV_G
 from lime_dist.pipeline.schedules.overlapped import OverlappedSchedule
 from lime_dist.pipeline.stage_schedule import BackwardInput, BackwardWeight, EvaluationStage, TrainingStage
 from lime_dist.pipeline.transfer import Receiver, Sender, TransferStats
+from lime_dist.pipeline.waiting_histories import WaitingHistories
 
 
 @dataclass
@@ -77,6 +79,8 @@ class OverlapEngine(LimeEngine):
         self._held_back: dict[int, WeightGradients] = {}  # by micro-batch, the oldest one first
         self._backwards_left = 0  # in this step
         self._failed = False
+        moves = config.parallel.offload_history and architecture_of(config.model).offloads_history
+        self._waiting = WaitingHistories(self.device) if moves else None
         self._from_previous: Receiver[LayerHistory | None] | None = None
         self._from_next: Receiver[None] | None = None
         self._to_next: Sender | None = None
@@ -182,6 +186,8 @@ class OverlapEngine(LimeEngine):
             ahead = pipe_schedule.receives_ahead(RECV_ACTIVATION)
             self._from_previous.begin(ahead, lambda: self.module.landing(*shape, part=next(coming)), meanwhile)
         if is_training:
+            if self._waiting is not None:
+                self._waiting.begin_step(int(configured.held_by_part(self.stage_id).max()))
             payload_window = configured.payload_window(self.stage_id)
             if self._from_next is not None:
                 returning = iter(pipe_schedule.parts_of(RECV_GRAD))
@@ -229,9 +235,17 @@ class OverlapEngine(LimeEngine):
             )
             micro_batch.inputs.requires_grad_(training)
         history, starts_BT = self._shared_by_parts(buffer_id, part, micro_batch.history)
+        waiting = self._waiting if training else None
+        if waiting is not None:
+            waiting.before_forward()
+            history = history or self.module.new_history(*self._shape)
+            assert history is not None
         micro_batch.weights = self.deferred_gradients() if training else None
         with deferring(micro_batch.weights):
             output = self.module(micro_batch.inputs, history, part, starts_BT)
+        if waiting is not None:
+            assert history is not None
+            waiting.after_forward(buffer_id, separate_view(history.memory, tuple(history.memory.shape)))
         del history
         micro_batch.history = None  # the graph holds it as long as it needs it
         if own.holds_head:
@@ -278,12 +292,16 @@ class OverlapEngine(LimeEngine):
         self._backwards_left -= 1
         if self._backwards_left == 0 and len(self.module.stage_parts) == 1:
             self.optimizer.begin_last_pass()
+        if self._waiting is not None:
+            self._waiting.before_backward()
         if micro_batch.loss is not None:
             (micro_batch.loss / self.micro_batches).backward()
         else:
             assert micro_batch.edge is not None and micro_batch.gradient is not None and self._shape is not None
             micro_batch.gradient = self.module.arrived_gradient(micro_batch.gradient, *self._shape, part=part)
             torch.autograd.backward([micro_batch.edge], [micro_batch.gradient])
+        if self._waiting is not None:
+            self._waiting.after_backward()
         micro_batch.loss = micro_batch.edge = micro_batch.gradient = None
         if micro_batch.weights is not None:
             self._held_back[buffer_id] = micro_batch.weights

@@ -19,7 +19,7 @@ from lime_dist.model.crossing import sources_of_readers
 from lime_dist.model.parameters import final_norm_parameters, layer_parameters
 from lime_dist.model.policies import Entry
 from lime_dist.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT
-from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes
+from lime_dist.pipeline.memory import ITEM_BYTES, MicroBatchBytes, histories_on_device
 from lime_dist.pipeline.optimizer_memory import parameter_bytes
 from lime_dist.pipeline.schedules.base import RECV_ACTIVATION, make_schedule
 from lime_dist.pipeline.shared_weights import boundary_prices, router_parameters, summary_parameters
@@ -99,8 +99,7 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
     kept = by_setting[settings[0]]  # only activations depend on the setting
     history = range_sums(kept.made) + np.array(kept.crossing)[:, None]
     activations = {
-        setting: range_sums(each.layers) + np.array(each.received)[:, None] + history
-        for setting, each in by_setting.items()
+        setting: range_sums(each.layers) + np.array(each.received)[:, None] for setting, each in by_setting.items()
     }
     weight_passes = range_sums(kept.weight_passes)
     layers = range(model.num_hidden_layers)
@@ -130,9 +129,9 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
             once += norm
             if part > 0 or not model.tie_word_embeddings:
                 once += head
-        costs: Costs = (
-            (activations[settings[stage]] + own) * int(schedule.held_by_part(stage)[turn].max()) + fixed + once
-        )
+        held = schedule.held_by_part(stage)[turn].max()
+        costs: Costs = (activations[settings[stage]] + own) * int(held) + fixed + once
+        costs = costs + history * int(histories_on_device(config, held))
         if (held_back := int(schedule.weight_passes_held(stage).max())) > 0:
             costs = costs + held_back * weight_passes
         if part > 0 and (ahead := schedule.receives_ahead(RECV_ACTIVATION)):

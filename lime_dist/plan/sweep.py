@@ -42,6 +42,8 @@ class Candidate:
             items.append("parallel.stage_layers=null")
         if config.parallel.activation_checkpointing != self.config.parallel.activation_checkpointing:
             items.append("parallel.activation_checkpointing=auto")
+        if config.parallel.offload_history != self.config.parallel.offload_history:
+            items.append("parallel.offload_history=false")
         if config.train.evaluation_samples != self.config.train.evaluation_samples:
             items.append(f"train.evaluation_samples={self.config.train.evaluation_samples}")
         if self.policy is not None:
@@ -119,7 +121,8 @@ def with_parts(result: Sweep, machine: Machine, processes: int, count: int) -> S
         for parts in PARTS:
             if parts == candidate.parts or parts * candidate.stages > base.model.num_hidden_layers:
                 continue
-            parallel = base.parallel.model_copy(update={"virtual_stages": parts, "stage_layers": None})
+            changes = {"virtual_stages": parts, "stage_layers": None, "offload_history": False}
+            parallel = base.parallel.model_copy(update=changes)
             pipeline = base.pipeline.model_copy(update={"schedule": name, "engine": SCHEDULES[name].engine})
             config = base.model_copy(update={"parallel": parallel, "pipeline": pipeline})
             planned = forecast(config, machine, processes)

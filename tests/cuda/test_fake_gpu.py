@@ -91,10 +91,24 @@ EXPORTS = {
 }
 
 
+WAITING = Case(
+    "train",
+    {
+        **values_of({**ROWS[0], "architecture": "lime static from layer 4", "stage": "middle", "replicas": 1, "schedule": "1f1b"}),
+        "train": {"global_batch_size": 8, "micro_batch_size": 1},
+        "parallel": {"pipeline_stages": 3, "offload_history": True},
+        "pipeline": {"extra_in_flight": 3},
+    },
+    1,
+    3,
+)  # fmt: skip
+"""Histories wait on the host: of five micro-batches in flight."""
+
+
 @pytest.fixture(scope="module")
 def results() -> list[Any]:
-    """Of the cases of `ROWS`, then of `EXPORTS`: results, or the traceback of what went wrong. Two processes play them."""
-    cases = [*map(case_of, ROWS), *EXPORTS.values()]
+    """Of the cases of `ROWS`, then of `EXPORTS`, then of `WAITING`: results, or the traceback of what went wrong. Two processes play them."""
+    cases = [*map(case_of, ROWS), *EXPORTS.values(), WAITING]
 
     def share(first: int) -> list[Any]:
         group = WorkerGroup(1)
@@ -129,6 +143,13 @@ def test_training_evaluation_and_checkpoint(results: list[Any], index: int) -> N
 @pytest.mark.parametrize("index", range(len(EXPORTS)), ids=list(EXPORTS))
 def test_exported_models(results: list[Any], index: int) -> None:
     assert results[len(ROWS) + index] == {NAME}
+
+
+def test_the_host_does_not_wait_for_histories_that_move(results: list[Any]) -> None:
+    assert isinstance(result := results[-1], dict), result
+    assert result["step"] == [Wait("copy to the host", "pipeline/engine.py: train_step")]
+    assert result["evaluation"] == [Wait("read", "pipeline/engine.py: evaluate")]
+    assert result["moved"] > 0 == results[0]["moved"]
 
 
 def test_a_whole_run(dataset: Path, tmp_path: Path) -> None:

@@ -54,6 +54,14 @@ def values_of(
     }  # fmt: skip
 
 
+def offloading(values: dict[str, Any]) -> dict[str, Any]:
+    """Eight micro-batches, of which the middle stage has five in flight."""
+    values["train"]["global_batch_size"] = 32
+    values["parallel"]["offload_history"] = True
+    values["pipeline"]["extra_in_flight"] = 3
+    return values
+
+
 SPLIT = [
     (architecture, checkpointing, precision, *STAGES[(index + checkpointing) % len(STAGES)])
     for index, architecture in enumerate(["llama", "lime kv", "lime static", "hyper dynamic"])
@@ -78,6 +86,18 @@ CASES |= {
     )
     for architecture, (stage, stages) in SELECTIVE
 }
+CASES |= {
+    f"histories on the host, {architecture}, {schedule}, stage {stage} of 3": Case(
+        "peak",
+        offloading(values_of(architecture, checkpointing, "bf16", 3, schedule)),
+        stage,
+        3,
+    )
+    for architecture, checkpointing, schedule, stage in [
+        ("lime kv", False, "1f1b", 1), ("lime static", True, "1f1b", 0), ("lime static", "selective", "zero_bubble", 1),
+        ("attention residuals, 1", True, "1f1b", 1), ("moda, MLP, full", True, "zero_bubble", 0),
+    ]
+}  # fmt: skip
 CASES["selective, weight passes"] = Case("peak", values_of("lime kv", "selective", "bf16", 3, "zero_bubble"), 1, 3)
 
 

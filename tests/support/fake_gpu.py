@@ -53,6 +53,7 @@ class FakeGpu(TorchDispatchMode):
         waits: of the host, in order.
         queued: number of operations that were queued since the last wait.
         live, peak: bytes of tensors that are alive on the device, and the most there have been.
+        moved: bytes that histories have come back to.
     """
 
     active: FakeGpu | None = None
@@ -60,7 +61,7 @@ class FakeGpu(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[Wait] = []
-        self.queued = self.live = self.peak = 0
+        self.queued = self.live = self.peak = self.moved = 0
         self._counted: set[int] = set()
 
     def reset(self) -> None:
@@ -145,6 +146,13 @@ class FakeGpu(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._drop, key, size).atexit = False
         return True
+
+    def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        """Count a storage that gets memory, or loses it. When it dies it has as much as when it was made."""
+        self.moved += nbytes
+        self.live += nbytes - storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        storage.resize_(nbytes)
 
     def _drop(self, key: int, size: int) -> None:
         self._counted.remove(key)
@@ -407,7 +415,10 @@ def playing(rank: int, size: int) -> Iterator[FakeGpu]:
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    from lime_dist.pipeline import waiting_histories
+
     gpu = FakeGpu.active = FakeGpu()
+    waiting_histories.resize = gpu.resize
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(…, device=…)` makes its tensor on the CPU and copies it
     try:
         with gpu, torch.autograd.set_multithreading_enabled(False):  # the engine's threads die with a device in Python

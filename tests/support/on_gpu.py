@@ -64,7 +64,7 @@ def train(gpu: FakeGpu, values: dict[str, Any]) -> dict[str, Any]:
     replica, width, size = engine.grid.get_data_parallel_rank(), engine.dp_world_size, config.train.micro_batch_size
     gpu.reset()
     engine.train_step(_pinned(rank_batches(config, 0, replica, width, size)))
-    result = {"stage": engine.stage_id, "step": list(gpu.waits), "after the last wait": gpu.queued}
+    result = {"stage": engine.stage_id, "step": list(gpu.waits), "after the last wait": gpu.queued, "moved": gpu.moved}
     gpu.reset()
     engine.evaluate(_pinned(rank_batches(config, 1, replica, width, size)), engine.micro_batches)
     result["evaluation"], result["after the evaluation"] = list(gpu.waits), gpu.queued

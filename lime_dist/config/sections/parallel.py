@@ -54,6 +54,11 @@ class ParallelConfig(Section):
         "stage the first of `false`, `selective` and `true` with which it fits in the memory of its device; a list has a value for each "
         "stage",
     )
+    offload_history: bool = Field(
+        False,
+        description="let layer histories wait for their backward pass in the memory of the host, all but three on each stage: early stages, "
+        "which have more micro-batches in flight, need less memory (`lime` and `attention_residuals`; no effect on other architectures)",
+    )
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod

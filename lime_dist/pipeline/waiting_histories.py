@@ -1,0 +1,130 @@
+"""Histories that wait for their backward pass, in the memory of the host (``parallel.offload_history``).
+
+On an early stage many micro-batches are between their forward and their backward pass. Nobody reads their histories meanwhile. A
+history leaves the device after its forward pass, unless one of the next two backward passes is its own, and it comes back while the
+backward pass before its own runs. On a stage with five micro-batches in flight (F: forward pass, B: backward pass):
+
+    pass             F0   F1   F2   F3   F4   B0   F5   B1   F6   B2   F7   B3
+    on the device    0    0,1  0-2  0,1  0,1  0,1  1,5  1,2  2,6  2,3  3,7  3,4
+                                    3    4    4         5         6         7
+    comes back                                          2         3         4
+    leaves                     2    3    4         5         6         7          after the pass
+
+A copy runs on a stream of its own, beside passes: that of a history which leaves, beside the backward pass that follows. The device's
+memory is free for others when the copy from it has ended, and a copy to it begins when what was in that memory has been used. The host
+waits for none of this. Tensors and the autograd graph do not notice it: their storage has no memory for a while. A stage with no more
+than `HISTORIES_ON_DEVICE` micro-batches in flight moves nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lime_dist.pipeline.memory import HISTORIES_ON_DEVICE
+
+
+def resize(storage: torch.UntypedStorage, nbytes: int) -> None:
+    """Give a storage new memory, whose content is undefined; 0 bytes: free its memory."""
+    storage.resize_(nbytes)
+
+
+class _Away:
+    """A history that has left the device, or is about to.
+
+    Attributes:
+        memory: all of its elements, without a place in the autograd graph.
+        host: a copy of them.
+        copied: when the last copy has ended, on a device that has streams.
+    """
+
+    def __init__(self, memory: Tensor, host: Tensor) -> None:
+        self.memory, self.host = memory, host
+        self.copied: Any = None
+
+
+class WaitingHistories:
+    """The histories of a stage. Its engine calls the methods in the order of its passes.
+
+    Args:
+        device: of the histories.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._queues = torch.get_device_module(device) if device.type != "cpu" else None
+        self._stream = self._queues.Stream(device) if self._queues is not None else None
+        self._unused: list[Tensor] = []  # memory of the host, which is dear to allocate
+        self.begin_step(0)
+
+    def begin_step(self, in_flight: int) -> None:
+        """
+        Args:
+            in_flight: most micro-batches that are between their passes in this step.
+        """
+        self._moves = in_flight > HISTORIES_ON_DEVICE
+        self._backwards = 0
+        self._away: dict[int, _Away] = {}
+        self._leaving: list[_Away] = []
+
+    def before_forward(self) -> None:
+        """A forward pass begins."""
+        self._free_what_has_left()
+
+    def after_forward(self, micro_batch: int, memory: Tensor) -> None:
+        """A forward pass is over.
+
+        Args:
+            memory: all elements of the micro-batch's history, without a place in the autograd graph.
+        """
+        if self._moves and micro_batch > self._backwards + 1:
+            away = _Away(memory, self._host_memory(memory))
+            self._copy(away.memory, away.host, away)
+            self._away[micro_batch] = away
+            self._leaving.append(away)
+
+    def before_backward(self) -> None:
+        """The next backward pass begins, that of the oldest micro-batch."""
+        if (own := self._away.pop(self._backwards, None)) is not None:
+            self._wait_for(own)
+            self._unused.append(own.host)
+        self._backwards += 1
+        if (coming := self._away.get(self._backwards)) is not None:
+            resize(coming.memory.untyped_storage(), coming.host.nbytes)
+            self._copy(coming.host, coming.memory, coming)
+
+    def after_backward(self) -> None:
+        """A backward pass is over."""
+        self._free_what_has_left()
+
+    def _free_what_has_left(self) -> None:
+        for away in self._leaving:
+            self._wait_for(away)
+            resize(away.memory.untyped_storage(), 0)
+        self._leaving.clear()
+
+    def _copy(self, source: Tensor, target: Tensor, away: _Away) -> None:
+        """Copy after what has been queued until now, beside what will be queued."""
+        if self._queues is None:
+            target.copy_(source)
+            return
+        assert self._stream is not None
+        self._stream.wait_stream(self._queues.current_stream())
+        with self._queues.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        away.copied = self._stream.record_event()
+
+    def _wait_for(self, away: _Away) -> None:
+        """Let what will be queued come after the last copy."""
+        if self._queues is not None:
+            self._queues.current_stream().wait_event(away.copied)
+
+    def _host_memory(self, memory: Tensor) -> Tensor:
+        """Memory of the host for as many elements; a later micro-batch with the same number finds it again. Its last copy, to the device,
+        is one that the device has waited for before the copy that comes now."""
+        fitting = (index for index, each in enumerate(self._unused) if each.numel() == memory.numel())
+        if (index := next(fitting, None)) is not None:
+            return self._unused.pop(index)
+        host = torch.empty(memory.shape, dtype=memory.dtype)
+        return host.pin_memory() if self._queues is not None else host
