@@ -26,7 +26,7 @@ from lime_dist.pipeline.shared_weights import boundary_prices
 from lime_dist.pipeline.wire_format import WireFormat
 
 HISTORIES_ON_DEVICE = 3
-"""Most histories that lie on the device during a pass with ``parallel.offload_history`` (`waiting_histories`)."""
+"""Most histories that are on the device during a backward pass with ``parallel.offload_history`` (`waiting_histories`)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class MicroBatchBytes:
         crossing: by boundary, history entries and partial mixtures that cross it.
         payload: by boundary, hidden state and what crosses of the history, in the type of the run.
         sent: by boundary, the same in the form in which they are sent.
+        landed: by boundary, the hidden state of a payload that lies in the memory of the stage's history.
         embedding, head: kept by the first and by the last stage.
         lands: whether a payload is received into the memory of its history, and not decoded into it.
     """
@@ -54,6 +55,7 @@ class MicroBatchBytes:
     crossing: list[int]
     payload: list[int]
     sent: list[int]
+    landed: list[int]
     embedding: int
     head: int
     lands: bool
@@ -81,6 +83,9 @@ class MicroBatchBytes:
         received = [
             cost.received_activation_bytes(model, boundary, tokens, size, again[boundary]) for boundary in inner
         ]
+        crossing = [cost.boundary_entries(model, boundary, prices) * entry for boundary in inner]
+        states = [whole - entries for whole, entries in zip(payload, crossing, strict=True)]
+        in_place = architecture_of(model).receives_in_place
         length = config.data.sequence_length
         documents = cost.document_bytes(model, tokens, length, size) if config.data.document_mask else 0
         return cls(
@@ -89,12 +94,13 @@ class MicroBatchBytes:
             weight_passes=[splits * cost.weight_pass_bytes(model, layer, tokens, size) for layer in layers],
             received=[documents, *(each + documents for each in received), 0],
             made=[cost.entries_made(model, layer) * entry for layer in layers],
-            crossing=[0, *(cost.boundary_entries(model, boundary, prices) * entry for boundary in inner), 0],
+            crossing=[0, *crossing, 0],
             payload=[0, *payload, 0],
             sent=[0, *(wire.nbytes(tokens) for wire in wires), 0],
+            landed=[0, *(in_place * state for state in states), 0],
             embedding=cost.embedding_activation_bytes(tokens),
             head=cost.head_activation_bytes(model, tokens, size),
-            lands=architecture_of(model).receives_in_place and config.pipeline.wire_dtype in (None, config.precision),
+            lands=in_place and config.pipeline.wire_dtype in (None, config.precision),
         )
 
     def activations(self, layers: range) -> int:
@@ -134,11 +140,11 @@ class StageMemory:
         weights: in the precision of the run.
         optimizer: accumulated gradients, and masters and optimizer states of the replica that has most.
         activations: of the micro-batches in flight, and what is kept for weight passes that are held back.
-        history: entries of the micro-batches in flight, without those that wait on the host.
+        history: entries of the micro-batches in flight, without those that wait in host memory.
         transfers: payloads and their gradients in transfer.
-        working: temporary tensors of the backward pass.
+        working: temporary tensors of the backward pass; or a history that leaves while a forward pass runs, if that is more.
         in_flight: number of micro-batches whose activations are held; each counts once for every part that it is in.
-        host: of histories that wait in the memory of the host, which is not the device's (``parallel.offload_history``).
+        host: pinned memory for histories that wait (``parallel.offload_history``); not a part of the peak, which is the device's.
     """
 
     weights: int
@@ -180,20 +186,24 @@ def stage_memory(
     activations, history = kept.activations(layers), kept.history(layers)
     held, held_back, transfers = schedule.memory_in_flight(stage, kept.boundary(layers))
     weight_pass = sum(kept.weight_passes[layers.start : layers.stop])
-    here = histories_on_device(config, held)
-    waiting, start = held - here, layers.start
-    # The hidden state of a payload in the memory of the history goes with it.
-    away = kept.payload[start] - kept.crossing[start] if architecture_of(config.model).receives_in_place else 0
-    worst = int((held * activations + here * history - waiting * away + held_back * weight_pass + transfers).argmax())
+    here, state, working = (
+        histories_on_device(config, held),
+        kept.landed[layers.start],
+        working_bytes(config, kept, layers),
+    )
+    waiting, most = held - here, int(held.max())
+    if most > int(here.max()):  # while a forward pass runs, the history before its own is still leaving
+        working = max(working, history + state)
+    worst = int((held * activations + here * history - waiting * state + held_back * weight_pass + transfers).argmax())
     return StageMemory(
         weights=weights,
         optimizer=optimizer,
-        activations=int(held[worst] * activations - waiting[worst] * away + held_back[worst] * weight_pass),
+        activations=int(held[worst] * activations - waiting[worst] * state + held_back[worst] * weight_pass),
         history=int(here[worst]) * history,
         transfers=int(transfers[worst]),
-        working=working_bytes(config, kept, layers),
+        working=working,
         in_flight=int(held[worst]),
-        host=int(waiting.max()) * (history + away),
+        host=host_buffers(most, len(held)) * pinned(history + state) if waiting.any() else 0,
     )
 
 
@@ -201,6 +211,17 @@ def histories_on_device(config: Config, held: Integers) -> Integers:
     """Of how many micro-batches in flight the history lies on the device."""
     moves = config.parallel.offload_history and architecture_of(config.model).offloads_history
     return np.minimum(held, HISTORIES_ON_DEVICE) if moves else held
+
+
+def host_buffers(in_flight: int, micro_batches: int) -> int:
+    """Histories for which a stage needs host memory: all in flight but that of the backward pass that comes next. The first two of a step
+    never leave."""
+    return min(in_flight - 1, micro_batches - 2)
+
+
+def pinned(nbytes: int) -> int:
+    """What torch takes for so many bytes of pinned memory: the next power of two."""
+    return 1 << (nbytes - 1).bit_length()
 
 
 def _memory_of_parts(

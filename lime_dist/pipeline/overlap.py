@@ -237,7 +237,6 @@ class OverlapEngine(LimeEngine):
         history, starts_BT = self._shared_by_parts(buffer_id, part, micro_batch.history)
         waiting = self._waiting if training else None
         if waiting is not None:
-            waiting.before_forward()
             history = history or self.module.new_history(*self._shape)
             assert history is not None
         micro_batch.weights = self.deferred_gradients() if training else None

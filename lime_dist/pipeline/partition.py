@@ -129,9 +129,10 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
             once += norm
             if part > 0 or not model.tie_word_embeddings:
                 once += head
-        held = schedule.held_by_part(stage)[turn].max()
-        costs: Costs = (activations[settings[stage]] + own) * int(held) + fixed + once
-        costs = costs + history * int(histories_on_device(config, held))
+        held = int(schedule.held_by_part(stage)[turn].max())
+        here = int(histories_on_device(config, np.array(held)))
+        costs: Costs = (activations[settings[stage]] + own) * held + fixed + once
+        costs = costs + history * here - np.array(kept.landed)[:, None] * (held - here)
         if (held_back := int(schedule.weight_passes_held(stage).max())) > 0:
             costs = costs + held_back * weight_passes
         if part > 0 and (ahead := schedule.receives_ahead(RECV_ACTIVATION)):

@@ -1,19 +1,20 @@
-"""Histories that wait for their backward pass, in the memory of the host (``parallel.offload_history``).
+"""Histories that wait for their backward pass, in host memory (``parallel.offload_history``).
 
-On an early stage many micro-batches are between their forward and their backward pass. Nobody reads their histories meanwhile. A
+On an early stage many micro-batches are between their forward and their backward pass, and nothing reads their histories meanwhile. A
 history leaves the device after its forward pass, unless one of the next two backward passes is its own, and it comes back while the
 backward pass before its own runs. On a stage with five micro-batches in flight (F: forward pass, B: backward pass):
 
     pass             F0   F1   F2   F3   F4   B0   F5   B1   F6   B2   F7   B3
-    on the device    0    0,1  0-2  0,1  0,1  0,1  1,5  1,2  2,6  2,3  3,7  3,4
-                                    3    4    4         5         6         7
+    on the device    0    0,1  0-2  0-3  0,1  0,1  1,5  1,2  2,6  2,3  3,7  3,4
+                                         3,4  4         5         6         7
     comes back                                          2         3         4
     leaves                     2    3    4         5         6         7          after the pass
 
-A copy runs on a stream of its own, beside passes: that of a history which leaves, beside the backward pass that follows. The device's
-memory is free for others when the copy from it has ended, and a copy to it begins when what was in that memory has been used. The host
-waits for none of this. Tensors and the autograd graph do not notice it: their storage has no memory for a while. A stage with no more
-than `HISTORIES_ON_DEVICE` micro-batches in flight moves nothing.
+A history that leaves is copied while the next pass runs, and then its memory is free for others; so is one that comes back. The
+copies have a stream of their own. A copy out waits for the forward pass. A copy back waits for what was in its memory before. The next
+pass of either kind waits on the device, for a copy that has not ended. The host waits for none of this, once it has the pinned memory
+that it needs, which takes the first step. Tensors and the autograd graph do not notice: their storage has no memory for a while. A
+stage with at most `HISTORIES_ON_DEVICE` micro-batches in flight moves nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class WaitingHistories:
     def __init__(self, device: torch.device) -> None:
         self._queues = torch.get_device_module(device) if device.type != "cpu" else None
         self._stream = self._queues.Stream(device) if self._queues is not None else None
-        self._unused: list[Tensor] = []  # memory of the host, which is dear to allocate
+        self._unused: list[Tensor] = []  # pinned memory, which is expensive to allocate
         self.begin_step(0)
 
     def begin_step(self, in_flight: int) -> None:
@@ -66,11 +67,7 @@ class WaitingHistories:
         self._moves = in_flight > HISTORIES_ON_DEVICE
         self._backwards = 0
         self._away: dict[int, _Away] = {}
-        self._leaving: list[_Away] = []
-
-    def before_forward(self) -> None:
-        """A forward pass begins."""
-        self._free_what_has_left()
+        self._leaving: _Away | None = None
 
     def after_forward(self, micro_batch: int, memory: Tensor) -> None:
         """A forward pass is over.
@@ -78,31 +75,31 @@ class WaitingHistories:
         Args:
             memory: all elements of the micro-batch's history, without a place in the autograd graph.
         """
+        self._free_what_has_left()
         if self._moves and micro_batch > self._backwards + 1:
             away = _Away(memory, self._host_memory(memory))
             self._copy(away.memory, away.host, away)
-            self._away[micro_batch] = away
-            self._leaving.append(away)
+            self._away[micro_batch] = self._leaving = away
 
     def before_backward(self) -> None:
         """The next backward pass begins, that of the oldest micro-batch."""
         if (own := self._away.pop(self._backwards, None)) is not None:
             self._wait_for(own)
-            self._unused.append(own.host)
         self._backwards += 1
         if (coming := self._away.get(self._backwards)) is not None:
             resize(coming.memory.untyped_storage(), coming.host.nbytes)
             self._copy(coming.host, coming.memory, coming)
+            self._unused.append(coming.host)  # whoever gets it is copied on the same stream, later
 
     def after_backward(self) -> None:
         """A backward pass is over."""
         self._free_what_has_left()
 
     def _free_what_has_left(self) -> None:
-        for away in self._leaving:
-            self._wait_for(away)
-            resize(away.memory.untyped_storage(), 0)
-        self._leaving.clear()
+        if self._leaving is not None:
+            self._wait_for(self._leaving)
+            resize(self._leaving.memory.untyped_storage(), 0)
+            self._leaving = None
 
     def _copy(self, source: Tensor, target: Tensor, away: _Away) -> None:
         """Copy after what has been queued until now, beside what will be queued."""
@@ -121,10 +118,8 @@ class WaitingHistories:
             self._queues.current_stream().wait_event(away.copied)
 
     def _host_memory(self, memory: Tensor) -> Tensor:
-        """Memory of the host for as many elements; a later micro-batch with the same number finds it again. Its last copy, to the device,
-        is one that the device has waited for before the copy that comes now."""
-        fitting = (index for index, each in enumerate(self._unused) if each.numel() == memory.numel())
-        if (index := next(fitting, None)) is not None:
-            return self._unused.pop(index)
-        host = torch.empty(memory.shape, dtype=memory.dtype)
-        return host.pin_memory() if self._queues is not None else host
+        """Host memory for as many elements."""
+        for index, unused in enumerate(self._unused):
+            if unused.numel() == memory.numel():
+                return self._unused.pop(index)
+        return torch.empty(memory.shape, dtype=memory.dtype, pin_memory=self._queues is not None)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise, starmap
+from itertools import pairwise
 from statistics import fmean
 
 import numpy as np
@@ -312,7 +311,7 @@ def last_passes(config: Config, times: Sequence[StageTimes]) -> list[float]:
 def reduction_seconds(
     config: Config,
     exchanges: Sequence[Exchange],
-    last_passes: Sequence[float],
+    hiding: Sequence[float],
     shared: int,
     machine: Machine,
     replicas: int,
@@ -325,14 +324,14 @@ def reduction_seconds(
 
     Args:
         exchanges: with the other replicas, by stage.
-        last_passes: by stage; the result of `last_passes`.
+        hiding: seconds of the last passes, by stage; the result of `last_passes`.
         shared: elements of those routers and summaries.
     """
     model, size = config.model, ITEM_BYTES[config.precision]
     accumulation_bytes, stages = max(4, size), len(exchanges)
     seconds = 2 * (replicas - 1) * machine.latency
     if replicas > 1:
-        seconds += max(starmap(partial(_after_passes, machine), zip(exchanges, last_passes, strict=True)))
+        seconds += max(_after_passes(machine, *each) for each in zip(exchanges, hiding, strict=True))
     if model.tie_word_embeddings and stages > 1:
         divided = replicas if config.parallel.zero_stage == 1 else 1  # each replica sums what it updates
         tied = model.vocab_size * model.hidden_size * accumulation_bytes / divided

@@ -42,7 +42,7 @@ def plan_table(config: Config, values: Values) -> str:
     limit = "" if memory is None else f" of {show(memory, 'B')}: {'it fits' if values['fits'] else 'it DOES NOT FIT'}"
     lines.append(f"memory    {show(peak, 'B')} on the fullest stage{limit}")
     if (waiting := max(row["memory"]["host"] for row in values["stages"])) > 0:
-        lines.append(f"          up to {show(waiting, 'B')} of histories wait in the host's memory, a process")
+        lines.append(f"          and up to {show(waiting, 'B')} of host memory a process, where histories wait")
     if values["replicas"] > 1:
         lines.append(replicas_line(config, values))
     parts = ", ".join(f"{name} {share(values, name)}" for name, seconds in values["seconds"].items() if seconds)

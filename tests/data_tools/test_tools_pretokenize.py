@@ -195,7 +195,9 @@ def test_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_folder: 
         )
 
     begin = time.monotonic()
-    assert start(tmp_path / "whole", 1).wait() == 0
+    whole = start(tmp_path / "whole", 1)
+    _, errors = whole.communicate()
+    assert whole.returncode == 0, errors
     duration = time.monotonic() - begin
     expected, kills, outputs = content(tmp_path / "whole"), 0, 0
     while kills < 10:

@@ -166,14 +166,22 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
     if stage > 0:  # one more payload in transfer; it may land in its history
         lands = depth or (model.architecture == "lime" and model.lime.routes == "kv")
         landing = history - gradients if lands else cost.payload_bytes(model, begin, tokens, size, prices)
-    return in_flight * (kept + history - gradients) + gradients + landing + parameter * parameters
+    here = (
+        min(in_flight, 3) if config.parallel.offload_history and (depth or model.architecture == "lime") else in_flight
+    )
+    state = (
+        tokens * model.hidden_size * size if stage > 0 and (depth or model.lime.routes == "kv") else 0
+    )  # in the history
+    histories = here * (history - gradients) - (in_flight - here) * state
+    return in_flight * kept + histories + gradients + landing + parameter * parameters
 
 
-@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize(("stages", "offloads"), [(1, False), (2, False), (4, False), (4, True)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
-def test_cut_by_memory(model: str, precision: str, stages: int) -> None:
+def test_cut_by_memory(model: str, precision: str, stages: int, offloads: bool) -> None:
     more = [f"precision={precision}", f"parallel.pipeline_stages={stages}", "parallel.balance=memory"]
+    more.append(f"parallel.offload_history={str(offloads).lower()}")
     config = config_of(model, *more)
     costs = memory_costs(config)
     in_flight = [OneForwardOneBackward(5, stages, 1).micro_batches_in_flight(stage) for stage in range(stages)]

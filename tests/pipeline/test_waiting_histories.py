@@ -4,6 +4,7 @@ passes come in an order in which none reads what another has not written."""
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,54 +16,71 @@ from support.policies import POLICIES
 from support.workers import WorkerGroup
 
 from lime_dist import load_config
+from lime_dist.config.load import make_config
 from lime_dist.errors import LimeError
 from lime_dist.model.architecture import architecture_of
 from lime_dist.model.history import LayerHistory
 from lime_dist.pipeline import waiting_histories
-from lime_dist.pipeline.memory import HISTORIES_ON_DEVICE
+from lime_dist.pipeline.memory import HISTORIES_ON_DEVICE, host_buffers, pinned
+from lime_dist.pipeline.waiting_histories import WaitingHistories
+from lime_dist.plan.forecast import Machine, forecast
 
 Workers = Callable[[int], WorkerGroup]
 
 
-def train_with_nothing_left(values: dict[str, Any], steps: int, evaluation_micro_batch_size: int = 0) -> dict[str, Any]:
-    """Worker case: `train_steps` in which memory that a history comes back to holds no number before; also the histories that left in
-    a step, and the most that lay on the device."""
+def train_and_watch(values: dict[str, Any], steps: int, evaluation_micro_batch_size: int = 0) -> dict[str, Any]:
+    """Worker case: `train_steps` in which memory that a history comes back to holds no number before. Also what leaves in a step, the
+    most histories that are on the device, at any time and in backward passes, and the bytes of host memory."""
     from support.cases import train_steps
 
     from lime_dist.pipeline.module import LimePipelineModule
 
-    resize, make, left = waiting_histories.resize, LimePipelineModule.new_history, 0
-    here: set[int] = set()
-    most = 0
+    resize, make = waiting_histories.resize, LimePipelineModule.new_history
+    allocate, begin = WaitingHistories._host_memory, WaitingHistories.before_backward
+    here, on_host, seen = set[int](), dict[int, int](), Counter[str]()
 
-    def counting(storage: torch.UntypedStorage, nbytes: int) -> None:
-        nonlocal left, most
+    def note(what: str) -> None:
+        seen[what] = max(seen[what], len(here))
+
+    def resized(storage: torch.UntypedStorage, nbytes: int) -> None:
         resize(storage, nbytes)
         if nbytes:
             torch.empty(0, dtype=torch.uint8).set_(storage).fill_(255)
             here.add(storage._cdata)
-            most = max(most, len(here))
+            note("most")
         else:
-            left += 1
+            seen["left"] += 1
             here.remove(storage._cdata)
 
-    def noting(module: LimePipelineModule, *arguments: Any) -> LayerHistory | None:
-        nonlocal most
+    def made(module: LimePipelineModule, *arguments: Any) -> LayerHistory | None:
         history = make(module, *arguments)
         if architecture_of(module.config.model).offloads_history:
             storage = history.memory.untyped_storage()
             here.add(storage._cdata)
             weakref.finalize(history, here.discard, storage._cdata).atexit = False
-            most = max(most, len(here))
+            note("most")
         return history
 
-    waiting_histories.resize, LimePipelineModule.new_history = counting, noting  # type: ignore[method-assign]  # for this case only
+    def allocated(waiting: WaitingHistories, memory: torch.Tensor) -> torch.Tensor:
+        host = allocate(waiting, memory)
+        on_host[host.data_ptr()] = pinned(host.nbytes)
+        return host
+
+    def begun(waiting: WaitingHistories) -> None:
+        begin(waiting)
+        note("most in backward")
+
+    waiting_histories.resize, LimePipelineModule.new_history = resized, made  # type: ignore[method-assign]  # for this case only
+    WaitingHistories._host_memory, WaitingHistories.before_backward = allocated, begun  # type: ignore[method-assign]  # likewise
     try:
         result = train_steps(values, steps, evaluation_micro_batch_size)
     finally:
         waiting_histories.resize, LimePipelineModule.new_history = resize, make  # type: ignore[method-assign]  # put back
-    result["left"], result["most"] = left / steps, most
-    return result
+        WaitingHistories._host_memory, WaitingHistories.before_backward = allocate, begin  # type: ignore[method-assign]  # likewise
+    return result | seen | {"left": seen["left"] / steps, "host": sum(on_host.values())}
+
+
+WATCHED = f"{__name__}.train_and_watch"
 
 
 def offloading(values: dict[str, Any], stages: int, **pipeline: Any) -> dict[str, Any]:
@@ -74,9 +92,17 @@ def offloading(values: dict[str, Any], stages: int, **pipeline: Any) -> dict[str
 
 
 def check(values: dict[str, Any], group: WorkerGroup, **options: Any) -> None:
-    """Results are those of one process, and histories do leave the first stage."""
-    first, *_, last = check_equal(values, group, worker=f"{__name__}.train_with_nothing_left", **options)
-    assert (first["left"], first["most"], last["left"]) == (6, HISTORIES_ON_DEVICE, 0)
+    """Results are those of one process, histories do leave the first stage, and the plan knows the host memory of all."""
+    results = check_equal(values, group, worker=WATCHED, **options)
+    first, *_, last = results
+    assert (first["left"], first["most"], first["most in backward"]) == (
+        6,
+        HISTORIES_ON_DEVICE + 1,
+        HISTORIES_ON_DEVICE,
+    )
+    assert last["left"] == 0
+    planned = forecast(make_config(values, "a test"), Machine(1e12, 1e12, 1e12, 0.0), len(results))
+    assert [result["host"] for result in results] == [stage.memory.host for stage in planned.stages]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -103,7 +129,8 @@ def test_the_same_to_the_last_bit(workers: Workers, routes: str, wire: str | Non
     """In bf16, over two replicas with ZeRO 1; float8 payloads are decoded into the memory of histories."""
     values = offloading(policy_settings(routes, "chunked", "bf16", zero_stage=1), 2, wire_dtype=wire)
     values["train"]["global_batch_size"] = 16
-    moved = workers(4).run("support.cases.train_steps", values=values, steps=3)
+    moved = workers(4).run(WATCHED, values=values, steps=3)
+    assert [each["left"] for each in moved if each["stage"] == 0] == [6, 6]
     values["parallel"]["offload_history"] = False
     for one, other in zip(moved, workers(4).run("support.cases.train_steps", values=values, steps=3), strict=True):
         assert one["losses"] == other["losses"] and one["norms"] == other["norms"]
@@ -112,9 +139,7 @@ def test_the_same_to_the_last_bit(workers: Workers, routes: str, wire: str | Non
 
 @pytest.mark.parametrize("model", ["llama", "value residual"])
 def test_models_whose_history_stays(workers: Workers, model: str) -> None:
-    first, _ = check_equal(
-        offloading(settings(model, 4, True, "fp64"), 2), workers(2), 2, worker=f"{__name__}.train_with_nothing_left"
-    )
+    first, _ = check_equal(offloading(settings(model, 4, True, "fp64"), 2), workers(2), 2, worker=WATCHED)
     assert first["left"] == 0
 
 
@@ -123,7 +148,7 @@ def test_few_micro_batches(workers: Workers, micro_batches: int) -> None:
     """With up to three nothing leaves."""
     values = offloading(policy_settings("static", "full", "fp64"), 2)
     values["train"]["global_batch_size"] = micro_batches
-    first, _ = check_equal(values, workers(2), 2, 1, worker=f"{__name__}.train_with_nothing_left")
+    first, _ = check_equal(values, workers(2), 2, 1, worker=WATCHED)
     assert first["left"] == (micro_batches - 2 if micro_batches > HISTORIES_ON_DEVICE else 0)
 
 
@@ -156,27 +181,27 @@ class Queue:
         return {**self.over, self: self.number}
 
     def wait_event(self, event: dict[Queue, int]) -> None:
-        self.over = {
-            queue: max(self.over.get(queue, 0), event.get(queue, 0)) for queue in {*self.over, *event} - {self}
-        }
+        for queue in event.keys() - {self}:
+            self.over[queue] = max(self.over.get(queue, 0), event[queue])
 
     def wait_stream(self, other: Queue) -> None:
         self.wait_event(other.record_event())
 
-    def has_waited_for(self, operation: tuple[Queue, int]) -> bool:
-        queue, number = operation
+    def has_waited_for(self, queue: Queue, number: int) -> bool:
         return queue is self or self.over.get(queue, 0) >= number
 
 
 class Device:
-    """Stands for `torch.cuda`."""
+    """Stands for `torch.cuda` and its allocator, which hands out the memory that was freed last, at once."""
 
     def __init__(self) -> None:
         self.compute = self.current = Queue()
+        self.uses: list[dict[Queue, int]] = []  # by block of memory: the last operation of each stream that used it
+        self.free: list[int] = []
+        self.log: list[str] = []
 
     def Stream(self, device: torch.device) -> Queue:
-        self.copies = Queue()
-        return self.copies
+        return Queue()
 
     def current_stream(self) -> Queue:
         return self.current
@@ -187,71 +212,95 @@ class Device:
         yield
         self.current = self.compute
 
-    def queue(self) -> tuple[Queue, int]:
+    def allocate(self, on_host: bool = False) -> int:
+        if self.free and not on_host:
+            return self.free.pop()
+        self.uses.append({})
+        return len(self.uses) - 1
+
+    def use(self, *blocks: int) -> None:
+        """Queue an operation on blocks, on the current stream."""
+        for block in blocks:
+            for queue, number in self.uses[block].items():
+                assert self.current.has_waited_for(queue, number), f"block {block} is used too early: {self.log}"
         self.current.number += 1
-        return self.current, self.current.number
+        for block in blocks:
+            self.uses[block][self.current] = self.current.number
 
 
-@pytest.mark.parametrize(("micro_batches", "warm_up"), [(8, 6), (9, 3), (4, 3), (12, 11)])
+class Memory:
+    """Stands for a tensor, and for its storage."""
+
+    nbytes, shape, dtype = 8, (2,), torch.float32
+
+    def __init__(self, device: Device, name: str) -> None:
+        self.device, self.name, self.block = device, name, device.allocate(name == "host")
+
+    def numel(self) -> int:
+        return 2
+
+    def untyped_storage(self) -> Memory:
+        return self
+
+    def copy_(self, source: Memory, non_blocking: bool) -> None:
+        assert non_blocking
+        self.device.use(source.block, self.block)
+        self.device.log.append(f"{source.name} to {self.name}")
+
+
+@pytest.mark.parametrize(("micro_batches", "warm_up"), [(8, 6), (20, 3), (4, 3), (12, 11)])
 def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch, micro_batches: int, warm_up: int) -> None:
-    """Whoever reads has waited for who wrote, and whoever gets memory, on the device or on the host, for who used it before. The copies
-    from the device run beside backward passes, and those to it one backward pass ahead."""
-    device, used, written, log = Device(), dict[str, Any](), dict[str, Any](), list[str]()
-    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    monkeypatch.setattr(
-        waiting_histories.WaitingHistories, "_host_memory", lambda self, memory: Memory(f"host {memory.name}")
-    )
+    """Whoever uses memory, of the device or of the host, has waited for all that used it before, also as the memory of something else.
+    Copies out run beside the pass that follows, copies back beside the backward pass before."""
+    device, hosts = Device(), list[Memory]()
 
-    class Memory:
-        def __init__(self, name: str) -> None:
-            self.name, self.nbytes = name, 8
-
-        def untyped_storage(self) -> Memory:
-            return self
-
-        def copy_(self, source: Memory, non_blocking: bool) -> None:
-            assert non_blocking
-            touch(source.name, writes=False)
-            touch(self.name, writes=True)
-            log.append(f"{source.name} to {self.name}")
-
-    def touch(name: str, writes: bool) -> None:
-        for before in [written.get(name), *(used.get(name, []) if writes else [])]:
-            assert before is None or device.current.has_waited_for(before), f"{name} too early"
-        operation = device.queue()
-        used.setdefault(name, []).append(operation)
-        if writes:
-            written[name] = operation
+    def host_memory(*_: Any, pin_memory: bool, **options: Any) -> Memory:
+        assert pin_memory
+        host = Memory(device, "host")
+        hosts.append(host)
+        return host
 
     def resize(storage: Memory, nbytes: int) -> None:
-        log.append(f"{storage.name} {'comes' if nbytes else 'goes'}")
-        for before in used.get(storage.name, []):
-            assert device.compute.has_waited_for(before), f"memory of {storage.name} is taken while it is used"
+        device.log.append(f"{storage.name} {'comes' if nbytes else 'goes'}")
+        if nbytes:
+            storage.block = device.allocate()
+        else:
+            device.free.append(storage.block)
 
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    monkeypatch.setattr(torch, "empty", host_memory)
     monkeypatch.setattr(waiting_histories, "resize", resize)
-    waiting = waiting_histories.WaitingHistories(torch.device("cuda"))
+    waiting = WaitingHistories(torch.device("cuda"))
     waiting.begin_step(warm_up + 1)
+    histories: list[Memory] = []
 
-    def forward(index: int) -> None:
-        waiting.before_forward()
-        touch(str(index), writes=True)
-        log.append(f"F{index}")
-        waiting.after_forward(index, Memory(str(index)))  # type: ignore[arg-type]  # stands for a tensor
+    def forward() -> None:
+        histories.append(Memory(device, str(len(histories))))
+        device.use(histories[-1].block)
+        device.log.append(f"F{histories[-1].name}")
+        waiting.after_forward(len(histories) - 1, histories[-1])  # type: ignore[arg-type]  # stands for a tensor
 
     def backward(index: int) -> None:
         waiting.before_backward()
-        log.append(f"B{index}")
-        touch(str(index), writes=True)
+        device.log.append(f"B{index}")
+        other = device.allocate()  # of the backward pass itself
+        device.use(histories[index].block, other)
         waiting.after_backward()
+        device.free += [histories[index].block, other]
 
-    for index in range(warm_up):
-        forward(index)
-    for index in range(micro_batches - warm_up):
-        forward(warm_up + index)
+    for _ in range(warm_up):
+        forward()
+    for index in range(micro_batches):
+        if len(histories) < micro_batches:
+            forward()
         backward(index)
-    for index in range(micro_batches - warm_up, micro_batches):
-        backward(index)
+    log = device.log
     for index in range(2, micro_batches):
-        left, came = log.index(f"{index} to host {index}"), log.index(f"host {index} to {index}")
-        assert log.index(f"F{index}") < left < log.index(f"{index} goes") < log.index(f"{index} comes") < came
-        assert log.index(f"B{index - 2}") < came < log.index(f"B{index - 1}") < log.index(f"B{index}")
+        left, goes = log.index(f"{index} to host"), log.index(f"{index} goes")
+        assert log[left - 1] in (f"F{index}", f"{index - 1} goes")
+        assert [word for word in log[left:goes] if word[0] in "FB"] == [
+            f"F{index + 1}" if index < warm_up else f"B{index - warm_up}"
+        ]
+        came = log.index(f"host to {index}", goes)
+        assert log.index(f"B{index - 2}") < log.index(f"{index} comes") < came < log.index(f"B{index - 1}")
+    assert len(hosts) == host_buffers(warm_up + 1, micro_batches)

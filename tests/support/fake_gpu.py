@@ -53,7 +53,7 @@ class FakeGpu(TorchDispatchMode):
         waits: of the host, in order.
         queued: number of operations that were queued since the last wait.
         live, peak: bytes of tensors that are alive on the device, and the most there have been.
-        moved: bytes that histories have come back to.
+        moved: bytes copied back to the device for histories.
     """
 
     active: FakeGpu | None = None
@@ -66,7 +66,7 @@ class FakeGpu(TorchDispatchMode):
 
     def reset(self) -> None:
         """Forget waits and the peak."""
-        self.waits, self.queued, self.peak = [], 0, self.live
+        self.waits, self.queued, self.peak, self.moved = [], 0, self.live, 0
 
     def wait(self, what: str) -> None:
         self.waits.append(Wait(what, _place()))
@@ -82,6 +82,9 @@ class FakeGpu(TorchDispatchMode):
         if func is torch.ops.c10d.barrier.default:
             self.wait("barrier")
         if not any(map(_is_here, tensors)) and not _names_device(kwargs.get("device")):
+            if kwargs.pop("pin_memory", False):
+                self.wait("allocate pinned memory")
+                return _pinned_from_now_on(func(*args, **kwargs))
             return func(*args, **kwargs)
         if func is aten.silu_backward.default:  # torch's own shape function takes it apart
             func, args = aten.empty_like.default, args[1:]
@@ -394,11 +397,14 @@ def _gather_object(own: Any, gathered: list[Any] | None = None, dst: int = 0, gr
 
 def _pin_memory(tensor: Tensor, device: Any = None) -> Tensor:
     """A copy that counts as pinned."""
-    copy = tensor.clone()
-    storage = copy.untyped_storage()
+    return _pinned_from_now_on(tensor.clone())
+
+
+def _pinned_from_now_on(tensor: Tensor) -> Tensor:
+    storage = tensor.untyped_storage()
     _pinned.add(storage._cdata)
     weakref.finalize(storage, _pinned.discard, storage._cdata).atexit = False
-    return copy
+    return tensor
 
 
 def _is_there(module: torch.nn.Module, *arguments: Any) -> bool:
@@ -417,12 +423,12 @@ def playing(rank: int, size: int) -> Iterator[FakeGpu]:
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     from lime_dist.pipeline import waiting_histories
 
-    gpu = FakeGpu.active = FakeGpu()
-    waiting_histories.resize = gpu.resize
+    gpu, resize = FakeGpu(), waiting_histories.resize
+    FakeGpu.active, waiting_histories.resize = gpu, gpu.resize
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(…, device=…)` makes its tensor on the CPU and copies it
     try:
         with gpu, torch.autograd.set_multithreading_enabled(False):  # the engine's threads die with a device in Python
             yield gpu
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
-        FakeGpu.active = None
+        FakeGpu.active, waiting_histories.resize = None, resize

@@ -62,6 +62,8 @@ def train(gpu: FakeGpu, values: dict[str, Any]) -> dict[str, Any]:
     """A training step, an evaluation, and a snapshot for a checkpoint."""
     config, engine, optimizer = build(values)
     replica, width, size = engine.grid.get_data_parallel_rank(), engine.dp_world_size, config.train.micro_batch_size
+    if config.parallel.offload_history:  # the first step allocates pinned memory
+        engine.train_step(_pinned(rank_batches(config, 0, replica, width, size)))
     gpu.reset()
     engine.train_step(_pinned(rank_batches(config, 0, replica, width, size)))
     result = {"stage": engine.stage_id, "step": list(gpu.waits), "after the last wait": gpu.queued, "moved": gpu.moved}

@@ -56,8 +56,8 @@ class ParallelConfig(Section):
     )
     offload_history: bool = Field(
         False,
-        description="let layer histories wait for their backward pass in the memory of the host, all but three on each stage: early stages, "
-        "which have more micro-batches in flight, need less memory (`lime` and `attention_residuals`; no effect on other architectures)",
+        description="let layer histories wait for their backward pass in host memory, all but three of each stage: early stages, "
+        "which have more micro-batches in flight, need less device memory (`lime` and `attention_residuals`; no effect on other architectures)",
     )
 
     @field_validator("activation_checkpointing", mode="before")
