@@ -269,7 +269,8 @@ SHAPES: list[tuple[int, int, dict[str, int], list[tuple[int, int]]]] = [
 
 
 class KeptMemory:
-    """The memory that autograd saves while ``counting``; every storage counts once.
+    """The memory that autograd saves while ``counting``; every storage counts once. It keeps memory, and no part of the graph, which
+    would keep it in turn, so that neither would ever be freed.
 
     Args:
         ignored: tensors whose memory does not count.
@@ -280,12 +281,12 @@ class KeptMemory:
         self._kept: dict[int, Tensor] = {}
 
     def counting(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self.add, lambda tensor: tensor)
+        return saved_tensors_hooks(lambda tensor: self.add(tensor).detach(), lambda tensor: tensor)
 
     def add(self, tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
         if address not in self._ignored:
-            self._kept.setdefault(address, tensor)
+            self._kept.setdefault(address, tensor.detach())
         return tensor
 
     @property
@@ -321,7 +322,6 @@ def count_activations(
             hidden = projected_loss(apply_norm(config, norm, hidden), head.weight, labels, form=LogitForm.of(config))
     if history is None:
         return kept.bytes
-    history.release()  # else it and the graph hold each other
     kept.add(entries_of(history))
     return kept.bytes - entries_of(history).nbytes
 
