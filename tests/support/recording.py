@@ -61,7 +61,7 @@ class RecordingEngine(OverlapEngine):
             stage_parts=[None] * schedule.parts,
             gradient_landing=lambda *shape, part: torch.empty(shape),
         )
-        self._in_flight, self._failed = {}, False
+        self._in_flight, self._failed, self._waiting = {}, False, None
         self._from_previous = self._from_next = self._to_next = self._to_previous = None
         has_ring = schedule.parts > 1
         before, behind = (stage - 1) % schedule.stages, stage
