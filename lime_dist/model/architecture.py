@@ -146,8 +146,8 @@ class Architecture(Protocol):
         """Whether a payload can be received into the memory of the history that it belongs to."""
 
     @property
-    def offloads_history(self) -> bool:
-        """Whether the history of a micro-batch has memory of its own, which can wait on the host."""
+    def can_offload_history(self) -> bool:
+        """Whether the history of a micro-batch has memory of its own, whose content can be moved to host memory."""
         return self.policy is not None
 
     @property

@@ -42,7 +42,7 @@ class MicroBatchBytes:
         crossing: by boundary, history entries and partial mixtures that cross it.
         payload: by boundary, hidden state and what crosses of the history, in the type of the run.
         sent: by boundary, the same in the form in which they are sent.
-        landed: by boundary, the hidden state of a payload that lies in the memory of the stage's history.
+        state_in_history: by boundary, the hidden state of a received payload, if it is in the memory of the stage's history.
         embedding, head: kept by the first and by the last stage.
         lands: whether a payload is received into the memory of its history, and not decoded into it.
     """
@@ -55,7 +55,7 @@ class MicroBatchBytes:
     crossing: list[int]
     payload: list[int]
     sent: list[int]
-    landed: list[int]
+    state_in_history: list[int]
     embedding: int
     head: int
     lands: bool
@@ -97,7 +97,7 @@ class MicroBatchBytes:
             crossing=[0, *crossing, 0],
             payload=[0, *payload, 0],
             sent=[0, *(wire.nbytes(tokens) for wire in wires), 0],
-            landed=[0, *(in_place * state for state in states), 0],
+            state_in_history=[0, *(in_place * state for state in states), 0],
             embedding=cost.embedding_activation_bytes(tokens),
             head=cost.head_activation_bytes(model, tokens, size),
             lands=in_place and config.pipeline.wire_dtype in (None, config.precision),
@@ -186,14 +186,13 @@ def stage_memory(
     activations, history = kept.activations(layers), kept.history(layers)
     held, held_back, transfers = schedule.memory_in_flight(stage, kept.boundary(layers))
     weight_pass = sum(kept.weight_passes[layers.start : layers.stop])
-    here, state, working = (
-        histories_on_device(config, held),
-        kept.landed[layers.start],
-        working_bytes(config, kept, layers),
-    )
-    waiting, most = held - here, int(held.max())
-    if most > int(here.max()):  # while a forward pass runs, the history before its own is still leaving
-        working = max(working, history + state)
+    here, state = histories_on_device(config, held), kept.state_in_history[layers.start]
+    waiting, working, host = held - here, working_bytes(config, kept, layers), 0
+    if waiting.any():
+        working = max(
+            working, history + state
+        )  # while a forward pass runs, the history before its own is still leaving
+        host = host_buffers(int(held.max()), len(held)) * pinned(history + state)
     worst = int((held * activations + here * history - waiting * state + held_back * weight_pass + transfers).argmax())
     return StageMemory(
         weights=weights,
@@ -203,24 +202,28 @@ def stage_memory(
         transfers=int(transfers[worst]),
         working=working,
         in_flight=int(held[worst]),
-        host=host_buffers(most, len(held)) * pinned(history + state) if waiting.any() else 0,
+        host=host,
     )
 
 
+def offloads_history(config: Config) -> bool:
+    """Whether histories that wait are moved to host memory."""
+    return config.parallel.offload_history and architecture_of(config.model).can_offload_history
+
+
 def histories_on_device(config: Config, held: Integers) -> Integers:
-    """Of how many micro-batches in flight the history lies on the device."""
-    moves = config.parallel.offload_history and architecture_of(config.model).offloads_history
-    return np.minimum(held, HISTORIES_ON_DEVICE) if moves else held
+    """The number of histories on the device in a backward pass, of ``held`` micro-batches in flight."""
+    return np.minimum(held, HISTORIES_ON_DEVICE) if offloads_history(config) else held
 
 
 def host_buffers(in_flight: int, micro_batches: int) -> int:
-    """Histories for which a stage needs host memory: all in flight but that of the backward pass that comes next. The first two of a step
-    never leave."""
+    """The number of histories for which a stage needs host memory: all in flight, without that of the next backward pass. The first two
+    of a step never leave the device."""
     return min(in_flight - 1, micro_batches - 2)
 
 
 def pinned(nbytes: int) -> int:
-    """What torch takes for so many bytes of pinned memory: the next power of two."""
+    """Bytes that torch allocates for ``nbytes`` of pinned memory: the next power of two."""
     return 1 << (nbytes - 1).bit_length()
 
 
@@ -258,7 +261,7 @@ def _memory_of_parts(
 def working_bytes(config: Config, kept: MicroBatchBytes, layers: range) -> int:
     """Temporary tensors of a backward pass: the most that one of its moments needs, less what has been freed until then.
 
-    It counts large tensors only. tests/test_plan.py holds the stage's peak to 5 %.
+    It counts large tensors only. tests/test_plan_of_engines.py holds the stage's peak to 5 %.
     """
     model, checkpointing = config.model, kept.checkpointing[layers.start] is True
     size, tokens = ITEM_BYTES[config.precision], config.train.micro_batch_size * config.data.sequence_length

@@ -19,11 +19,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lime_dist.config.schema import Config
 from lime_dist.data.answers import ALL_COUNTED, CountedShares
 from lime_dist.distributed import group_timeout
-from lime_dist.model.architecture import architecture_of
 from lime_dist.model.history import LayerHistory, separate_view
 from lime_dist.model.weight_gradients import WeightGradients, deferring
 from lime_dist.pipeline.clock import COMPUTATION, TRANSFER, Clock
 from lime_dist.pipeline.engine import GradientOptimizer, LimeEngine
+from lime_dist.pipeline.memory import offloads_history
 from lime_dist.pipeline.module import LimePipelineModule
 from lime_dist.pipeline.process_groups import limits_ctas, transfer_options
 from lime_dist.pipeline.schedules.base import BACKWARDS, RECV_ACTIVATION, RECV_GRAD, Pass, make_schedule
@@ -79,8 +79,7 @@ class OverlapEngine(LimeEngine):
         self._held_back: dict[int, WeightGradients] = {}  # by micro-batch, the oldest one first
         self._backwards_left = 0  # in this step
         self._failed = False
-        moves = config.parallel.offload_history and architecture_of(config.model).offloads_history
-        self._waiting = WaitingHistories(self.device) if moves else None
+        self._waiting = WaitingHistories(self.device) if offloads_history(config) else None
         self._from_previous: Receiver[LayerHistory | None] | None = None
         self._from_next: Receiver[None] | None = None
         self._to_next: Sender | None = None
@@ -187,7 +186,7 @@ class OverlapEngine(LimeEngine):
             self._from_previous.begin(ahead, lambda: self.module.landing(*shape, part=next(coming)), meanwhile)
         if is_training:
             if self._waiting is not None:
-                self._waiting.begin_step(int(configured.held_by_part(self.stage_id).max()))
+                self._waiting.begin_step(configured.micro_batches_in_flight(self.stage_id))
             payload_window = configured.payload_window(self.stage_id)
             if self._from_next is not None:
                 returning = iter(pipe_schedule.parts_of(RECV_GRAD))

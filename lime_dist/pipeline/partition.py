@@ -132,7 +132,7 @@ def memory_costs(config: Config) -> Callable[[int], Costs]:
         held = int(schedule.held_by_part(stage)[turn].max())
         here = int(histories_on_device(config, np.array(held)))
         costs: Costs = (activations[settings[stage]] + own) * held + fixed + once
-        costs = costs + history * here - np.array(kept.landed)[:, None] * (held - here)
+        costs = costs + history * here - np.array(kept.state_in_history)[:, None] * (held - here)
         if (held_back := int(schedule.weight_passes_held(stage).max())) > 0:
             costs = costs + held_back * weight_passes
         if part > 0 and (ahead := schedule.receives_ahead(RECV_ACTIVATION)):

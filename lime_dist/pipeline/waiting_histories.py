@@ -10,11 +10,11 @@ backward pass before its own runs. On a stage with five micro-batches in flight 
     comes back                                          2         3         4
     leaves                     2    3    4         5         6         7          after the pass
 
-A history that leaves is copied while the next pass runs, and then its memory is free for others; so is one that comes back. The
-copies have a stream of their own. A copy out waits for the forward pass. A copy back waits for what was in its memory before. The next
-pass of either kind waits on the device, for a copy that has not ended. The host waits for none of this, once it has the pinned memory
-that it needs, which takes the first step. Tensors and the autograd graph do not notice: their storage has no memory for a while. A
-stage with at most `HISTORIES_ON_DEVICE` micro-batches in flight moves nothing.
+All copies run on one side stream. A copy to the host begins after its forward pass and overlaps the next pass; then its device memory
+is freed. A copy to the device begins after the kernels that used that memory before, and overlaps the backward pass before its own. If a
+copy takes longer, the compute stream waits for it. The host never blocks, except in the first steps, which allocate pinned memory. Tensors
+and the autograd graph keep their storages, which have no memory meanwhile. A stage with at most `HISTORIES_ON_DEVICE`
+micro-batches in flight copies nothing.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from lime_dist.pipeline.memory import HISTORIES_ON_DEVICE
 
 
 def resize(storage: torch.UntypedStorage, nbytes: int) -> None:
-    """Give a storage new memory, whose content is undefined; 0 bytes: free its memory."""
+    """Allocate uninitialized memory for a storage; 0 bytes: free its memory."""
     storage.resize_(nbytes)
 
 
 class _Away:
-    """A history that has left the device, or is about to.
+    """A history that is in host memory, or on its way there or back.
 
     Attributes:
         memory: all of its elements, without a place in the autograd graph.
         host: a copy of them.
-        copied: when the last copy has ended, on a device that has streams.
+        copied: event after the last copy; None on the CPU.
     """
 
     def __init__(self, memory: Tensor, host: Tensor) -> None:
@@ -54,13 +54,14 @@ class WaitingHistories:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._queues = torch.get_device_module(device) if device.type != "cpu" else None
-        self._stream = self._queues.Stream(device) if self._queues is not None else None
+        self._device_module = torch.get_device_module(device) if device.type != "cpu" else None
+        self._stream = self._device_module.Stream(device) if self._device_module is not None else None
         self._unused: list[Tensor] = []  # pinned memory, which is expensive to allocate
         self.begin_step(0)
 
     def begin_step(self, in_flight: int) -> None:
-        """
+        """A training step begins.
+
         Args:
             in_flight: most micro-batches that are between their passes in this step.
         """
@@ -89,7 +90,7 @@ class WaitingHistories:
         if (coming := self._away.get(self._backwards)) is not None:
             resize(coming.memory.untyped_storage(), coming.host.nbytes)
             self._copy(coming.host, coming.memory, coming)
-            self._unused.append(coming.host)  # whoever gets it is copied on the same stream, later
+            self._unused.append(coming.host)  # the next copy into it follows on the same stream
 
     def after_backward(self) -> None:
         """A backward pass is over."""
@@ -102,24 +103,24 @@ class WaitingHistories:
             self._leaving = None
 
     def _copy(self, source: Tensor, target: Tensor, away: _Away) -> None:
-        """Copy after what has been queued until now, beside what will be queued."""
-        if self._queues is None:
+        """Copy after all kernels that have been queued, in parallel with those that will be."""
+        if self._device_module is None:
             target.copy_(source)
             return
         assert self._stream is not None
-        self._stream.wait_stream(self._queues.current_stream())
-        with self._queues.stream(self._stream):
+        self._stream.wait_stream(self._device_module.current_stream())
+        with self._device_module.stream(self._stream):
             target.copy_(source, non_blocking=True)
         away.copied = self._stream.record_event()
 
     def _wait_for(self, away: _Away) -> None:
-        """Let what will be queued come after the last copy."""
-        if self._queues is not None:
-            self._queues.current_stream().wait_event(away.copied)
+        """Let the compute stream wait for the last copy."""
+        if self._device_module is not None:
+            self._device_module.current_stream().wait_event(away.copied)
 
     def _host_memory(self, memory: Tensor) -> Tensor:
-        """Host memory for as many elements."""
+        """Host memory for as many elements, pinned for a GPU."""
         for index, unused in enumerate(self._unused):
             if unused.numel() == memory.numel():
                 return self._unused.pop(index)
-        return torch.empty(memory.shape, dtype=memory.dtype, pin_memory=self._queues is not None)
+        return torch.empty(memory.shape, dtype=memory.dtype, pin_memory=self._device_module is not None)

@@ -89,7 +89,8 @@ class Parts:
         link: the time that transfers add to the step. If links bind: the time in which a stage does not compute.
         bubble: filling and draining the pipeline. 0 if links bind.
         latency: the time that the latency of transfers adds.
-        reduction: of gradients over the replicas and of weights of several stages, and with ZeRO-1 the exchange of updated weights.
+        reduction: of gradients over the replicas, as far as the last pass does not hide it, and of weights of several stages, and with
+            ZeRO-1 the exchange of updated weights.
     """
 
     computation: float
@@ -311,7 +312,7 @@ def last_passes(config: Config, times: Sequence[StageTimes]) -> list[float]:
 def reduction_seconds(
     config: Config,
     exchanges: Sequence[Exchange],
-    hiding: Sequence[float],
+    last_pass_seconds: Sequence[float],
     shared: int,
     machine: Machine,
     replicas: int,
@@ -324,14 +325,14 @@ def reduction_seconds(
 
     Args:
         exchanges: with the other replicas, by stage.
-        hiding: seconds of the last passes, by stage; the result of `last_passes`.
+        last_pass_seconds: by stage; the result of `last_passes`.
         shared: elements of those routers and summaries.
     """
     model, size = config.model, ITEM_BYTES[config.precision]
     accumulation_bytes, stages = max(4, size), len(exchanges)
     seconds = 2 * (replicas - 1) * machine.latency
     if replicas > 1:
-        seconds += max(_after_passes(machine, *each) for each in zip(exchanges, hiding, strict=True))
+        seconds += max(_after_passes(machine, *each) for each in zip(exchanges, last_pass_seconds, strict=True))
     if model.tie_word_embeddings and stages > 1:
         divided = replicas if config.parallel.zero_stage == 1 else 1  # each replica sums what it updates
         tied = model.vocab_size * model.hidden_size * accumulation_bytes / divided
@@ -343,8 +344,8 @@ def reduction_seconds(
 
 
 def _after_passes(machine: Machine, exchange: Exchange, last_pass: float) -> float:
-    """Seconds that the exchange of a stage takes after its last pass, in the course of which its pieces become final at a steady rate:
-    either the sums have kept up, and the first piece is left, or they have been busy since the last piece was final."""
+    """Seconds that the exchange of a stage takes after its last pass. During that pass gradients become final at a steady rate, from the
+    last piece to the first. A fast network then has only the first piece left; a slow one has been busy since the last piece was final."""
     whole = exchange.gradient_bytes + exchange.weight_bytes
     sums = exchange.sent * exchange.gradient_bytes / whole / machine.bandwidth
     late = exchange.late_bytes / exchange.gradient_bytes

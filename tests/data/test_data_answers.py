@@ -86,16 +86,7 @@ def test_batches_count_answers_only(folder: Path) -> None:
     for stream in (plain, masked):
         stream.close()
     (first, *_) = ValidationBatches(TokenSplit(folder, "validation"), LENGTH, 4, 2, 0, 1, answers)
-    assert first[1].tolist()[0] == [
-        IGNORED_LABEL,
-        IGNORED_LABEL,
-        3,
-        4,
-        EOS,
-        IGNORED_LABEL,
-        IGNORED_LABEL,
-        IGNORED_LABEL,
-    ]
+    assert first[1].tolist()[0] == [*[IGNORED_LABEL] * 2, 3, 4, EOS, *[IGNORED_LABEL] * 3]
 
 
 def test_the_share_is_that_of_the_samples_asked_for(folder: Path) -> None:

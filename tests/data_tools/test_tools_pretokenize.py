@@ -180,9 +180,12 @@ def test_a_kill_while_a_small_file_is_written_leaves_nothing_behind(
     assert content(copy) == before
 
 
+KILLS = 10
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Ten kills of a worker, the parent, or all at once, in any phase including de-duplication, with 1, 2 or 3 workers. The moments
+    """Kills of a worker, the parent, or all at once, in any phase including de-duplication, with 1, 2 or 3 workers. The moments
     follow from how long this machine takes for a run; after the last kill, runs end by themselves."""
     generator = random.Random(0)
     options = ["--drop-duplicates", "--shuffle", "5", "--test-fraction", "0.1"]
@@ -200,11 +203,11 @@ def test_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_folder: 
     assert whole.returncode == 0, errors
     duration = time.monotonic() - begin
     expected, kills, outputs = content(tmp_path / "whole"), 0, 0
-    while kills < 10:
+    while kills < KILLS:
         output, outputs = tmp_path / f"killed-{outputs}", outputs + 1
         while True:
             run = start(output, generator.randint(1, 3))
-            if kills < 10:
+            if kills < KILLS:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     run.wait(generator.uniform(0.2, 1.2) * duration)
                 workers = children(run.pid) if run.poll() is None else []
@@ -224,6 +227,7 @@ def test_kills_at_random_moments_change_nothing(corpus: Path, tokenizer_folder: 
             if run.returncode == 0:
                 break
         assert content(output) == expected
+    assert outputs > 1
 
 
 @pytest.mark.slow

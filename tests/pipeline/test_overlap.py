@@ -124,7 +124,7 @@ def test_no_step_after_a_failed_one(workers: Callable[[int], WorkerGroup]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stages", "extra"), [(3, 1), (2, 2)])
+@pytest.mark.parametrize(("stages", "extra"), [(2, 0), (3, 1), (2, 2)])
 def test_late_transfers_change_nothing(workers: Callable[[int], WorkerGroup], stages: int, extra: int) -> None:
     """200 steps in which each end of each transfer is up to 1 ms late at random: no deadlock, identical losses to the last bit."""
     values = settings(stages, "chunked", extra_in_flight=extra)

@@ -166,12 +166,11 @@ def stage_bytes(config: Config, in_flight: int, stages: int, stage: int, begin: 
     if stage > 0:  # one more payload in transfer; it may land in its history
         lands = depth or (model.architecture == "lime" and model.lime.routes == "kv")
         landing = history - gradients if lands else cost.payload_bytes(model, begin, tokens, size, prices)
-    here = (
-        min(in_flight, 3) if config.parallel.offload_history and (depth or model.architecture == "lime") else in_flight
-    )
-    state = (
-        tokens * model.hidden_size * size if stage > 0 and (depth or model.lime.routes == "kv") else 0
-    )  # in the history
+    here, state = in_flight, 0
+    if config.parallel.offload_history and (depth or model.architecture == "lime"):
+        here = min(in_flight, 3)
+        if stage > 0 and (depth or model.lime.routes == "kv"):
+            state = tokens * model.hidden_size * size  # received into the memory of the history
     histories = here * (history - gradients) - (in_flight - here) * state
     return in_flight * kept + histories + gradients + landing + parameter * parameters
 

@@ -134,7 +134,7 @@ def test_stages_are_cut_for_it(gpipe: None) -> None:
 
 @pytest.mark.parametrize("stages", [2, 3])
 def test_its_memory_is_that_of_the_engine(workers: Callable[[int], WorkerGroup], gpipe: None, stages: int) -> None:
-    """The peak of live tensor bytes to 5 %, as for the other schedules in tests/test_plan.py."""
+    """The peak of live tensor bytes to 5 %, as for the other schedules in tests/test_plan_of_engines.py."""
     values: dict[str, Any] = {
         "model": {
             "vocab_size": 400, "hidden_size": 48, "intermediate_size": 120, "num_hidden_layers": 6, "num_attention_heads": 4,

@@ -48,13 +48,16 @@ monitor:
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["zero_bubble", "interleaved"])
 def test_everything_together(workers: Workers, dataset: Path, tmp_path: Path, schedule: str) -> None:
-    """Two stages of two replicas, killed in the middle of step 7 by the loss of a process that cannot save."""
+    """Two stages of two replicas, stopped by a signal to one process in step 7, and resumed."""
 
     def values(directory: Path) -> dict[str, Any]:
         path = tmp_path / "config.yaml"
         path.write_text(YAML.replace("DATASET", str(dataset)))
         overrides = [f"run.directory={directory}", f"pipeline.schedule={schedule}"]
-        overrides += ["parallel.virtual_stages=2"] if schedule == "interleaved" else []
+        overrides += {
+            "interleaved": ["parallel.virtual_stages=2"],
+            "zero_bubble": ["parallel.offload_history=true", "pipeline.extra_in_flight=2"],
+        }[schedule]
         settings: dict[str, Any] = yaml.safe_load(yaml.safe_dump(load_config(path, overrides).model_dump(mode="json")))
         return settings
 

@@ -56,8 +56,9 @@ class ParallelConfig(Section):
     )
     offload_history: bool = Field(
         False,
-        description="let layer histories wait for their backward pass in host memory, all but three of each stage: early stages, "
-        "which have more micro-batches in flight, need less device memory (`lime` and `attention_residuals`; no effect on other architectures)",
+        description="keep the layer histories of micro-batches that wait for their backward pass in host memory, all but three on each "
+        "stage: early stages, which have more micro-batches in flight, need less device memory (`lime` and `attention_residuals`; no "
+        "effect on other architectures)",
     )
 
     @field_validator("activation_checkpointing", mode="before")

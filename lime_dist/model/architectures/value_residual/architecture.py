@@ -44,7 +44,7 @@ class ValueResidual(Architecture):
     has_configurable_policy = False
     max_block_layers = 1
     receives_in_place = False
-    offloads_history = False  # its entry is what layer 0 keeps anyway
+    can_offload_history = False  # its entry is what layer 0 keeps anyway
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
