@@ -8,6 +8,7 @@ and backward of each model are timed on this machine, one model after another.
 
     python benchmarks/depth.py --data data/quickstart/shards --output runs/depth --jobs 2
     python benchmarks/depth.py --data … --output … --models llama lime-full lime-first_last --seeds 1 2 3 4 5 --steps 1600
+    python benchmarks/depth.py optimizer.name=adamw --data … --output … --lrs 2e-3 4e-3
     python benchmarks/depth.py --data … --output … --minutes 60                (start no runs after that)
     python benchmarks/depth.py --data … --output … --spread                    (only LLaMA: how much do seeds differ?)
     python benchmarks/depth.py --output runs/depth --runs benchmarks/depth.jsonl    (the losses of RESULTS.md; trains nothing)
@@ -36,11 +37,11 @@ DEFAULT = [
 SIZE = [
     "model.hidden_size=64", "model.intermediate_size=192", "model.num_hidden_layers=24", "model.num_attention_heads=4",
     "data.sequence_length=128", "train.global_batch_size=8", "train.micro_batch_size=8", "parallel.pipeline_stages=1",
-    "train.evaluation_samples=200", "train.log_interval=50", "train.checkpoint_interval=200", "optimizer.min_lr=1.0e-6",
+    "train.evaluation_samples=200", "train.log_interval=50", "train.checkpoint_interval=200", "optimizer.name=muon",
+    "optimizer.min_lr=1.0e-6",
 ]  # fmt: skip
-"""The settings of all runs; overrides of the command line follow."""
-WARMUP_SHARE, CURVE_POINTS = 0.15, 8
-SPREAD_SEEDS = 5
+"""The settings of all runs; overrides of the command line follow. Why Muon: see RESULTS.md."""
+WARMUP_SHARE, CURVE_INTERVAL = 0.25, 50
 
 
 def main() -> None:
@@ -48,19 +49,17 @@ def main() -> None:
     add_study_options(parser)
     parser.add_argument("--models", nargs="+", default=DEFAULT, choices=sorted(MODELS), metavar="MODEL",
                         help=f"of {', '.join(sorted(MODELS))}; {BASE} and {FULL} always run")  # fmt: skip
-    parser.add_argument(
-        "--spread", action="store_true", help=f"train {BASE} alone, from {SPREAD_SEEDS} seeds at each learning rate"
-    )
+    parser.add_argument("--spread", action="store_true", help=f"train {BASE} alone, from --seeds at each of --lrs")
     arguments = parser.parse_args()
     names = [BASE] if arguments.spread else list(dict.fromkeys([BASE, FULL, *arguments.models]))
     sweep = make_sweep(arguments, [(name, ()) for name in names])
     if arguments.spread:
         variants = {one.name: one.overrides for one in sweep.settings()}
-        study = replace(sweep.study, seeds=range(SPREAD_SEEDS), variants=variants)
+        study = replace(sweep.study, variants=variants)
         study.run(arguments.jobs, arguments.minutes)
         report(study, spread_table(study, sweep.settings()))
         return
-    chosen = choose(sweep, arguments)
+    chosen = choose(sweep, arguments, "sweep.md")
     study = replace(sweep.study, seeds=arguments.seeds, variants={one.name: one.overrides for one in chosen})
     study.run(arguments.jobs, arguments.minutes)
     seeds = finished(study)
@@ -72,10 +71,10 @@ def main() -> None:
 
 def add_study_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a study of memories over depth."""
-    add_options(parser, steps=400, data_is_optional=True)
-    parser.set_defaults(seeds=[1, 2, 3])
+    add_options(parser, steps=300, data_is_optional=True)
+    parser.set_defaults(seeds=[2, 3, 4, 5, 6])
     parser.add_argument("--runs", type=user_path, help="file of finished runs (default: runs.jsonl in --output)")
-    add_sweep_options(parser, [2e-3, 4e-3])
+    add_sweep_options(parser, [1.6e-2, 3.2e-2])
     parser.add_argument("--router-multiples", nargs="+", type=float, default=[3.0, 1.0],
                         help="learning rates of routers to try, as multiples; the first with every learning rate")  # fmt: skip
 
@@ -84,12 +83,11 @@ def make_sweep(arguments: argparse.Namespace, models: list[tuple[str, tuple[str,
     """Return the sweep that a command line asks for.
 
     Raises:
-        LimeError: the options contradict each other, or the data cannot be read.
+        LimeError: an option is wrong, or the data cannot be read.
     """
-    check_sweep_seed(arguments)
     shared = [
         *SIZE, f"optimizer.warmup_steps={max(1, round(WARMUP_SHARE * arguments.steps))}",
-        f"train.evaluation_interval={max(1, arguments.steps // CURVE_POINTS)}",
+        f"train.evaluation_interval={max(1, min(CURVE_INTERVAL, arguments.steps))}",
     ]  # fmt: skip
     path = arguments.runs or arguments.output / "runs.jsonl"
     kept = KeptRuns(path, data_digest(arguments.data) if arguments.data else only_data_digest(path))
@@ -101,12 +99,20 @@ def make_sweep(arguments: argparse.Namespace, models: list[tuple[str, tuple[str,
     return sweep
 
 
-def choose(sweep: Sweep, arguments: argparse.Namespace) -> list[Setting]:
-    """Return the best setting of each model. The losses of the sweep are reported, also if it could not end."""
+def choose(sweep: Sweep, arguments: argparse.Namespace, table: str) -> list[Setting]:
+    """Return the best setting of each model. The losses of the sweep are reported, also if it could not end.
+
+    Args:
+        table: name of the file for them.
+
+    Raises:
+        LimeError: the runs to compare have the seed of the sweep, or the sweep could not end.
+    """
+    check_sweep_seed(arguments)
     try:
         return sweep.run(arguments.jobs, arguments.minutes)
     finally:
-        report(sweep.study, sweep_table(sweep.study, sweep.settings(), sweep.seed), "sweep.md")
+        report(sweep.study, sweep_table(sweep), table)
 
 
 def finished(study: Study) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from memories import BASE, FULL, Setting
+from memories import BASE, FULL, Setting, Sweep
 from pairs import mean_and_spread, mean_interval
 from results import plotting, read_results, write_results
 from runs import Study
@@ -156,32 +156,45 @@ def difference(losses: Sequence[float], others: Sequence[float], comparisons: in
     return f"{statistics.fmean(pairs):+.4f} [{low:+.4f}, {high:+.4f}] {verdict}"
 
 
-def sweep_table(study: Study, settings: Sequence[Setting], seed: int) -> str:
-    """Return the validation losses of one seed at every learning rate tried, as far as runs have ended; the best of a model is bold."""
-    losses = {one: loss for one in settings if (loss := study.validation(one.name, seed)) is not None}
+def sweep_table(sweep: Sweep) -> str:
+    """Return the validation losses of a sweep, as far as runs have ended; what is chosen for a model is bold."""
+    study, seed = sweep.study, sweep.seed
+    losses = {one: loss for one in sweep.settings() if (loss := study.validation(one.name, seed)) is not None}
     lrs = sorted({one.lr for one in losses})
     rows = dict.fromkeys((one.model, one.router_multiple, one.shape) for one in losses)
+    chosen = {
+        sweep.best([one for one in losses if (one.model, one.shape) == (model, shape)]) for model, _, shape in rows
+    }
+
+    def cell(setting: Setting) -> str:
+        if math.isnan(loss := losses.get(setting, math.inf)):
+            return "nan"
+        if math.isinf(loss):
+            return ""
+        return f"**{loss:.4f}**" if setting in chosen else f"{loss:.4f}{', spike' * sweep.has_spike(setting)}"
+
     lines = [f"| model, routers' multiple | {' | '.join(f'{lr:g}' for lr in lrs)} |", f"|---{'|---' * len(lrs)}|"]
     for model, multiple, shape in rows:
-        finite = [loss for one, loss in losses.items() if (one.model, one.shape) == (model, shape) and loss == loss]
-        cells = [losses.get(Setting(model, lr, multiple, shape)) for lr in lrs]
-        texts = [
-            "" if loss is None else f"**{loss:.4f}**" if loss == min(finite, default=None) else f"{loss:.4f}"
-            for loss in cells
-        ]
         name = " ".join([model, *(override.partition("=")[2] for override in shape)])
-        lines.append(f"| {name}, {multiple:g} | {' | '.join(texts)} |")
+        cells = " | ".join(cell(Setting(model, lr, multiple, shape)) for lr in lrs)
+        lines.append(f"| {name}, {multiple:g} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def spread_table(study: Study, settings: Sequence[Setting]) -> str:
     """Return how much seeds differ at each learning rate."""
-    lines = ["| learning rate | seeds | validation loss | standard deviation |", "|---|---|---|---|"]
+    lines = [
+        "| optimizer | warm-up, steps | tokens | learning rate | seeds | validation loss | standard deviation |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for one in settings:
         losses = [loss for seed in study.seeds if (loss := study.validation(one.name, seed)) is not None]
         if len(losses) > 1:
+            config = study.model(one.name)
+            tokens = config.train.steps * config.train.global_batch_size * config.data.sequence_length
             lines.append(
-                f"| {one.lr:g} | {len(losses)} | {statistics.fmean(losses):.4f} | {statistics.stdev(losses):.4f} |"
+                f"| {config.optimizer.name} | {config.optimizer.warmup_steps} | {tokens:,} | {one.lr:g} | {len(losses)} | "
+                f"{statistics.fmean(losses):.4f} | {statistics.stdev(losses):.4f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -200,7 +213,7 @@ def draw(study: Study, chosen: dict[str, Setting], seeds: Sequence[int]) -> None
         axes.set_xlabel("model FLOPs")
         axes.grid(alpha=0.3)
     whole.set_ylabel("validation loss, nats per token")
-    end.set_title("the last quarter")
+    end.set_title("the last three points")
     whole.legend(fontsize=8)
     figure.tight_layout()
     path = study.output / "depth.png"

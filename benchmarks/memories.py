@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +47,8 @@ MODELS: dict[str, list[str]] = {
 }
 """Overrides of the quickstart's configuration, by name. lime-full to lime-dilated mix keys and values; lime-static and lime-dynamic, hidden states."""
 MOST_EXTENSIONS = 2
+SPIKE = 0.1
+"""A rise of the validation loss between two points of a curve, nats, that shows a learning rate to be too high."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ class Sweep:
     """Chooses learning rates by one run of each.
 
     All learning rates are tried with the first multiple for routers. While the best of a model is the lowest or the highest of those
-    tried, half or double of it is tried too, twice at most. The other multiples are tried at the best learning rate.
+    tried, half or double of it is tried too, twice at most. The other multiples are tried at the best learning rate. A learning rate at
+    which any run of a model had a spike is not chosen, nor a higher one, unless there is no other: a run of one seed may recover where
+    another does not.
 
     Attributes:
         study: the runs; its variants are replaced.
@@ -118,17 +124,15 @@ class Sweep:
         Raises:
             LimeError: no time was left for some run.
         """
-        for _ in range(MOST_EXTENSIONS):
-            self._train(jobs, minutes)
-            if not self._extend():
+        extensions = 0
+        self._train(jobs, minutes)
+        while True:
+            if extensions < MOST_EXTENSIONS and self._extend():
+                extensions += 1
+            elif not self._add_multiples():
                 break
-        self._train(jobs, minutes)
-        for (name, shape), settings in self.tried.items():
-            lr = self._best(settings).lr
-            others = [multiple for multiple in self.multiples[1:] if has_routers(name)]
-            settings += [Setting(name, lr, multiple, shape) for multiple in others]
-        self._train(jobs, minutes)
-        return [self._best(settings) for settings in self.tried.values()]
+            self._train(jobs, minutes)
+        return [self.best(settings) for settings in self.tried.values()]
 
     def at_an_end(self, chosen: Setting) -> bool:
         """Return whether a lower or a higher learning rate than those tried might be better."""
@@ -147,13 +151,33 @@ class Sweep:
         """Try one more learning rate for each model whose best is at an end; return whether there was one."""
         extended = False
         for settings in self.tried.values():
-            best = self._best(settings)
+            best = self.best(settings)
             if self.at_an_end(best):
                 factor = 2.0 if best.lr == max(one.lr for one in settings) else 0.5
                 settings.append(replace(best, lr=best.lr * factor))
                 extended = True
         return extended
 
-    def _best(self, settings: Sequence[Setting]) -> Setting:
+    def _add_multiples(self) -> bool:
+        """Try the other multiples for routers at the best learning rate of each model; return whether any was new."""
+        added = False
+        for (name, _), settings in self.tried.items():
+            best = self.best(settings)
+            others = [replace(best, router_multiple=one) for one in self.multiples[1:] if has_routers(name)]
+            new = [one for one in others if one not in settings]
+            settings += new
+            added = added or bool(new)
+        return added
+
+    def best(self, settings: Sequence[Setting]) -> Setting:
+        """Return the setting to choose among those of one model."""
         losses = sweep_losses(self.study, [one.name for one in settings], self.seed)
-        return min(settings, key=lambda one: losses[one.name])
+        too_high = min((one.lr for one in settings if self.has_spike(one)), default=math.inf)
+        return min([one for one in settings if one.lr < too_high] or settings, key=lambda one: losses[one.name])
+
+    def has_spike(self, setting: Setting) -> bool:
+        """Return whether the validation loss of a run rose, or was not a number, somewhere."""
+        records = self.study.records(setting.name, self.seed)
+        losses = [record["validation_loss"] for record in records if "validation_loss" in record]
+        rises = (after - before for before, after in itertools.pairwise(losses))
+        return any(map(math.isnan, losses)) or any(rise > SPIKE for rise in rises)

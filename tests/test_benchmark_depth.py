@@ -65,7 +65,7 @@ def test_a_sweep_goes_on_while_the_best_is_at_an_end(study: Study) -> None:
     keep(study, Setting("lime-full", 8e-3, 1.0), 0, {8: 2.6})
     llama, lime = sweep.run(1, None)
     assert (llama, lime) == (Setting("llama", 2e-3), Setting("lime-full", 8e-3, 1.0)), "nan is no loss below the others"
-    table = depth_table.sweep_table(sweep.study, sweep.settings(), 0).splitlines()
+    table = depth_table.sweep_table(sweep).splitlines()
     assert table[0] == "| model, routers' multiple | 0.001 | 0.002 | 0.004 | 0.008 | 0.016 |"
     assert table[2:] == [
         "| llama, 1 | 3.0000 | **2.5000** | nan |  |  |",
@@ -74,6 +74,34 @@ def test_a_sweep_goes_on_while_the_best_is_at_an_end(study: Study) -> None:
     ]
     assert not sweep.at_an_end(llama) and not sweep.at_an_end(lime)
     assert sweep.at_an_end(replace(lime, lr=1.6e-2))
+
+
+def test_a_learning_rate_with_a_spike_is_not_chosen(study: Study) -> None:
+    """One run at the best rate spiked and recovered only with one multiple: the rate below is taken; half of it and the multiples are tried too."""
+    sweep = Sweep(study, [("lime-full", ())], [1e-3, 2e-3], [3.0, 1.0], seed=0)
+    calm, spiked = {2: 4.0, 4: 4.05, 8: 3.0}, {2: 4.0, 4: 4.2, 8: 2.9}
+    keep(study, Setting("lime-full", 1e-3, 3.0), 0, calm)
+    keep(study, Setting("lime-full", 2e-3, 3.0), 0, {**calm, 8: 2.5})
+    keep(study, Setting("lime-full", 4e-3, 3.0), 0, {**calm, 8: 2.7})
+    keep(study, Setting("lime-full", 2e-3, 1.0), 0, spiked)
+    with pytest.raises(LimeError, match="lime-full-lr0.0005-x3-seed0 is not among the finished runs"):
+        sweep.run(1, None)
+    keep(study, Setting("lime-full", 5e-4, 3.0), 0, {**calm, 8: 3.3})
+    with pytest.raises(LimeError, match="lime-full-lr0.001-x1-seed0 is not among the finished runs"):
+        sweep.run(1, None)
+    keep(study, Setting("lime-full", 1e-3, 1.0), 0, {**calm, 8: 3.1})
+    assert sweep.run(1, None) == [Setting("lime-full", 1e-3, 3.0)]
+    assert depth_table.sweep_table(sweep).splitlines()[2:] == [
+        "| lime-full, 3 | 3.3000 | **3.0000** | 2.5000 | 2.7000 |",
+        "| lime-full, 1 |  | 3.1000 | 2.9000, spike |  |",
+    ]
+
+
+def test_without_a_calm_learning_rate_the_best_is_chosen(study: Study) -> None:
+    sweep = Sweep(study, [("llama", ())], [1e-3], [3.0, 1.0], seed=0)
+    keep(study, Setting("llama", 1e-3), 0, {4: float("nan"), 8: 3.0})
+    assert sweep.run(1, None) == [Setting("llama", 1e-3)]
+    assert depth_table.sweep_table(sweep).splitlines()[2] == "| llama, 1 | **3.0000** |"
 
 
 def test_a_run_is_kept_by_what_it_trains_and_on_what(study: Study, tmp_path: Path) -> None:
@@ -173,30 +201,48 @@ def test_intervals_widen_with_the_number_of_comparisons() -> None:
 
 
 def test_a_model_of_which_every_run_diverged_has_no_best(study: Study) -> None:
-    setting = Setting("llama", 1e-3)
-    keep(study, setting, 0, {8: float("nan")})
-    study = replace(study, variants={setting.name: setting.overrides})
-    assert depth_table.sweep_table(study, [setting], 0).splitlines()[2] == "| llama, 1 | nan |"
+    keep(study, Setting("llama", 1e-3), 0, {8: float("nan")})
+    sweep = Sweep(study, [("llama", ())], [1e-3], [1.0], seed=0)
+    sweep.run(1, None)
+    assert depth_table.sweep_table(sweep).splitlines()[2] == "| llama, 1 | nan |"
 
 
-def test_the_published_tables_are_those_of_the_kept_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command of RESULTS.md, without what is timed."""
-    published = (ROOT / "benchmarks/RESULTS.md").read_text()
-    (command,) = re.findall(
-        r"^python benchmarks/(depth\.py --output \S+ --runs .*?)(?: +#.*)?$", published, re.MULTILINE
-    )
+PUBLISHED = (ROOT / "benchmarks/RESULTS.md").read_text()
+COMMANDS = re.findall(
+    r"^python benchmarks/(depth(?:_or_width)?)\.py (.*--runs benchmarks/depth\.jsonl.*?)(?: +#.*)?$",
+    PUBLISHED,
+    re.MULTILINE,
+)
+TIMED = " at llama's time "
+
+
+def test_there_are_published_commands() -> None:
+    assert {script for script, _ in COMMANDS} >= {"depth"}
+
+
+@pytest.mark.parametrize(("script", "options"), COMMANDS)
+def test_the_published_tables_are_those_of_the_kept_runs(
+    script: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row that a command of RESULTS.md writes without training is there, but for what is timed."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(options), "--output", str(tmp_path)])
     monkeypatch.setattr(depth, "measure_costs", lambda study, chosen: dict.fromkeys(chosen, depth_table.Cost(1.0, 1.0)))
     monkeypatch.setattr(depth, "draw", lambda *_: None)
-    depth.main()
-    assert (tmp_path / "sweep.md").read_text() in published
+    {"depth": depth, "depth_or_width": depth_or_width}[script].main()
+    written = [row for path in tmp_path.glob("*.md") for row in comparable_rows(path.read_text())]
+    published = set(comparable_rows(PUBLISHED))
+    assert len(written) > 1 and [row for row in written if row not in published] == []
 
-    def learning(text: str) -> list[list[str]]:
-        """The table of losses and differences, without the column of equal time."""
-        (head,) = re.findall(r"^\| model \| learning rate.*$", text, re.MULTILINE)
-        lines = text[text.index(head) :].split("\n\n")[0].splitlines()
-        timed = head.split("|").index(" at llama's time ")
-        return [line.split("|")[:timed] + line.split("|")[timed + 1 :] for line in lines]
 
-    assert learning((tmp_path / "table.md").read_text()) == learning(published)
+def comparable_rows(text: str) -> list[str]:
+    """Return the rows of the tables of a text, heads included: without the column of equal time, and without tables of costs."""
+    rows: list[str] = []
+    for table in re.findall(r"^\|.*\n(?:\|.*\n)*", text, re.MULTILINE):
+        cells = [line.split("|") for line in table.splitlines()]
+        if TIMED in cells[0]:
+            timed = cells[0].index(TIMED)
+            cells = [line[:timed] + line[timed + 1 :] for line in cells]
+        if "seconds of forward" not in table:
+            rows += ["|".join(line) for line in cells if "---" not in line]
+    return rows
