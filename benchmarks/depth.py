@@ -1,17 +1,18 @@
 """Which memory over depth is worth its cost: compare architectures and history policies at the learning rate that suits each.
 
-First every model is trained once for each learning rate, then for each multiple of the best one for its routers, from a seed of its
-own (--sweep-seed). While the best learning rate is the lowest or the highest of a model, one more is tried, twice at most. Then the best
-setting of each is trained from the seeds given, which are the same for all models, and so is the order of the data. Differences are
-paired by seed; intervals hold for all comparisons of the table together. At last, forward, loss
-and backward of each model are timed on this machine, one model after another.
+Each model is first trained once at each learning rate (--lrs), from a seed of its own (--sweep-seed). While a model's best rate is the
+lowest or the highest tried, half or double of it is tried too, twice at most. At its best rate, other learning rates of its routers
+are tried (--router-multiples). A rate at which the validation loss of some run rose by more than 0.1 between two points of its curve is
+not chosen, nor a higher one. Then the chosen setting of each model is trained from --seeds, with the same order of the data for
+all. Differences are paired by seed; intervals hold for all comparisons of the table together. Last, forward, loss and backward of each
+model are timed on this machine, one model after another. All runs use Muon, unless an override says otherwise.
 
     python benchmarks/depth.py --data data/quickstart/shards --output runs/depth --jobs 2
     python benchmarks/depth.py --data … --output … --models llama lime-full lime-first_last --seeds 1 2 3 4 5 --steps 1600
     python benchmarks/depth.py optimizer.name=adamw --data … --output … --lrs 2e-3 4e-3
     python benchmarks/depth.py --data … --output … --minutes 60                (start no runs after that)
     python benchmarks/depth.py --data … --output … --spread                    (only LLaMA: how much do seeds differ?)
-    python benchmarks/depth.py --output runs/depth --runs benchmarks/depth.jsonl    (the losses of RESULTS.md; trains nothing)
+    python benchmarks/depth.py --output runs/depth --runs benchmarks/depth.jsonl    (the first comparison of RESULTS.md; trains nothing)
 
 Resumable: after a stop, the same command finishes the rest. A run that has ended is kept as one line of --runs, and is not repeated
 where its line is, also on another machine, if model, settings and data are the same.
@@ -56,12 +57,14 @@ def main() -> None:
     if arguments.spread:
         variants = {one.name: one.overrides for one in sweep.settings()}
         study = replace(sweep.study, variants=variants)
-        study.run(arguments.jobs, arguments.minutes)
-        report(study, spread_table(study, sweep.settings()))
+        if len(arguments.seeds) < 2:
+            raise LimeError("--spread compares seeds; give 2 --seeds or more")
+        study.run(arguments.jobs)
+        report(study, spread_table(study, sweep.settings()), "spread.md")
         return
     chosen = choose(sweep, arguments, "sweep.md")
     study = replace(sweep.study, seeds=arguments.seeds, variants={one.name: one.overrides for one in chosen})
-    study.run(arguments.jobs, arguments.minutes)
+    study.run(arguments.jobs)
     seeds = finished(study)
     by_model = {one.model: one for one in chosen}
     ends = [one.model for one in chosen if sweep.at_an_end(one)]
@@ -110,7 +113,7 @@ def choose(sweep: Sweep, arguments: argparse.Namespace, table: str) -> list[Sett
     """
     check_sweep_seed(arguments)
     try:
-        return sweep.run(arguments.jobs, arguments.minutes)
+        return sweep.run(arguments.jobs)
     finally:
         report(sweep.study, sweep_table(sweep), table)
 

@@ -43,7 +43,7 @@ def main() -> None:
     sweep = make_sweep(arguments, [(name, each) for name in arguments.models for each in shapes.values()])
     chosen = choose(sweep, arguments, "depth_or_width_sweep.md")
     study = replace(sweep.study, seeds=arguments.seeds, variants={one.name: one.overrides for one in chosen})
-    study.run(arguments.jobs, arguments.minutes)
+    study.run(arguments.jobs)
     report(study, make_table(study, chosen, finished(study)), "depth_or_width.md")
 
 

@@ -104,7 +104,8 @@ def make_table(
         )
     notes = [
         f"Intervals hold for all {count} comparisons together with 95 % (Student, Bonferroni). Losses at {BASE}'s FLOPs and time are read off",
-        "within the curves, where the learning rate has not fallen as far as at their ends: a shorter schedule would end lower.",
+        "within the curves, where the learning rate has not fallen as far as at their ends: a shorter schedule would end lower. ± is the",
+        "standard deviation over seeds.",
     ]
     return "\n".join([*learning, "", *notes, "", *costing]) + "\n"
 
@@ -171,7 +172,8 @@ def sweep_table(sweep: Sweep) -> str:
             return "nan"
         if math.isinf(loss):
             return ""
-        return f"**{loss:.4f}**" if setting in chosen else f"{loss:.4f}{', spike' * sweep.has_spike(setting)}"
+        bold = "**" * (setting in chosen)
+        return f"{bold}{loss:.4f}{bold}{', spike' * sweep.has_spike(setting)}"
 
     lines = [f"| model, routers' multiple | {' | '.join(f'{lr:g}' for lr in lrs)} |", f"|---{'|---' * len(lrs)}|"]
     for model, multiple, shape in rows:

@@ -93,8 +93,8 @@ class Sweep:
 
     All learning rates are tried with the first multiple for routers. While the best of a model is the lowest or the highest of those
     tried, half or double of it is tried too, twice at most. The other multiples are tried at the best learning rate. A learning rate at
-    which any run of a model had a spike is not chosen, nor a higher one, unless there is no other: a run of one seed may recover where
-    another does not.
+    which any run of a model had a spike is not chosen, nor a higher one: a run of one seed may recover where another does not. If every
+    learning rate had one, the lowest counts as the best.
 
     Attributes:
         study: the runs; its variants are replaced.
@@ -118,20 +118,15 @@ class Sweep:
         """Return all that was tried."""
         return [one for settings in self.tried.values() for one in settings]
 
-    def run(self, jobs: int, minutes: float | None) -> list[Setting]:
-        """Train what is not finished, and return the setting with the lowest validation loss for each model.
+    def run(self, jobs: int) -> list[Setting]:
+        """Train what is not finished, and return the best setting of each model.
 
         Raises:
             LimeError: no time was left for some run.
         """
-        extensions = 0
-        self._train(jobs, minutes)
-        while True:
-            if extensions < MOST_EXTENSIONS and self._extend():
-                extensions += 1
-            elif not self._add_multiples():
-                break
-            self._train(jobs, minutes)
+        self._train(jobs)
+        while self._extend() or self._add_multiples():
+            self._train(jobs)
         return [self.best(settings) for settings in self.tried.values()]
 
     def at_an_end(self, chosen: Setting) -> bool:
@@ -142,41 +137,49 @@ class Sweep:
     def _first_multiple(self, name: str) -> float:
         return self.multiples[0] if has_routers(name) else 1.0
 
-    def _train(self, jobs: int, minutes: float | None) -> None:
+    def _train(self, jobs: int) -> None:
         variants = {one.name: one.overrides for one in self.settings()}
         self.study = replace(self.study, variants=variants, seeds=[self.seed])
-        self.study.run(jobs, minutes)
+        self.study.run(jobs)
 
     def _extend(self) -> bool:
         """Try one more learning rate for each model whose best is at an end; return whether there was one."""
-        extended = False
+        new = []
         for settings in self.tried.values():
-            best = self.best(settings)
-            if self.at_an_end(best):
-                factor = 2.0 if best.lr == max(one.lr for one in settings) else 0.5
-                settings.append(replace(best, lr=best.lr * factor))
-                extended = True
-        return extended
+            best, lrs = self.best(settings), {one.lr for one in settings}
+            if self.at_an_end(best) and len(lrs) < len(set(self.lrs)) + MOST_EXTENSIONS:
+                new.append(replace(best, lr=best.lr * (2.0 if best.lr == max(lrs) else 0.5)))
+        self._try(new)
+        return bool(new)
 
     def _add_multiples(self) -> bool:
         """Try the other multiples for routers at the best learning rate of each model; return whether any was new."""
-        added = False
+        new = []
         for (name, _), settings in self.tried.items():
             best = self.best(settings)
             others = [replace(best, router_multiple=one) for one in self.multiples[1:] if has_routers(name)]
-            new = [one for one in others if one not in settings]
-            settings += new
-            added = added or bool(new)
-        return added
+            new += [one for one in others if one not in settings]
+        self._try(new)
+        return bool(new)
+
+    def _try(self, settings: Sequence[Setting]) -> None:
+        for one in settings:
+            self.tried[one.model, one.shape].append(one)
 
     def best(self, settings: Sequence[Setting]) -> Setting:
-        """Return the setting to choose among those of one model."""
+        """Return the setting to choose among those of one model.
+
+        Raises:
+            LimeError: one has not been trained.
+        """
         losses = sweep_losses(self.study, [one.name for one in settings], self.seed)
+        lowest = min(one.lr for one in settings)
         too_high = min((one.lr for one in settings if self.has_spike(one)), default=math.inf)
-        return min([one for one in settings if one.lr < too_high] or settings, key=lambda one: losses[one.name])
+        candidates = [one for one in settings if one.lr < too_high or one.lr == lowest]
+        return min(candidates, key=lambda one: losses[one.name])
 
     def has_spike(self, setting: Setting) -> bool:
-        """Return whether the validation loss of a run rose, or was not a number, somewhere."""
+        """Return whether the validation loss of a run rose by more than :data:`SPIKE` between two points, or was not a number."""
         records = self.study.records(setting.name, self.seed)
         losses = [record["validation_loss"] for record in records if "validation_loss" in record]
         rises = (after - before for before, after in itertools.pairwise(losses))

@@ -39,11 +39,11 @@ def main() -> None:
         variant(name, lr): [f"optimizer.name={name}", f"optimizer.lr={lr}"] for name in NAMES for lr in arguments.lrs
     }
     sweep = replace(Study.from_options(arguments, [], tried), seeds=[arguments.sweep_seed])
-    sweep.run(arguments.jobs, arguments.minutes)
+    sweep.run(arguments.jobs)
     swept = sweep_losses(sweep, list(tried), arguments.sweep_seed)
     best = {name: min((variant(name, lr) for lr in arguments.lrs), key=swept.__getitem__) for name in NAMES}
     study = replace(sweep, seeds=arguments.seeds, variants={one: tried[one] for one in best.values()})
-    study.run(arguments.jobs, arguments.minutes)
+    study.run(arguments.jobs)
     lines = [f"| | {' | '.join(f'{lr:g}' for lr in arguments.lrs)} |", f"|---{'|---' * len(arguments.lrs)}|"]
     lines += [f"| {name} | {' | '.join(f'{swept[variant(name, lr)]:.4f}' for lr in arguments.lrs)} |" for name in NAMES]
     seeds = study.finished_seeds()

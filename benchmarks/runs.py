@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kept import KeptRuns
@@ -72,6 +73,7 @@ class Study:
         variants: the overrides of each variant, by name.
         kept: a file of finished runs, which are not repeated, and to which others are added.
         only_reads: start no run.
+        deadline: start no run after this moment of :func:`time.monotonic`.
     """
 
     config: Path
@@ -82,6 +84,7 @@ class Study:
     steps: int
     kept: KeptRuns | None = None
     only_reads: bool = False
+    deadline: float = math.inf
     _known: set[Path] = field(default_factory=set, repr=False, compare=False)
     """Folders of finished runs that have been named; copies by `dataclasses.replace` share it."""
 
@@ -93,6 +96,8 @@ class Study:
         if arguments.data is not None:
             overrides.append(f"data.path={arguments.data.resolve()}")
         study = cls(arguments.config, arguments.output.resolve(), overrides, variants, arguments.seeds, arguments.steps)
+        if arguments.minutes is not None:
+            study = replace(study, deadline=time.monotonic() + 60 * arguments.minutes)
         for name in variants:
             study.model(name)  # report mistakes before anything runs
         study.output.mkdir(parents=True, exist_ok=True)
@@ -105,14 +110,13 @@ class Study:
     def folder(self, name: str, seed: int) -> Path:
         return self.output / f"{name}-seed{seed}"
 
-    def run(self, jobs: int, minutes: float | None) -> None:
-        """Run what is not finished, ``jobs`` runs at a time; start none after ``minutes``."""
-        deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    def run(self, jobs: int) -> None:
+        """Run what is not finished, ``jobs`` runs at a time."""
         pairs = [(name, seed) for seed in self.seeds for name in self.variants]
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda pair: self._run(pair[0], pair[1], deadline), pairs))
+            list(pool.map(lambda pair: self._run(*pair), pairs))
 
-    def _run(self, name: str, seed: int, deadline: float) -> None:
+    def _run(self, name: str, seed: int) -> None:
         directory = self.folder(name, seed)
         overrides = [
             *self.shared, *self.variants[name], f"train.seed={seed}", f"data.seed={seed}", f"run.directory={directory}",
@@ -128,7 +132,7 @@ class Study:
             return
         if self.only_reads:
             raise LimeError(f"{directory.name} is not among the finished runs; give --data, to train it")
-        if time.monotonic() > deadline:
+        if time.monotonic() > self.deadline:
             print(f"{directory.name}: not started, no time left", flush=True)
             return
         begin = time.perf_counter()

@@ -51,7 +51,7 @@ def main() -> None:
     shared = [f"model.vocab_size={tokenizer.vocab_size}", f"data.answer_token={mark}"]
     arguments.config, arguments.data = config, shards
     study = Study.from_options(arguments, shared, {name: MODELS[name] for name in arguments.models})
-    study.run(arguments.jobs, arguments.minutes)
+    study.run(arguments.jobs)
     seeds = study.finished_seeds()
     if not seeds:
         raise LimeError("no seed is finished for every model; run the same command again")

@@ -23,7 +23,7 @@ def main() -> None:
     add_options(parser, steps=400)
     arguments = parser.parse_args()
     study = Study.from_options(arguments, [], WIRES)
-    study.run(arguments.jobs, arguments.minutes)
+    study.run(arguments.jobs)
     seeds = study.finished_seeds()
     if not seeds:
         raise LimeError("no seed is finished for both; run the same command again")

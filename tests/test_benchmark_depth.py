@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -60,10 +61,10 @@ def test_a_sweep_goes_on_while_the_best_is_at_an_end(study: Study) -> None:
     for lr, loss in ((1e-3, 3.0), (2e-3, 2.9), (4e-3, 2.8), (8e-3, 2.7)):
         keep(study, Setting("lime-full", lr, 3.0), 0, {8: loss})
     with pytest.raises(LimeError, match="lime-full-lr0.016-x3-seed0 is not among the finished runs; give --data"):
-        sweep.run(1, None)
+        sweep.run(1)
     keep(study, Setting("lime-full", 1.6e-2, 3.0), 0, {8: 2.75})
     keep(study, Setting("lime-full", 8e-3, 1.0), 0, {8: 2.6})
-    llama, lime = sweep.run(1, None)
+    llama, lime = sweep.run(1)
     assert (llama, lime) == (Setting("llama", 2e-3), Setting("lime-full", 8e-3, 1.0)), "nan is no loss below the others"
     table = depth_table.sweep_table(sweep).splitlines()
     assert table[0] == "| model, routers' multiple | 0.001 | 0.002 | 0.004 | 0.008 | 0.016 |"
@@ -85,23 +86,64 @@ def test_a_learning_rate_with_a_spike_is_not_chosen(study: Study) -> None:
     keep(study, Setting("lime-full", 4e-3, 3.0), 0, {**calm, 8: 2.7})
     keep(study, Setting("lime-full", 2e-3, 1.0), 0, spiked)
     with pytest.raises(LimeError, match="lime-full-lr0.0005-x3-seed0 is not among the finished runs"):
-        sweep.run(1, None)
+        sweep.run(1)
     keep(study, Setting("lime-full", 5e-4, 3.0), 0, {**calm, 8: 3.3})
     with pytest.raises(LimeError, match="lime-full-lr0.001-x1-seed0 is not among the finished runs"):
-        sweep.run(1, None)
+        sweep.run(1)
     keep(study, Setting("lime-full", 1e-3, 1.0), 0, {**calm, 8: 3.1})
-    assert sweep.run(1, None) == [Setting("lime-full", 1e-3, 3.0)]
+    assert sweep.run(1) == [Setting("lime-full", 1e-3, 3.0)]
     assert depth_table.sweep_table(sweep).splitlines()[2:] == [
         "| lime-full, 3 | 3.3000 | **3.0000** | 2.5000 | 2.7000 |",
         "| lime-full, 1 |  | 3.1000 | 2.9000, spike |  |",
     ]
 
 
-def test_without_a_calm_learning_rate_the_best_is_chosen(study: Study) -> None:
-    sweep = Sweep(study, [("llama", ())], [1e-3], [3.0, 1.0], seed=0)
-    keep(study, Setting("llama", 1e-3), 0, {4: float("nan"), 8: 3.0})
-    assert sweep.run(1, None) == [Setting("llama", 1e-3)]
-    assert depth_table.sweep_table(sweep).splitlines()[2] == "| llama, 1 | **3.0000** |"
+@pytest.mark.parametrize("spiked", [{2: 4.0, 4: 4.2, 8: 2.0}, {4: float("nan"), 8: 2.0}, {8: float("nan")}])
+def test_a_rate_above_one_with_a_spike_is_not_chosen_either(study: Study, spiked: Losses) -> None:
+    sweep = Sweep(study, [("llama", ())], [1e-3, 2e-3, 4e-3, 8e-3], [3.0, 1.0], seed=0)
+    for lr, losses in ((1e-3, {2: 4.0, 8: 3.5}), (2e-3, {2: 4.0, 8: 3.0}), (4e-3, spiked), (8e-3, {2: 4.0, 8: 2.5})):
+        keep(study, Setting("llama", lr), 0, losses)
+    assert sweep.run(1) == [Setting("llama", 2e-3)]
+
+
+def test_when_every_rate_has_a_spike_lower_ones_are_tried(study: Study) -> None:
+    """Twice at most; then the lowest is taken."""
+    sweep = Sweep(study, [("llama", ())], [2e-3, 4e-3], [3.0, 1.0], seed=0)
+    for lr in (5e-4, 1e-3, 2e-3, 4e-3):
+        keep(study, Setting("llama", lr), 0, {2: 4.0, 4: 4.2, 8: 2.0 + lr})
+    assert sweep.run(1) == [Setting("llama", 5e-4)]
+    assert depth_table.sweep_table(sweep).splitlines()[2].startswith("| llama, 1 | **2.0005**, spike | 2.0010, spike |")
+
+
+def test_every_model_is_extended_twice_at_most_whenever_others_are(study: Study) -> None:
+    """LLaMA likes ever higher rates at once; LIMe's best becomes the lowest only when its routers' other multiple has spiked."""
+    sweep = Sweep(study, [("llama", ()), ("lime-full", ())], [1e-3, 2e-3, 4e-3], [3.0, 1.0], seed=0)
+    for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2):
+        keep(study, Setting("llama", lr), 0, {4: 4.0, 8: 3.0 - lr})
+    for lr, loss in ((2.5e-4, 3.2), (5e-4, 2.8), (1e-3, 2.9), (2e-3, 2.5), (4e-3, 3.0)):
+        keep(study, Setting("lime-full", lr, 3.0), 0, {4: 4.0, 8: loss})
+    for lr, middle in ((2e-3, 5.0), (5e-4, 3.5)):
+        keep(study, Setting("lime-full", lr, 1.0), 0, {2: 4.0, 4: middle, 8: 3.0})
+    assert sweep.run(1) == [Setting("llama", 1.6e-2), Setting("lime-full", 5e-4, 3.0)]
+    assert sweep.at_an_end(Setting("llama", 1.6e-2))
+
+
+def test_an_unfinished_sweep_reports_what_has_ended(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No time was left: LLaMA's best is at an end, LIMe has not been trained."""
+    sweep = Sweep(
+        replace(study, only_reads=False, deadline=0.0), [("llama", ()), ("lime-full", ())], [1e-3, 2e-3], [3.0], seed=0
+    )
+    for lr in (1e-3, 2e-3):
+        keep(study, Setting("llama", lr), 0, {8: 3.0 - lr})
+    arguments = argparse.Namespace(seeds=[1, 2], sweep_seed=0, jobs=1)
+    with pytest.raises(LimeError, match="lime-full-lr0.001-x3 has not finished; run the same command again"):
+        depth.choose(sweep, arguments, "sweep.md")
+    assert (tmp_path / "sweep.md").read_text().splitlines()[2:] == ["| llama, 1 | 2.9990 | **2.9980** |"]
+    assert "lime-full-lr0.001-x3-seed0: not started, no time left" in capsys.readouterr().out
+    with pytest.raises(LimeError, match="--sweep-seed 2 is among --seeds"):
+        depth.choose(sweep, argparse.Namespace(seeds=[1, 2], sweep_seed=2, jobs=1), "sweep.md")
 
 
 def test_a_run_is_kept_by_what_it_trains_and_on_what(study: Study, tmp_path: Path) -> None:
@@ -203,7 +245,7 @@ def test_intervals_widen_with_the_number_of_comparisons() -> None:
 def test_a_model_of_which_every_run_diverged_has_no_best(study: Study) -> None:
     keep(study, Setting("llama", 1e-3), 0, {8: float("nan")})
     sweep = Sweep(study, [("llama", ())], [1e-3], [1.0], seed=0)
-    sweep.run(1, None)
+    sweep.run(1)
     assert depth_table.sweep_table(sweep).splitlines()[2] == "| llama, 1 | nan |"
 
 
@@ -213,36 +255,38 @@ COMMANDS = re.findall(
     PUBLISHED,
     re.MULTILINE,
 )
-TIMED = " at llama's time "
+MEASURED = [" at llama's time ", " seconds of forward, loss and backward over llama ", " peak memory over llama "]
 
 
-def test_there_are_published_commands() -> None:
-    assert {script for script, _ in COMMANDS} >= {"depth"}
+def test_all_published_commands_are_known() -> None:
+    assert len(COMMANDS) == PUBLISHED.count("--runs benchmarks/depth.jsonl") > 0
 
 
 @pytest.mark.parametrize(("script", "options"), COMMANDS)
 def test_the_published_tables_are_those_of_the_kept_runs(
     script: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every row that a command of RESULTS.md writes without training is there, but for what is timed."""
+    """Every table that a command of RESULTS.md writes without training is there as a whole, but for what is measured on a machine.
+
+    Several commands share the table of the spread: each has some of its rows.
+    """
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *shlex.split(options), "--output", str(tmp_path)])
     monkeypatch.setattr(depth, "measure_costs", lambda study, chosen: dict.fromkeys(chosen, depth_table.Cost(1.0, 1.0)))
     monkeypatch.setattr(depth, "draw", lambda *_: None)
     {"depth": depth, "depth_or_width": depth_or_width}[script].main()
-    written = [row for path in tmp_path.glob("*.md") for row in comparable_rows(path.read_text())]
-    published = set(comparable_rows(PUBLISHED))
-    assert len(written) > 1 and [row for row in written if row not in published] == []
+    written = [(path.name, table) for path in tmp_path.glob("*.md") for table in tables(path.read_text())]
+    assert written and all(len(table) > 2 for _, table in written)
+    published = tables(PUBLISHED)
+    for name, table in written:
+        assert any(set(table) <= set(one) if name == "spread.md" else table == one for one in published), table
 
 
-def comparable_rows(text: str) -> list[str]:
-    """Return the rows of the tables of a text, heads included: without the column of equal time, and without tables of costs."""
-    rows: list[str] = []
+def tables(text: str) -> list[list[str]]:
+    """Return the tables of a text as lists of rows, without the columns of :data:`MEASURED`."""
+    found = []
     for table in re.findall(r"^\|.*\n(?:\|.*\n)*", text, re.MULTILINE):
-        cells = [line.split("|") for line in table.splitlines()]
-        if TIMED in cells[0]:
-            timed = cells[0].index(TIMED)
-            cells = [line[:timed] + line[timed + 1 :] for line in cells]
-        if "seconds of forward" not in table:
-            rows += ["|".join(line) for line in cells if "---" not in line]
-    return rows
+        rows = [line.split("|") for line in table.splitlines()]
+        left_out = {index for index, head in enumerate(rows[0]) if head in MEASURED}
+        found.append(["|".join(cell for index, cell in enumerate(row) if index not in left_out) for row in rows])
+    return found
