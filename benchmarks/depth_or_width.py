@@ -5,7 +5,7 @@ difference in parameters. Learning rates are chosen for every model and depth as
 
     python benchmarks/depth_or_width.py --data data/quickstart/shards --output runs/depth --jobs 2
     python benchmarks/depth_or_width.py --data … --output … --depths 12 24 48 96 --models llama lime-full
-    python benchmarks/depth_or_width.py --output runs/depth --runs benchmarks/depth.jsonl    (the table of these runs; trains nothing)
+    python benchmarks/depth_or_width.py --output runs/depth --runs benchmarks/depth.jsonl    (the table of RESULTS.md; trains nothing)
 
 Resumable, and shares the runs of `depth.py` in the same --output or --runs.
 """

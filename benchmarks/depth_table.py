@@ -177,7 +177,8 @@ def sweep_table(sweep: Sweep) -> str:
 
     lines = [f"| model, routers' multiple | {' | '.join(f'{lr:g}' for lr in lrs)} |", f"|---{'|---' * len(lrs)}|"]
     for model, multiple, shape in rows:
-        name = " ".join([model, *(override.partition("=")[2] for override in shape)])
+        size = " × ".join(override.partition("=")[2] for override in shape[:2])  # layers × hidden size
+        name = f"{model} {size}".rstrip()
         cells = " | ".join(cell(Setting(model, lr, multiple, shape)) for lr in lrs)
         lines.append(f"| {name}, {multiple:g} | {cells} |")
     return "\n".join(lines) + "\n"
