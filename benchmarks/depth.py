@@ -52,13 +52,13 @@ def main() -> None:
                         help=f"of {', '.join(sorted(MODELS))}; {BASE} and {FULL} always run")  # fmt: skip
     parser.add_argument("--spread", action="store_true", help=f"train {BASE} alone, from --seeds at each of --lrs")
     arguments = parser.parse_args()
+    if arguments.spread and len(arguments.seeds) < 2:
+        raise LimeError("--spread compares seeds; give at least 2 --seeds")
     names = [BASE] if arguments.spread else list(dict.fromkeys([BASE, FULL, *arguments.models]))
     sweep = make_sweep(arguments, [(name, ()) for name in names])
     if arguments.spread:
         variants = {one.name: one.overrides for one in sweep.settings()}
         study = replace(sweep.study, variants=variants)
-        if len(arguments.seeds) < 2:
-            raise LimeError("--spread compares seeds; give 2 --seeds or more")
         study.run(arguments.jobs)
         report(study, spread_table(study, sweep.settings()), "spread.md")
         return

@@ -125,11 +125,7 @@ def flops(config: Config) -> float:
 def curve(study: Study, setting: Setting, seeds: Sequence[int]) -> Curve:
     """Return the validation loss by tokens, the mean over seeds."""
     runs = [
-        {
-            int(record["tokens"]): record["validation_loss"]
-            for record in study.records(setting.name, seed)
-            if "validation_loss" in record
-        }
+        {int(record["tokens"]): record["validation_loss"] for record in study.validations(setting.name, seed)}
         for seed in seeds
     ]
     return [
@@ -168,12 +164,12 @@ def sweep_table(sweep: Sweep) -> str:
     }
 
     def cell(setting: Setting) -> str:
-        if math.isnan(loss := losses.get(setting, math.inf)):
-            return "nan"
-        if math.isinf(loss):
+        if setting not in losses:
             return ""
-        bold = "**" * (setting in chosen)
-        return f"{bold}{loss:.4f}{bold}{', spike' * sweep.has_spike(setting)}"
+        if math.isnan(losses[setting]):
+            return "nan"
+        bold = "**" if setting in chosen else ""
+        return f"{bold}{losses[setting]:.4f}{bold}{', spike' if sweep.has_spike(setting) else ''}"
 
     lines = [f"| model, routers' multiple | {' | '.join(f'{lr:g}' for lr in lrs)} |", f"|---{'|---' * len(lrs)}|"]
     for model, multiple, shape in rows:

@@ -180,7 +180,6 @@ class Sweep:
 
     def has_spike(self, setting: Setting) -> bool:
         """Return whether the validation loss of a run rose by more than :data:`SPIKE` between two points, or was not a number."""
-        records = self.study.records(setting.name, self.seed)
-        losses = [record["validation_loss"] for record in records if "validation_loss" in record]
+        losses = [record["validation_loss"] for record in self.study.validations(setting.name, self.seed)]
         rises = (after - before for before, after in itertools.pairwise(losses))
         return any(map(math.isnan, losses)) or any(rise > SPIKE for rise in rises)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kept import KeptRuns
@@ -95,9 +95,9 @@ class Study:
         overrides = [*shared, *arguments.overrides, f"train.steps={arguments.steps}"]
         if arguments.data is not None:
             overrides.append(f"data.path={arguments.data.resolve()}")
-        study = cls(arguments.config, arguments.output.resolve(), overrides, variants, arguments.seeds, arguments.steps)
-        if arguments.minutes is not None:
-            study = replace(study, deadline=time.monotonic() + 60 * arguments.minutes)
+        deadline = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+        output = arguments.output.resolve()
+        study = cls(arguments.config, output, overrides, variants, arguments.seeds, arguments.steps, deadline=deadline)
         for name in variants:
             study.model(name)  # report mistakes before anything runs
         study.output.mkdir(parents=True, exist_ok=True)
@@ -165,10 +165,14 @@ class Study:
         path = self.folder(name, seed) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def validations(self, name: str, seed: int) -> list[dict[str, float]]:
+        """Return the records of a run that have a validation loss."""
+        return [record for record in self.records(name, seed) if "validation_loss" in record]
+
     def validation(self, name: str, seed: int) -> float | None:
         """Return the validation loss after the last step, or None if the run has not finished."""
-        for record in self.records(name, seed):
-            if record["step"] == self.steps and "validation_loss" in record:
+        for record in self.validations(name, seed):
+            if record["step"] == self.steps:
                 return record["validation_loss"]
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -106,8 +107,8 @@ def test_a_rate_above_one_with_a_spike_is_not_chosen_either(study: Study, spiked
     assert sweep.run(1) == [Setting("llama", 2e-3)]
 
 
-def test_when_every_rate_has_a_spike_lower_ones_are_tried(study: Study) -> None:
-    """Twice at most; then the lowest is taken."""
+def test_if_every_rate_has_a_spike_lower_ones_are_tried(study: Study) -> None:
+    """At most twice; then the lowest is taken."""
     sweep = Sweep(study, [("llama", ())], [2e-3, 4e-3], [3.0, 1.0], seed=0)
     for lr in (5e-4, 1e-3, 2e-3, 4e-3):
         keep(study, Setting("llama", lr), 0, {2: 4.0, 4: 4.2, 8: 2.0 + lr})
@@ -115,7 +116,7 @@ def test_when_every_rate_has_a_spike_lower_ones_are_tried(study: Study) -> None:
     assert depth_table.sweep_table(sweep).splitlines()[2].startswith("| llama, 1 | **2.0005**, spike | 2.0010, spike |")
 
 
-def test_every_model_is_extended_twice_at_most_whenever_others_are(study: Study) -> None:
+def test_each_sweep_is_extended_at_most_twice_on_its_own(study: Study) -> None:
     """LLaMA likes ever higher rates at once; LIMe's best becomes the lowest only when its routers' other multiple has spiked."""
     sweep = Sweep(study, [("llama", ()), ("lime-full", ())], [1e-3, 2e-3, 4e-3], [3.0, 1.0], seed=0)
     for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2):
@@ -247,6 +248,22 @@ def test_a_model_of_which_every_run_diverged_has_no_best(study: Study) -> None:
     sweep = Sweep(study, [("llama", ())], [1e-3], [1.0], seed=0)
     sweep.run(1)
     assert depth_table.sweep_table(sweep).splitlines()[2] == "| llama, 1 | nan |"
+
+
+def test_the_spread_of_one_seed_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["depth.py", "--output", str(tmp_path), "--spread", "--seeds", "1"])
+    with pytest.raises(LimeError, match="--spread compares seeds; give at least 2 --seeds"):
+        depth.main()
+
+
+def test_only_two_kept_runs_rose() -> None:
+    """RESULTS.md says so of the rule about spikes."""
+    rose = [
+        (line["run"], line["seed"])
+        for line in kept.read_lines(ROOT / "benchmarks/depth.jsonl")
+        if any(after[-1] > before[-1] for before, after in itertools.pairwise(line["records"]))
+    ]
+    assert sorted(rose) == [("hyper-dynamic-lr0.032-x1", 0), ("hyper-dynamic-lr0.032-x3", 2)]
 
 
 PUBLISHED = (ROOT / "benchmarks/RESULTS.md").read_text()
